@@ -1,0 +1,77 @@
+"""Long-short distance attention: attention inside the groups of a map."""
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .grouping import Grouping
+from .position_bias import DynamicPositionBias, bias_of_pairs
+
+
+class Reorder(torch.autograd.Function):
+    """``tokens[order]``, whose gradient is the gather ``grad[inverse]``.
+
+    Autograd's own gradient of indexing adds into a zeroed tensor, for it cannot
+    know that ``order`` is a permutation; on the CPU that is many times slower.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return tokens.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return Reorder.apply(grad, inverse, order), None, None
+
+
+class GroupAttention(BaseModule):
+    """Multi-head attention among the members of each group, with position bias.
+
+    Which groups these are, short or long distance, comes with the call; the
+    parameters are the same for both (arXiv 2108.00154, section 3.2).
+
+    Args:
+        channels (int): channels of the map, a multiple of ``num_heads``.
+        num_heads (int): attention heads.
+        qkv_bias (bool): give the projection to queries, keys, values a bias.
+        qk_scale (float, optional): factor on the logits. None: head_dim^-0.5.
+        attn_drop_rate (float): dropout on attention weights while training.
+        proj_drop_rate (float): dropout on the output while training.
+    """
+
+    def __init__(self, channels: int, num_heads: int, qkv_bias: bool = True, qk_scale=None,
+                 attn_drop_rate: float = 0., proj_drop_rate: float = 0.):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (channels // num_heads)**-0.5 if qk_scale is None else qk_scale
+        self.attn_drop_rate = attn_drop_rate
+        self.pos = DynamicPositionBias(channels, num_heads)
+        self.qkv = nn.Linear(channels, channels * 3, bias=qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+
+    def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
+        """(B, H, W, C) to the same, each position attending within its group."""
+        tokens = Reorder.apply(x.flatten(0, 2), grouping.order, grouping.inverse)
+        qkv = self.qkv(tokens)  # (B*H*W, 3*C)
+        table = self.pos(*grouping.extent).to(qkv.dtype)
+        dropout = self.attn_drop_rate if self.training else 0.
+
+        attended, start = [], 0
+        for groups, height, width in grouping.segments:
+            end = start + groups * height * width
+            q, k, v = rearrange(qkv[start:end], '(g n) (three h d) -> three g h n d',
+                                g=groups, three=3, h=self.num_heads)
+            bias = bias_of_pairs(table, height, width)[None]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout,
+                                                 scale=self.scale)
+            attended.append(rearrange(out, 'g h n d -> (g n) (h d)'))
+            start = end
+
+        out = self.proj_drop(self.proj(torch.cat(attended)))
+        return Reorder.apply(out, grouping.inverse, grouping.order).view_as(x)

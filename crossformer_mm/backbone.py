@@ -1,0 +1,358 @@
+"""The CrossFormer backbone: architectures, stages, and what goes out."""
+import logging
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import constant_init, trunc_normal_init
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .block import CrossFormerBlock
+from .checkpoint import load_backbone
+from .embedding import PatchEmbedding, PatchMerging
+from .grouping import LDA_DEFINITIONS, group_map, long_distance, short_distance
+
+# CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv
+# 2303.06908, table 1). Depths, heads and channels are those of the released weights.
+ARCHITECTURES = {
+    't': dict(embed_dims=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16), drop_path_rate=0.1),
+    's': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2),
+    'b': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
+    'l': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
+    'pp-s': dict(embed_dims=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16), drop_path_rate=0.2,
+                 cooling=True),
+    'pp-b': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3,
+                 cooling=True),
+    'pp-l': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5,
+                 cooling=True),
+    'pp-h': dict(embed_dims=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5,
+                 cooling=True),
+}
+
+
+class CrossFormerStage(BaseModule):
+    """Blocks that alternate short and long distance attention, then a merging.
+
+    Args:
+        blocks (Sequence[CrossFormerBlock]): the blocks, the first of which
+            attends at short distance.
+        downsample (PatchMerging, optional): what leads to the next stage.
+        group_size, interval, lda: see :class:`CrossFormer`.
+        with_cp (bool): recompute each block in the backward pass.
+    """
+
+    def __init__(self, blocks: Sequence[CrossFormerBlock], downsample: Optional[PatchMerging],
+                 group_size: int, interval: int, lda: str, with_cp: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.group_size = group_size
+        self.interval = interval
+        self.lda = lda
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape: the stage's feature, before merging."""
+        batch, height, width, _ = x.shape
+        short = short_distance(height, width, self.group_size, self.lda)
+        long = long_distance(height, width, self.group_size, self.interval, self.lda)
+        near = group_map(batch, height, width, *short, device=x.device)
+        far = near
+        if long != short and len(self.blocks) > 1:
+            far = group_map(batch, height, width, *long, device=x.device)
+        for index, block in enumerate(self.blocks):
+            grouping = far if index % 2 else near
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, grouping, use_reentrant=False)
+            else:
+                x = block(x, grouping)
+        return x
+
+
+@MODELS.register_module()
+class CrossFormer(BaseModule):
+    """CrossFormer and CrossFormer++ as a backbone for dense prediction.
+
+    `CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale
+    Attention <https://arxiv.org/abs/2108.00154>`_ and `CrossFormer++
+    <https://arxiv.org/abs/2303.06908>`_. The output depends on the input, the
+    weights and ``training`` alone; one instance serves images of all sizes.
+
+    Args:
+        arch (str | dict): one of ``t s b l pp-s pp-b pp-l pp-h``, or a dict with
+            ``embed_dims`` (channels of the first stage, a multiple of 16),
+            ``depths`` and ``num_heads`` (one number for each of the stages),
+            and optionally ``drop_path_rate`` (0.) and ``cooling`` (False).
+        in_channels (int): channels of the image.
+        patch_sizes (Sequence[int]): kernels of the first embedding; the first
+            is its stride.
+        merge_sizes (Sequence[Sequence[int]]): the same for each merging
+            between stages.
+        group_size (Sequence[int]): G of each stage: short distance attention
+            covers G x G adjacent positions.
+        interval (Sequence[int]): I of each stage: long distance attention joins
+            every I-th position.
+        lda (str): how long distance attention groups. ``interval``: over the
+            whole map, so that groups grow with the image (the ICLR paper, and
+            every published COCO and ADE20K result). ``block``: inside tiles of
+            G*I x G*I positions, so that cost is linear in the image's area
+            (the later CrossFormer++ code). At 224x224 with the default G and I
+            they are the same.
+        cooling (bool, optional): amplitude cooling layer after every third
+            block of a stage but its last. None: what the architecture says.
+        mlp_ratio (float): hidden channels of the MLPs over their input's.
+        qkv_bias (bool): bias in the projection to queries, keys and values.
+        qk_scale (float, optional): factor on attention logits. None:
+            head_dim^-0.5.
+        drop_rate (float): dropout of embedding and linear layers.
+        attn_drop_rate (float): dropout of attention weights.
+        drop_path_rate (float, optional): stochastic depth of the last block,
+            growing linearly from 0 at the first. None: the architecture's.
+        out_indices (Sequence[int]): stages whose features are returned.
+            Stages after the last of them are not built.
+        out_norm (bool): a LayerNorm on each output, as Swin has. Off, because
+            the published models have none; helps training from random weights.
+        frozen_stages (int): stages to freeze: -1 none, 0 the first embedding,
+            n the embedding and the first n stages with their mergings.
+        with_cp (bool): recompute each block in the backward pass: less memory,
+            more time, same values.
+        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=path)``
+            reads ImageNet weights or the backbone of a whole model's
+            checkpoint. None, or a checkpoint of None: random weights.
+
+    Attributes:
+        out_channels (tuple[int]): channels of each returned feature.
+        out_strides (tuple[int]): image pixels per position of each.
+
+    Raises:
+        ValueError: an option is wrong; the sentence names it.
+
+    Examples:
+        >>> import torch
+        >>> from crossformer_mm import CrossFormer
+        >>> backbone = CrossFormer('s', out_indices=(1, 2, 3))
+        >>> backbone.out_channels, backbone.out_strides
+        ((192, 384, 768), (8, 16, 32))
+        >>> [tuple(f.shape) for f in backbone(torch.rand(1, 3, 100, 150))]
+        [(1, 192, 13, 19), (1, 384, 7, 10), (1, 768, 4, 5)]
+    """
+
+    def __init__(self,
+                 arch: Union[str, dict] = 's',
+                 in_channels: int = 3,
+                 patch_sizes: Sequence[int] = (4, 8, 16, 32),
+                 merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
+                 group_size: Sequence[int] = (7, 7, 7, 7),
+                 interval: Sequence[int] = (8, 4, 2, 1),
+                 lda: str = 'interval',
+                 cooling: Optional[bool] = None,
+                 mlp_ratio: float = 4,
+                 qkv_bias: bool = True,
+                 qk_scale: Optional[float] = None,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rate: Optional[float] = None,
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 out_norm: bool = False,
+                 frozen_stages: int = -1,
+                 with_cp: bool = False,
+                 init_cfg: Optional[dict] = None):
+        super().__init__(init_cfg=init_cfg)
+        arch = resolve_arch(arch)
+        depths, num_heads = arch['depths'], arch['num_heads']
+        check_options(arch, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
+                      mlp_ratio, out_indices, frozen_stages,
+                      drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
+                      drop_path_rate=drop_path_rate or 0.)
+        if cooling is None:
+            cooling = arch['cooling']
+        if drop_path_rate is None:
+            drop_path_rate = arch['drop_path_rate']
+
+        self.in_channels = in_channels
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+
+        self.patch_embed = PatchEmbedding(in_channels, arch['embed_dims'], patch_sizes)
+        self.embed_drop = nn.Dropout(drop_rate)
+        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        num_stages = max(out_indices) + 1
+        self.layers = nn.ModuleList()
+        channels, strides = [], []
+        for stage in range(num_stages):
+            dims = arch['embed_dims'] * 2**stage
+            channels.append(dims)
+            strides.append(strides[-1] * merge_sizes[stage - 1][0] if stage else patch_sizes[0])
+            blocks = [
+                CrossFormerBlock(
+                    dims, num_heads[stage], mlp_ratio, qkv_bias, qk_scale, drop_rate,
+                    attn_drop_rate, next(drop_path),
+                    cooling=cooling and (block + 1) % 3 == 0 and block + 1 < depths[stage])
+                for block in range(depths[stage])
+            ]
+            downsample = PatchMerging(dims, merge_sizes[stage]) if stage + 1 < num_stages else None
+            self.layers.append(
+                CrossFormerStage(blocks, downsample, group_size[stage], interval[stage], lda, with_cp))
+
+        self.out_channels = tuple(channels[stage] for stage in self.out_indices)
+        self.out_strides = tuple(strides[stage] for stage in self.out_indices)
+        self.out_norm = out_norm
+        if out_norm:
+            for stage in self.out_indices:
+                self.add_module(f'norm{stage}', nn.LayerNorm(channels[stage]))
+        self._freeze_stages()
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        """Features of the chosen stages.
+
+        Args:
+            image (Tensor): (B, in_channels, H, W) in a floating point type, of
+                any H, W >= 1. A side that is no multiple of a stage's stride is
+                padded with zeros at the bottom or right.
+
+        Returns:
+            tuple[Tensor]: (B, C * 2^i, ceil(H / stride_i), ceil(W / stride_i))
+            for each i of ``out_indices``.
+
+        Raises:
+            ValueError: the input is no such batch of images.
+        """
+        if image.dim() != 4 or image.shape[1] != self.in_channels or 0 in image.shape:
+            raise ValueError(f'CrossFormer takes images as a tensor (B, {self.in_channels}, H, W) '
+                             f'with no empty side, but got shape {tuple(image.shape)}.')
+        if not image.is_floating_point():
+            raise ValueError('CrossFormer takes images in a floating point type, but got '
+                             f'{image.dtype}: normalise them first.')
+        x = self.embed_drop(self.patch_embed(image))
+        outputs = {}
+        for stage, layer in enumerate(self.layers):
+            x = layer(x)
+            if stage in self.out_indices:
+                out = getattr(self, f'norm{stage}')(x) if self.out_norm else x
+                outputs[stage] = out.permute(0, 3, 1, 2).contiguous()
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+        return tuple(outputs[stage] for stage in self.out_indices)
+
+    def init_weights(self) -> None:
+        """Random weights, or those that ``init_cfg`` names.
+
+        Linear layers: truncated normal of standard deviation 0.02 and bias 0;
+        LayerNorm: 1 and 0; convolutions: PyTorch's default, as the authors do.
+
+        Raises:
+            FileNotFoundError: the checkpoint does not exist.
+            ValueError: it cannot be read, or is another architecture's.
+        """
+        init_cfg = self.init_cfg or {}
+        if init_cfg and (not isinstance(init_cfg, dict) or init_cfg.get('type') != 'Pretrained'):
+            super().init_weights()
+            return
+        if init_cfg.get('checkpoint'):
+            load_backbone(self, init_cfg['checkpoint'], init_cfg.get('prefix', 'backbone.'))
+            return
+        if init_cfg:
+            print_log('CrossFormer: no pretrained checkpoint is given, training starts from random '
+                      'weights. The published results start from ImageNet weights: name a file in '
+                      'model.backbone.init_cfg.checkpoint.', 'current', logging.WARNING)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_init(module, std=.02)
+            elif isinstance(module, nn.LayerNorm):
+                constant_init(module, 1)
+
+    def train(self, mode: bool = True) -> 'CrossFormer':
+        """Set training mode, frozen stages staying in evaluation mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        frozen = [] if self.frozen_stages < 0 else [self.patch_embed, self.embed_drop]
+        for stage in range(self.frozen_stages):
+            frozen.append(self.layers[stage])
+            if self.out_norm and stage in self.out_indices:
+                frozen.append(getattr(self, f'norm{stage}'))
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def is_extra(self, key: str) -> bool:
+        """Whether published weights cannot have this parameter of ours."""
+        return self.out_norm and key.startswith(tuple(f'norm{i}.' for i in self.out_indices))
+
+    def is_left_out(self, key: str) -> bool:
+        """Whether a parameter belongs to what follows the last returned stage."""
+        last = len(self.layers) - 1
+        parts = key.split('.')
+        return parts[0] == 'layers' and parts[1].isdigit() and (
+            int(parts[1]) > last or (int(parts[1]) == last and parts[2] == 'downsample'))
+
+
+def resolve_arch(arch: Union[str, dict]) -> dict:
+    """The architecture's numbers, from its name or as given.
+
+    Raises:
+        ValueError: no such name, or keys are missing or unknown.
+    """
+    if isinstance(arch, str):
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"CrossFormer: arch '{arch}' is unknown, choose one of "
+                             f"{', '.join(ARCHITECTURES)} or give a dict.")
+        arch = ARCHITECTURES[arch]
+    needed, optional = {'embed_dims', 'depths', 'num_heads'}, {'drop_path_rate', 'cooling'}
+    if not isinstance(arch, dict) or not needed <= arch.keys() <= needed | optional:
+        raise ValueError("CrossFormer: arch must be a name or a dict with 'embed_dims', 'depths' and "
+                         f"'num_heads' (and optionally 'drop_path_rate', 'cooling'), got {arch!r}.")
+    return dict(drop_path_rate=0., cooling=False) | arch
+
+
+def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
+                  mlp_ratio, out_indices, frozen_stages, **rates) -> None:
+    """Raise a ValueError with one sentence on the first option that cannot work."""
+
+    def check(valid: bool, sentence: str) -> None:
+        if not valid:
+            raise ValueError(f'CrossFormer: {sentence}.')
+
+    def positive(numbers) -> bool:
+        return (isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
+                and all(isinstance(number, int) and number >= 1 for number in numbers))
+
+    dims, depths, heads = arch['embed_dims'], arch['depths'], arch['num_heads']
+    check(isinstance(dims, int) and dims >= 16 and dims % 16 == 0,
+          f'embed_dims must be a positive multiple of 16, got {dims!r}')
+    for name, numbers in dict(depths=depths, num_heads=heads, group_size=group_size,
+                              interval=interval).items():
+        check(positive(numbers), f'{name} must be whole numbers of at least 1, got {numbers!r}')
+        check(len(numbers) == len(depths),
+              f'{name} must have one number for each of the {len(depths)} stages of depths, '
+              f'got {numbers!r}')
+    for stage, number in enumerate(heads):
+        check(dims * 2**stage % number == 0,
+              f'num_heads[{stage}] = {number} must divide the {dims * 2**stage} channels of its stage')
+    check(isinstance(in_channels, int) and in_channels >= 1,
+          f'in_channels must be a whole number of at least 1, got {in_channels!r}')
+    check(isinstance(merge_sizes, Sequence) and len(merge_sizes) == len(depths) - 1,
+          f'merge_sizes must have one list of kernels for each of the {len(depths) - 1} mergings, '
+          f'got {merge_sizes!r}')
+    for name, kernels in [('patch_sizes', patch_sizes),
+                          *((f'merge_sizes[{i}]', sizes) for i, sizes in enumerate(merge_sizes))]:
+        check(positive(kernels) and all(k >= kernels[0] and (k - kernels[0]) % 2 == 0
+                                        for k in kernels),
+              f'{name} must be kernel sizes, each the first (the stride) plus an even number, '
+              f'got {kernels!r}')
+    check(lda in LDA_DEFINITIONS, f"lda must be 'interval' or 'block', got {lda!r}")
+    check(mlp_ratio > 0, f'mlp_ratio must be positive, got {mlp_ratio!r}')
+    check(isinstance(out_indices, Sequence) and len(out_indices) > 0
+          and all(index in range(len(depths)) for index in out_indices)
+          and len(set(out_indices)) == len(out_indices),
+          f'out_indices must be different stages from 0 to {len(depths) - 1}, got {out_indices!r}')
+    check(frozen_stages in range(-1, max(out_indices) + 2),
+          f'frozen_stages must be from -1 (none) to {max(out_indices) + 1}, the number of stages '
+          f'that out_indices needs, got {frozen_stages!r}')
+    for name, rate in rates.items():
+        check(0 <= rate < 1, f'{name} must be at least 0 and less than 1, got {rate!r}')

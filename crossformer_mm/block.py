@@ -1,0 +1,52 @@
+"""One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
+from collections import OrderedDict
+
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .attention import GroupAttention
+from .grouping import Grouping
+
+
+class CrossFormerBlock(BaseModule):
+    """Pre-norm transformer block on a map (B, H, W, C).
+
+    Args:
+        channels, num_heads, qkv_bias, qk_scale, attn_drop_rate: see
+            :class:`~crossformer_mm.attention.GroupAttention`.
+        mlp_ratio (float): hidden channels of the MLP over ``channels``.
+        drop_rate (float): dropout after each linear layer but qkv.
+        drop_path_rate (float): probability to drop a branch for a sample.
+        cooling (bool): end with the amplitude cooling layer of CrossFormer++
+            (arXiv 2303.06908, section 3.4): depthwise 3x3 convolution and
+            LayerNorm with no residual around them.
+    """
+
+    def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True,
+                 qk_scale=None, drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0., cooling: bool = False):
+        super().__init__()
+        hidden = int(channels * mlp_ratio)
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(channels, hidden),
+            act=nn.GELU(),
+            drop1=nn.Dropout(drop_rate),
+            fc2=nn.Linear(hidden, channels),
+            drop2=nn.Dropout(drop_rate)))
+        self.cooling = cooling
+        if cooling:
+            self.ex_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+            self.ex_ln = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        x = x + self.drop_path(self.attn(self.norm1(x), grouping))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.cooling:
+            x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x

@@ -1,0 +1,146 @@
+"""Which positions of a map attend to each other: pure geometry, no parameters.
+
+Every kind of group in CrossFormer is the product of a grouping of the rows and
+one of the columns, and every such one-dimensional grouping is the same rule
+with two numbers:
+
+    cut the axis into tiles of ``size * interval`` positions; inside a tile,
+    every ``interval``-th position belongs to one group.
+
+=================== ======================= ==========
+attention           size                    interval
+=================== ======================= ==========
+short distance      G                       1
+long, ``interval``  ceil(n / I): one tile   I
+long, ``block``     G                       I
+=================== ======================= ==========
+
+Where the axis ends inside a tile, its last groups simply have fewer members.
+The authors pad the map to whole tiles and mask the padded keys instead; a
+masked key has no weight and a padded query is thrown away, so both give the
+same output (CrossFormer, arXiv 2108.00154, section 3.2; CrossFormer++, arXiv
+2303.06908, section 3.2).
+"""
+from typing import List, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+
+LDA_DEFINITIONS = ('interval', 'block')
+
+
+class Segment(NamedTuple):
+    """``groups`` groups of ``height x width`` members that lie one after another."""
+    groups: int
+    height: int
+    width: int
+
+
+class Grouping(NamedTuple):
+    """How to line up a batch of maps so that every group is a run of tokens.
+
+    Args:
+        order (Tensor): (B*H*W,) token indices; ``tokens[order]`` is grouped.
+        inverse (Tensor): (B*H*W,) the way back: ``grouped[inverse]`` is
+            ``tokens``.
+        segments (tuple[Segment]): the runs of equally large groups, in order.
+            Members of a group are row-major, neighbours ``interval`` apart.
+    """
+    order: Tensor
+    inverse: Tensor
+    segments: Tuple[Segment, ...]
+
+    @property
+    def extent(self) -> Tuple[int, int]:
+        """Height and width, in members, that no group exceeds."""
+        return (max(segment.height for segment in self.segments),
+                max(segment.width for segment in self.segments))
+
+
+class AxisRule(NamedTuple):
+    """The one-dimensional rule above: ``size`` members, ``interval`` apart."""
+    size: int
+    interval: int
+
+
+def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
+    """Positions of the groups of one axis.
+
+    Returns:
+        list[Tensor]: index tables (groups, members), one for each number of
+        members that occurs (at most three), together holding every position of
+        ``range(length)`` once.
+    """
+    size, interval = rule
+    tile = size * interval
+    whole = length - length % tile
+    positions = torch.arange(length, device=device)
+    tables = []
+    if whole:
+        table = positions[:whole].view(-1, size, interval)  # (tile, member, group)
+        tables.append(table.transpose(1, 2).reshape(-1, size))
+    if whole < length:  # the ragged tile: its first `longer` groups get one member more
+        rest = positions[whole:]
+        members, longer = divmod(length - whole, interval)
+        if members:
+            table = rest[:members * interval].view(members, interval).t()
+            if longer:
+                tables.append(torch.cat([table[:longer], rest[members * interval:, None]], 1))
+            tables.append(table[longer:])
+        else:
+            tables.append(rest[:, None])
+    return tables
+
+
+def group_map(batch: int, height: int, width: int, rows: AxisRule, columns: AxisRule,
+              device=None) -> Grouping:
+    """The groups of a batch of ``height x width`` maps.
+
+    Raises nothing: any size and any rule with positive numbers is valid.
+    """
+    images = torch.arange(batch, device=device)[:, None, None, None, None] * (height * width)
+    column_tables = group_axis(width, columns, device)
+    orders, segments = [], []
+    for r in group_axis(height, rows, device):
+        for c in column_tables:
+            # (image, row group, column group, row member, column member)
+            index = images + r[:, None, :, None] * width + c[None, :, None, :]
+            orders.append(index.flatten())
+            segments.append(Segment(batch * r.shape[0] * c.shape[0], r.shape[1], c.shape[1]))
+    order = torch.cat(orders)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=device)
+    return Grouping(order, inverse, tuple(segments))
+
+
+def short_distance(height: int, width: int, group_size: int,
+                   lda: str) -> Tuple[AxisRule, AxisRule]:
+    """Rules for rows and columns of short distance attention.
+
+    A map that is not larger than a group on one side is cut into groups of
+    min(H, W) (``interval``) or taken whole, max(H, W) (``block``), which is
+    what each of the authors' two codes does.
+    """
+    if is_small(height, width, group_size):
+        group_size = min(height, width) if lda == 'interval' else max(height, width)
+    rule = AxisRule(group_size, 1)
+    return rule, rule
+
+
+def long_distance(height: int, width: int, group_size: int, interval: int,
+                  lda: str) -> Tuple[AxisRule, AxisRule]:
+    """Rules for rows and columns of long distance attention.
+
+    On a map that is not larger than a group on one side it is short distance
+    attention.
+    """
+    if is_small(height, width, group_size):
+        return short_distance(height, width, group_size, lda)
+    if lda == 'block':
+        rule = AxisRule(group_size, interval)
+        return rule, rule
+    return (AxisRule(-(-height // interval), interval), AxisRule(-(-width // interval), interval))
+
+
+def is_small(height: int, width: int, group_size: int) -> bool:
+    return min(height, width) <= group_size
