@@ -178,7 +178,8 @@ class CrossFormer(BaseModule):
 
         self.patch_embed = PatchEmbedding(in_channels, arch['embed_dims'], patch_sizes)
         self.embed_drop = nn.Dropout(drop_rate)
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last_block = max(sum(depths) - 1, 1)
+        drop_path = (drop_path_rate * block / last_block for block in range(sum(depths)))
         num_stages = max(out_indices) + 1
         self.layers = nn.ModuleList()
         channels, strides = [], []

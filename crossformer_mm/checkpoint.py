@@ -2,10 +2,19 @@
 import pickle
 from typing import Dict, List, Mapping
 
+import numpy
 import torch
 from mmengine.fileio import get_local_path
-from mmengine.logging import print_log
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
+
+# What mmengine's own checkpoints hold besides tensors and plain values: the loss
+# history of the log, kept in numpy arrays.
+SAFE_GLOBALS = [
+    HistoryBuffer, numpy.ndarray, numpy.dtype, type(numpy.dtype('float64')),
+    type(numpy.dtype('int64')), numpy.array(0).__reduce__()[0]
+]
 
 # What the authors' ImageNet files hold besides the backbone: the classifier's
 # final norm and linear layer, and buffers that their code recomputes anyway.
@@ -13,23 +22,42 @@ CLASSIFIER_KEYS = ('norm.', 'head.')
 BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
 
-def read_checkpoint(path: str) -> dict:
-    """Read a checkpoint file or URL onto the CPU as pure data.
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one sentence that says why."""
+
+
+def use_safe_loading() -> None:
+    """Let mmengine read every checkpoint, for resuming and testing too, as pure data.
+
+    Its own loader falls back to running what a file says when the safe way
+    refuses it.
+    """
+
+    def load_from_plain_data(path, map_location=None):  # the log names the loader after `load_from_`
+        return read_checkpoint(path, map_location)
+
+    CheckpointLoader.register_scheme(
+        prefixes=('', 'http://', 'https://'), loader=load_from_plain_data, force=True)
+
+
+def read_checkpoint(path: str, map_location='cpu') -> dict:
+    """Read a checkpoint file or URL as pure data.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint, is cut short, or holds
+        CheckpointError: the file is not a checkpoint, is cut short, or holds
             objects other than tensors and plain values; nothing of it was run.
     """
     try:
         with get_local_path(path) as local:
-            return torch.load(local, map_location='cpu', weights_only=True)
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                return torch.load(local, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Checkpoint '{path}' does not exist: give the path of a .pth file.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"Checkpoint '{path}' could not be read as plain weights (it may be cut "
+        raise CheckpointError(f"Checkpoint '{path}' could not be read as plain weights (it may be cut "
                          f'short or hold code, which is never run): {reason}') from None
 
 
@@ -41,7 +69,7 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str
     ``backbone.*`` keys); drops the classifier and stored buffers by name.
 
     Raises:
-        ValueError: there are no tensors under names that could be a backbone's.
+        CheckpointError: there are no tensors under names that could be a backbone's.
     """
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
@@ -49,7 +77,7 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str
             break
     if not isinstance(checkpoint, Mapping) or not any(
             isinstance(value, Tensor) for value in checkpoint.values()):
-        raise ValueError('it holds no weights: expected a dict of tensors, or one under '
+        raise CheckpointError('it holds no weights: expected a dict of tensors, or one under '
                          "'state_dict' or 'model'")
     weights = {key.removeprefix('module.'): value for key, value in checkpoint.items()}
     if any(key.startswith(prefix) for key in weights):
@@ -68,22 +96,22 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint, or the file's weights are not this
+        CheckpointError: not a checkpoint, or the file's weights are not this
             architecture's; the sentence lists what is missing, unexpected or
             of another shape.
     """
     try:
         weights = backbone_weights(read_checkpoint(path), prefix)
-    except ValueError as error:
+    except CheckpointError as error:
         message = str(error)
-        raise ValueError(message if path in message else f"Checkpoint '{path}': {message}") from None
+        raise CheckpointError(message if path in message else f"Checkpoint '{path}': {message}") from None
     own = backbone.state_dict()
     weights = {key: value for key, value in weights.items()
                if key in own or not backbone.is_left_out(key)}
     fresh = [key for key in own if key not in weights and backbone.is_extra(key)]
     problems = compare(own.keys() - fresh, weights, own)
     if problems:
-        raise ValueError(f"Checkpoint '{path}' does not fit this backbone: " + '; '.join(problems) +
+        raise CheckpointError(f"Checkpoint '{path}' does not fit this backbone: " + '; '.join(problems) +
                          '. Choose the arch that the file was trained with.')
     backbone.load_state_dict({**own, **weights})
     left = f' ({len(fresh)} output norm parameters start fresh)' if fresh else ''

@@ -1,0 +1,132 @@
+"""What train.py and test.py share: arguments, reading a config, checks before long work."""
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+
+from crossformer_mm.checkpoint import CheckpointError, use_safe_loading
+
+# The package that each default_scope needs, as a user installs it.
+SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+
+
+def fail(sentence: str) -> None:
+    """End the program with one sentence on stderr and exit status 2."""
+    print(f'error: {sentence}', file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def sentences_for(*errors):
+    """Turn errors that already say all a user needs into that sentence."""
+    try:
+        yield
+    except errors as error:
+        fail(str(error))
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints '
+                        '(default: work_dirs/NAME_OF_CONFIG)')
+    parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
+    parser.add_argument('--tensorboard', action='store_true', help='also log to TensorBoard')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='settings that replace those of the config, such as '
+        'train_dataloader.batch_size=4 model.backbone.with_cp=True')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='how the processes of a distributed job were started')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                        help=argparse.SUPPRESS)
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config with the arguments applied; ends the program where that cannot work."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not Path(args.config).is_file():
+        fail(f"config '{args.config}' does not exist.")
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:  # a config is a program: anything can go wrong in it
+        fail(f"config '{args.config}' could not be read: {type(error).__name__}: {error}")
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    scope = cfg.get('default_scope')
+    if scope not in SCOPES:
+        fail(f"config '{args.config}' has default_scope {scope!r}, allowed are "
+             f"{', '.join(map(repr, SCOPES))}.")
+    if find_spec(scope) is None:
+        fail(f"config '{args.config}' needs the package {SCOPES[scope]}, which is not installed.")
+
+    cfg.launcher = args.launcher
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    if args.tensorboard:
+        if find_spec('tensorboard') is None:
+            fail('--tensorboard needs the package tensorboard, which is not installed.')
+        cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends,
+                                       dict(type='TensorboardVisBackend')]
+    if not torch.cuda.is_available():
+        cfg.env_cfg.dist_cfg.backend = 'gloo'
+        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            if cfg.get(name):
+                cfg[name].pin_memory = False
+    if args.data_root:
+        replace_data_root(cfg, args.data_root)
+    use_safe_loading()
+    return cfg
+
+
+def innermost(dataset: dict) -> dict:
+    """The dataset inside wrappers such as RepeatDataset."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def replace_data_root(cfg: Config, root: str) -> None:
+    """Let every dataset, and the annotation file of every metric, live under ``root``."""
+    for split in ('train', 'val', 'test'):
+        if not cfg.get(f'{split}_dataloader'):
+            continue
+        dataset = innermost(cfg[f'{split}_dataloader'].dataset)
+        old, dataset.data_root = dataset.data_root, root
+        evaluators = cfg.get(f'{split}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            if evaluator.get('ann_file'):
+                evaluator.ann_file = str(Path(root) / os.path.relpath(evaluator.ann_file, old))
+
+
+def check_dataset(cfg: Config, *splits: str) -> None:
+    """End the program with a sentence if a folder or file of a dataset is not there."""
+    for split in splits:
+        if not cfg.get(f'{split}_dataloader'):
+            continue
+        dataset = innermost(cfg[f'{split}_dataloader'].dataset)
+        root = Path(dataset.get('data_root') or '.')
+        parts = [dataset.get('ann_file'), *dataset.get('data_prefix', {}).values()]
+        for path in [root, *(root / part for part in parts if part)]:
+            if not path.exists():
+                fail(f"the {split} dataset is not there: '{path.absolute()}' does not exist; put "
+                     f"it there or name another folder with --data-root (now '{root}').")
+
+
+def check_file(option: str, path: str) -> None:
+    if '://' not in path and not Path(path).is_file():
+        fail(f"{option}: file '{path}' does not exist.")
+
+
+def run(main) -> None:
+    """Run a tool; a checkpoint that cannot be used ends it with its sentence."""
+    with sentences_for(CheckpointError):
+        main()

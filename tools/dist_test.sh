@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# One process per GPU (or CPU share) by torchrun:  tools/dist_test.sh CONFIG CHECKPOINT GPUS [OPTIONS of tools/test.py]
+# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    echo "usage: $0 CONFIG CHECKPOINT GPUS [OPTIONS of tools/test.py]" >&2
+    exit 2
+fi
+torchrun --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
+    --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" \
+    --nproc-per-node="$3" \
+    "$(dirname "$0")/test.py" "$1" "$2" --launcher pytorch "${@:4}"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# One process per GPU (or CPU share) by torchrun:  tools/dist_train.sh CONFIG GPUS [OPTIONS of tools/train.py]
+# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: $0 CONFIG GPUS [OPTIONS of tools/train.py]" >&2
+    exit 2
+fi
+torchrun --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
+    --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" \
+    --nproc-per-node="$2" \
+    "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}"

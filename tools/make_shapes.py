@@ -1,0 +1,131 @@
+"""Generate a small data set of shapes on clutter, in COCO's and in ADE20K's format.
+
+    python tools/make_shapes.py data/shapes
+
+The same images, instances and label maps in both: ``DIR/coco`` has the layout
+of COCO 2017, ``DIR/ade`` that of ADEChallengeData2016. The same arguments give
+the same files.
+"""
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as rle
+
+CLASSES = ('disk', 'square', 'triangle', 'star')
+MIN_VISIBLE = 0.4  # a shape hidden more than this is no object
+
+
+def polygon(kind: str, radius: float, angle: float) -> np.ndarray:
+    """Corners (N, 2) of a shape around the origin."""
+    corners = {'disk': 48, 'square': 4, 'triangle': 3, 'star': 10}[kind]
+    angles = angle + np.arange(corners) * 2 * np.pi / corners
+    radii = np.where(np.arange(corners) % 2, 0.45, 1.0) if kind == 'star' else np.ones(corners)
+    return radius * radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def clutter(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A background (size, size, 3) of soft colours, lines and dots."""
+    image = cv2.resize(rng.uniform(40, 215, (4, 4, 3)).astype(np.float32), (size, size),
+                       interpolation=cv2.INTER_CUBIC)
+    image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+    for _ in range(rng.integers(6, 14)):
+        start, end = rng.integers(0, size, (2, 2)).tolist()
+        cv2.line(image, start, end, rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3)),
+                 cv2.LINE_AA)
+    for _ in range(rng.integers(10, 30)):
+        centre = rng.integers(0, size, 2).tolist()
+        cv2.circle(image, centre, int(rng.integers(1, 4)), rng.integers(0, 256, 3).tolist(), -1,
+                   cv2.LINE_AA)
+    return image
+
+
+def scene(rng: np.random.Generator, size: int):
+    """One image with its visible objects.
+
+    Returns:
+        tuple: image (size, size, 3) uint8; a list of (class index, mask (size,
+        size) bool) whose masks do not overlap.
+    """
+    image = clutter(rng, size)
+    drawn = []
+    for _ in range(rng.integers(3, 7)):
+        kind = int(rng.integers(len(CLASSES)))
+        radius = rng.uniform(0.08, 0.2) * size
+        centre = rng.uniform(radius, size - radius, 2)
+        corners = polygon(CLASSES[kind], radius, rng.uniform(0, 2 * np.pi)) + centre
+        corners = np.round(corners * 16).astype(np.int32)  # 4 fractional bits
+        full = np.zeros((size, size), np.uint8)
+        cv2.fillPoly(full, [corners], 1, shift=4)
+        cv2.fillPoly(image, [corners], rng.integers(0, 256, 3).tolist(), cv2.LINE_AA, shift=4)
+        full = full.astype(bool)
+        drawn = [(k, visible & ~full, area) for k, visible, area in drawn]
+        drawn.append((kind, full, full.sum()))
+    return image, [(k, visible) for k, visible, area in drawn
+                   if visible.sum() >= MIN_VISIBLE * area]
+
+
+def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:
+    coco_images = folder / 'coco' / f'{split}2017'
+    ade_split = {'train': 'training', 'val': 'validation'}[split]
+    ade_images = folder / 'ade' / 'images' / ade_split
+    ade_labels = folder / 'ade' / 'annotations' / ade_split
+    for path in (coco_images, ade_images, ade_labels, folder / 'coco' / 'annotations'):
+        path.mkdir(parents=True, exist_ok=True)
+
+    rng = np.random.default_rng([seed, split == 'val'])
+    images, annotations = [], []
+    for index in range(1, count + 1):
+        image, objects = scene(rng, size)
+        name = f'{index:012d}.png'
+        cv2.imwrite(str(coco_images / name), image)
+        # ADE20K's label maps count from 1 and leave 0 for "other", never trained.
+        cv2.imwrite(str(ade_images / name.replace('.png', '.jpg')), image,
+                    [cv2.IMWRITE_JPEG_QUALITY, 95])
+        labels = np.ones((size, size), np.uint8)
+        images.append(dict(id=index, file_name=name, height=size, width=size))
+        for kind, visible in objects:
+            labels[visible] = kind + 2
+            code = rle.encode(np.asfortranarray(visible.astype(np.uint8)))
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=index, category_id=kind + 1, iscrowd=0,
+                area=float(visible.sum()), bbox=rle.toBbox(code).tolist(),
+                segmentation=dict(size=code['size'], counts=code['counts'].decode())))
+        cv2.imwrite(str(ade_labels / name), labels)
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+    (folder / 'coco' / 'annotations' / f'instances_{split}2017.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    print(f"wrote {count} {split} images with {len(annotations)} objects to '{folder}'")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('out', type=Path, help='folder to write; reused if the same set is there')
+    parser.add_argument('--train', type=int, default=400, help='training images')
+    parser.add_argument('--val', type=int, default=100, help='held-out images')
+    parser.add_argument('--size', type=int, default=160, help='side of the images in pixels')
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    if min(args.train, args.val) < 1 or args.size < 32:
+        parser.error('--train and --val must be at least 1 and --size at least 32')
+
+    made_with = dict(train=args.train, val=args.val, size=args.size, seed=args.seed)
+    stamp = args.out / 'made_with.json'  # written last: a set without it is not whole
+    if stamp.is_file() and json.loads(stamp.read_text()) == made_with:
+        print(f"'{args.out}' is there already")
+        return
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / 'coco').is_dir():
+        parser.error(f"out: '{args.out}' holds other files; name a new or empty folder")
+    for part in ('coco', 'ade'):
+        shutil.rmtree(args.out / part, ignore_errors=True)
+    stamp.unlink(missing_ok=True)
+    write_split(args.out, 'train', args.train, args.size, args.seed)
+    write_split(args.out, 'val', args.val, args.size, args.seed)
+    stamp.write_text(json.dumps(made_with))
+
+
+if __name__ == '__main__':
+    main()

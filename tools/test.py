@@ -1,0 +1,63 @@
+"""Evaluate a checkpoint of a detector or a segmentor.
+
+    python tools/test.py configs/upernet/cf_s_160k.py work_dirs/cf_s_160k/iter_160000.pth --tta
+"""
+from pathlib import Path
+
+from common import (argument_parser, check_dataset, check_file, fail, innermost, read_config, run,
+                    sentences_for)
+from mmengine.config import ConfigDict
+from mmengine.runner import Runner
+
+
+def parse_args():
+    parser = argument_parser('Evaluate a checkpoint of a detector or a segmentor')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='keep the predictions: a .pkl file for a detector, a folder '
+                        'of label maps for a segmentor')
+    parser.add_argument('--show-dir', help='folder for pictures of predictions beside ground truth')
+    parser.add_argument('--tta', action='store_true',
+                        help='test-time augmentation, as the config defines it')
+    return parser.parse_args()
+
+
+def use_test_time_augmentation(cfg, config_file):
+    if not cfg.get('tta_model') or not cfg.get('tta_pipeline'):
+        fail(f"--tta: config '{config_file}' defines no test-time augmentation "
+             '(tta_model and tta_pipeline).')
+    innermost(cfg.test_dataloader.dataset).pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def main():
+    args = parse_args()
+    cfg = read_config(args)
+    check_file('checkpoint', args.checkpoint)
+    cfg.load_from = args.checkpoint
+    detection = cfg.default_scope == 'mmdet'
+    if args.out and detection and not args.out.endswith(('.pkl', '.pickle')):
+        fail(f"--out: '{args.out}' must end in .pkl for a detector.")
+    if args.show_dir:
+        # Absolute: the hook would put a relative one below the work folder.
+        folder = str(Path(args.show_dir).absolute())
+        cfg.default_hooks.visualization.draw = True
+        if detection:
+            cfg.default_hooks.visualization.test_out_dir = folder
+        else:
+            cfg.visualizer.save_dir = folder
+    if args.tta:
+        use_test_time_augmentation(cfg, args.config)
+    if args.out and not detection:
+        cfg.test_evaluator.output_dir = args.out
+        cfg.test_evaluator.keep_results = True
+    check_dataset(cfg, 'test')
+    with sentences_for(ValueError, FileNotFoundError):
+        runner = Runner.from_cfg(cfg)
+    if args.out and detection:
+        from mmdet.evaluation import DumpDetResults
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    run(main)
