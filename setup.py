@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = {}
+exec((here / 'crossformer_mm' / 'version.py').read_text(), version)
+
+# The maintained and the last OpenMMLab releases install the same import packages,
+# so that requiring one would break an environment with the other: a user names
+# the family by an extra, or has one already.
+setup(
+    name='crossformer-mm',
+    version=version['__version__'],
+    description='CrossFormer and CrossFormer++ backbones for MMDetection and MMSegmentation',
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['crossformer_mm', 'crossformer_mm.*']),
+    python_requires='>=3.10',
+    install_requires=['torch>=2.5', 'einops>=0.6'],
+    extras_require={
+        'onedl': ['onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1',
+                  'onedl-mmsegmentation>=1.4.2', 'ftfy', 'regex'],
+        'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.1.0', 'mmdet>=3.3.0', 'mmsegmentation>=1.2.2',
+                      'ftfy', 'regex'],
+        'tensorboard': ['tensorboard'],
+    },
+)

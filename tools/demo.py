@@ -1,0 +1,93 @@
+"""Train and evaluate a small detector and a small segmentor on generated shapes.
+
+    python tools/demo.py
+
+Run again, it reuses the data set and goes on from the newest checkpoints.
+"""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = Path('work_dirs/demo')
+
+# Per config: the metrics that the demo is judged by, and the marks to reach, in percent.
+MARKS = {
+    'mask_rcnn': {'coco/bbox_mAP_50': ('box AP50', 70), 'coco/segm_mAP_50': ('mask AP50', 70)},
+    'upernet': {'mIoU': ('mIoU', 70)},
+}
+# What is shown of a log that also lists the environment and the whole config.
+SHOWN = ('Iter(train)', 'Epoch(train)', 'Epoch(test)', 'Iter(test)', 'Saving checkpoint',
+         'Resumed', 'error')
+
+
+def run(title: str, *command: str) -> None:
+    """Run a tool, showing its progress; end the demo if it fails."""
+    print(f'\n== {title}\n   {" ".join(command)}', flush=True)
+    log = WORK / 'demo.log'
+    with log.open('a') as keep, subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors='replace') as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            keep.write(line)
+            if any(word in line for word in SHOWN):
+                print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
+    if process.returncode:
+        print(''.join(lines[-15:]), file=sys.stderr)
+        sys.exit(f"error: '{' '.join(command)}' failed, its whole output is in '{log}'.")
+
+
+def newest(pattern: str) -> Path:
+    return max(WORK.glob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> None:
+    """Join pictures of equal shape into one file, ground truth left, prediction right in each."""
+    images = [cv2.imread(str(picture)) for picture in pictures]
+    images = [cv2.resize(i, (round(i.shape[1] * height / i.shape[0]), height),
+                         interpolation=cv2.INTER_AREA if i.shape[0] > height else cv2.INTER_CUBIC)
+              for i in images]
+    images = [cv2.copyMakeBorder(i, 6, 6, 6, 6, cv2.BORDER_CONSTANT, value=(255,) * 3)
+              for i in images]
+    rows = [np.hstack(images[i:i + columns]) for i in range(0, len(images), columns)]
+    cv2.imwrite(str(out), np.vstack(rows))
+
+
+def main():
+    started = time.time()
+    WORK.mkdir(parents=True, exist_ok=True)
+    run('Data: shapes on clutter, 400 images to train on and 100 held out',
+        str(ROOT / 'tools/make_shapes.py'), 'data/shapes')
+    report, pictures = [], []
+    for name, metrics in MARKS.items():
+        config = str(ROOT / f'configs/demo/{name}_shapes.py')
+        run(f'Training {name}', str(ROOT / 'tools/train.py'), config, '--resume')
+        checkpoint = (WORK / name / 'last_checkpoint').read_text().strip()
+        run(f'Evaluating {name} on the held-out images', str(ROOT / 'tools/test.py'), config,
+            checkpoint, '--show-dir', str(WORK / name / 'pictures'))
+        measured = json.loads(newest(f'{name}/*/*.json').read_text())
+        for key, (label, mark) in metrics.items():
+            value = measured[key] * (100 if key.startswith('coco/') else 1)
+            report.append((f'{name}: {label}', value, mark))
+        folder = WORK / name / 'pictures'
+        shown = sorted(folder.rglob('*.png'), key=lambda path: (path.stat().st_mtime, path.name))
+        sheet = WORK / f'{name}.png'
+        contact_sheet(shown[-8:], sheet)
+        pictures.append(sheet)
+
+    print(f'\n== Results on the held-out images ({(time.time() - started) / 60:.1f} minutes)')
+    for label, value, mark in report:
+        print(f"   {label:22} {value:5.1f}   mark {mark}   {'reached' if value >= mark else 'MISSED'}")
+    print('   ground truth beside prediction: ' + ', '.join(str(path) for path in pictures))
+    sys.exit(any(value < mark for _, value, mark in report))
+
+
+if __name__ == '__main__':
+    main()
