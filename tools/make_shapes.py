@@ -28,19 +28,23 @@ def polygon(kind: str, radius: float, angle: float) -> np.ndarray:
 
 
 def clutter(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A background (size, size, 3) of soft colours, lines and dots."""
-    image = cv2.resize(rng.uniform(40, 215, (4, 4, 3)).astype(np.float32), (size, size),
-                       interpolation=cv2.INTER_CUBIC)
-    image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
-    for _ in range(rng.integers(6, 14)):
+    """A background (size, size, 3) of pale, noisy colours with bright lines and dots on it."""
+    image = cv2.resize(rng.uniform(90, 190, (4, 4, 1)) + rng.uniform(-25, 25, (4, 4, 3)),
+                       (size, size), interpolation=cv2.INTER_CUBIC)
+    image = np.clip(image + rng.normal(0, 10, image.shape), 0, 255).astype(np.uint8)
+    for _ in range(rng.integers(4, 10)):
         start, end = rng.integers(0, size, (2, 2)).tolist()
-        cv2.line(image, start, end, rng.integers(0, 256, 3).tolist(), int(rng.integers(1, 3)),
-                 cv2.LINE_AA)
+        cv2.line(image, start, end, bright_colour(rng), int(rng.integers(1, 3)), cv2.LINE_AA)
     for _ in range(rng.integers(10, 30)):
         centre = rng.integers(0, size, 2).tolist()
-        cv2.circle(image, centre, int(rng.integers(1, 4)), rng.integers(0, 256, 3).tolist(), -1,
-                   cv2.LINE_AA)
+        cv2.circle(image, centre, int(rng.integers(1, 4)), bright_colour(rng), -1, cv2.LINE_AA)
     return image
+
+
+def bright_colour(rng: np.random.Generator) -> list:
+    """A saturated colour of any hue, in BGR."""
+    hsv = np.array([[[rng.integers(180), rng.integers(150, 256), rng.integers(150, 256)]]])
+    return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR)[0, 0].tolist()
 
 
 def scene(rng: np.random.Generator, size: int):
@@ -54,13 +58,13 @@ def scene(rng: np.random.Generator, size: int):
     drawn = []
     for _ in range(rng.integers(3, 7)):
         kind = int(rng.integers(len(CLASSES)))
-        radius = rng.uniform(0.08, 0.2) * size
+        radius = rng.uniform(0.1, 0.22) * size
         centre = rng.uniform(radius, size - radius, 2)
         corners = polygon(CLASSES[kind], radius, rng.uniform(0, 2 * np.pi)) + centre
         corners = np.round(corners * 16).astype(np.int32)  # 4 fractional bits
         full = np.zeros((size, size), np.uint8)
         cv2.fillPoly(full, [corners], 1, shift=4)
-        cv2.fillPoly(image, [corners], rng.integers(0, 256, 3).tolist(), cv2.LINE_AA, shift=4)
+        cv2.fillPoly(image, [corners], bright_colour(rng), cv2.LINE_AA, shift=4)
         full = full.astype(bool)
         drawn = [(k, visible & ~full, area) for k, visible, area in drawn]
         drawn.append((kind, full, full.sum()))

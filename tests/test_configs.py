@@ -1,0 +1,126 @@
+"""The configs build the published models and state the published recipes."""
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm import CrossFormer
+
+CONFIGS = Path(__file__).parent.parent / 'configs'
+ZOO = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name not in ('_base_', 'demo'))
+DEMO = sorted(CONFIGS.glob('demo/*.py'))
+
+# Parameters in millions as published (papers' tables for COCO and ADE20K).
+PUBLISHED = {
+    'retinanet/cf_s_1x': 40.8, 'retinanet/cf_b_1x': 62.1,
+    'mask_rcnn/cf_s_1x': 50.2, 'mask_rcnn/cf_b_1x': 71.5,
+    'upernet/cf_s_160k': 62.3, 'upernet/cf_b_160k': 83.6, 'upernet/cf_l_160k': 125.5,
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CONFIGS).with_suffix(''))
+
+
+def build(cfg: Config) -> torch.nn.Module:
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+def test_every_zoo_config_has_a_published_size():
+    assert {name_of(path) for path in ZOO} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize('path', ZOO, ids=name_of)
+def test_zoo_model_has_the_published_parameters(path):
+    model = build(Config.fromfile(path))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert round(millions, 1) == PUBLISHED[name_of(path)]
+
+
+@pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
+def test_heads_take_what_the_backbone_gives(path):
+    cfg = Config.fromfile(path)
+    backbone = CrossFormer(**{key: value for key, value in cfg.model.backbone.items()
+                              if key != 'type'})
+    taker = cfg.model.get('neck') or cfg.model.decode_head
+    assert tuple(taker.in_channels) == backbone.out_channels
+    if 'auxiliary_head' in cfg.model:
+        auxiliary = cfg.model.auxiliary_head
+        assert auxiliary.in_channels == backbone.out_channels[auxiliary.in_index]
+
+
+@pytest.mark.parametrize('path', ZOO, ids=name_of)
+def test_zoo_uses_the_setting_of_the_published_results(path):
+    backbone = Config.fromfile(path).model.backbone
+    assert backbone.lda == 'interval'
+    assert tuple(backbone.group_size) == (7, 7, 7, 7)
+    assert tuple(backbone.interval) == (8, 4, 2, 1)
+    assert not backbone.get('out_norm', False)
+
+
+@pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
+def test_configs_stand_on_their_own(path):
+    cfg = Config.fromfile(path)
+    assert cfg.custom_imports.imports == ['crossformer_mm']
+    for file in CONFIGS.rglob('*.py'):
+        bases = [ast.literal_eval(node.value) for node in ast.parse(file.read_text()).body
+                 if isinstance(node, ast.Assign) and node.targets[0].id == '_base_']
+        assert '::' not in str(bases), f'{file} inherits from another package'
+
+
+@pytest.mark.parametrize('path', [p for p in ZOO if '1x' in p.stem], ids=name_of)
+def test_coco_1x_recipe(path):
+    cfg = Config.fromfile(path)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-4, weight_decay=1e-4)
+    assert 'clip_grad' not in cfg.optim_wrapper
+    assert cfg.train_cfg.max_epochs == 12
+    warmup, steps = cfg.param_scheduler
+    assert (warmup.start_factor, warmup.end, warmup.by_epoch) == (0.001, 500, False)
+    assert (steps.milestones, steps.gamma) == ([8, 11], 0.1)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    resize = next(step for step in cfg.train_pipeline if step.type == 'Resize')
+    assert resize.scale == (1333, 800) and resize.keep_ratio
+    assert next(step for step in cfg.train_pipeline if step.type == 'RandomFlip').prob == 0.5
+
+
+@pytest.mark.parametrize('path', [p for p in ZOO if '160k' in p.stem], ids=name_of)
+def test_upernet_recipe(path):
+    cfg = Config.fromfile(path)
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    assert cfg.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.)
+    assert cfg.train_cfg.max_iters == 160000
+    warmup, poly = cfg.param_scheduler
+    assert (warmup.start_factor, warmup.end) == (1e-6, 1500)
+    assert (poly.type, poly.power, poly.begin, poly.end) == ('PolyLR', 1.0, 1500, 160000)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    resize = next(step for step in cfg.train_pipeline if step.type == 'RandomResize')
+    assert (resize.scale, resize.ratio_range) == ((2048, 512), (0.5, 2.0))
+    assert next(step for step in cfg.train_pipeline if step.type == 'RandomCrop').crop_size == (
+        512, 512)
+    sizes, flips = cfg.tta_pipeline[1].transforms[:2]
+    assert [size.scale[1] / 512 for size in sizes] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    assert [flip.prob for flip in flips] == [0., 1.]
+    assert cfg.model.decode_head.channels == 512
+    assert cfg.model.decode_head.pool_scales == (1, 2, 3, 6)
+    auxiliary = cfg.model.auxiliary_head
+    assert (auxiliary.channels, auxiliary.loss_decode.loss_weight) == (256, 0.4)
+
+
+def test_norms_have_no_weight_decay_in_upernet():
+    from mmengine.optim import build_optim_wrapper
+    cfg = Config.fromfile(CONFIGS / 'upernet' / 'cf_s_160k.py')
+    model = CrossFormer(arch=dict(embed_dims=16, depths=(1,), num_heads=(1,)), group_size=(7,),
+                        interval=(8,), merge_sizes=(), out_indices=(0,))
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups
+             for p in group['params']}
+    for module in model.modules():
+        expected = 0. if isinstance(module, torch.nn.LayerNorm) else 0.01
+        for parameter in module.parameters(recurse=False):
+            assert decay[id(parameter)] == expected

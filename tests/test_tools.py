@@ -1,0 +1,235 @@
+"""The command line tools: train, test, resume, and one clear sentence for what cannot work."""
+import json
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+
+ROOT = Path(__file__).parent.parent
+DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
+SEGMENTOR = 'configs/demo/upernet_shapes.py'
+SMALL = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
+ONE_EPOCH = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
+FOUR_ITERATIONS = [*SMALL, 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
+                   'default_hooks.checkpoint.interval=2']
+
+
+def run(*command, expect=0) -> str:
+    """Run a tool as a user does, from the repository's root; its whole output."""
+    command = [str(part) for part in command]
+    interpreter = [sys.executable] if command[0].endswith('.py') else []
+    done = subprocess.run(interpreter + command, cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1',
+                               'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
+    assert done.returncode == expect, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory) -> Path:
+    """A data set of 8 training and 4 held-out images."""
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    run('tools/make_shapes.py', folder, '--train', 8, '--val', 4, '--size', 96)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def detector(shapes, tmp_path_factory) -> Path:
+    """Work folder of a detector trained for one epoch."""
+    work = tmp_path_factory.mktemp('detector')
+    output = run('tools/train.py', DETECTOR, '--work-dir', work, '--data-root', shapes / 'coco',
+                 '--tensorboard', '--cfg-options', *ONE_EPOCH)
+    assert 'loss_mask' in output and 'eta' in output and 'coco/segm_mAP' in output
+    return work
+
+
+@pytest.fixture(scope='module')
+def segmentor(shapes, tmp_path_factory) -> Path:
+    """Work folder of a segmentor trained for four iterations."""
+    work = tmp_path_factory.mktemp('segmentor')
+    output = run('tools/train.py', SEGMENTOR, '--work-dir', work, '--data-root', shapes / 'ade',
+                 '--cfg-options', *FOUR_ITERATIONS)
+    assert 'decode.loss_ce' in output and 'eta' in output and 'mIoU' in output
+    return work
+
+
+def metrics(work: Path) -> dict:
+    """What the newest test wrote."""
+    return json.loads(max(work.glob('*/*.json'), key=lambda p: p.stat().st_mtime).read_text())
+
+
+class TestDetector:
+
+    def test_training_leaves_a_checkpoint_and_tensorboard_events(self, detector):
+        assert (detector / 'epoch_1.pth').is_file()
+        assert list(detector.rglob('events.out.tfevents*'))
+
+    def test_evaluation_keeps_predictions_and_pictures(self, detector, shapes, tmp_path):
+        predictions, pictures = tmp_path / 'predictions.pkl', tmp_path / 'pictures'
+        run('tools/test.py', DETECTOR, detector / 'epoch_1.pth', '--data-root', shapes / 'coco',
+            '--work-dir', tmp_path, '--out', predictions, '--show-dir', pictures)
+        assert 'coco/bbox_mAP_50' in metrics(tmp_path)
+        kept = pickle.loads(predictions.read_bytes())
+        assert len(kept) == 4 and all('bboxes' in one['pred_instances'] for one in kept)
+        # ground truth and prediction, side by side
+        assert sorted(cv2.imread(str(p)).shape for p in pictures.iterdir()) == [(96, 192, 3)] * 4
+
+    def test_resume_goes_on_after_the_newest_epoch(self, detector, shapes):
+        output = run('tools/train.py', DETECTOR, '--work-dir', detector, '--data-root',
+                     shapes / 'coco', '--resume', '--cfg-options', *SMALL,
+                     'train_cfg.max_epochs=2', 'train_cfg.val_interval=2')
+        assert 'Epoch(train)  [2]' in output and 'Epoch(train)  [1]' not in output
+        assert (detector / 'epoch_2.pth').is_file()
+
+    def test_two_processes_train_and_evaluate_together(self, shapes, tmp_path):
+        output = run('tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path, '--data-root',
+                     shapes / 'coco', '--cfg-options', *ONE_EPOCH)
+        assert 'coco/bbox_mAP' in output
+        output = run('tools/dist_test.sh', DETECTOR, tmp_path / 'epoch_1.pth', 2, '--work-dir',
+                     tmp_path, '--data-root', shapes / 'coco')
+        assert 'coco/bbox_mAP' in output
+
+
+class TestSegmentor:
+
+    def test_evaluation_keeps_label_maps_and_pictures(self, segmentor, shapes, tmp_path):
+        maps, pictures = tmp_path / 'maps', tmp_path / 'pictures'
+        run('tools/test.py', SEGMENTOR, segmentor / 'iter_4.pth', '--data-root', shapes / 'ade',
+            '--work-dir', tmp_path, '--out', maps, '--show-dir', pictures)
+        assert 0 <= metrics(pictures if list(pictures.glob('*/*.json')) else tmp_path)['mIoU'] <= 100
+        kept = sorted(maps.glob('*.png'))
+        assert len(kept) == 4 and cv2.imread(str(kept[0]), cv2.IMREAD_UNCHANGED).shape == (96, 96)
+        assert len(list(pictures.rglob('*.png'))) == 4
+
+    def test_multi_scale_and_mirrored_evaluation(self, segmentor, shapes, tmp_path):
+        plain = run('tools/test.py', SEGMENTOR, segmentor / 'iter_4.pth', '--data-root',
+                    shapes / 'ade', '--work-dir', tmp_path, '--tta', '--cfg-options',
+                    # the published sizes are for ADE20K: a fortieth of the work
+                    'tta_pipeline.1.transforms.0.0.scale=(64,64)',
+                    *(f'tta_pipeline.1.transforms.0.{i}.scale=(96,96)' for i in range(1, 6)))
+        assert 'mIoU' in plain
+
+    def test_resume_goes_on_after_the_newest_iteration(self, segmentor, shapes):
+        output = run('tools/train.py', SEGMENTOR, '--work-dir', segmentor, '--data-root',
+                     shapes / 'ade', '--resume', '--cfg-options', *SMALL, 'train_cfg.max_iters=6',
+                     'train_cfg.val_interval=6', 'default_hooks.checkpoint.interval=2')
+        assert 'Iter(train) [5/6]' in output and 'Iter(train) [4/6]' not in output
+
+
+class Marker:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path, ))
+
+
+def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
+    """The one sentence with which a tool refuses; in this process, for speed."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(f'tools/{tool}', run_name='__main__')
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'error: ' in last
+    return last.split('error: ', 1)[1]
+
+
+@pytest.mark.parametrize('tool, arguments, expected', [
+    ('train.py', ['configs/none.py'], "config 'configs/none.py' does not exist."),
+    ('train.py', ['configs/_base_/schedules/coco_1x.py'], 'has default_scope None'),
+    ('train.py', [DETECTOR, '--resume', 'none.pth'], "--resume: file 'none.pth' does not exist."),
+    ('train.py', [DETECTOR, '--cfg-options', 'model.backbone.init_cfg.type=Pretrained',
+                  'model.backbone.init_cfg.checkpoint=none.pth'],
+     "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist."),
+    ('train.py', ['configs/mask_rcnn/cf_s_1x.py', '--data-root', 'nowhere'],
+     f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
+    ('train.py', ['configs/upernet/cf_s_160k.py', '--data-root', 'nowhere'],
+     f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
+    ('test.py', [DETECTOR, 'none.pth'], "checkpoint: file 'none.pth' does not exist."),
+    ('test.py', [DETECTOR, 'README.md', '--tta'], 'defines no test-time augmentation'),
+    ('test.py', [DETECTOR, 'README.md', '--out', 'x.json'], 'must end in .pkl'),
+])
+def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arguments, expected):
+    assert expected in sentence(capsys, monkeypatch, tool, *arguments)
+
+
+def test_an_incomplete_dataset_names_the_missing_file(capsys, monkeypatch, shapes, tmp_path):
+    (tmp_path / 'annotations').mkdir()
+    missing = tmp_path / 'annotations' / 'instances_train2017.json'
+    assert str(missing) in sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--data-root',
+                                    tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='here --amp works')
+def test_amp_without_gpu_is_refused(capsys, monkeypatch):
+    assert '--amp needs a GPU' in sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--amp')
+
+
+def test_wrong_backbone_option_is_said_before_training(capsys, monkeypatch, shapes, tmp_path):
+    said = sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--work-dir', tmp_path,
+                    '--data-root', shapes / 'coco', '--cfg-options', 'model.backbone.lda=tiles')
+    assert "lda must be 'interval' or 'block', got 'tiles'" in said
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_a_checkpoint_with_code_is_refused_and_not_run(capsys, monkeypatch, shapes, tmp_path, tool):
+    marker, checkpoint = tmp_path / 'marker', tmp_path / 'bad.pth'
+    torch.save(dict(state_dict={}, extra=Marker(marker)), checkpoint)
+    arguments = ['--resume', checkpoint] if tool == 'train.py' else [checkpoint]
+    said = sentence(capsys, monkeypatch, tool, DETECTOR, *arguments, '--work-dir', tmp_path,
+                    '--data-root', shapes / 'coco')
+    assert str(checkpoint) in said and 'never run' in said
+    assert not marker.exists()
+
+
+def test_missing_pretrained_weights_are_said_at_start(shapes, tmp_path):
+    output = run('tools/train.py', DETECTOR, '--work-dir', tmp_path, '--data-root',
+                 shapes / 'coco', '--cfg-options', *ONE_EPOCH,
+                 'model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=None')
+    warning = output.index('no pretrained checkpoint is given')
+    assert warning < output.index('Epoch(train)')
+
+
+class TestMakeShapes:
+
+    def test_same_arguments_give_the_same_files(self, shapes, tmp_path):
+        run('tools/make_shapes.py', tmp_path / 'again', '--train', 8, '--val', 4, '--size', 96)
+        files = sorted(p.relative_to(shapes) for p in shapes.rglob('*') if p.is_file())
+        assert len(files) == 12 * 3 + 2 + 1
+        for file in files:
+            assert (shapes / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
+
+    def test_a_whole_set_is_reused(self, shapes):
+        assert 'is there already' in run('tools/make_shapes.py', shapes, '--train', 8, '--val', 4,
+                                         '--size', 96)
+
+    def test_other_files_are_never_removed(self, tmp_path):
+        (tmp_path / 'thesis.txt').write_text('x')
+        assert 'holds other files' in run('tools/make_shapes.py', tmp_path, expect=2)
+        assert (tmp_path / 'thesis.txt').exists()
+
+    def test_label_maps_and_instances_agree(self, shapes):
+        coco = COCO(str(shapes / 'coco' / 'annotations' / 'instances_val2017.json'))
+        for image in coco.loadImgs(coco.getImgIds()):
+            labels = cv2.imread(str(shapes / 'ade/annotations/validation' / image['file_name']),
+                                cv2.IMREAD_UNCHANGED)
+            drawn = np.ones_like(labels)
+            for annotation in coco.loadAnns(coco.getAnnIds(image['id'])):
+                mask = coco.annToMask(annotation).astype(bool)
+                assert annotation['area'] == mask.sum() > 0
+                drawn[mask] = annotation['category_id'] + 1
+            assert (labels == drawn).all()
