@@ -1,5 +1,6 @@
 """Reading backbone weights, ours and the authors', without running what is in the file."""
-import pickle
+import re
+from collections import OrderedDict
 from typing import Dict, List, Mapping
 
 import torch
@@ -13,6 +14,25 @@ CLASSIFIER_KEYS = ('norm.', 'head.')
 BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
 
+class StandIn:
+    """Takes the place of an object that a checkpoint holds besides weights; it does nothing."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+# What training leaves in files next to the weights: mmengine's log (HistoryBuffer) and numpy's
+# numbers, the authors' configuration. The file's mention of them is read as one of an empty
+# object, so nothing of theirs is imported or called; any other object makes reading fail.
+STAND_INS = [(OrderedDict, 'yacs.config.CfgNode'), *((StandIn, name) for name in (
+    'mmengine.logging.history_buffer.HistoryBuffer', 'builtins.getattr', 'numpy.dtype',
+    'numpy.ndarray', 'numpy._core.multiarray.scalar', 'numpy._core.multiarray._reconstruct',
+    'numpy.core.multiarray.scalar', 'numpy.core.multiarray._reconstruct'))]
+
+
 def read_checkpoint(path: str) -> dict:
     """Read a checkpoint file or URL onto the CPU as pure data.
 
@@ -22,15 +42,18 @@ def read_checkpoint(path: str) -> dict:
             objects other than tensors and plain values; nothing of it was run.
     """
     try:
-        with get_local_path(path) as local:
+        with get_local_path(path) as local, torch.serialization.safe_globals(STAND_INS):
             return torch.load(local, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Checkpoint '{path}' does not exist: give the path of a .pth file.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"Checkpoint '{path}' could not be read as plain weights (it may be cut "
-                         f'short or hold code, which is never run): {reason}') from None
+    except OSError as error:
+        raise ValueError(f"Checkpoint '{path}' could not be opened: {error}.") from None
+    except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
+        foreign = re.search(r'GLOBAL (\S+)', str(error))
+        reason = (f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
+                  'it is cut short or no file of plain weights')
+        raise ValueError(f"Checkpoint '{path}' could not be read: {reason}.") from None
 
 
 def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str, Tensor]:
@@ -51,7 +74,8 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str
             isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError('it holds no weights: expected a dict of tensors, or one under '
                          "'state_dict' or 'model'")
-    weights = {key.removeprefix('module.'): value for key, value in checkpoint.items()}
+    weights = {str(key).removeprefix('module.'): value for key, value in checkpoint.items()}
+    prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     if any(key.startswith(prefix) for key in weights):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()
                    if key.startswith(prefix)}
