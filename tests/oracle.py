@@ -92,9 +92,9 @@ def attention(weights: Weights, name: str, x: Tensor, long: bool, group_size: in
         sizes = dict(g=group_size, h=group_size, y=interval, x=interval)
         cut, groups = 'b (tile_y g y) (tile_x h x) c', '(b tile_y tile_x y x) (g h) c'
 
-    def regroup(m: Tensor) -> Tensor:  # pads on the channels-first view, whose last axes are H, W
-        m = rearrange(pad_to_multiple(rearrange(m, 'b h w c -> b c h w'), multiple), 'b c h w -> b h w c')
-        return rearrange(m, f'{cut} -> {groups}', **sizes)
+    def regroup(m: Tensor) -> Tensor:
+        m = pad_to_multiple(rearrange(m, 'b h w c -> b c h w'), multiple)
+        return rearrange(rearrange(m, 'b c h w -> b h w c'), f'{cut} -> {groups}', **sizes)
 
     padded_height, padded_width = (side + -side % multiple for side in (height, width))
     rows, columns = ((padded_height // interval, padded_width // interval)
@@ -129,7 +129,8 @@ def position_bias(weights: Weights, name: str, rows: int, columns: int) -> Tenso
     offsets = torch.cartesian_prod(torch.arange(1 - rows, rows), torch.arange(1 - columns, columns))
     bias = linear(weights, f'{name}.pos_proj', offsets.reshape(-1, 2).to(like))
     for layer in ('pos1', 'pos2', 'pos3'):
-        bias = linear(weights, f'{name}.{layer}.2', layer_norm(weights, f'{name}.{layer}.0', bias).relu())
+        bias = layer_norm(weights, f'{name}.{layer}.0', bias).relu()
+        bias = linear(weights, f'{name}.{layer}.2', bias)
 
     members = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
     row, column = (members[:, None] - members[None, :]).unbind(-1)  # query - key, (N, N) each
