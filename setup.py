@@ -18,7 +18,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['crossformer_mm', 'crossformer_mm.*']),
     python_requires='>=3.10',
-    install_requires=['torch>=2.5', 'einops>=0.6'],
+    install_requires=['torch>=2.6', 'einops>=0.6'],
     extras_require={
         'onedl': ['onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1',
                   'onedl-mmsegmentation>=1.4.2', 'ftfy', 'regex'],

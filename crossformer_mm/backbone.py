@@ -1,5 +1,7 @@
 """The CrossFormer backbone: architectures, stages, and what goes out."""
 import logging
+import operator
+import re
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
@@ -56,7 +58,10 @@ class CrossFormerStage(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
-        batch, height, width, _ = x.shape
+        batch = x.shape[0]
+        # The grouping depends on the sides in many small ways: torch.compile had better compile
+        # anew for each size (seconds) than for symbolic sides (minutes). index() says so to it.
+        height, width = (operator.index(side) for side in x.shape[1:3])
         short = short_distance(height, width, self.group_size, self.lda)
         long = long_distance(height, width, self.group_size, self.interval, self.lda)
         near = group_map(batch, height, width, *short, device=x.device)
@@ -163,14 +168,13 @@ class CrossFormer(BaseModule):
         super().__init__(init_cfg=init_cfg)
         arch = resolve_arch(arch)
         depths, num_heads = arch['depths'], arch['num_heads']
-        check_options(arch, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
-                      mlp_ratio, out_indices, frozen_stages,
-                      drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
-                      drop_path_rate=drop_path_rate or 0.)
         if cooling is None:
             cooling = arch['cooling']
         if drop_path_rate is None:
             drop_path_rate = arch['drop_path_rate']
+        check_options(arch, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
+                      mlp_ratio, qk_scale, out_indices, frozen_stages, drop_rate=drop_rate,
+                      attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
 
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
@@ -196,7 +200,8 @@ class CrossFormer(BaseModule):
             ]
             downsample = PatchMerging(dims, merge_sizes[stage]) if stage + 1 < num_stages else None
             self.layers.append(
-                CrossFormerStage(blocks, downsample, group_size[stage], interval[stage], lda, with_cp))
+                CrossFormerStage(blocks, downsample, group_size[stage], interval[stage], lda,
+                                 with_cp))
 
         self.out_channels = tuple(channels[stage] for stage in self.out_indices)
         self.out_strides = tuple(strides[stage] for stage in self.out_indices)
@@ -286,9 +291,12 @@ class CrossFormer(BaseModule):
         return self.out_norm and key.startswith(tuple(f'norm{i}.' for i in self.out_indices))
 
     def is_left_out(self, key: str) -> bool:
-        """Whether a parameter belongs to what follows the last returned stage."""
+        """Whether a parameter belongs to what follows the last returned stage, or only to the
+        output norm of a stage that is not returned."""
         last = len(self.layers) - 1
         parts = key.split('.')
+        if self.out_norm and re.fullmatch(r'norm\d+', parts[0]):
+            return int(parts[0][4:]) not in self.out_indices
         return parts[0] == 'layers' and parts[1].isdigit() and (
             int(parts[1]) > last or (int(parts[1]) == last and parts[2] == 'downsample'))
 
@@ -306,13 +314,14 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
         arch = ARCHITECTURES[arch]
     needed, optional = {'embed_dims', 'depths', 'num_heads'}, {'drop_path_rate', 'cooling'}
     if not isinstance(arch, dict) or not needed <= arch.keys() <= needed | optional:
-        raise ValueError("CrossFormer: arch must be a name or a dict with 'embed_dims', 'depths' and "
-                         f"'num_heads' (and optionally 'drop_path_rate', 'cooling'), got {arch!r}.")
+        raise ValueError("CrossFormer: arch must be a name or a dict with 'embed_dims', 'depths' "
+                         "and 'num_heads' (and optionally 'drop_path_rate', 'cooling'), "
+                         f'got {arch!r}.')
     return dict(drop_path_rate=0., cooling=False) | arch
 
 
 def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
-                  mlp_ratio, out_indices, frozen_stages, **rates) -> None:
+                  mlp_ratio, qk_scale, out_indices, frozen_stages, **rates) -> None:
     """Raise a ValueError with one sentence on the first option that cannot work."""
 
     def check(valid: bool, sentence: str) -> None:
@@ -321,7 +330,10 @@ def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size,
 
     def positive(numbers) -> bool:
         return (isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
-                and all(isinstance(number, int) and number >= 1 for number in numbers))
+                and all(isinstance(n, int) and n >= 1 for n in numbers))
+
+    def number(value) -> bool:
+        return isinstance(value, (int, float))
 
     dims, depths, heads = arch['embed_dims'], arch['depths'], arch['num_heads']
     check(isinstance(dims, int) and dims >= 16 and dims % 16 == 0,
@@ -332,9 +344,10 @@ def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size,
         check(len(numbers) == len(depths),
               f'{name} must have one number for each of the {len(depths)} stages of depths, '
               f'got {numbers!r}')
-    for stage, number in enumerate(heads):
-        check(dims * 2**stage % number == 0,
-              f'num_heads[{stage}] = {number} must divide the {dims * 2**stage} channels of its stage')
+    for stage, count in enumerate(heads):
+        channels = dims * 2**stage
+        check(channels % count == 0,
+              f'num_heads[{stage}] = {count} must divide the {channels} channels of its stage')
     check(isinstance(in_channels, int) and in_channels >= 1,
           f'in_channels must be a whole number of at least 1, got {in_channels!r}')
     check(isinstance(merge_sizes, Sequence) and len(merge_sizes) == len(depths) - 1,
@@ -346,14 +359,20 @@ def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size,
                                         for k in kernels),
               f'{name} must be kernel sizes, each the first (the stride) plus an even number, '
               f'got {kernels!r}')
+        check(2**(len(kernels) - 1) <= dims,
+              f'{name} has more kernels than {dims} channels can be halved for, got {kernels!r}')
     check(lda in LDA_DEFINITIONS, f"lda must be 'interval' or 'block', got {lda!r}")
-    check(mlp_ratio > 0, f'mlp_ratio must be positive, got {mlp_ratio!r}')
+    check(number(mlp_ratio) and dims * mlp_ratio >= 1,
+          f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}')
+    check(qk_scale is None or number(qk_scale),
+          f'qk_scale must be a number or None, got {qk_scale!r}')
     check(isinstance(out_indices, Sequence) and len(out_indices) > 0
-          and all(index in range(len(depths)) for index in out_indices)
+          and all(isinstance(index, int) and index in range(len(depths)) for index in out_indices)
           and len(set(out_indices)) == len(out_indices),
           f'out_indices must be different stages from 0 to {len(depths) - 1}, got {out_indices!r}')
-    check(frozen_stages in range(-1, max(out_indices) + 2),
+    check(isinstance(frozen_stages, int) and frozen_stages in range(-1, max(out_indices) + 2),
           f'frozen_stages must be from -1 (none) to {max(out_indices) + 1}, the number of stages '
           f'that out_indices needs, got {frozen_stages!r}')
     for name, rate in rates.items():
-        check(0 <= rate < 1, f'{name} must be at least 0 and less than 1, got {rate!r}')
+        check(number(rate) and 0 <= rate < 1,
+              f'{name} must be at least 0 and less than 1, got {rate!r}')

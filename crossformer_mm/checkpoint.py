@@ -1,5 +1,6 @@
 """Reading backbone weights, ours and the authors', without running what is in the file."""
-import pickle
+import re
+from collections import OrderedDict
 from typing import Dict, List, Mapping
 
 import numpy
@@ -9,13 +10,6 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-# What mmengine's own checkpoints hold besides tensors and plain values: the loss
-# history of the log, kept in numpy arrays.
-SAFE_GLOBALS = [
-    HistoryBuffer, numpy.ndarray, numpy.dtype, type(numpy.dtype('float64')),
-    type(numpy.dtype('int64')), numpy.array(0).__reduce__()[0]
-]
-
 # What the authors' ImageNet files hold besides the backbone: the classifier's
 # final norm and linear layer, and buffers that their code recomputes anyway.
 CLASSIFIER_KEYS = ('norm.', 'head.')
@@ -24,6 +18,28 @@ BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one sentence that says why."""
+
+
+def log_statistic(owner, name: str):
+    """``getattr`` as far as a stored log needs it: a HistoryBuffer's own statistics."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise ValueError(f'GLOBAL builtins.getattr of {owner}.{name}')
+    return getattr(owner, name)
+
+
+# What may stand in a file next to tensors and plain values: the log in mmengine's
+# own checkpoints, whose resuming needs it, and the configuration in the authors'
+# files, read as a plain dict. Anything else makes reading fail.
+SAFE_GLOBALS = [
+    HistoryBuffer, numpy.ndarray, numpy.dtype, type(numpy.dtype('float64')),
+    type(numpy.dtype('int64')), (log_statistic, 'builtins.getattr'),
+    (OrderedDict, 'yacs.config.CfgNode'),
+    # numpy 2 moved its functions; files of either are read with either.
+    *((numpy.array(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct')
+      for core in ('core', '_core')),
+    *((numpy.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar')
+      for core in ('core', '_core')),
+]
 
 
 def use_safe_loading() -> None:
@@ -46,19 +62,22 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: the file is not a checkpoint, is cut short, or holds
-            objects other than tensors and plain values; nothing of it was run.
+            objects other than tensors, plain values and a training log; nothing
+            of it was run.
     """
     try:
-        with get_local_path(path) as local:
-            with torch.serialization.safe_globals(SAFE_GLOBALS):
-                return torch.load(local, map_location=map_location, weights_only=True)
+        with get_local_path(path) as local, torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(local, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Checkpoint '{path}' does not exist: give the path of a .pth file.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"Checkpoint '{path}' could not be read as plain weights (it may be cut "
-                         f'short or hold code, which is never run): {reason}') from None
+    except OSError as error:
+        raise CheckpointError(f"Checkpoint '{path}' could not be opened: {error}.") from None
+    except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
+        foreign = re.search(r'GLOBAL (\S+)', str(error))
+        reason = (f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
+                  'it is cut short or no file of plain weights')
+        raise CheckpointError(f"Checkpoint '{path}' could not be read: {reason}.") from None
 
 
 def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str, Tensor]:
@@ -79,7 +98,8 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str
             isinstance(value, Tensor) for value in checkpoint.values()):
         raise CheckpointError('it holds no weights: expected a dict of tensors, or one under '
                          "'state_dict' or 'model'")
-    weights = {key.removeprefix('module.'): value for key, value in checkpoint.items()}
+    weights = {str(key).removeprefix('module.'): value for key, value in checkpoint.items()}
+    prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     if any(key.startswith(prefix) for key in weights):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()
                    if key.startswith(prefix)}

@@ -81,7 +81,8 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
         tables.append(table.transpose(1, 2).reshape(-1, size))
     if whole < length:  # the ragged tile: its first `longer` groups get one member more
         rest = positions[whole:]
-        members, longer = divmod(length - whole, interval)
+        # Not divmod: it is undefined on the symbolic sizes of torch.compile and torch.jit.trace.
+        members, longer = (length - whole) // interval, (length - whole) % interval
         if members:
             table = rest[:members * interval].view(members, interval).t()
             if longer:

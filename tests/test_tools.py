@@ -192,7 +192,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(capsys, monkeypatch, shap
     arguments = ['--resume', checkpoint] if tool == 'train.py' else [checkpoint]
     said = sentence(capsys, monkeypatch, tool, DETECTOR, *arguments, '--work-dir', tmp_path,
                     '--data-root', shapes / 'coco')
-    assert str(checkpoint) in said and 'never run' in said
+    assert str(checkpoint) in said and 'was not run' in said
     assert not marker.exists()
 
 

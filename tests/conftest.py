@@ -1,0 +1,65 @@
+"""What the tests share: small backbones, fixed seeds, the folder of golden files."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossformer_mm import CrossFormer
+
+# Every kind of block (short, long, before and after a merging) in 1.5 M parameters.
+SMALL = dict(embed_dims=32, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8))
+
+# On maps this small threads gain nothing, and on a busy machine they wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    """The folder with golden files and sample data."""
+    beside = Path(__file__).resolve().parents[2] / 'shared'
+    folder = Path(os.environ.get('CROSSFORMER_SHARED', beside))
+    if not folder.is_dir():
+        reason = f'{folder} does not exist: set CROSSFORMER_SHARED to the folder with golden/'
+        if os.environ.get('CI'):
+            pytest.fail(reason)  # where results count, a missing folder must not look like success
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture
+def small():
+    """Builds a small CrossFormer in evaluation mode, in which every parameter matters.
+
+    As initialised, biases are 0 and norms are 1, so that mixing them up would
+    change nothing: hence the noise.
+    """
+
+    def build(arch=SMALL, **options) -> CrossFormer:
+        torch.manual_seed(0)
+        backbone = CrossFormer(arch, **options).eval()
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return backbone
+
+    return build
+
+
+@pytest.fixture
+def probe():
+    """A scalar of features to which every entry contributes differently.
+
+    The one that the gradients in the golden files are of.
+    """
+
+    def loss(features) -> torch.Tensor:
+        return sum((f.flatten() * torch.linspace(-1, 1, f.numel(), dtype=f.dtype)).sum()
+                   / f.numel()**0.5 for f in features)
+
+    return loss
