@@ -49,6 +49,7 @@ def detector(shapes, tmp_path_factory) -> Path:
     output = run('tools/train.py', DETECTOR, '--work-dir', work, '--data-root', shapes / 'coco',
                  '--tensorboard', '--cfg-options', *ONE_EPOCH)
     assert 'loss_mask' in output and 'eta' in output and 'coco/segm_mAP' in output
+    assert output.index('no pretrained checkpoint is given') < output.index('Epoch(train)')
     return work
 
 
@@ -87,7 +88,7 @@ class TestDetector:
         output = run('tools/train.py', DETECTOR, '--work-dir', detector, '--data-root',
                      shapes / 'coco', '--resume', '--cfg-options', *SMALL,
                      'train_cfg.max_epochs=2', 'train_cfg.val_interval=2')
-        assert 'Epoch(train)  [2]' in output and 'Epoch(train)  [1]' not in output
+        assert 'Epoch(train) [2][1/4]' in output and 'Epoch(train) [1]' not in output
         assert (detector / 'epoch_2.pth').is_file()
 
     def test_two_processes_train_and_evaluate_together(self, shapes, tmp_path):
@@ -152,9 +153,9 @@ def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
     ('train.py', ['configs/none.py'], "config 'configs/none.py' does not exist."),
     ('train.py', ['configs/_base_/schedules/coco_1x.py'], 'has default_scope None'),
     ('train.py', [DETECTOR, '--resume', 'none.pth'], "--resume: file 'none.pth' does not exist."),
-    ('train.py', [DETECTOR, '--cfg-options', 'model.backbone.init_cfg.type=Pretrained',
-                  'model.backbone.init_cfg.checkpoint=none.pth'],
+    ('train.py', [DETECTOR, '--cfg-options', 'model.backbone.init_cfg.checkpoint=none.pth'],
      "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist."),
+    ('train.py', [DETECTOR, '--cfg-options', 'model.neck.in_channels.9=3'], '--cfg-options: '),
     ('train.py', ['configs/mask_rcnn/cf_s_1x.py', '--data-root', 'nowhere'],
      f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
     ('train.py', ['configs/upernet/cf_s_160k.py', '--data-root', 'nowhere'],
@@ -194,14 +195,6 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(capsys, monkeypatch, shap
                     '--data-root', shapes / 'coco')
     assert str(checkpoint) in said and 'was not run' in said
     assert not marker.exists()
-
-
-def test_missing_pretrained_weights_are_said_at_start(shapes, tmp_path):
-    output = run('tools/train.py', DETECTOR, '--work-dir', tmp_path, '--data-root',
-                 shapes / 'coco', '--cfg-options', *ONE_EPOCH,
-                 'model.backbone.init_cfg.type=Pretrained', 'model.backbone.init_cfg.checkpoint=None')
-    warning = output.index('no pretrained checkpoint is given')
-    assert warning < output.index('Epoch(train)')
 
 
 class TestMakeShapes:

@@ -57,8 +57,10 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg = Config.fromfile(args.config)
     except Exception as error:  # a config is a program: anything can go wrong in it
         fail(f"config '{args.config}' could not be read: {type(error).__name__}: {error}")
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except (TypeError, KeyError, IndexError) as error:
+        fail(f'--cfg-options: {error}')
     scope = cfg.get('default_scope')
     if scope not in SCOPES:
         fail(f"config '{args.config}' has default_scope {scope!r}, allowed are "
@@ -77,14 +79,33 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends,
                                        dict(type='TensorboardVisBackend')]
     if not torch.cuda.is_available():
-        cfg.env_cfg.dist_cfg.backend = 'gloo'
-        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-            if cfg.get(name):
-                cfg[name].pin_memory = False
+        prepare_for_cpu(cfg)
     if args.data_root:
         replace_data_root(cfg, args.data_root)
     use_safe_loading()
     return cfg
+
+
+def prepare_for_cpu(cfg: Config) -> None:
+    """Settle what mmengine takes for granted to be on a GPU."""
+
+    def plain_batch_norm(part) -> None:
+        for value in part.values() if isinstance(part, dict) else part:
+            if isinstance(value, (dict, list, tuple)):
+                plain_batch_norm(value)
+        if isinstance(part, dict) and part.get('type') == 'SyncBN':
+            part['type'] = 'BN'
+
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(name):
+            cfg[name].pin_memory = False
+    if cfg.launcher == 'pytorch':
+        # mmengine sets a CUDA device when it starts a process group: start it here,
+        # wrap the model without naming a device, use no norm that needs one.
+        torch.distributed.init_process_group('gloo')
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+        plain_batch_norm(cfg.model)
 
 
 def innermost(dataset: dict) -> dict:

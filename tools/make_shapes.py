@@ -20,11 +20,21 @@ MIN_VISIBLE = 0.4  # a shape hidden more than this is no object
 
 
 def polygon(kind: str, radius: float, angle: float) -> np.ndarray:
-    """Corners (N, 2) of a shape around the origin."""
+    """Corners (N, 2) of a shape around the origin, turned by ``angle`` in radians."""
     corners = {'disk': 48, 'square': 4, 'triangle': 3, 'star': 10}[kind]
     angles = angle + np.arange(corners) * 2 * np.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.45, 1.0) if kind == 'star' else np.ones(corners)
     return radius * radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarray:
+    """Where a shape has its darker colour, (size, size) bool: each class has its pattern."""
+    rows, columns = np.mgrid[:size, :size]
+    x, y = columns - centre[0], rows - centre[1]
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    pattern = {'disk': np.zeros_like(x), 'square': across // 4, 'triangle': along // 5 + across // 5,
+               'star': np.hypot(x, y) // 4}[kind]
+    return pattern % 2 == 1
 
 
 def clutter(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -60,12 +70,15 @@ def scene(rng: np.random.Generator, size: int):
         kind = int(rng.integers(len(CLASSES)))
         radius = rng.uniform(0.1, 0.22) * size
         centre = rng.uniform(radius, size - radius, 2)
-        corners = polygon(CLASSES[kind], radius, rng.uniform(0, 2 * np.pi)) + centre
+        angle = rng.uniform(-np.pi, np.pi)
+        corners = polygon(CLASSES[kind], radius, angle) + centre
         corners = np.round(corners * 16).astype(np.int32)  # 4 fractional bits
         full = np.zeros((size, size), np.uint8)
         cv2.fillPoly(full, [corners], 1, shift=4)
-        cv2.fillPoly(image, [corners], bright_colour(rng), cv2.LINE_AA, shift=4)
         full = full.astype(bool)
+        light = np.array(bright_colour(rng))
+        image[full] = light
+        image[full & surface(CLASSES[kind], size, centre, angle)] = light // 2
         drawn = [(k, visible & ~full, area) for k, visible, area in drawn]
         drawn.append((kind, full, full.sum()))
     return image, [(k, visible) for k, visible, area in drawn

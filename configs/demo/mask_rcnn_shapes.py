@@ -7,8 +7,7 @@ model = dict(
         # it features grow from stage to stage and a detector hardly learns from scratch; the
         # published models start from ImageNet weights instead.
         arch=dict(_delete_=True, embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
-        out_norm=True,
-        init_cfg=None),
+        out_norm=True),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, norm_cfg=dict(type='BN')),
     rpn_head=dict(
         in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),

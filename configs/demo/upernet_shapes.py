@@ -7,8 +7,7 @@ model = dict(
     backbone=dict(
         # As in mask_rcnn_shapes.py.
         arch=dict(_delete_=True, embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
-        out_norm=True,
-        init_cfg=None),
+        out_norm=True),
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=num_classes),
     auxiliary_head=dict(in_channels=128, channels=32, num_classes=num_classes))
 
