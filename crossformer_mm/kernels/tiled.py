@@ -1,0 +1,252 @@
+"""Group attention on the CPU, forward and backward, one tile of pairs at a time.
+
+PyTorch's fused attention on the CPU has no gradient for the bias: with one that
+needs it, ``scaled_dot_product_attention`` stores every weight of every group,
+which for long distance attention grows with the square of the image's area.
+Here the forward pass still is the fused attention, fed with the bias of a tile
+of queries at a time; the backward pass computes the weights of a tile again,
+uses them and forgets them. What is kept between the two is ``qkv`` and the table.
+
+Tiles hold some heads and whole rows of queries of the group, and in the
+backward pass some groups, but always all the keys: so the softmax is a plain one.
+"""
+from typing import Iterator, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..grouping import Segment
+from .plain import split_heads
+
+# Pairs in a tile: 4 MB in float32. The backward pass holds four such tiles, which
+# should fit the last level cache; much smaller ones are lost in calling overhead.
+TILE = 2**20
+
+
+def tiled_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
+                    scale: float) -> Tensor:
+    """Attention inside the groups of a map, in memory linear in its area.
+
+    Equals, for the queries, keys, values and bias of each segment,
+
+        logits = q @ k.transpose(-1, -2) * scale + bias_of_pairs(table, height, width)
+        out = logits.softmax(-1) @ v
+
+    in value and in the gradients of ``qkv`` and ``table``, which are summed in
+    float32 where the input is of a smaller type. Differentiable once.
+
+    Args:
+        qkv (Tensor): (tokens, 3*heads*d) on the CPU, groups one after another.
+        table (Tensor): (heads, 2*H-1, 2*W-1), the bias of every offset.
+        segments (Sequence[Segment]): the runs of equally large groups.
+        num_heads (int): heads.
+        scale (float): factor on ``q @ k``.
+
+    Returns:
+        Tensor: (tokens, heads*d) in the type of ``qkv``.
+    """
+    return TiledAttention.apply(qkv, table, tuple(segments), num_heads, scale)
+
+
+class TiledAttention(torch.autograd.Function):
+    """See :func:`tiled_attention`."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, table: Tensor, segments: Tuple[Segment, ...], num_heads: int,
+                scale: float) -> Tensor:
+        ctx.save_for_backward(qkv, table)
+        ctx.segments, ctx.num_heads, ctx.scale = segments, num_heads, scale
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+        start = 0
+        for segment in segments:
+            end = start + segment.groups * segment.height * segment.width
+            attend(split_heads(qkv[start:end], segment.groups, 3, num_heads),
+                   split_heads(out[start:end], segment.groups, 1, num_heads)[0],
+                   table, segment, scale)
+            start = end
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        qkv, table = ctx.saved_tensors
+        exact = torch.promote_types(qkv.dtype, torch.float32)
+        grad_qkv = torch.zeros_like(qkv, dtype=exact)
+        grad_table = torch.zeros_like(table, dtype=exact)
+        start = 0
+        # Half precision would come back through the autocast of whoever calls backward.
+        with torch.autocast('cpu', enabled=False):
+            for segment in ctx.segments:
+                end = start + segment.groups * segment.height * segment.width
+                attend_backward(
+                    split_heads(grad_out[start:end], segment.groups, 1, ctx.num_heads)[0],
+                    split_heads(qkv[start:end], segment.groups, 3, ctx.num_heads),
+                    split_heads(grad_qkv[start:end], segment.groups, 3, ctx.num_heads),
+                    table.to(exact), grad_table, segment, ctx.scale)
+                start = end
+        return grad_qkv.to(qkv.dtype), grad_table.to(table.dtype), None, None, None
+
+
+def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: float) -> None:
+    """Write the attention of one segment into ``out``.
+
+    Args:
+        qkv (Tensor): (3, groups, heads, N, d), of any strides.
+        out (Tensor): (groups, heads, N, d), of any strides.
+        table, segment, scale: see :func:`tiled_attention`.
+    """
+    q, k, v = qkv
+    windows = column_windows(table, segment)
+    scratch = windows.new_empty(tile_size(segment, q.shape[1]))
+    for heads, rows in query_tiles(segment, q.shape[1]):
+        bias = bias_of_rows(windows[heads], segment.height, rows, scratch)
+        queries = slice(rows.start * segment.width, rows.stop * segment.width)
+        out[:, heads, queries] = F.scaled_dot_product_attention(
+            q[:, heads, queries], k[:, heads], v[:, heads],
+            attn_mask=bias[None].to(q.dtype), scale=scale)
+
+
+def attend_backward(grad_out: Tensor, qkv: Tensor, grad_qkv: Tensor, table: Tensor,
+                    grad_table: Tensor, segment: Segment, scale: float) -> None:
+    """Add the gradients of one segment to ``grad_qkv`` and ``grad_table``.
+
+    Equals, with the weights ``p`` of each group,
+
+        grad_v = p.mT @ grad_out
+        grad_logits = torch._softmax_backward_data(grad_out @ v.mT, p, -1, p.dtype)
+        grad_q, grad_k = scale * grad_logits @ k, scale * grad_logits.mT @ q
+
+    and ``grad_logits``, summed over groups, is the gradient of the bias.
+
+    Args:
+        grad_out (Tensor): (groups, heads, N, d).
+        qkv, grad_qkv (Tensor): (3, groups, heads, N, d).
+        table, grad_table (Tensor): (heads, 2*H-1, 2*W-1), in the type to compute in.
+        segment, scale: see :func:`tiled_attention`.
+    """
+    num_groups, num_heads, members, _ = grad_out.shape
+    windows = column_windows(table, segment)
+    grad_windows = torch.zeros_like(windows)
+    size = tile_size(segment, num_heads)
+    scratch, grad_scratch = windows.new_empty(2, size)
+    for heads, rows in query_tiles(segment, num_heads):
+        bias = bias_of_rows(windows[heads], segment.height, rows, scratch)
+        grad_bias = grad_scratch[:bias.numel()].view_as(bias).zero_()
+        queries = slice(rows.start * segment.width, rows.stop * segment.width)
+        step = max(1, TILE // bias.numel())
+        for first in range(0, num_groups, step):
+            groups = slice(first, first + step)
+            attend_backward_tile(grad_out[groups, heads, queries], qkv[:, groups, heads],
+                                 grad_qkv[:, groups, heads], bias, grad_bias, queries, scale)
+        add_to_windows(grad_windows[heads], grad_bias, segment.height, rows)
+    add_to_table(grad_table, grad_windows, segment)
+
+
+def attend_backward_tile(grad_out: Tensor, qkv: Tensor, grad_qkv: Tensor, bias: Tensor,
+                         grad_bias: Tensor, queries: slice, scale: float) -> None:
+    """The step of :func:`attend_backward` for some groups, heads and queries."""
+    exact = bias.dtype
+
+    def batch(x: Tensor) -> Tensor:  # (groups, heads, n, d) to (groups*heads, n, d)
+        return x.to(exact).flatten(0, 1)
+
+    groups, heads = grad_out.shape[:2]
+    q, k, v = batch(qkv[0, :, :, queries]), batch(qkv[1]), batch(qkv[2])
+    grad_out = batch(grad_out)
+    weights = bias.expand(groups, -1, -1, -1).flatten(0, 1)
+    weights = torch.baddbmm(weights, q, k.mT, alpha=scale)
+    torch.softmax(weights, -1, out=weights)
+    add_heads(grad_qkv[2], torch.bmm(weights.mT, grad_out))
+    grad_logits = torch.bmm(grad_out, v.mT)
+    delta = torch.linalg.vecdot(grad_logits, weights)[..., None]
+    grad_logits.sub_(delta).mul_(weights)
+    add_heads(grad_qkv[0, :, :, queries], torch.bmm(grad_logits, k).mul_(scale))
+    add_heads(grad_qkv[1], torch.bmm(grad_logits.mT, q).mul_(scale))
+    grad_bias += grad_logits.view(groups, *bias.shape).sum(0)
+
+
+def add_heads(total: Tensor, part: Tensor) -> None:
+    """Add (groups*heads, n, d) to (groups, heads, n, d)."""
+    total += part.view(total.shape)
+
+
+def tile_size(segment: Segment, num_heads: int) -> int:
+    """Pairs of the largest of :func:`query_tiles`."""
+    heads, rows = tile_shape(segment, num_heads)
+    return heads * rows * segment.width * segment.height * segment.width
+
+
+def tile_shape(segment: Segment, num_heads: int) -> Tuple[int, int]:
+    """Heads and rows of queries whose pairs with all keys of a group make a tile."""
+    _, height, width = segment
+    pairs_of_row = width * height * width
+    heads = min(num_heads, max(1, TILE // (pairs_of_row * height)))
+    return heads, min(height, max(1, TILE // (pairs_of_row * heads)))
+
+
+def query_tiles(segment: Segment, num_heads: int) -> Iterator[Tuple[slice, slice]]:
+    """Slices of the heads and of a group's rows, one pair for each tile of queries."""
+    heads, rows = tile_shape(segment, num_heads)
+    for head in range(0, num_heads, heads):
+        for row in range(0, segment.height, rows):
+            yield slice(head, min(head + heads, num_heads)), slice(row, min(row + rows,
+                                                                            segment.height))
+
+
+def centre(table: Tensor, segment: Segment) -> Tensor:
+    """The offsets that occur in a segment, a view (heads, 2*height-1, 2*width-1)."""
+    _, height, width = segment
+    top, left = table.shape[1] // 2 - (height - 1), table.shape[2] // 2 - (width - 1)
+    return table[:, top:top + 2 * height - 1, left:left + 2 * width - 1]
+
+
+def column_windows(table: Tensor, segment: Segment) -> Tensor:
+    """The bias with the columns of its pairs looked up, but not yet the rows.
+
+    Returns:
+        Tensor: (heads, width, 2*height-1, width), contiguous: of each query
+        column, row offset (key - query, the lowest first) and key column. The
+        bias of the queries of row ``r`` is the part ``[:, :, height-1-r:][:, :,
+        :height]``, in which all the keys of a query lie side by side.
+    """
+    windows = centre(table, segment).flip(1, 2).unfold(2, segment.width, 1)
+    return windows.flip(2).transpose(1, 2).contiguous()
+
+
+def bias_of_rows(windows: Tensor, height: int, rows: slice, scratch: Tensor) -> Tensor:
+    """The rows of ``bias_of_pairs`` of some rows of queries, in ``scratch``.
+
+    Args:
+        windows (Tensor): :func:`column_windows` of some heads.
+        height (int): rows of the group.
+        rows (slice): rows of the queries.
+        scratch (Tensor): storage to write to, as long as the result at least.
+
+    Returns:
+        Tensor: (heads, queries, height*width).
+    """
+    heads, width = windows.shape[:2]
+    shape = heads, rows.stop - rows.start, width, height, width
+    bias = scratch[:shape[1] * heads * width * height * width].view(shape)
+    for i, row in enumerate(range(rows.start, rows.stop)):
+        bias[:, i] = windows[:, :, height - 1 - row:2 * height - 1 - row]
+    return bias.view(heads, shape[1] * width, height * width)
+
+
+def add_to_windows(windows: Tensor, bias: Tensor, height: int, rows: slice) -> None:
+    """Add what :func:`bias_of_rows` took out; its transpose."""
+    heads, width = windows.shape[:2]
+    bias = bias.view(heads, rows.stop - rows.start, width, height, width)
+    for i, row in enumerate(range(rows.start, rows.stop)):
+        windows[:, :, height - 1 - row:2 * height - 1 - row] += bias[:, i]
+
+
+def add_to_table(table: Tensor, windows: Tensor, segment: Segment) -> None:
+    """Add what :func:`column_windows` took out; its transpose."""
+    width = segment.width
+    flipped = torch.zeros_like(centre(table, segment))
+    for column in range(width):
+        flipped[:, :, width - 1 - column:2 * width - 1 - column] += windows[:, column]
+    centre(table, segment).add_(flipped.flip(1, 2))
