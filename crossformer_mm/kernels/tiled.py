@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from ..grouping import Segment
 from .plain import split_heads
 
-# Pairs in a tile: 4 MB in float32. The backward pass holds four such tiles, which
+# Pairs in a tile: 2 MB in float32. The backward pass holds four such tiles, which
 # should fit the last level cache; much smaller ones are lost in calling overhead.
-TILE = 2**20
+TILE = 2**19
 
 
 def tiled_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
@@ -56,37 +56,41 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv: Tensor, table: Tensor, segments: Tuple[Segment, ...], num_heads: int,
                 scale: float) -> Tensor:
-        ctx.save_for_backward(qkv, table)
-        ctx.segments, ctx.num_heads, ctx.scale = segments, num_heads, scale
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        start = 0
-        for segment in segments:
-            end = start + segment.groups * segment.height * segment.width
-            attend(split_heads(qkv[start:end], segment.groups, 3, num_heads),
-                   split_heads(out[start:end], segment.groups, 1, num_heads)[0],
+        for segment, tokens in runs(segments):
+            attend(split_heads(qkv[tokens], segment.groups, 3, num_heads),
+                   split_heads(out[tokens], segment.groups, 1, num_heads)[0],
                    table, segment, scale)
-            start = end
+        ctx.save_for_backward(qkv, table, out)
+        ctx.segments, ctx.num_heads, ctx.scale = segments, num_heads, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        qkv, table = ctx.saved_tensors
+        qkv, table, out = ctx.saved_tensors
         exact = torch.promote_types(qkv.dtype, torch.float32)
-        grad_qkv = torch.zeros_like(qkv, dtype=exact)
+        grad_qkv = torch.empty_like(qkv, dtype=exact)
         grad_table = torch.zeros_like(table, dtype=exact)
-        start = 0
-        # Half precision would come back through the autocast of whoever calls backward.
+        # A caller's autocast would turn the products below to half precision.
         with torch.autocast('cpu', enabled=False):
-            for segment in ctx.segments:
-                end = start + segment.groups * segment.height * segment.width
+            for segment, tokens in runs(ctx.segments):
                 attend_backward(
-                    split_heads(grad_out[start:end], segment.groups, 1, ctx.num_heads)[0],
-                    split_heads(qkv[start:end], segment.groups, 3, ctx.num_heads),
-                    split_heads(grad_qkv[start:end], segment.groups, 3, ctx.num_heads),
+                    split_heads(grad_out[tokens], segment.groups, 1, ctx.num_heads)[0],
+                    split_heads(out[tokens], segment.groups, 1, ctx.num_heads)[0],
+                    split_heads(qkv[tokens], segment.groups, 3, ctx.num_heads),
+                    split_heads(grad_qkv[tokens], segment.groups, 3, ctx.num_heads),
                     table.to(exact), grad_table, segment, ctx.scale)
-                start = end
         return grad_qkv.to(qkv.dtype), grad_table.to(table.dtype), None, None, None
+
+
+def runs(segments: Sequence[Segment]) -> Iterator[Tuple[Segment, slice]]:
+    """Each segment and which tokens are its."""
+    start = 0
+    for segment in segments:
+        end = start + segment.groups * segment.height * segment.width
+        yield segment, slice(start, end)
+        start = end
 
 
 def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: float) -> None:
@@ -108,68 +112,79 @@ def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: flo
             attn_mask=bias[None].to(q.dtype), scale=scale)
 
 
-def attend_backward(grad_out: Tensor, qkv: Tensor, grad_qkv: Tensor, table: Tensor,
+def attend_backward(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor, table: Tensor,
                     grad_table: Tensor, segment: Segment, scale: float) -> None:
-    """Add the gradients of one segment to ``grad_qkv`` and ``grad_table``.
+    """Write the gradients of one segment to ``grad_qkv``, add to ``grad_table``.
 
     Equals, with the weights ``p`` of each group,
 
         grad_v = p.mT @ grad_out
-        grad_logits = torch._softmax_backward_data(grad_out @ v.mT, p, -1, p.dtype)
+        grad_logits = p * (grad_out @ v.mT - (grad_out * out).sum(-1, keepdim=True))
         grad_q, grad_k = scale * grad_logits @ k, scale * grad_logits.mT @ q
 
     and ``grad_logits``, summed over groups, is the gradient of the bias.
 
     Args:
-        grad_out (Tensor): (groups, heads, N, d).
+        grad_out, out (Tensor): (groups, heads, N, d).
         qkv, grad_qkv (Tensor): (3, groups, heads, N, d).
         table, grad_table (Tensor): (heads, 2*H-1, 2*W-1), in the type to compute in.
         segment, scale: see :func:`tiled_attention`.
     """
-    num_groups, num_heads, members, _ = grad_out.shape
+    num_groups, num_heads = grad_out.shape[:2]
     windows = column_windows(table, segment)
     grad_windows = torch.zeros_like(windows)
     size = tile_size(segment, num_heads)
     scratch, grad_scratch = windows.new_empty(2, size)
+    step = min(num_groups, max(1, TILE // size))
+    pairs = windows.new_empty(2, step * size)
     for heads, rows in query_tiles(segment, num_heads):
         bias = bias_of_rows(windows[heads], segment.height, rows, scratch)
         grad_bias = grad_scratch[:bias.numel()].view_as(bias).zero_()
         queries = slice(rows.start * segment.width, rows.stop * segment.width)
-        step = max(1, TILE // bias.numel())
         for first in range(0, num_groups, step):
-            groups = slice(first, first + step)
-            attend_backward_tile(grad_out[groups, heads, queries], qkv[:, groups, heads],
-                                 grad_qkv[:, groups, heads], bias, grad_bias, queries, scale)
+            tile = slice(first, first + step), heads
+            attend_backward_tile(grad_out[tile], out[tile], qkv[:, *tile], grad_qkv[:, *tile],
+                                 bias, grad_bias, queries, scale, pairs)
         add_to_windows(grad_windows[heads], grad_bias, segment.height, rows)
     add_to_table(grad_table, grad_windows, segment)
 
 
-def attend_backward_tile(grad_out: Tensor, qkv: Tensor, grad_qkv: Tensor, bias: Tensor,
-                         grad_bias: Tensor, queries: slice, scale: float) -> None:
-    """The step of :func:`attend_backward` for some groups, heads and queries."""
+def attend_backward_tile(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor,
+                         bias: Tensor, grad_bias: Tensor, queries: slice, scale: float,
+                         scratch: Tensor) -> None:
+    """The step of :func:`attend_backward` for some groups, heads and queries.
+
+    Args:
+        bias, grad_bias (Tensor): (heads, queries, N).
+        queries (slice): which of the N. The first ones come first: they write
+            the gradients of keys and values, the others add to them.
+        scratch (Tensor): (2, groups*heads*queries*N or more) to compute in.
+    """
     exact = bias.dtype
+    groups, heads = grad_out.shape[:2]
 
     def batch(x: Tensor) -> Tensor:  # (groups, heads, n, d) to (groups*heads, n, d)
         return x.to(exact).flatten(0, 1)
 
-    groups, heads = grad_out.shape[:2]
-    q, k, v = batch(qkv[0, :, :, queries]), batch(qkv[1]), batch(qkv[2])
-    grad_out = batch(grad_out)
-    weights = bias.expand(groups, -1, -1, -1).flatten(0, 1)
-    weights = torch.baddbmm(weights, q, k.mT, alpha=scale)
-    torch.softmax(weights, -1, out=weights)
-    add_heads(grad_qkv[2], torch.bmm(weights.mT, grad_out))
-    grad_logits = torch.bmm(grad_out, v.mT)
-    delta = torch.linalg.vecdot(grad_logits, weights)[..., None]
-    grad_logits.sub_(delta).mul_(weights)
-    add_heads(grad_qkv[0, :, :, queries], torch.bmm(grad_logits, k).mul_(scale))
-    add_heads(grad_qkv[1], torch.bmm(grad_logits.mT, q).mul_(scale))
-    grad_bias += grad_logits.view(groups, *bias.shape).sum(0)
+    def unbatch(x: Tensor) -> Tensor:
+        return x.view(groups, heads, *x.shape[1:])
 
+    q, k, v = batch(qkv[0, :, :, queries]) * scale, batch(qkv[1]), batch(qkv[2])
+    grad_out, out = batch(grad_out[:, :, queries]), batch(out[:, :, queries])
+    weights, grad_logits = scratch[:, :groups * bias.numel()].view(2, groups * heads,
+                                                                   *bias.shape[1:])
+    unbatch(weights).copy_(bias)
+    torch.softmax(weights.baddbmm_(q, k.mT), -1, out=weights)
+    grad_logits.copy_((grad_out * out).sum(-1, keepdim=True))
+    grad_logits.baddbmm_(grad_out, v.mT, beta=-1).mul_(weights)
+    # Straight into the sum over groups; sum(0) would need a tile for its result.
+    sums = grad_bias.view(-1)
+    torch.addmv(sums, grad_logits.view(groups, -1).T, sums.new_ones(groups), out=sums)
 
-def add_heads(total: Tensor, part: Tensor) -> None:
-    """Add (groups*heads, n, d) to (groups, heads, n, d)."""
-    total += part.view(total.shape)
+    unbatch_into = torch.Tensor.add_ if queries.start else torch.Tensor.copy_
+    grad_qkv[0, :, :, queries].copy_(unbatch(torch.bmm(grad_logits, k).mul_(scale)))
+    unbatch_into(grad_qkv[1], unbatch(torch.bmm(grad_logits.mT, q)))
+    unbatch_into(grad_qkv[2], unbatch(torch.bmm(weights.mT, grad_out)))
 
 
 def tile_size(segment: Segment, num_heads: int) -> int:
