@@ -9,6 +9,10 @@ uses them and forgets them. What is kept between the two is ``qkv`` and the tabl
 
 Tiles hold some heads and whole rows of queries of the group, and in the
 backward pass some groups, but always all the keys: so the softmax is a plain one.
+
+Queries are taken from the last to the first. Then the bias of a group is two
+sliding windows over the table with its offsets flipped, both moving forward
+with the query: one strided copy, and its gradient one sum along diagonals.
 """
 from typing import Iterator, Sequence, Tuple
 
@@ -20,9 +24,9 @@ from torch.autograd.function import once_differentiable
 from ..grouping import Segment
 from .plain import split_heads
 
-# Pairs in a tile: 2 MB in float32. The backward pass holds four such tiles, which
+# Pairs in a tile: 4 MB in float32. The backward pass holds four such tiles, which
 # should fit the last level cache; much smaller ones are lost in calling overhead.
-TILE = 2**19
+TILE = 2**20
 
 
 def tiled_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
@@ -102,14 +106,14 @@ def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: flo
         table, segment, scale: see :func:`tiled_attention`.
     """
     q, k, v = qkv
-    windows = column_windows(table, segment)
-    scratch = windows.new_empty(tile_size(segment, q.shape[1]))
+    table = centre(table, segment).flip(1, 2)
+    scratch = table.new_empty(tile_size(segment, q.shape[1]))
     for heads, rows in query_tiles(segment, q.shape[1]):
-        bias = bias_of_rows(windows[heads], segment.height, rows, scratch)
-        queries = slice(rows.start * segment.width, rows.stop * segment.width)
+        bias = bias_of_rows(table[heads], segment, rows, scratch)
+        queries = queries_of_rows(segment, rows)
         out[:, heads, queries] = F.scaled_dot_product_attention(
-            q[:, heads, queries], k[:, heads], v[:, heads],
-            attn_mask=bias[None].to(q.dtype), scale=scale)
+            q[:, heads, queries].flip(2), k[:, heads], v[:, heads],
+            attn_mask=bias[None].to(q.dtype), scale=scale).flip(2)
 
 
 def attend_backward(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor, table: Tensor,
@@ -131,46 +135,49 @@ def attend_backward(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor
         segment, scale: see :func:`tiled_attention`.
     """
     num_groups, num_heads = grad_out.shape[:2]
-    windows = column_windows(table, segment)
-    grad_windows = torch.zeros_like(windows)
+    table = centre(table, segment).flip(1, 2)
+    grad_flipped = torch.zeros_like(table)
     size = tile_size(segment, num_heads)
-    scratch, grad_scratch = windows.new_empty(2, size)
     step = min(num_groups, max(1, TILE // size))
-    pairs = windows.new_empty(2, step * size)
+    scratch, grad_scratch = table.new_empty(2, size)
+    pairs = table.new_empty(2, step * size)
     for heads, rows in query_tiles(segment, num_heads):
-        bias = bias_of_rows(windows[heads], segment.height, rows, scratch)
+        bias = bias_of_rows(table[heads], segment, rows, scratch)
         grad_bias = grad_scratch[:bias.numel()].view_as(bias).zero_()
-        queries = slice(rows.start * segment.width, rows.stop * segment.width)
+        queries = queries_of_rows(segment, rows)
         for first in range(0, num_groups, step):
             tile = slice(first, first + step), heads
-            attend_backward_tile(grad_out[tile], out[tile], qkv[:, *tile], grad_qkv[:, *tile],
-                                 bias, grad_bias, queries, scale, pairs)
-        add_to_windows(grad_windows[heads], grad_bias, segment.height, rows)
-    add_to_table(grad_table, grad_windows, segment)
+            attend_backward_tile(grad_out[tile][:, :, queries], out[tile][:, :, queries],
+                                 qkv[(slice(None), *tile)], grad_qkv[(slice(None), *tile)],
+                                 bias, grad_bias, queries, scale, pairs, first_rows=rows.start == 0)
+        add_bias_of_rows(grad_flipped[heads], grad_bias, segment, rows)
+    centre(grad_table, segment).add_(grad_flipped.flip(1, 2))
 
 
 def attend_backward_tile(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor,
                          bias: Tensor, grad_bias: Tensor, queries: slice, scale: float,
-                         scratch: Tensor) -> None:
+                         scratch: Tensor, first_rows: bool) -> None:
     """The step of :func:`attend_backward` for some groups, heads and queries.
 
     Args:
-        bias, grad_bias (Tensor): (heads, queries, N).
-        queries (slice): which of the N. The first ones come first: they write
-            the gradients of keys and values, the others add to them.
+        grad_out, out (Tensor): (groups, heads, queries, d).
+        qkv, grad_qkv (Tensor): (3, groups, heads, N, d).
+        bias, grad_bias (Tensor): (heads, queries, N), the last query first.
+        queries (slice): which of the N.
         scratch (Tensor): (2, groups*heads*queries*N or more) to compute in.
+        first_rows (bool): write the gradients of keys and values, which the
+            tiles with other queries of the groups then add to.
     """
-    exact = bias.dtype
     groups, heads = grad_out.shape[:2]
 
     def batch(x: Tensor) -> Tensor:  # (groups, heads, n, d) to (groups*heads, n, d)
-        return x.to(exact).flatten(0, 1)
+        return x.to(bias.dtype).flatten(0, 1)
 
     def unbatch(x: Tensor) -> Tensor:
         return x.view(groups, heads, *x.shape[1:])
 
-    q, k, v = batch(qkv[0, :, :, queries]) * scale, batch(qkv[1]), batch(qkv[2])
-    grad_out, out = batch(grad_out[:, :, queries]), batch(out[:, :, queries])
+    q, k, v = batch(qkv[0, :, :, queries].flip(2)) * scale, batch(qkv[1]), batch(qkv[2])
+    grad_out, out = batch(grad_out.flip(2)), batch(out.flip(2))
     weights, grad_logits = scratch[:, :groups * bias.numel()].view(2, groups * heads,
                                                                    *bias.shape[1:])
     unbatch(weights).copy_(bias)
@@ -181,10 +188,19 @@ def attend_backward_tile(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: T
     sums = grad_bias.view(-1)
     torch.addmv(sums, grad_logits.view(groups, -1).T, sums.new_ones(groups), out=sums)
 
-    unbatch_into = torch.Tensor.add_ if queries.start else torch.Tensor.copy_
-    grad_qkv[0, :, :, queries].copy_(unbatch(torch.bmm(grad_logits, k).mul_(scale)))
-    unbatch_into(grad_qkv[1], unbatch(torch.bmm(grad_logits.mT, q)))
-    unbatch_into(grad_qkv[2], unbatch(torch.bmm(weights.mT, grad_out)))
+    put = torch.Tensor.copy_ if first_rows else torch.Tensor.add_
+    grad_qkv[0, :, :, queries] = unbatch(torch.bmm(grad_logits, k).mul_(scale)).flip(2)
+    put(grad_qkv[1], unbatch(torch.bmm(grad_logits.mT, q)))
+    put(grad_qkv[2], unbatch(torch.bmm(weights.mT, grad_out)))
+
+
+def tile_shape(segment: Segment, num_heads: int) -> Tuple[int, int]:
+    """Heads and rows of queries whose pairs with all keys of a group make a tile."""
+    _, height, width = segment
+    pairs_of_row = width * height * width
+    heads = min(num_heads, max(1, TILE // (pairs_of_row * height)))
+    rows = min(height, max(1, TILE // (pairs_of_row * heads)))
+    return heads, -(-height // -(-height // rows))  # as many tiles, of more equal rows
 
 
 def tile_size(segment: Segment, num_heads: int) -> int:
@@ -193,21 +209,22 @@ def tile_size(segment: Segment, num_heads: int) -> int:
     return heads * rows * segment.width * segment.height * segment.width
 
 
-def tile_shape(segment: Segment, num_heads: int) -> Tuple[int, int]:
-    """Heads and rows of queries whose pairs with all keys of a group make a tile."""
-    _, height, width = segment
-    pairs_of_row = width * height * width
-    heads = min(num_heads, max(1, TILE // (pairs_of_row * height)))
-    return heads, min(height, max(1, TILE // (pairs_of_row * heads)))
-
-
 def query_tiles(segment: Segment, num_heads: int) -> Iterator[Tuple[slice, slice]]:
-    """Slices of the heads and of a group's rows, one pair for each tile of queries."""
+    """Slices of the heads and of a group's rows, one pair for each tile of queries.
+
+    Rows are counted from the last, here and below.
+    """
     heads, rows = tile_shape(segment, num_heads)
     for head in range(0, num_heads, heads):
         for row in range(0, segment.height, rows):
-            yield slice(head, min(head + heads, num_heads)), slice(row, min(row + rows,
-                                                                            segment.height))
+            yield (slice(head, min(head + heads, num_heads)),
+                   slice(row, min(row + rows, segment.height)))
+
+
+def queries_of_rows(segment: Segment, rows: slice) -> slice:
+    """The members in rows that are counted from the last."""
+    _, height, width = segment
+    return slice((height - rows.stop) * width, (height - rows.start) * width)
 
 
 def centre(table: Tensor, segment: Segment) -> Tensor:
@@ -217,51 +234,44 @@ def centre(table: Tensor, segment: Segment) -> Tensor:
     return table[:, top:top + 2 * height - 1, left:left + 2 * width - 1]
 
 
-def column_windows(table: Tensor, segment: Segment) -> Tensor:
-    """The bias with the columns of its pairs looked up, but not yet the rows.
+def bias_of_rows(table: Tensor, segment: Segment, rows: slice, scratch: Tensor) -> Tensor:
+    """The bias of some rows of queries, taken from the last to the first.
 
-    Returns:
-        Tensor: (heads, width, 2*height-1, width), contiguous: of each query
-        column, row offset (key - query, the lowest first) and key column. The
-        bias of the queries of row ``r`` is the part ``[:, :, height-1-r:][:, :,
-        :height]``, in which all the keys of a query lie side by side.
-    """
-    windows = centre(table, segment).flip(1, 2).unfold(2, segment.width, 1)
-    return windows.flip(2).transpose(1, 2).contiguous()
-
-
-def bias_of_rows(windows: Tensor, height: int, rows: slice, scratch: Tensor) -> Tensor:
-    """The rows of ``bias_of_pairs`` of some rows of queries, in ``scratch``.
+    Equals ``bias_of_pairs(table.flip(1, 2), height, width).flip(1)`` at them.
 
     Args:
-        windows (Tensor): :func:`column_windows` of some heads.
-        height (int): rows of the group.
-        rows (slice): rows of the queries.
+        table (Tensor): (heads, 2*height-1, 2*width-1), flipped: of key - query.
+        segment (Segment): the size of the group.
+        rows (slice): rows of queries, counted from the last.
         scratch (Tensor): storage to write to, as long as the result at least.
 
     Returns:
         Tensor: (heads, queries, height*width).
     """
-    heads, width = windows.shape[:2]
-    shape = heads, rows.stop - rows.start, width, height, width
-    bias = scratch[:shape[1] * heads * width * height * width].view(shape)
-    for i, row in enumerate(range(rows.start, rows.stop)):
-        bias[:, i] = windows[:, :, height - 1 - row:2 * height - 1 - row]
-    return bias.view(heads, shape[1] * width, height * width)
+    _, height, width = segment
+    reach = slice(rows.start, rows.stop + height - 1)
+    # (heads, query row, query column, key row, key column)
+    windows = table[:, reach].unfold(1, height, 1).unfold(2, width, 1)
+    bias = scratch[:windows.numel()].view(windows.shape).copy_(windows)
+    return bias.view(len(table), -1, height * width)
 
 
-def add_to_windows(windows: Tensor, bias: Tensor, height: int, rows: slice) -> None:
-    """Add what :func:`bias_of_rows` took out; its transpose."""
-    heads, width = windows.shape[:2]
-    bias = bias.view(heads, rows.stop - rows.start, width, height, width)
-    for i, row in enumerate(range(rows.start, rows.stop)):
-        windows[:, :, height - 1 - row:2 * height - 1 - row] += bias[:, i]
+def add_bias_of_rows(table: Tensor, bias: Tensor, segment: Segment, rows: slice) -> None:
+    """Add a gradient to where :func:`bias_of_rows` had read; its transpose."""
+    heads, (_, height, width) = len(table), segment
+    reach = slice(rows.start, rows.stop + height - 1)
+    by_row = bias.view(heads, -1, width, height, width).transpose(2, 3)
+    by_column = sum_diagonals(by_row.reshape(heads, -1, height, width * width))
+    by_column = by_column.reshape(-1, width, width, 1)
+    table[:, reach] += sum_diagonals(by_column).view(heads, -1, 2 * width - 1)
 
 
-def add_to_table(table: Tensor, windows: Tensor, segment: Segment) -> None:
-    """Add what :func:`column_windows` took out; its transpose."""
-    width = segment.width
-    flipped = torch.zeros_like(centre(table, segment))
-    for column in range(width):
-        flipped[:, :, width - 1 - column:2 * width - 1 - column] += windows[:, column]
-    centre(table, segment).add_(flipped.flip(1, 2))
+def sum_diagonals(x: Tensor) -> Tensor:
+    """Sum the entries ``x[:, i, j]`` of equal ``i + j``: (n, a, b, m) to (n, a+b-1, m).
+
+    Rows of a+b entries, read as rows of a+b-1, stand one further right each.
+    """
+    n, a, b, m = x.shape
+    padded = x.new_zeros(n, a, a + b, m)
+    padded[:, :, :b] = x
+    return padded.flatten(1, 2)[:, :a * (a + b - 1)].view(n, a, a + b - 1, m).sum(1)
