@@ -32,8 +32,8 @@ class CrossFormerBlock(BaseModule):
         super().__init__()
         hidden = int(channels * mlp_ratio)
         self.norm1 = nn.LayerNorm(channels)
-        self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate,
-                                   attention_path)
+        self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate,
+                                   drop_rate, attention_path)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(OrderedDict(

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossformer_mm import CrossFormer
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.grouping import AxisRule, Segment, group_map
-from crossformer_mm.kernels import choose_path, plain_attention, tiled, tiled_attention
+from crossformer_mm.kernels import (choose_path, group_attention, plain_attention, tiled,
+                                    tiled_attention)
 
 SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 4))
 CPU = torch.device('cpu')
@@ -24,7 +25,8 @@ def values_and_gradients(attention, qkv, table, segments, heads, seed=1):
 def random_inputs(segments, heads, dim, dtype, spare=0):
     generator = torch.Generator().manual_seed(0)
     tokens = sum(groups * height * width for groups, height, width in segments)
-    height, width = (max(s.height for s in segments) + spare, max(s.width for s in segments) + spare)
+    height = max(segment.height for segment in segments) + spare
+    width = max(segment.width for segment in segments) + spare
     qkv = torch.randn(tokens, 3 * heads * dim, generator=generator).to(dtype)
     table = torch.randn(heads, 2 * height - 1, 2 * width - 1, generator=generator).to(dtype)
     return qkv, table
@@ -119,6 +121,14 @@ def test_rule_takes_tiled_on_the_cpu_only_without_dropout_and_tracing():
     torch.jit.trace(lambda x: (paths.append(choose_path(CPU, 0.)), x + 1)[1], torch.ones(1),
                     check_trace=False)
     assert paths == ['plain']
+
+
+def test_compiler_sees_the_plain_path_in_one_graph():
+    segments = [Segment(2, 3, 3), Segment(1, 2, 3)]
+    qkv, table = random_inputs(segments, heads=2, dim=4, dtype=torch.float32)
+    compiled = torch.compile(group_attention, backend='eager', fullgraph=True)
+    ours = values_and_gradients(compiled, qkv, table, segments, 2)
+    assert_close(ours, values_and_gradients(plain_attention, qkv, table, segments, 2), 0.)
 
 
 def test_dropout_of_attention_weights_trains_on_the_plain_path():
