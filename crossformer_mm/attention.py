@@ -1,14 +1,13 @@
 """Long-short distance attention: attention inside the groups of a map."""
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .grouping import Grouping
-from .position_bias import DynamicPositionBias, bias_of_pairs
+from .kernels import check_path, group_attention
+from .position_bias import DynamicPositionBias
 
 
 class Reorder(torch.autograd.Function):
@@ -42,14 +41,19 @@ class GroupAttention(BaseModule):
         qk_scale (float, optional): factor on the logits. None: head_dim^-0.5.
         attn_drop_rate (float): dropout on attention weights while training.
         proj_drop_rate (float): dropout on the output while training.
+        path (str, optional): how to compute, see :mod:`crossformer_mm.kernels`.
+            None: chosen by device and mode.
     """
 
     def __init__(self, channels: int, num_heads: int, qkv_bias: bool = True, qk_scale=None,
-                 attn_drop_rate: float = 0., proj_drop_rate: float = 0.):
+                 attn_drop_rate: float = 0., proj_drop_rate: float = 0.,
+                 path: Optional[str] = None):
         super().__init__()
+        check_path(path)
         self.num_heads = num_heads
         self.scale = (channels // num_heads)**-0.5 if qk_scale is None else qk_scale
         self.attn_drop_rate = attn_drop_rate
+        self.path = path
         self.pos = DynamicPositionBias(channels, num_heads)
         self.qkv = nn.Linear(channels, channels * 3, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
@@ -59,19 +63,10 @@ class GroupAttention(BaseModule):
         """(B, H, W, C) to the same, each position attending within its group."""
         tokens = Reorder.apply(x.flatten(0, 2), grouping.order, grouping.inverse)
         qkv = self.qkv(tokens)  # (B*H*W, 3*C)
-        table = self.pos(*grouping.extent).to(qkv.dtype)
+        table = self.pos(*grouping.extent)
         dropout = self.attn_drop_rate if self.training else 0.
 
-        attended, start = [], 0
-        for groups, height, width in grouping.segments:
-            end = start + groups * height * width
-            q, k, v = rearrange(qkv[start:end], '(g n) (three h d) -> three g h n d',
-                                g=groups, three=3, h=self.num_heads)
-            bias = bias_of_pairs(table, height, width)[None]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout,
-                                                 scale=self.scale)
-            attended.append(rearrange(out, 'g h n d -> (g n) (h d)'))
-            start = end
-
-        out = self.proj_drop(self.proj(torch.cat(attended)))
+        out = group_attention(qkv, table, grouping.segments, self.num_heads, self.scale, dropout,
+                              self.path)
+        out = self.proj_drop(self.proj(out))
         return Reorder.apply(out, grouping.inverse, grouping.order).view_as(x)

@@ -16,6 +16,7 @@ from .block import CrossFormerBlock
 from .checkpoint import load_backbone
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, group_map, long_distance, short_distance
+from .kernels import check_path
 
 # CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv
 # 2303.06908, table 1). Depths, heads and channels are those of the released weights.
@@ -127,6 +128,9 @@ class CrossFormer(BaseModule):
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=path)``
             reads ImageNet weights or the backbone of a whole model's
             checkpoint. None, or a checkpoint of None: random weights.
+        attention_path (str, optional): for study, how attention is computed:
+            ``plain`` or ``tiled`` (:mod:`crossformer_mm.kernels`). The values
+            are the same. None: the fastest that works.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.
@@ -164,10 +168,12 @@ class CrossFormer(BaseModule):
                  out_norm: bool = False,
                  frozen_stages: int = -1,
                  with_cp: bool = False,
-                 init_cfg: Optional[dict] = None):
+                 init_cfg: Optional[dict] = None,
+                 attention_path: Optional[str] = None):
         super().__init__(init_cfg=init_cfg)
         arch = resolve_arch(arch)
         depths, num_heads = arch['depths'], arch['num_heads']
+        check_path(attention_path)
         if cooling is None:
             cooling = arch['cooling']
         if drop_path_rate is None:
@@ -195,7 +201,8 @@ class CrossFormer(BaseModule):
                 CrossFormerBlock(
                     dims, num_heads[stage], mlp_ratio, qkv_bias, qk_scale, drop_rate,
                     attn_drop_rate, next(drop_path),
-                    cooling=cooling and (block + 1) % 3 == 0 and block + 1 < depths[stage])
+                    cooling=cooling and (block + 1) % 3 == 0 and block + 1 < depths[stage],
+                    attention_path=attention_path)
                 for block in range(depths[stage])
             ]
             downsample = PatchMerging(dims, merge_sizes[stage]) if stage + 1 < num_stages else None

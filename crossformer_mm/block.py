@@ -1,5 +1,6 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
 from collections import OrderedDict
+from typing import Optional
 
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
@@ -21,15 +22,18 @@ class CrossFormerBlock(BaseModule):
         cooling (bool): end with the amplitude cooling layer of CrossFormer++
             (arXiv 2303.06908, section 3.4): depthwise 3x3 convolution and
             LayerNorm with no residual around them.
+        attention_path (str, optional): ``path`` of the attention.
     """
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True,
                  qk_scale=None, drop_rate: float = 0., attn_drop_rate: float = 0.,
-                 drop_path_rate: float = 0., cooling: bool = False):
+                 drop_path_rate: float = 0., cooling: bool = False,
+                 attention_path: Optional[str] = None):
         super().__init__()
         hidden = int(channels * mlp_ratio)
         self.norm1 = nn.LayerNorm(channels)
-        self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate)
+        self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate,
+                                   drop_rate, attention_path)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(OrderedDict(
