@@ -42,18 +42,27 @@ def read_checkpoint(path: str) -> dict:
             objects other than tensors and plain values; nothing of it was run.
     """
     try:
-        with get_local_path(path) as local, torch.serialization.safe_globals(STAND_INS):
-            return torch.load(local, map_location='cpu', weights_only=True)
+        with get_local_path(path) as local, open(local, 'rb') as file:
+            return read_plain(file)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Checkpoint '{path}' does not exist: give the path of a .pth file.") from None
     except OSError as error:
         raise ValueError(f"Checkpoint '{path}' could not be opened: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"Checkpoint '{path}' could not be read: {error}.") from None
+
+
+def read_plain(file) -> dict:
+    """Unpickle an open file, plain data alone; a ValueError says in a clause why it cannot be."""
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            return torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
         foreign = re.search(r'GLOBAL (\S+)', str(error))
-        reason = (f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
-                  'it is cut short or no file of plain weights')
-        raise ValueError(f"Checkpoint '{path}' could not be read: {reason}.") from None
+        raise ValueError(
+            f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
+            'it is cut short or no file of plain weights') from None
 
 
 def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str, Tensor]:
@@ -73,7 +82,7 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str
     if not isinstance(checkpoint, Mapping) or not any(
             isinstance(value, Tensor) for value in checkpoint.values()):
         raise ValueError('it holds no weights: expected a dict of tensors, or one under '
-                         "'state_dict' or 'model'")
+                         "'state_dict' or 'model'.")
     weights = {str(key).removeprefix('module.'): value for key, value in checkpoint.items()}
     prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     if any(key.startswith(prefix) for key in weights):
@@ -100,7 +109,8 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
         weights = backbone_weights(read_checkpoint(path), prefix)
     except ValueError as error:
         message = str(error)
-        raise ValueError(message if path in message else f"Checkpoint '{path}': {message}") from None
+        raise ValueError(
+            message if path in message else f"Checkpoint '{path}': {message}") from None
     own = backbone.state_dict()
     weights = {key: value for key, value in weights.items()
                if key in own or not backbone.is_left_out(key)}
