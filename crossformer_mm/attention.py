@@ -10,6 +10,13 @@ from .kernels import check_path, group_attention
 from .position_bias import DynamicPositionBias
 
 
+def reorder(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``tokens[order]`` for a permutation whose inverse is ``inverse``."""
+    if torch.jit.is_tracing():  # a trace with a Python function in it cannot be saved
+        return tokens.index_select(0, order)
+    return Reorder.apply(tokens, order, inverse)
+
+
 class Reorder(torch.autograd.Function):
     """``tokens[order]``, whose gradient is the gather ``grad[inverse]``.
 
@@ -61,7 +68,7 @@ class GroupAttention(BaseModule):
 
     def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
         """(B, H, W, C) to the same, each position attending within its group."""
-        tokens = Reorder.apply(x.flatten(0, 2), grouping.order, grouping.inverse)
+        tokens = reorder(x.flatten(0, 2), grouping.order, grouping.inverse)
         qkv = self.qkv(tokens)  # (B*H*W, 3*C)
         table = self.pos(*grouping.extent)
         dropout = self.attn_drop_rate if self.training else 0.
@@ -69,4 +76,4 @@ class GroupAttention(BaseModule):
         out = group_attention(qkv, table, grouping.segments, self.num_heads, self.scale, dropout,
                               self.path)
         out = self.proj_drop(self.proj(out))
-        return Reorder.apply(out, grouping.inverse, grouping.order).view_as(x)
+        return reorder(out, grouping.inverse, grouping.order).view_as(x)

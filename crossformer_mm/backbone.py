@@ -1,6 +1,5 @@
 """The CrossFormer backbone: architectures, stages, and what goes out."""
 import logging
-import operator
 import re
 from typing import Optional, Sequence, Tuple, Union
 
@@ -59,10 +58,7 @@ class CrossFormerStage(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
-        batch = x.shape[0]
-        # The grouping depends on the sides in many small ways: torch.compile had better compile
-        # anew for each size (seconds) than for symbolic sides (minutes). index() says so to it.
-        height, width = (operator.index(side) for side in x.shape[1:3])
+        batch, height, width, _ = x.shape
         short = short_distance(height, width, self.group_size, self.lda)
         long = long_distance(height, width, self.group_size, self.interval, self.lda)
         near = group_map(batch, height, width, *short, device=x.device)

@@ -49,7 +49,8 @@ def use_safe_loading() -> None:
     refuses it.
     """
 
-    def load_from_plain_data(path, map_location=None):  # the log names the loader after `load_from_`
+    # The log names a loader by what follows `load_from_`.
+    def load_from_plain_data(path, map_location=None):
         return read_checkpoint(path, map_location)
 
     CheckpointLoader.register_scheme(
@@ -66,21 +67,31 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
             of it was run.
     """
     try:
-        with get_local_path(path) as local, torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(local, map_location=map_location, weights_only=True)
+        with get_local_path(path) as local, open(local, 'rb') as file:
+            return read_plain(file, map_location)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Checkpoint '{path}' does not exist: give the path of a .pth file.") from None
     except OSError as error:
         raise CheckpointError(f"Checkpoint '{path}' could not be opened: {error}.") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"Checkpoint '{path}' could not be read: {error}.") from None
+
+
+def read_plain(file, map_location) -> dict:
+    """Unpickle an open file, plain data alone; a CheckpointError says in a clause why not."""
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
         foreign = re.search(r'GLOBAL (\S+)', str(error))
-        reason = (f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
-                  'it is cut short or no file of plain weights')
-        raise CheckpointError(f"Checkpoint '{path}' could not be read: {reason}.") from None
+        raise CheckpointError(
+            f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
+            'it is cut short or no file of plain weights') from None
 
 
-def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str, Tensor]:
+def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.',
+                     name: str = 'given') -> Dict[str, Tensor]:
     """The backbone's part of a checkpoint, its keys as the backbone names them.
 
     Takes a plain state dict, the authors' ImageNet files (``model``) and
@@ -96,8 +107,8 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.') -> Dict[str
             break
     if not isinstance(checkpoint, Mapping) or not any(
             isinstance(value, Tensor) for value in checkpoint.values()):
-        raise CheckpointError('it holds no weights: expected a dict of tensors, or one under '
-                         "'state_dict' or 'model'")
+        raise CheckpointError(f"Checkpoint '{name}' holds no weights: expected a dict of "
+                              "tensors, or one under 'state_dict' or 'model'.")
     weights = {str(key).removeprefix('module.'): value for key, value in checkpoint.items()}
     prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     if any(key.startswith(prefix) for key in weights):
@@ -120,19 +131,16 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
             architecture's; the sentence lists what is missing, unexpected or
             of another shape.
     """
-    try:
-        weights = backbone_weights(read_checkpoint(path), prefix)
-    except CheckpointError as error:
-        message = str(error)
-        raise CheckpointError(message if path in message else f"Checkpoint '{path}': {message}") from None
+    weights = backbone_weights(read_checkpoint(path), prefix, path)
     own = backbone.state_dict()
     weights = {key: value for key, value in weights.items()
                if key in own or not backbone.is_left_out(key)}
     fresh = [key for key in own if key not in weights and backbone.is_extra(key)]
     problems = compare(own.keys() - fresh, weights, own)
     if problems:
-        raise CheckpointError(f"Checkpoint '{path}' does not fit this backbone: " + '; '.join(problems) +
-                         '. Choose the arch that the file was trained with.')
+        raise CheckpointError(f"Checkpoint '{path}' does not fit this backbone: "
+                              f"{'; '.join(problems)}. Choose the arch that the file was trained "
+                              'with.')
     backbone.load_state_dict({**own, **weights})
     left = f' ({len(fresh)} output norm parameters start fresh)' if fresh else ''
     print_log(f"Loaded backbone weights from '{path}'{left}", 'current')

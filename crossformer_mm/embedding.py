@@ -1,4 +1,5 @@
 """Cross-scale embedding layer (CEL): convolutions of several kernels, side by side."""
+import operator
 from typing import List, Sequence
 
 import torch
@@ -25,12 +26,14 @@ class CrossScaleConvs(nn.ModuleList):
     def __init__(self, in_channels: int, out_channels: int, kernels: Sequence[int]):
         self.stride = kernels[0]
         super().__init__(
-            nn.Conv2d(in_channels, channels, kernel, self.stride, padding=(kernel - self.stride) // 2)
+            nn.Conv2d(in_channels, channels, kernel, self.stride, (kernel - self.stride) // 2)
             for kernel, channels in zip(kernels, split_channels(out_channels, len(kernels))))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, ceil(H/stride), ceil(W/stride), out_channels)."""
-        height, width = x.shape[-2:]
+        # The groups depend on a map's sides in many small ways: torch.compile had better compile
+        # anew for each size (seconds) than for symbolic sides (minutes). index() says so to it.
+        height, width = (operator.index(side) for side in x.shape[-2:])
         missing = (0, -width % self.stride, 0, -height % self.stride)
         if any(missing):
             x = F.pad(x, missing)

@@ -1,6 +1,4 @@
 """Dynamic position bias (DPB): an MLP from an offset to a bias for each head."""
-from typing import Tuple
-
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn

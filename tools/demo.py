@@ -84,7 +84,8 @@ def main():
 
     print(f'\n== Results on the held-out images ({(time.time() - started) / 60:.1f} minutes)')
     for label, value, mark in report:
-        print(f"   {label:22} {value:5.1f}   mark {mark}   {'reached' if value >= mark else 'MISSED'}")
+        verdict = 'reached' if value >= mark else 'MISSED'
+        print(f'   {label:22} {value:5.1f}   mark {mark}   {verdict}')
     print('   ground truth beside prediction: ' + ', '.join(str(path) for path in pictures))
     sys.exit(any(value < mark for _, value, mark in report))
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Optional
 
 import cv2
 import numpy as np
@@ -28,12 +29,12 @@ def polygon(kind: str, radius: float, angle: float) -> np.ndarray:
 
 
 def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarray:
-    """Where a shape has its darker colour, (size, size) bool: each class has its pattern."""
+    """Where a shape has its darker colour, (size, size) bool: a pattern for each class."""
     rows, columns = np.mgrid[:size, :size]
     x, y = columns - centre[0], rows - centre[1]
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    pattern = {'disk': np.zeros_like(x), 'square': across // 4, 'triangle': along // 5 + across // 5,
-               'star': np.hypot(x, y) // 4}[kind]
+    pattern = {'disk': np.zeros_like(x), 'square': across // 4,
+               'triangle': along // 5 + across // 5, 'star': np.hypot(x, y) // 4}[kind]
     return pattern % 2 == 1
 
 
@@ -51,9 +52,10 @@ def clutter(rng: np.random.Generator, size: int) -> np.ndarray:
     return image
 
 
-def bright_colour(rng: np.random.Generator) -> list:
-    """A saturated colour of any hue, in BGR."""
-    hsv = np.array([[[rng.integers(180), rng.integers(150, 256), rng.integers(150, 256)]]])
+def bright_colour(rng: np.random.Generator, kind: Optional[int] = None) -> list:
+    """A saturated colour in BGR, of any hue or of one that is likely for a class."""
+    hue = rng.integers(180) if kind is None else rng.normal(180 * kind / len(CLASSES), 15) % 180
+    hsv = np.array([[[hue, rng.integers(150, 256), rng.integers(150, 256)]]])
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR)[0, 0].tolist()
 
 
@@ -76,7 +78,7 @@ def scene(rng: np.random.Generator, size: int):
         full = np.zeros((size, size), np.uint8)
         cv2.fillPoly(full, [corners], 1, shift=4)
         full = full.astype(bool)
-        light = np.array(bright_colour(rng))
+        light = np.array(bright_colour(rng, kind))
         image[full] = light
         image[full & surface(CLASSES[kind], size, centre, angle)] = light // 2
         drawn = [(k, visible & ~full, area) for k, visible, area in drawn]

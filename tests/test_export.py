@@ -1,0 +1,89 @@
+"""What PyTorch's compilers and exporters make of the backbone."""
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from crossformer_mm import CrossFormer
+
+TINY = dict(embed_dims=16, depths=(2,), num_heads=(2,))
+
+
+def tiny(**options) -> CrossFormer:
+    """One short and one long distance block on ragged groups: each path once."""
+    backbone = CrossFormer(TINY, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,),
+                           **options).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return backbone
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code_is_left():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def values_and_gradients(backbone, model, image):
+    backbone.zero_grad()
+    features = model(image)
+    (features[0] * torch.linspace(-1, 1, features[0].numel()).view_as(features[0])).sum().backward()
+    return [*features, *(parameter.grad.clone() for parameter in backbone.parameters())]
+
+
+def assert_near(results, references):
+    for result, reference in zip(results, references):
+        scale = max(reference.abs().max().item(), 1e-3)
+        assert (result - reference).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.parametrize('lda', ['interval', 'block'])
+def test_each_size_is_one_graph_with_the_sides_as_numbers(lda):
+    # In float64, for some exact gradients are zero and float32 leaves mere rounding of them.
+    backbone, image_shapes = tiny(lda=lda).double(), []
+
+    def backend(graph, inputs):  # runs the graph as it is
+        image_shapes.extend(tuple(tensor.shape) for tensor in inputs
+                            if isinstance(tensor, torch.Tensor) and tensor.dim() == 4
+                            and not isinstance(tensor, nn.Parameter))
+        return graph.forward
+
+    compiled = torch.compile(backbone, fullgraph=True, backend=backend)
+    for size in ((1, 50, 70), (1, 30, 41), (2, 30, 41), (3, 30, 41)):
+        image = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
+        assert_near(values_and_gradients(backbone, compiled, image),
+                    values_and_gradients(backbone, backbone, image))
+    # Symbolic sides take minutes to compile and stop the default backend; the batch may be one.
+    sides = [side for shape in image_shapes for side in shape[2:]]
+    assert sides == [50, 70, 30, 41, 30, 41] and {type(side) for side in sides} == {int}
+
+
+def test_compiled_code_gives_the_same_features():
+    backbone = tiny(patch_sizes=(4,))
+    compiled = torch.compile(backbone, fullgraph=True)
+    image = torch.randn(1, 3, 24, 33)
+    with torch.no_grad():
+        assert_near(compiled(image), backbone(image))
+
+
+@pytest.mark.parametrize('lda', ['interval', 'block'])
+def test_exported_program_gives_the_same_features(small, lda):
+    backbone, image = small(lda=lda), torch.randn(1, 3, 101, 83)
+    program = torch.export.export(backbone, (image,)).module()
+    for given in (image, torch.randn_like(image)):
+        assert_near(program(given), backbone(given))
+
+
+@pytest.mark.parametrize('lda', ['interval', 'block'])
+def test_traced_module_gives_the_same_features(small, lda, tmp_path):
+    backbone, image = small(lda=lda), torch.randn(1, 3, 101, 83)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that sizes become constants, which is meant
+        traced = torch.jit.trace(backbone, image)
+        torch.jit.save(traced, tmp_path / 'traced.pt')
+        traced = torch.jit.load(tmp_path / 'traced.pt')
+    for given in (image, torch.randn_like(image)):
+        assert_near(traced(given), backbone(given))

@@ -1,0 +1,218 @@
+"""Training: initial weights, stochastic depth, frozen stages, activation checkpointing."""
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossformer_mm import CrossFormer
+from crossformer_mm.grouping import group_map, short_distance
+
+from .conftest import SMALL
+
+
+def gradients(backbone, loss):
+    backbone.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in backbone.named_parameters()}
+
+
+# Initial weights
+
+
+def test_random_weights_are_those_of_the_papers_code():
+    backbone = CrossFormer(SMALL, cooling=True, out_norm=True)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.fill_(7)  # so that what is not initialised shows
+    backbone.init_weights()
+    linear = [m for m in backbone.modules() if isinstance(m, nn.Linear)]
+    norms = [m for m in backbone.modules() if isinstance(m, nn.LayerNorm)]
+    for module in linear:
+        if module.weight.numel() > 5000:
+            assert abs(module.weight.std() - 0.02) < 0.001 and abs(module.weight.mean()) < 0.001
+        assert 0 < module.weight.abs().max() < 0.12
+        assert not module.bias.any()
+    for module in norms:
+        assert (module.weight == 1).all() and not module.bias.any()
+    assert len(linear) > 50 and len(norms) > 50
+
+
+def test_convolutions_keep_their_default_weights():
+    backbone = CrossFormer(SMALL, cooling=True)
+    convs = {name: m.weight.clone() for name, m in backbone.named_modules()
+             if isinstance(m, nn.Conv2d)}
+    backbone.init_weights()
+    assert convs and all(torch.equal(backbone.get_submodule(name).weight, weight)
+                         for name, weight in convs.items())
+
+
+def test_other_initialisers_of_mmengine_are_obeyed():
+    backbone = CrossFormer(SMALL, init_cfg=dict(type='Constant', layer='Linear', val=0.5, bias=2))
+    backbone.init_weights()
+    assert (backbone.layers[3].blocks[1].mlp.fc1.weight == 0.5).all()
+    assert (backbone.layers[3].blocks[1].mlp.fc1.bias == 2).all()
+
+
+# Randomness
+
+
+def test_stochastic_depth_grows_linearly_over_all_blocks():
+    backbone = CrossFormer(SMALL, drop_path_rate=0.4)
+    rates = [block.drop_path.drop_prob for layer in backbone.layers for block in layer.blocks]
+    assert rates == pytest.approx([0.05 * i for i in range(9)])
+
+
+@pytest.mark.parametrize('arch, rate', [
+    ('t', 0.1), ('s', 0.2), ('b', 0.3), ('l', 0.5), ('pp-s', 0.2), ('pp-b', 0.3), ('pp-l', 0.5),
+    ('pp-h', 0.5)])
+def test_stochastic_depth_is_the_architectures_unless_said(arch, rate):
+    def last(**options):
+        with torch.device('meta'):
+            return CrossFormer(arch, **options).layers[-1].blocks[-1].drop_path.drop_prob
+
+    assert last() == pytest.approx(rate)
+    assert last(drop_path_rate=0.) == 0
+    assert last(drop_path_rate=0.25) == pytest.approx(0.25)
+
+
+def test_stages_left_out_do_not_change_the_rates_of_the_others():
+    first, every = (CrossFormer(SMALL, drop_path_rate=0.4, out_indices=out_indices)
+                    for out_indices in ((1,), (3,)))
+    for layer, reference in zip(first.layers, every.layers):
+        assert ([block.drop_path.drop_prob for block in layer.blocks]
+                == [block.drop_path.drop_prob for block in reference.blocks])
+
+
+@pytest.mark.parametrize('rate', ['drop_rate', 'attn_drop_rate', 'drop_path_rate'])
+def test_each_rate_acts_in_training_alone(small, rate):
+    backbone, image = small(**{rate: 0.5}), torch.randn(2, 3, 64, 64)
+    reference = small()(image)
+    for feature, expected in zip(backbone(image), reference):
+        assert torch.equal(feature, expected)
+    backbone.train()
+    once, again = backbone(image), backbone(image)
+    assert not torch.equal(once[-1], again[-1])
+    assert all(feature.isfinite().all() for feature in once)
+
+
+def test_attention_dropout_keeps_the_expected_value(small):
+    attention = small(attn_drop_rate=0.5).layers[0].blocks[0].attn
+    x, rules = torch.randn(1, 5, 4, 32).expand(2000, -1, -1, -1), short_distance(5, 4, 7, 'block')
+    grouping = group_map(2000, 5, 4, *rules)
+    with torch.no_grad():
+        expected = attention(x, grouping)[0]
+        dropped = attention.train()(x, grouping)
+    assert dropped.std(0).min() > 0
+    assert (dropped.mean(0) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_without_rates_training_equals_evaluation(small):
+    backbone, image = small(), torch.randn(1, 3, 64, 64)
+    for feature, reference in zip(small().train()(image), backbone(image)):
+        torch.testing.assert_close(feature, reference)
+
+
+def test_image_gets_a_gradient(small, probe):
+    image = torch.randn(1, 3, 61, 83, requires_grad=True)
+    probe(small()(image)).backward()
+    assert (image.grad.abs().sum(1) > 0).all()
+
+
+def test_every_parameter_learns_on_a_large_enough_map(small, probe):
+    backbone = small(cooling=True, out_norm=True).train()
+    for name, gradient in gradients(backbone, probe(backbone(torch.randn(1, 3, 256, 256)))).items():
+        assert gradient.isfinite().all() and gradient.any(), name
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize('rates', [{}, dict(drop_path_rate=0.5, drop_rate=0.1, attn_drop_rate=0.1)])
+def test_recomputing_changes_no_value_and_no_gradient(small, probe, rates):
+    image, results = torch.randn(2, 3, 61, 83), []
+    for with_cp in (False, True):
+        backbone = small(with_cp=with_cp, cooling=True, **rates).train()
+        torch.manual_seed(1)  # the same blocks are dropped
+        features = backbone(image)
+        results.append((features, gradients(backbone, probe(features))))
+    (plain, plain_gradients), (recomputed, recomputed_gradients) = results
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(recomputed_gradients[name], gradient, msg=name)
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def test_recomputing_saves_memory(small, probe):
+    peaks = {}
+    for with_cp in (False, True):
+        backbone = small(dict(SMALL, depths=(2, 2, 12, 2)), with_cp=with_cp).train()
+        with PeakMemory() as memory:
+            probe(backbone(torch.randn(2, 3, 224, 224))).backward()
+        peaks[with_cp] = memory.peak
+    assert peaks[True] < 0.5 * peaks[False], peaks
+
+
+def test_recomputing_is_harmless_without_gradients(small):
+    backbone, image = small(with_cp=True), torch.randn(1, 3, 61, 83)
+    with torch.no_grad():
+        for feature, reference in zip(backbone(image), small()(image)):
+            assert torch.equal(feature, reference) and not feature.requires_grad
+
+
+# Frozen stages
+
+
+def frozen_prefixes(stages):
+    if stages < 0:
+        return ()
+    return ('patch_embed.', *(f'{part}{i}.' for i in range(stages) for part in ('layers.', 'norm')))
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('stages', [-1, 0, 1, 2, 3, 4])
+def test_frozen_stages_stay_frozen_and_the_rest_trains(probe, stages, with_cp):
+    backbone = CrossFormer(SMALL, frozen_stages=stages, with_cp=with_cp, out_norm=True,
+                           drop_rate=0.1, drop_path_rate=0.1)
+    prefixes = frozen_prefixes(stages)
+    backbone.init_weights()
+    backbone.eval()
+    backbone.train()
+    features = backbone(torch.randn(1, 3, 64, 64))
+    if stages < 4:
+        probe(features).backward()
+    else:
+        assert not any(feature.requires_grad for feature in features)
+    for name, parameter in backbone.named_parameters():
+        frozen = name.startswith(prefixes)
+        assert parameter.requires_grad != frozen, name
+        assert (parameter.grad is None) == frozen, name
+    for name, module in backbone.named_modules():
+        if name and name != 'layers':
+            frozen = f'{name}.'.startswith(prefixes) or (stages >= 0 and name == 'embed_drop')
+            assert module.training != frozen, name
+
+
+def test_frozen_stages_draw_no_random_numbers(small):
+    backbone = small(frozen_stages=2, drop_rate=0.5, drop_path_rate=0.5).train()
+    image = torch.randn(1, 3, 64, 64)
+    once, again = backbone(image), backbone(image)
+    assert all(torch.equal(once[i], again[i]) for i in (0, 1))
+    assert not torch.equal(once[3], again[3])
