@@ -31,7 +31,8 @@ def rows(first_column: str) -> list:
 def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
     snippet, = [block for block in blocks('python') if 'custom_imports' in block]
     (tmp_path / 'mine.py').write_text(
-        "_base_ = 'mmdet::_base_/models/faster-rcnn_r50_fpn.py'\ndefault_scope = 'mmdet'\n" + snippet)
+        "_base_ = 'mmdet::_base_/models/faster-rcnn_r50_fpn.py'\n"
+        "default_scope = 'mmdet'\n" + snippet)
     cfg = Config.fromfile(tmp_path / 'mine.py')
     assert cfg.model.backbone.init_cfg.checkpoint == 'crossformer-s.pth'
     assert 'depth' not in cfg.model.backbone
@@ -39,7 +40,8 @@ def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
     model = MODELS.build(cfg.model).eval()
     with torch.no_grad():
         features = model.extract_feat(torch.rand(1, 3, 70, 90))
-    assert [feature.shape[-2:] for feature in features] == [(18, 23), (9, 12), (5, 6), (3, 3), (2, 2)]
+    assert [tuple(feature.shape[-2:]) for feature in features] == [
+        (18, 23), (9, 12), (5, 6), (3, 3), (2, 2)]
 
 
 def test_plain_pytorch_snippet_gives_the_shapes_it_names():
@@ -119,7 +121,7 @@ def test_config_table_names_the_configs_that_exist():
 
 @pytest.mark.parametrize('folder', ['crossformer_mm'])
 def test_list_of_files_is_complete(folder):
-    said = set(re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/) ', README, flags=re.MULTILINE))
+    said = set(re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/) ', README, re.MULTILINE))
     there = {path.name + '/' * path.is_dir() for path in (ROOT / folder).iterdir()
              if not path.name.startswith('__')}
     assert said == there - {'version.py'}
