@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,26 @@ class TestDetector:
                      'train_cfg.max_epochs=2', 'train_cfg.val_interval=2')
         assert 'Epoch(train) [2][1/4]' in output and 'Epoch(train) [1]' not in output
         assert (detector / 'epoch_2.pth').is_file()
+
+    def test_mirrored_evaluation_of_a_retinanet(self, shapes, tmp_path):
+        config = tmp_path / 'small.py'
+        config.write_text(f'''
+_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 1, 1),
+                            num_heads=(1, 1, 2, 2))),
+    neck=dict(in_channels=[32, 64, 128], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, num_classes=4))
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
+    metainfo=dict(classes=('disk', 'square', 'triangle', 'star'))))
+''')
+        cfg = Config.fromfile(config)
+        init_default_scope('mmdet')
+        torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'small.pth')
+        run('tools/test.py', config, tmp_path / 'small.pth', '--tta', '--work-dir', tmp_path,
+            '--data-root', shapes / 'coco', '--cfg-options',
+            'tta_pipeline.1.transforms.0.0.scale=(128,128)')
+        assert 'coco/bbox_mAP' in metrics(tmp_path)
 
     def test_two_processes_train_and_evaluate_together(self, shapes, tmp_path):
         output = run('tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path, '--data-root',
