@@ -1,11 +1,19 @@
 # make demo   set up, make a data set, train and evaluate a detector and a segmentor
 # make test   set up if need be, run all tests
+# make test-openmmlab   the tests on the last OpenMMLab releases, in an environment of its own;
+#                       TESTS=... names some of them
+# make test-openmmlab-core   only those of building, loading and computing
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test setup clean
+OPENMMLAB := .venv-openmmlab
+TESTS ?= tests
+CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
+    tests/test_released_files.py tests/test_publish_model.py
+
+.PHONY: demo test test-openmmlab test-openmmlab-core setup clean
 setup: $(READY)
 
 $(READY): requirements/build.txt requirements/run.txt setup.py
@@ -17,11 +25,24 @@ $(READY): requirements/build.txt requirements/run.txt setup.py
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
 	touch $@
 
+$(OPENMMLAB)/ready: requirements/build.txt requirements/openmmlab.txt setup.py
+	$(PYTHON) -m venv $(OPENMMLAB)
+	$(OPENMMLAB)/bin/python -m pip install -r requirements/build.txt
+	$(OPENMMLAB)/bin/python -m pip install --no-build-isolation -r requirements/openmmlab.txt
+	$(OPENMMLAB)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
 demo: $(READY)
 	$(RUN) tools/demo.py
 
 test: $(READY)
 	$(RUN) -m pytest tests
 
+test-openmmlab: $(OPENMMLAB)/ready
+	$(OPENMMLAB)/bin/python -m pytest $(TESTS)
+
+test-openmmlab-core:
+	$(MAKE) test-openmmlab TESTS="$(CORE)"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info work_dirs data/shapes
+	rm -rf $(VENV) $(OPENMMLAB) build dist *.egg-info work_dirs data/shapes

@@ -25,5 +25,6 @@ setup(
         'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.1.0', 'mmdet>=3.3.0', 'mmsegmentation>=1.2.2',
                       'ftfy', 'regex'],
         'tensorboard': ['tensorboard'],
+        'safetensors': ['safetensors'],
     },
 )

@@ -1,7 +1,10 @@
-"""Reading backbone weights, ours and the authors', without running what is in the file."""
+"""Reading weights, ours and the authors', without running what is in the file."""
+import json
+import logging
 import re
 from collections import OrderedDict
-from typing import Dict, List, Mapping
+from importlib.util import find_spec
+from typing import Dict, Iterable, List, Mapping, Optional
 
 import numpy
 import torch
@@ -31,8 +34,8 @@ def log_statistic(owner, name: str):
 # own checkpoints, whose resuming needs it, and the configuration in the authors'
 # files, read as a plain dict. Anything else makes reading fail.
 SAFE_GLOBALS = [
-    HistoryBuffer, numpy.ndarray, numpy.dtype, type(numpy.dtype('float64')),
-    type(numpy.dtype('int64')), (log_statistic, 'builtins.getattr'),
+    HistoryBuffer, numpy.ndarray, numpy.dtype, (log_statistic, 'builtins.getattr'),
+    *{type(numpy.dtype(code)) for code in '?bBhHiIlLqQefdU'},  # numbers and names, no objects
     (OrderedDict, 'yacs.config.CfgNode'),
     # numpy 2 moved its functions; files of either are read with either.
     *((numpy.array(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct')
@@ -40,6 +43,13 @@ SAFE_GLOBALS = [
     *((numpy.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar')
       for core in ('core', '_core')),
 ]
+
+
+# mmengine's addresses: those that name a file, and names in model zoos, which mmengine
+# turns into a file by itself and reads in its own way.
+FILE_SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+ZOO_SCHEMES = ('modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://',
+               'pavi://')
 
 
 def use_safe_loading() -> None:
@@ -53,12 +63,16 @@ def use_safe_loading() -> None:
     def load_from_plain_data(path, map_location=None):
         return read_checkpoint(path, map_location)
 
-    CheckpointLoader.register_scheme(
-        prefixes=('', 'http://', 'https://'), loader=load_from_plain_data, force=True)
+    def load_from_zoo(path, map_location=None):
+        raise CheckpointError(f"Checkpoint '{path}' is a name in a model zoo, which cannot be read "
+                              'as plain data: download the file and give its path.')
+
+    CheckpointLoader.register_scheme(FILE_SCHEMES, loader=load_from_plain_data, force=True)
+    CheckpointLoader.register_scheme(ZOO_SCHEMES, loader=load_from_zoo, force=True)
 
 
 def read_checkpoint(path: str, map_location='cpu') -> dict:
-    """Read a checkpoint file or URL as pure data.
+    """Read a checkpoint file or URL as pure data, be it PyTorch's format or safetensors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,6 +82,8 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
     """
     try:
         with get_local_path(path) as local, open(local, 'rb') as file:
+            if is_safetensors(file):
+                return read_safetensors(local)
             return read_plain(file, map_location)
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -90,32 +106,76 @@ def read_plain(file, map_location) -> dict:
             'it is cut short or no file of plain weights') from None
 
 
-def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.',
-                     name: str = 'given') -> Dict[str, Tensor]:
-    """The backbone's part of a checkpoint, its keys as the backbone names them.
+def is_safetensors(file) -> bool:
+    """Whether an open file begins as safetensors do: the length of a JSON head, and the head."""
+    start = file.read(9)
+    file.seek(0)
+    return start[4:] == b'\0\0\0\0{'
+
+
+def require_safetensors() -> None:
+    if find_spec('safetensors') is None:
+        raise CheckpointError('a safetensors file needs the package safetensors, which is not '
+                              'installed (pip install safetensors)')
+
+
+def read_safetensors(path: str) -> dict:
+    """A safetensors file as a checkpoint; ``meta`` is what tools/publish_model.py wrote."""
+    require_safetensors()
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework='pt') as file:
+            meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+            return dict(state_dict={key: file.get_tensor(key) for key in file.keys()}, meta=meta)
+    except (SafetensorError, ValueError):
+        raise CheckpointError('it is cut short or no file of plain weights') from None
+
+
+def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever it keeps them.
 
     Takes a plain state dict, the authors' ImageNet files (``model``) and
-    checkpoints of whole detectors and segmentors (``state_dict`` with
-    ``backbone.*`` keys); drops the classifier and stored buffers by name.
+    checkpoints of whole detectors and segmentors (``state_dict``).
 
     Raises:
-        CheckpointError: there are no tensors under names that could be a backbone's.
+        CheckpointError: there are no tensors.
     """
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    if not isinstance(checkpoint, Mapping) or not any(
-            isinstance(value, Tensor) for value in checkpoint.values()):
+    weights = OrderedDict((str(key).removeprefix('module.'), value)
+                          for key, value in checkpoint.items() if isinstance(value, Tensor)
+                          ) if isinstance(checkpoint, Mapping) else OrderedDict()
+    if not weights:
         raise CheckpointError(f"Checkpoint '{name}' holds no weights: expected a dict of "
                               "tensors, or one under 'state_dict' or 'model'.")
-    weights = {str(key).removeprefix('module.'): value for key, value in checkpoint.items()}
+    if hasattr(checkpoint, '_metadata'):  # versions, by which modules read what older ones wrote
+        weights._metadata = checkpoint._metadata
+    return weights
+
+
+def is_known_extra(key: str) -> bool:
+    """Whether a backbone's key is of what the authors' files hold besides its weights."""
+    return key.startswith(CLASSIFIER_KEYS) or key.endswith(BUFFER_KEYS)
+
+
+def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.',
+                     name: str = 'given') -> Dict[str, Tensor]:
+    """The backbone's part of a checkpoint, its keys as the backbone names them.
+
+    Takes what :func:`weights_in` takes; of whole detectors and segmentors the
+    keys with ``prefix``. Drops the classifier and stored buffers by name.
+
+    Raises:
+        CheckpointError: there are no tensors.
+    """
+    weights = weights_in(checkpoint, name)
     prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     if any(key.startswith(prefix) for key in weights):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()
                    if key.startswith(prefix)}
-    return {key: value for key, value in weights.items()
-            if not key.startswith(CLASSIFIER_KEYS) and not key.endswith(BUFFER_KEYS)}
+    return {key: value for key, value in weights.items() if not is_known_extra(key)}
 
 
 def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> None:
@@ -146,16 +206,73 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
     print_log(f"Loaded backbone weights from '{path}'{left}", 'current')
 
 
+def fit_checkpoint(model: nn.Module, checkpoint: dict, name: str,
+                   required: Optional[str] = '') -> None:
+    """Load a checkpoint's weights into a whole model, and see that nothing stays random unsaid.
+
+    Afterwards ``checkpoint['state_dict']`` holds just the weights that fit, for
+    mmengine to load. What the authors' files hold besides is dropped by name.
+
+    Args:
+        required: prefix of the keys that must fit: ``''`` is all of them, None is
+            none. Where others do not fit, the log lists them.
+
+    Raises:
+        CheckpointError: the file holds no weights, nothing of this model, or
+            what is required does not fit; the sentence lists what is missing,
+            unexpected or of another shape.
+    """
+    own, weights = model.state_dict(), weights_in(checkpoint, name)
+    for key in list(weights):
+        part = key.removeprefix('backbone.')
+        if key not in own and part != key and is_known_extra(part):
+            del weights[key]
+    shapes = {key for key in weights if key in own and weights[key].shape != own[key].shape}
+    fitting = OrderedDict((key, weights[key]) for key in weights if key not in shapes)
+    fitting._metadata = getattr(weights, '_metadata', OrderedDict())
+    try:
+        # PyTorch says what is left: modules may rename what older versions of them wrote.
+        missing, unexpected = model.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"Checkpoint '{name}' does not fit this model: "
+                              f"{' '.join(str(error).split())}.") from None
+    missing = set(missing) - shapes
+    if fitting.keys() <= set(unexpected):
+        imagenet = any(key.startswith('patch_embed.') for key in weights)
+        raise CheckpointError(f"Checkpoint '{name}' holds nothing of this model" + (
+            ', but weights of a backbone alone: give it as model.backbone.init_cfg.checkpoint '
+            'of a training.' if imagenet else '.'))
+    if required is not None:
+        problems = [key for key in (*missing, *unexpected, *shapes) if key.startswith(required)]
+        if problems:
+            said = '; '.join(differences(missing, unexpected, shapes, weights, own))
+            raise CheckpointError(f"Checkpoint '{name}' does not fit this model: {said}.")
+    for difference in differences(missing, unexpected, shapes, weights, own, shown=None):
+        print_log(f"Checkpoint '{name}' does not fit this model: {difference}", 'current',
+                  logging.WARNING)
+    for key in unexpected:
+        fitting.pop(key, None)
+    checkpoint['state_dict'] = fitting
+
+
 def compare(expected, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> List[str]:
     """One phrase for each way in which weights differ from what is expected."""
+    shapes = {key for key in own if key in weights and weights[key].shape != own[key].shape}
+    return differences(set(expected) - weights.keys(), weights.keys() - own.keys(), shapes,
+                       weights, own)
 
-    def phrase(what: str, keys) -> List[str]:
+
+def differences(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str],
+                weights: Mapping[str, Tensor], own: Mapping[str, Tensor],
+                shown: Optional[int] = 3) -> List[str]:
+    """One phrase for each kind of keys, with the first few of them (None: all)."""
+
+    def phrase(what: str, keys: Iterable[str]) -> List[str]:
         keys = sorted(keys)
-        more = f' and {len(keys) - 3} more' if len(keys) > 3 else ''
-        return [f"{what} {', '.join(keys[:3])}{more}"] if keys else []
+        more = f' and {len(keys) - shown} more' if shown and len(keys) > shown else ''
+        return [f"{what} {', '.join(keys[:shown])}{more}"] if keys else []
 
     shapes = [f'{key} ({tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} here)'
-              for key in own if key in weights and weights[key].shape != own[key].shape]
-    return (phrase('missing', set(expected) - weights.keys())
-            + phrase('unexpected', weights.keys() - own.keys())
+              for key in shapes]
+    return (phrase('missing', missing) + phrase('unexpected', unexpected)
             + phrase('of another shape', shapes))

@@ -1,15 +1,21 @@
 """What train.py and test.py share: arguments, reading a config, checks before long work."""
 import argparse
+import logging
 import os
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Optional
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner.checkpoint import find_latest_checkpoint
 
-from crossformer_mm.checkpoint import CheckpointError, use_safe_loading
+from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
 
 # The package that each default_scope needs, as a user installs it.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
@@ -145,6 +151,49 @@ def check_dataset(cfg: Config, *splits: str) -> None:
 def check_file(option: str, path: str) -> None:
     if '://' not in path and not Path(path).is_file():
         fail(f"{option}: file '{path}' does not exist.")
+
+
+class CheckWeights(Hook):
+    """Refuse a checkpoint that does not fit; mmengine would warn and leave weights random.
+
+    Args:
+        advice: what a user can do, a clause after the sentence that says what does not fit.
+        required: prefix of the keys that must fit (``''``: all, None: none).
+        resume: whether the checkpoint must hold the state of a training.
+    """
+
+    priority = 'VERY_LOW'  # other hooks, such as those of averaged weights, choose weights first
+
+    def __init__(self, advice: str, required: Optional[str] = '', resume: bool = False):
+        self.advice, self.required, self.resume = advice, required, resume
+
+    def after_load_checkpoint(self, runner, checkpoint) -> None:
+        name = runner._load_from or find_latest_checkpoint(runner.work_dir)
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        try:
+            fit_checkpoint(model, checkpoint, name, self.required)
+        except CheckpointError as error:
+            raise CheckpointError(f'{error} {self.advice}') from None
+        absent = [key for key in ('optimizer', 'message_hub', 'meta') if key not in checkpoint]
+        if self.resume and absent:
+            raise CheckpointError(
+                f"Checkpoint '{name}' holds no state of a training ({', '.join(absent)}): start a "
+                "new one from its weights with --cfg-options load_from=FILE.")
+        compare_classes(runner, checkpoint)
+
+
+def compare_classes(runner, checkpoint: dict) -> None:
+    """Warn if a checkpoint names other classes than the dataset, by which results are read."""
+    meta = checkpoint['meta'] if isinstance(checkpoint.get('meta'), dict) else {}
+    said = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+    loop = getattr(runner, '_test_loop', None)
+    dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    classes = getattr(dataset, 'metainfo', {}).get('classes')
+    if said and classes and list(said) != list(classes):
+        print_log('The checkpoint names other classes than the dataset, whose names are used: '
+                  f'{list(said)[:3]}... and {list(classes)[:3]}...', 'current', logging.WARNING)
 
 
 def run(main) -> None:

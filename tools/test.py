@@ -4,8 +4,8 @@
 """
 from pathlib import Path
 
-from common import (argument_parser, check_dataset, check_file, fail, innermost, read_config, run,
-                    sentences_for)
+from common import (CheckWeights, argument_parser, check_dataset, check_file, fail, innermost,
+                    read_config, run, sentences_for)
 from mmengine.config import ConfigDict
 from mmengine.runner import Runner
 
@@ -18,6 +18,8 @@ def parse_args():
     parser.add_argument('--show-dir', help='folder for pictures of predictions beside ground truth')
     parser.add_argument('--tta', action='store_true',
                         help='test-time augmentation, as the config defines it')
+    parser.add_argument('--allow-partial', action='store_true',
+                        help='evaluate even if weights are missing, unexpected or of another shape')
     return parser.parse_args()
 
 
@@ -41,6 +43,7 @@ def main():
         # Absolute: the hook would put a relative one below the work folder.
         folder = str(Path(args.show_dir).absolute())
         cfg.default_hooks.visualization.draw = True
+        cfg.default_hooks.visualization.interval = 1  # mmsegmentation 1.2 would skip images
         if detection:
             cfg.default_hooks.visualization.test_out_dir = folder
         else:
@@ -56,6 +59,9 @@ def main():
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.register_hook(CheckWeights(
+        'Give the config that it was trained with, or evaluate a partly random model with '
+        '--allow-partial.', required=None if args.allow_partial else ''))
     runner.test()
 
 

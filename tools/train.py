@@ -2,7 +2,7 @@
 
     python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
 """
-from common import (argument_parser, check_dataset, check_file, fail, read_config, run,
+from common import (CheckWeights, argument_parser, check_dataset, check_file, fail, read_config, run,
                     sentences_for)
 from mmengine.runner import Runner
 import torch
@@ -41,6 +41,11 @@ def main():
     check_dataset(cfg, 'train', 'val')
     with sentences_for(ValueError, FileNotFoundError):
         runner = Runner.from_cfg(cfg)
+    runner.register_hook(CheckWeights(
+        'Give the config that it was trained with.', resume=bool(cfg.resume),
+        # A model may start from one with other heads, for other classes; of another backbone
+        # nothing is of use.
+        required='' if cfg.resume else 'backbone.'))
     runner.train()
 
 

@@ -1,0 +1,100 @@
+"""Make a checkpoint fit to be published: weights and what names their meaning, no training state.
+
+    python tools/publish_model.py work_dirs/cf_s_1x/epoch_12.pth mask_rcnn_cf_s_1x.pth
+
+writes mask_rcnn_cf_s_1x-1a2b3c4d.pth, with the first 8 digits of the file's sha256 in its name.
+"""
+import argparse
+import hashlib
+import io
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from common import check_file, fail, run
+
+from crossformer_mm.checkpoint import (CheckpointError, read_checkpoint, require_safetensors,
+                                       weights_in)
+
+SUFFIXES = ('.pth', '.pt', '.safetensors')
+# What inferencers and readers of today and of the authors' days look for in `meta`.
+KEPT_META = ('dataset_meta', 'cfg', 'config', 'CLASSES', 'PALETTE', 'epoch', 'iter',
+             'mmengine_version', 'mmdet_version', 'mmseg_version')
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Strip a checkpoint of the state of its training '
+                                     'and name it by its hash')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('out', help='NAME.pth or NAME.safetensors: NAME-HASH with this suffix is '
+                        'written')
+    parser.add_argument('--safetensors', action='store_true',
+                        help='write safetensors, whatever the suffix')
+    return parser.parse_args()
+
+
+def target(out: str, safetensors: bool) -> Path:
+    """Where to write, without the hash; ends the program where that cannot be."""
+    path = Path(out)
+    if safetensors:
+        stem = path.stem if path.suffix in SUFFIXES else path.name
+        path = path.with_name(f'{stem}.safetensors')
+    if path.suffix not in SUFFIXES:
+        fail(f"'{out}' must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+    if not path.parent.is_dir():
+        fail(f"folder '{path.parent}' does not exist.")
+    if path.suffix == '.safetensors':
+        try:
+            require_safetensors()
+        except CheckpointError as error:
+            fail(f'{error}.')
+    return path
+
+
+def published(checkpoint, name: str) -> dict:
+    """Weights and their meaning; copies, as a tensor may be a part of a larger one on disk."""
+    weights = OrderedDict(
+        (key, value.detach().clone(memory_format=torch.contiguous_format))
+        for key, value in weights_in(checkpoint, name).items())
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    return dict(state_dict=weights, meta={key: meta[key] for key in KEPT_META if key in meta})
+
+
+def serialized(content: dict, safetensors: bool) -> bytes:
+    """The file: the same bytes, and hash, whenever the content is the same."""
+    if safetensors:
+        from safetensors.torch import save
+        meta = json.dumps(content['meta'], default=lambda value: value.tolist())  # of numpy
+        return save(content['state_dict'], metadata=dict(format='pt', meta=meta))
+    buffer = io.BytesIO()  # a file would put its name inside
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def main():
+    args = parse_args()
+    check_file('checkpoint', args.checkpoint)
+    path = target(args.out, args.safetensors)
+    content = published(read_checkpoint(args.checkpoint), args.checkpoint)
+    data = serialized(content, path.suffix == '.safetensors')
+    digits = hashlib.sha256(data).hexdigest()[:8]
+    final = path.with_name(f'{path.stem}-{digits}{path.suffix}')
+    if final.exists():
+        fail(f"'{final}' is there already; nothing was written.")
+    # Under its name there is a whole file or none, even if this is interrupted.
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        part.write_bytes(data)
+        part.rename(final)
+    except OSError as error:
+        fail(f"'{final}' could not be written: {error}.")
+    finally:
+        part.unlink(missing_ok=True)
+    print(final)
+
+
+if __name__ == '__main__':
+    run(main)
