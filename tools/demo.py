@@ -23,7 +23,7 @@ MARKS = {
 }
 # What is shown of a log that also lists the environment and the whole config.
 SHOWN = ('Iter(train)', 'Epoch(train)', 'Epoch(test)', 'Iter(test)', 'Saving checkpoint',
-         'Resumed', 'error')
+         'Resumed', 'error: ')
 
 
 def run(title: str, *command: str) -> None:
