@@ -37,8 +37,10 @@ class DynamicPositionBias(BaseModule):
         columns = torch.arange(1 - width, width, device=weight.device, dtype=weight.dtype)
         offsets = torch.stack([rows[:, None].expand(-1, columns.numel()),
                                columns[None, :].expand(rows.numel(), -1)], dim=-1)
-        # Offsets beyond 256 are not distinct in bfloat16: no autocast here.
-        with torch.autocast(weight.device.type, enabled=False):
+        # Offsets beyond 256 are not distinct in bfloat16: no autocast here. (On the meta device,
+        # on which shapes can be followed through a model, there is none.)
+        device = 'cpu' if weight.is_meta else weight.device.type
+        with torch.autocast(device, enabled=False):
             bias = self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
         return bias.permute(2, 0, 1)
 

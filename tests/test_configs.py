@@ -1,11 +1,12 @@
 """The configs build the published models and state the published recipes."""
 import ast
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.optim import build_optim_wrapper
 
 from crossformer_mm import CrossFormer
 
@@ -13,33 +14,21 @@ CONFIGS = Path(__file__).parent.parent / 'configs'
 ZOO = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name not in ('_base_', 'demo'))
 DEMO = sorted(CONFIGS.glob('demo/*.py'))
 
-# Parameters in millions as published (papers' tables for COCO and ADE20K).
-PUBLISHED = {
-    'retinanet/cf_s_1x': 40.8, 'retinanet/cf_b_1x': 62.1,
-    'mask_rcnn/cf_s_1x': 50.2, 'mask_rcnn/cf_b_1x': 71.5,
-    'upernet/cf_s_160k': 62.3, 'upernet/cf_b_160k': 83.6, 'upernet/cf_l_160k': 125.5,
-}
+PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())['models']
+
+# The published FLOPs of these show other groups than those of all the rest.
+WIDE = {'mask_rcnn/cf_s_3x', 'mask_rcnn/cf_b_3x', 'cascade_mask_rcnn/cf_s_3x',
+        'semantic_fpn/cf_s_80k', 'semantic_fpn/cf_b_80k', 'semantic_fpn/cf_l_80k',
+        'semantic_fpn/cfpp_s_80k'}
+FAMILIES = {'cf': '', 'cfpp': 'pp-'}
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(CONFIGS).with_suffix(''))
 
 
-def build(cfg: Config) -> torch.nn.Module:
-    init_default_scope(cfg.default_scope)
-    with torch.device('meta'):
-        return MODELS.build(cfg.model)
-
-
-def test_every_zoo_config_has_a_published_size():
+def test_every_zoo_config_has_published_results():
     assert {name_of(path) for path in ZOO} == set(PUBLISHED)
-
-
-@pytest.mark.parametrize('path', ZOO, ids=name_of)
-def test_zoo_model_has_the_published_parameters(path):
-    model = build(Config.fromfile(path))
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    assert round(millions, 1) == PUBLISHED[name_of(path)]
 
 
 @pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
@@ -57,10 +46,13 @@ def test_heads_take_what_the_backbone_gives(path):
 @pytest.mark.parametrize('path', ZOO, ids=name_of)
 def test_zoo_uses_the_setting_of_the_published_results(path):
     backbone = Config.fromfile(path).model.backbone
+    family, size, _ = path.stem.split('_')
+    assert backbone.arch == FAMILIES[family] + size
     assert backbone.lda == 'interval'
-    assert tuple(backbone.group_size) == (7, 7, 7, 7)
-    assert tuple(backbone.interval) == (8, 4, 2, 1)
-    assert not backbone.get('out_norm', False)
+    wide = name_of(path) in WIDE
+    assert tuple(backbone.group_size) == ((14, 14, 7, 7) if wide else (7, 7, 7, 7))
+    assert tuple(backbone.interval) == ((16, 8, 2, 1) if wide else (8, 4, 2, 1))
+    assert not {'out_norm', 'cooling'} & set(backbone)  # as the architecture has it
 
 
 @pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
@@ -88,6 +80,37 @@ def test_coco_1x_recipe(path):
     assert next(step for step in cfg.train_pipeline if step.type == 'RandomFlip').prob == 0.5
 
 
+@pytest.mark.parametrize('path', [p for p in ZOO if '3x' in p.stem], ids=name_of)
+def test_coco_3x_recipe(path):
+    cfg = Config.fromfile(path)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-4, weight_decay=0.05)
+    assert cfg.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0., bias_decay_mult=0.)
+    assert 'clip_grad' not in cfg.optim_wrapper
+    assert cfg.train_cfg.max_epochs == 36
+    warmup, steps = cfg.param_scheduler
+    assert (warmup.start_factor, warmup.end, warmup.by_epoch) == (0.001, 500, False)
+    assert (steps.milestones, steps.gamma, steps.end) == ([27, 33], 0.1, 36)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    pipeline = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    resize = pipeline['RandomChoiceResize']
+    assert resize.scales == [(1333, shorter) for shorter in range(480, 801, 32)]
+    assert resize.keep_ratio and pipeline['RandomFlip'].prob == 0.5
+    test = {step.type: step for step in cfg.test_dataloader.dataset.pipeline}
+    assert test['Resize'].scale == (1333, 800)
+
+
+@pytest.mark.parametrize('path', [p for p in ZOO if '80k' in p.stem], ids=name_of)
+def test_semantic_fpn_recipe(path):
+    cfg = Config.fromfile(path)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=1e-4, weight_decay=1e-4)
+    assert cfg.train_cfg.max_iters == 80000
+    poly, = cfg.param_scheduler
+    assert (poly.type, poly.power, poly.begin, poly.end) == ('PolyLR', 0.9, 0, 80000)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    assert cfg.model.neck.out_channels == 256
+    assert cfg.model.decode_head.channels == 128
+
+
 @pytest.mark.parametrize('path', [p for p in ZOO if '160k' in p.stem], ids=name_of)
 def test_upernet_recipe(path):
     cfg = Config.fromfile(path)
@@ -112,15 +135,25 @@ def test_upernet_recipe(path):
     assert (auxiliary.channels, auxiliary.loss_decode.loss_weight) == (256, 0.4)
 
 
-def test_norms_have_no_weight_decay_in_upernet():
-    from mmengine.optim import build_optim_wrapper
-    cfg = Config.fromfile(CONFIGS / 'upernet' / 'cf_s_160k.py')
+@pytest.mark.parametrize('config, decay, biases', [
+    ('upernet/cf_s_160k', 0.01, 0.01), ('mask_rcnn/cf_s_3x', 0.05, 0.),
+    ('mask_rcnn/cf_s_1x', 1e-4, 1e-4)])
+def test_weight_decay_of_norms_and_biases(config, decay, biases):
+    cfg = Config.fromfile(CONFIGS / f'{config}.py')
+    norms = decay if config.endswith('1x') else 0.
     model = CrossFormer(arch=dict(embed_dims=16, depths=(1,), num_heads=(1,)), group_size=(7,),
                         interval=(8,), merge_sizes=(), out_indices=(0,))
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
-    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups
-             for p in group['params']}
+    decays = {id(p): group['weight_decay'] for group in optimizer.param_groups
+              for p in group['params']}
     for module in model.modules():
-        expected = 0. if isinstance(module, torch.nn.LayerNorm) else 0.01
-        for parameter in module.parameters(recurse=False):
-            assert decay[id(parameter)] == expected
+        for name, parameter in module.named_parameters(recurse=False):
+            norm = isinstance(module, torch.nn.LayerNorm)
+            expected = norms if norm else biases if name == 'bias' else decay
+            assert decays[id(parameter)] == expected
+
+
+@pytest.mark.parametrize('path', ZOO, ids=name_of)
+def test_every_recipe_stands_once(path):
+    names = {node.targets[0].id for node in ast.parse(path.read_text()).body}
+    assert names <= {'_base_', 'model'}, f'{path} has more than a model of its own'

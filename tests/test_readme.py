@@ -84,7 +84,7 @@ def commands() -> list:
 def options() -> dict:
     """The options that each tool says it has."""
     found = {}
-    for tool in ('train', 'test', 'publish_model'):
+    for tool in ('train', 'test', 'get_flops', 'publish_model'):
         said = subprocess.run([sys.executable, f'tools/{tool}.py', '--help'], cwd=ROOT, text=True,
                               capture_output=True, check=True).stdout
         found[tool] = set(re.findall(r'--[a-z-]+', said))
@@ -99,7 +99,7 @@ def test_commands_name_configs_and_options_that_exist(command, options):
     for config in (word for word in words if word.startswith('configs/')):
         Config.fromfile(ROOT / config)
     assert {word for word in words if word.startswith('--')} <= options[
-        re.search(r'(train|test|publish_model)', tool)[1]]
+        re.search(r'(train|test|get_flops|publish_model)', tool)[1]]
 
 
 def test_options_table_is_that_of_the_tools(options):
@@ -113,7 +113,7 @@ def test_options_table_is_that_of_the_tools(options):
 def test_config_table_names_the_configs_that_exist():
     said = set()
     for config, *_ in rows("config | paper's result"):
-        stem, letters, rest = re.fullmatch(r'`(.*)\{(.*)\}(.*)`', config).groups()
+        stem, letters, rest = re.fullmatch(r'`([^{]*)(?:\{(.*)\}(.*))?`', config).groups('')
         said |= {f'{stem}{letter}{rest}' for letter in letters.split(',')}
     there = {str(path.relative_to(ROOT)) for path in ROOT.glob('configs/[!_d]*/*.py')}
     assert said == there
@@ -123,5 +123,5 @@ def test_config_table_names_the_configs_that_exist():
 def test_list_of_files_is_complete(folder):
     said = set(re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/) ', README, re.MULTILINE))
     there = {path.name + '/' * path.is_dir() for path in (ROOT / folder).iterdir()
-             if not path.name.startswith('__')}
+             if not path.name.startswith(('__', '.'))}
     assert said == there - {'version.py'}

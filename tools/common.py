@@ -54,25 +54,31 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """The config with the arguments applied; ends the program where that cannot work."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not Path(args.config).is_file():
-        fail(f"config '{args.config}' does not exist.")
+def load_config(file: str, options: Optional[dict] = None) -> Config:
+    """A config with some settings replaced; ends the program where its package is not there."""
+    if not Path(file).is_file():
+        fail(f"config '{file}' does not exist.")
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = Config.fromfile(file)
     except Exception as error:  # a config is a program: anything can go wrong in it
-        fail(f"config '{args.config}' could not be read: {type(error).__name__}: {error}")
+        fail(f"config '{file}' could not be read: {type(error).__name__}: {error}")
     try:
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg.merge_from_dict(options or {})
     except (TypeError, KeyError, IndexError) as error:
         fail(f'--cfg-options: {error}')
     scope = cfg.get('default_scope')
     if scope not in SCOPES:
-        fail(f"config '{args.config}' has default_scope {scope!r}, allowed are "
+        fail(f"config '{file}' has default_scope {scope!r}, allowed are "
              f"{', '.join(map(repr, SCOPES))}.")
     if find_spec(scope) is None:
-        fail(f"config '{args.config}' needs the package {SCOPES[scope]}, which is not installed.")
+        fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
+    return cfg
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config with the arguments applied; ends the program where that cannot work."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options)
 
     cfg.launcher = args.launcher
     if args.work_dir:

@@ -1,0 +1,3 @@
+_base_ = './cf_s_3x.py'
+
+model = dict(backbone=dict(arch='b'))

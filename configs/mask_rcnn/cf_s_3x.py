@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/mask_rcnn.py', '../_base_/datasets/coco_instance_multiscale.py',
+    '../_base_/schedules/coco_3x.py', '../_base_/detection.py'
+]
+
+# The published FLOPs, 10 G below those of 1x, show these groups.
+model = dict(backbone=dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1)))

@@ -1,0 +1,3 @@
+_base_ = './cf_s_1x.py'
+
+model = dict(backbone=dict(arch='pp-b'))

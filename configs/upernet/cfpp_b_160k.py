@@ -1,0 +1,3 @@
+_base_ = './cf_s_160k.py'
+
+model = dict(backbone=dict(arch='pp-b'))

@@ -1,0 +1,80 @@
+"""Every model of the zoo costs what is published, and the committed files say so."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def zoo():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / 'tools'))
+        import write_model_zoo
+    return write_model_zoo
+
+
+@pytest.fixture(scope='module')
+def counted(zoo) -> dict:
+    return zoo.count_all()
+
+
+@pytest.fixture(scope='module')
+def files(zoo, counted) -> dict:
+    return zoo.render(counted)
+
+
+@pytest.mark.parametrize('name', [name for name, row in PUBLISHED['models'].items()
+                                  if row['params']])
+def test_published_parameters_and_flops(counted, name):
+    """The authors' code pads maps to whole groups: what runs here is up to 3 % less."""
+    row = PUBLISHED['models'][name]
+    assert abs(counted[name]['params'] / 1e6 - row['params']) < 0.06
+    assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+
+
+@pytest.mark.parametrize('size', 'sb')
+def test_a_row_without_published_cost_has_the_backbone_of_one_with(counted, size):
+    """RetinaNet takes no feature from the first stage: nothing else differs."""
+
+    def backbone(method: str) -> dict:
+        return {name: part for name, part in counted[f'{method}/cfpp_{size}_1x']['parts'].items()
+                if name.startswith('backbone.')}
+
+    assert PUBLISHED['models'][f'retinanet/cfpp_{size}_1x']['params'] is None
+    assert backbone('retinanet') == backbone('mask_rcnn')
+
+
+def test_committed_files_are_up_to_date(zoo, files):
+    assert not zoo.outdated(files), "run 'python tools/write_model_zoo.py'"
+
+
+def test_a_changed_file_is_noticed(zoo, files):
+    changed = ROOT / 'docs' / 'model_zoo.md'
+    assert zoo.outdated({**files, changed: files[changed] + 'x'}) == ['docs/model_zoo.md']
+
+
+def test_published_results_are_in_the_zoo_and_in_the_readme():
+    zoo, readme = ((ROOT / file).read_text() for file in ('docs/model_zoo.md', 'README.md'))
+    for name, row in PUBLISHED['models'].items():
+        line, = re.findall(rf'^.*/configs/{name}\.py.*$', zoo, flags=re.MULTILINE)
+        for metric, value in row['results'].items():
+            assert f'| {value} |' in line
+            assert str(value) in readme
+
+
+def test_metafiles_name_every_config_once():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    models = [model for file in index['Import']
+              for model in yaml.safe_load((ROOT / file).read_text())['Models']]
+    assert sorted(model['Config'] for model in models) == sorted(
+        f'configs/{name}.py' for name in PUBLISHED['models'])
+    for model in models:
+        results = PUBLISHED['models'][model['Config'][len('configs/'):-len('.py')]]['results']
+        said = {metric: value for task in model['Results']
+                for metric, value in task['Metrics'].items()}
+        assert said == results
