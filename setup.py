@@ -17,6 +17,11 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['crossformer_mm', 'crossformer_mm.*']),
+    # Where mmengine.hub and mim look for what is beside the package here: .mim holds links.
+    package_data={'crossformer_mm': ['.mim/model-index.yml', '.mim/configs/**/*.py',
+                                     '.mim/configs/*/metafile.yml', '.mim/tools/*.py',
+                                     '.mim/tools/*.sh']},
+    exclude_package_data={'crossformer_mm': ['.mim/tools/write_model_zoo.py']},
     python_requires='>=3.10',
     install_requires=['torch>=2.6', 'einops>=0.6'],
     extras_require={
