@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -266,8 +267,9 @@ def test_resuming_restores_the_whole_state_of_a_training(tmp_path):
 
     def resume_and_look(*arguments, **options):
         resume(*arguments, **options)
-        seen.update(optimizer=again.optim_wrapper.state_dict(), iter=again.iter,
-                    schedulers=[one.state_dict() for one in again.param_schedulers],
+        # Copies: the state that a state_dict names goes on changing.
+        seen.update(optimizer=deepcopy(again.optim_wrapper.state_dict()), iter=again.iter,
+                    schedulers=[deepcopy(one.state_dict()) for one in again.param_schedulers],
                     loss=again.message_hub.get_scalar('train/loss').data[0].copy())
 
     again.resume = resume_and_look

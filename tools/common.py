@@ -205,4 +205,9 @@ def compare_classes(runner, checkpoint: dict) -> None:
 def run(main) -> None:
     """Run a tool; a checkpoint that cannot be used ends it with its sentence."""
     with sentences_for(CheckpointError):
-        main()
+        try:
+            main()
+        finally:
+            # A process that ends with its group alive may be aborted, its work done.
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
