@@ -15,7 +15,6 @@ from .block import CrossFormerBlock
 from .checkpoint import load_backbone
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, group_map, long_distance, short_distance
-from .kernels import check_path
 
 # CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv
 # 2303.06908, table 1). Depths, heads and channels are those of the released weights.
@@ -169,7 +168,6 @@ class CrossFormer(BaseModule):
         super().__init__(init_cfg=init_cfg)
         arch = resolve_arch(arch)
         depths, num_heads = arch['depths'], arch['num_heads']
-        check_path(attention_path)
         if cooling is None:
             cooling = arch['cooling']
         if drop_path_rate is None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 
@@ -31,17 +32,7 @@ def model_of(config: str, *options: str):
     cfg.merge_from_dict({'model.backbone.out_norm': False})
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
-    as_on_cpu = {'SyncBN': 'BN'}
-
-    def plain_norms(part):
-        for key, value in list(part.items()) if isinstance(part, dict) else enumerate(part):
-            if isinstance(value, (dict, list, tuple)):
-                plain_norms(value)
-            elif key == 'type':
-                part[key] = as_on_cpu.get(value, value)
-
-    plain_norms(cfg.model)
-    model = MODELS.build(cfg.model).eval()
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point():
