@@ -159,6 +159,19 @@ def check_file(option: str, path: str) -> None:
         fail(f"{option}: file '{path}' does not exist.")
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file and the folders that lead to it: under its name there is all of it or nothing."""
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.rename(path)
+    except OSError as error:
+        fail(f"'{path}' could not be written: {error}.")
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class CheckWeights(Hook):
     """Refuse a checkpoint that does not fit; mmengine would warn and leave weights random.
 
