@@ -165,7 +165,7 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
-        part.rename(path)
+        part.replace(path)
     except OSError as error:
         fail(f"'{path}' could not be written: {error}.")
     finally:
