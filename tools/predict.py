@@ -48,7 +48,7 @@ class Source(NamedTuple):
         path: where it is.
         name: its path below the folder that all of them share, as images.json says it.
         stem: the same for what is written about it, without a suffix; no two have the same.
-        frames: how many images it holds, as far as it says.
+        frames: how many images it holds, as far as it says, but at least 1.
         video: the open video, or None for an image.
     """
     path: Path
@@ -137,7 +137,7 @@ def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
         stem = name if alike[name.with_suffix('')] > 1 else name.with_suffix('')
         video = mmcv.VideoReader(str(file)) if file.suffix.lower() in VIDEOS else None
         sources.append(Source(file, name.as_posix(), stem.as_posix(),
-                              max(video.frame_cnt, 0) if video else 1, video))
+                              1 if video is None else max(video.frame_cnt, 1), video))
         for written in (picture_path(out, sources[-1]), label_path(out, stem.as_posix())):
             if written.absolute() == file.absolute():
                 fail(f"--out: what is predicted of '{file}' would replace it; name another folder.")
@@ -145,7 +145,7 @@ def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
 
 
 def picture_path(out: Path, source: Source) -> Path:
-    return out / 'pictures' / f'{source.stem}.{"mp4" if source.video else "jpg"}'
+    return out / 'pictures' / f'{source.stem}.{"jpg" if source.video is None else "mp4"}'
 
 
 def label_path(out: Path, stem: str) -> Path:
@@ -248,7 +248,7 @@ class Ids:
     def check(self, sources: Sequence[Source]) -> None:
         """End the program if a file has no id."""
         for source in sources if self.images is not None else ():
-            if source.video or self.of(source) is None:
+            if source.video is not None or self.of(source) is None:
                 fail(f"--ann-file: it names no image '{source.name}'.")
 
     def of(self, source: Source) -> Optional[int]:
@@ -292,7 +292,7 @@ def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress:
         if read < 0.98 * source.frames or not read:
             skip(source, f'its frames from {read + 1} on could not be read' if read else
                  'it is no video that OpenCV reads')
-            progress.update(max(source.frames - read, 0))
+            progress.update(source.frames - read)
         ids.leave(max(source.frames, read))
 
 
@@ -348,7 +348,7 @@ class Pictures:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f'.{os.getpid()}.{path.name}')
             writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*'mp4v'),
-                                     image.source.video.fps, drawn.shape[1::-1])
+                                     image.source.video.fps or 25, drawn.shape[1::-1])
             if not writer.isOpened():
                 fail(f"'{path}' could not be written.")
             self.video = image.source, part, writer
@@ -418,7 +418,7 @@ class LabelMaps:
         labels = sample.pred_sem_seg.data[0].numpy() + self.first
         labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
         stem = image.source.stem
-        if image.source.video:
+        if image.source.video is not None:
             stem = f'{stem}/{image.entry["frame"]:06d}'
         path = label_path(self.out, stem)
         write_whole(path, cv2.imencode('.png', labels)[1].tobytes())
