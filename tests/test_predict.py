@@ -24,18 +24,24 @@ CLASSES = ('disk', 'square', 'triangle', 'star')
 UNDRAWN = ('--score-thr', 1)
 
 
-def predict(capfd, *arguments, expect=0, tool='predict.py') -> str:
-    """Run a tool in this process, for speed; what it printed."""
+def run_here(folder: Path, tool: str, *arguments) -> int:
+    """Run a tool in a folder, in this process for speed; its exit status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
+        patch.chdir(folder)
         patch.syspath_prepend(str(ROOT / 'tools'))
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        Visualizer._instance_dict.clear()  # a new process would have none
+        for kind in (Visualizer, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()  # a new process would have none
         try:
-            runpy.run_path(f'tools/{tool}', run_name='__main__')
-            status = 0
+            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
         except SystemExit as stopped:
-            status = stopped.code
+            return stopped.code or 0
+    return 0
+
+
+def predict(capfd, *arguments, expect=0, tool='predict.py') -> str:
+    """What a tool prints that ends with a status."""
+    status = run_here(ROOT, tool, *arguments)
     out = ''.join(capfd.readouterr())
     assert status == expect, out[-3000:]
     return out
