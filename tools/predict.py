@@ -18,6 +18,7 @@ import glob
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -458,6 +459,12 @@ def main():
     detection = cfg.default_scope == 'mmdet'
     out = Path(args.out)
     sources = sources_of(find_files(args.images, out), out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: folder '{out}' could not be made: {error.strerror}.")
+    # What the libraries remark on losses, palettes and pipelines is of no use here.
+    warnings.filterwarnings('ignore', category=UserWarning, module=r'mm(det|seg|engine|cv)\b')
 
     init_default_scope(cfg.default_scope)
     with sentences_for(ValueError, FileNotFoundError):
@@ -475,7 +482,6 @@ def main():
         ids.categories = list(range(first, first + len(meta['classes'])))
         results = LabelMaps(out, first)
 
-    out.mkdir(parents=True, exist_ok=True)
     for written in ('images.json', 'results.bbox.json', 'results.segm.json'):
         (out / written).unlink(missing_ok=True)  # of an earlier run: from now on not the truth
     skipped: List[dict] = []
