@@ -140,7 +140,7 @@ def sample_logits(attention: GroupAttention, x: Tensor, grouping: Grouping, grou
     q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
     logits = attention.scale * torch.einsum('gqhd,gkhd->ghqk', q[:, chosen], k)
     windows = bias_windows(attention.pos(*grouping.extent), height, width)
-    bias = windows[:, chosen // width, chosen % width].flatten(2)  # (heads, queries, keys)
+    bias = windows[:, chosen // width, chosen % width].flip(2, 3).flatten(2)
     return logits + bias
 
 

@@ -174,7 +174,7 @@ def check_file(option: str, path: str) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file and the folders that lead to it: under its name there is all of it or nothing."""
+    """Write a file, and the folders that lead to it: under its name is all of it or nothing."""
     part = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

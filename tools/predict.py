@@ -240,7 +240,7 @@ class Ids:
             self.images = {image['file_name']: image['id'] for image in known['images']}
             by_name = {category['name']: category['id'] for category in known['categories']}
         except (OSError, ValueError, KeyError, TypeError):
-            fail(f"--ann-file: '{ann_file}' is no file of COCO annotations (images and categories).")
+            fail(f"--ann-file: '{ann_file}' is no file of COCO annotations.")
         unknown = [name for name in classes if name not in by_name]
         if unknown:
             fail(f"--ann-file: '{ann_file}' has no category '{unknown[0]}', which the model has.")
