@@ -12,7 +12,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if onednn_suits(x):
+        if onednn_suits(x, self.weight):
             out = onednn_linear(x.flatten(0, -2), self.weight, self.bias)
             return out.view(*x.shape[:-1], -1)
         return super().forward(x)
@@ -38,7 +38,7 @@ class Mlp(BaseModule):
         """(..., channels) to the same shape."""
         if x.device.type == 'cpu' and not is_traced() and self.is_plain():
             tokens = x.flatten(0, -2)
-            if onednn_suits(x):
+            if onednn_suits(x, self.fc1.weight):
                 return onednn_mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,
                                   self.fc2.bias).view(x.shape)
             if not torch.is_grad_enabled():  # a part at a time stays in the cache

@@ -53,14 +53,24 @@ def test_chunks_cover_every_row_once(rows, width):
 
 @needs_onednn
 def test_the_rule_takes_onednn_for_float32_on_the_cpu_alone():
-    x = torch.randn(4, 8)
-    assert onednn_suits(x)
-    assert not onednn_suits(x.double()) and not onednn_suits(x.bfloat16())
-    assert not onednn_suits(x.to('meta'))
+    x, weight = torch.randn(200, 8), torch.randn(16, 8)
+    assert onednn_suits(x, weight)
+    assert not onednn_suits(x.double(), weight) and not onednn_suits(x.bfloat16(), weight)
+    assert not onednn_suits(x.to('meta'), weight)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert not onednn_suits(x)
+        assert not onednn_suits(x, weight)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not onednn_suits(x)
+        assert not onednn_suits(x, weight)
+
+
+@needs_onednn
+def test_the_rule_takes_it_for_few_tokens_only_without_gradient():
+    few, some, many = torch.randn(3, 5, 8), torch.randn(13, 10, 8), torch.randn(400, 8)
+    small, large = torch.randn(16, 8), torch.empty(1025, 1024)
+    assert not onednn_suits(few, small) and onednn_suits(some, small)
+    assert not onednn_suits(some, large) and onednn_suits(many, large)
+    with torch.no_grad():
+        assert onednn_suits(few, small) and onednn_suits(some, large)
 
 
 @pytest.mark.parametrize('shape', [(2, 5, 7, 8), (3, 8), (1, 8)])

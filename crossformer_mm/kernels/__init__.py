@@ -49,14 +49,19 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
 
 
-def onednn_suits(x: Tensor) -> bool:
+def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     """Whether :mod:`.onednn` is to be used: float32 on the CPU, no autocast, no tracer.
 
-    ``torch.backends.mkldnn.flags(enabled=False)`` switches it off, as it does for convolutions.
+    Nor for few tokens in training: oneDNN lays the weight out in its own way first,
+    for each of three products. ``torch.backends.mkldnn.flags(enabled=False)`` switches
+    it off, as it does for convolutions.
     """
+    tokens = x.numel() // x.shape[-1]
+    few = 400 if weight.numel() > 2**20 else 128
     return (x.device.type == 'cpu' and x.dtype == torch.float32 and not is_traced()
             and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled)
+            and torch.backends.mkldnn.enabled
+            and (tokens >= few or not torch.is_grad_enabled()))
 
 
 def group_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
