@@ -1,7 +1,6 @@
 """What README.md says is so."""
 import inspect
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,31 +74,15 @@ def test_architecture_table_is_that_of_the_code():
                               arch['drop_path_rate'], f'{millions:.1f} M')
 
 
-def commands() -> list:
-    text = '\n'.join(blocks('shell')).replace('\\\n', ' ')
-    return [line for line in text.splitlines() if line.startswith(('python tools', 'tools/'))]
-
-
 @pytest.fixture(scope='module')
 def options() -> dict:
     """The options that each tool says it has."""
     found = {}
-    for tool in ('train', 'test', 'get_flops', 'publish_model'):
+    for tool in ('train', 'test'):
         said = subprocess.run([sys.executable, f'tools/{tool}.py', '--help'], cwd=ROOT, text=True,
                               capture_output=True, check=True).stdout
         found[tool] = set(re.findall(r'--[a-z-]+', said))
     return found
-
-
-@pytest.mark.parametrize('command', commands())
-def test_commands_name_configs_and_options_that_exist(command, options):
-    words = shlex.split(command, comments=True)
-    tool = words[1] if words[0] == 'python' else words[0]
-    assert (ROOT / tool).is_file()
-    for config in (word for word in words if word.startswith('configs/')):
-        Config.fromfile(ROOT / config)
-    assert {word for word in words if word.startswith('--')} <= options[
-        re.search(r'(train|test|get_flops|publish_model)', tool)[1]]
 
 
 def test_options_table_is_that_of_the_tools(options):

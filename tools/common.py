@@ -66,6 +66,7 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
         cfg.merge_from_dict(options or {})
     except (TypeError, KeyError, IndexError) as error:
         fail(f'--cfg-options: {error}')
+    forget_scope(cfg._cfg_dict)
     scope = cfg.get('default_scope')
     if scope not in SCOPES:
         fail(f"config '{file}' has default_scope {scope!r}, allowed are "
@@ -73,6 +74,19 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
     if find_spec(scope) is None:
         fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
     return cfg
+
+
+def forget_scope(part) -> None:
+    """Let what came by ``_base_ = 'crossformer_mm::...'`` be built as if from a file beside.
+
+    MMEngine would look it all up in a registry of that name, but models, data sets and metrics are
+    those of MMDetection and MMSegmentation.
+    """
+    if isinstance(part, dict) and part.get('_scope_') == 'crossformer_mm':
+        del part['_scope_']
+    if isinstance(part, (dict, list, tuple)):
+        for value in part.values() if isinstance(part, dict) else part:
+            forget_scope(value)
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -157,6 +171,19 @@ def check_dataset(cfg: Config, *splits: str) -> None:
 def check_file(option: str, path: str) -> None:
     if '://' not in path and not Path(path).is_file():
         fail(f"{option}: file '{path}' does not exist.")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, and the folders that lead to it: under its name is all of it or nothing."""
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        fail(f"'{path}' could not be written: {error}.")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class CheckWeights(Hook):

@@ -120,7 +120,7 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> N
     print(f"wrote {count} {split} images with {len(annotations)} objects to '{folder}'")
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='folder to write; reused if the same set is there')
     parser.add_argument('--train', type=int, default=400, help='training images')
@@ -130,14 +130,18 @@ def main():
     args = parser.parse_args()
     if min(args.train, args.val) < 1 or args.size < 32:
         parser.error('--train and --val must be at least 1 and --size at least 32')
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / 'coco').is_dir():
+        parser.error(f"out: '{args.out}' holds other files; name a new or empty folder")
+    return args
 
+
+def main():
+    args = parse_args()
     made_with = dict(train=args.train, val=args.val, size=args.size, seed=args.seed)
     stamp = args.out / 'made_with.json'  # written last: a set without it is not whole
     if stamp.is_file() and json.loads(stamp.read_text()) == made_with:
         print(f"'{args.out}' is there already")
         return
-    if args.out.exists() and any(args.out.iterdir()) and not (args.out / 'coco').is_dir():
-        parser.error(f"out: '{args.out}' holds other files; name a new or empty folder")
     for part in ('coco', 'ade'):
         shutil.rmtree(args.out / part, ignore_errors=True)
     stamp.unlink(missing_ok=True)

@@ -15,7 +15,15 @@ def parse_args():
                         help='scale the learning rate by the actual total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='go on from CHECKPOINT, or from the newest one in the work folder')
-    return parser.parse_args()
+    parser.add_argument('--tensorboard-samples', type=int, metavar='N',
+                        help='also log to TensorBoard, with the predictions on N validation images '
+                        'at every validation')
+    args = parser.parse_args()
+    if args.tensorboard_samples is not None:
+        if args.tensorboard_samples < 1:
+            fail(f'--tensorboard-samples must be at least 1, got {args.tensorboard_samples}.')
+        args.tensorboard = True
+    return args
 
 
 def main():
@@ -39,6 +47,11 @@ def main():
     if pretrained:
         check_file('model.backbone.init_cfg.checkpoint', pretrained)
     check_dataset(cfg, 'train', 'val')
+    if args.tensorboard_samples:
+        if not cfg.get('val_dataloader'):
+            fail(f"--tensorboard-samples: config '{args.config}' has no val_dataloader.")
+        cfg.custom_hooks = [*cfg.get('custom_hooks', []),
+                            dict(type='ValidationSamplesHook', count=args.tensorboard_samples)]
     with sentences_for(ValueError, FileNotFoundError):
         runner = Runner.from_cfg(cfg)
     runner.register_hook(CheckWeights(
