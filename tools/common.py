@@ -3,6 +3,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
+from checked_data import DataError
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
 
 # The package that each default_scope needs, as a user installs it.
@@ -159,6 +161,16 @@ def check_file(option: str, path: str) -> None:
         fail(f"{option}: file '{path}' does not exist.")
 
 
+def check_work_dir(folder: str) -> None:
+    """End the program with a sentence if nothing can be written to a folder."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        fail(f"--work-dir: '{folder}' cannot be written: {error.strerror}.")
+
+
 class CheckWeights(Hook):
     """Refuse a checkpoint that does not fit; mmengine would warn and leave weights random.
 
@@ -203,8 +215,8 @@ def compare_classes(runner, checkpoint: dict) -> None:
 
 
 def run(main) -> None:
-    """Run a tool; a checkpoint that cannot be used ends it with its sentence."""
-    with sentences_for(CheckpointError):
+    """Run a tool; a checkpoint or data that cannot be used end it with their sentence."""
+    with sentences_for(CheckpointError, DataError):
         try:
             main()
         finally:
