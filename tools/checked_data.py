@@ -9,7 +9,7 @@ import mmcv
 import numpy as np
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, DefaultScope
 from torch.utils.data import Dataset
 
 MOST_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
@@ -191,11 +191,11 @@ def files_of(info: dict) -> dict:
 def categories_read() -> Iterator[dict]:
     """The categories, by id, of the annotation file that MMDetection reads meanwhile."""
     categories = {}
-    try:
-        from mmdet.datasets import CocoDataset
-    except ImportError:
+    scope = DefaultScope.get_current_instance()
+    if scope is None or scope.scope_name != 'mmdet':
         yield categories
         return
+    from mmdet.datasets import CocoDataset
     reader = CocoDataset.COCOAPI
 
     def read(path):
