@@ -12,10 +12,12 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 from torch.utils.data import Dataset
 
+from errors import UserError, said
+
 MOST_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used; the message is one sentence that names the file."""
 
     def __init__(self, text: str):
@@ -164,10 +166,6 @@ class CountSkipped(Hook):
         if self.path.exists():
             count = len(self.path.read_text(encoding='utf-8').splitlines())
             runner.logger.warning(f"{count} images were skipped, see '{self.path}'.")
-
-
-def said(error: Exception) -> str:
-    return ' '.join(f'{type(error).__name__}: {error}'.split()).rstrip('.')
 
 
 def source_of(dataset: dict) -> str:

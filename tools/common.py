@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
-from checked_data import DataError
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
+from errors import UserError
+from options import KeyValues, check_keys
 
 # The package that each default_scope needs, as a user installs it.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+# What each launcher sets in the processes that it starts.
+STARTED = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
 
 def fail(sentence: str) -> None:
@@ -46,7 +49,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
     parser.add_argument('--tensorboard', action='store_true', help='also log to TensorBoard')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
         help='settings that replace those of the config, such as '
         'train_dataloader.batch_size=4 model.backbone.with_cp=True')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
@@ -64,16 +67,20 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
         cfg = Config.fromfile(file)
     except Exception as error:  # a config is a program: anything can go wrong in it
         fail(f"config '{file}' could not be read: {type(error).__name__}: {error}")
-    try:
-        cfg.merge_from_dict(options or {})
-    except (TypeError, KeyError, IndexError) as error:
-        fail(f'--cfg-options: {error}')
     scope = cfg.get('default_scope')
     if scope not in SCOPES:
         fail(f"config '{file}' has default_scope {scope!r}, allowed are "
              f"{', '.join(map(repr, SCOPES))}.")
     if find_spec(scope) is None:
         fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
+    if not isinstance(cfg.get('model'), dict):
+        fail(f"config '{file}' has no model.")
+    with sentences_for(UserError):
+        check_keys(cfg, options or {})
+    try:
+        cfg.merge_from_dict(options or {})
+    except (TypeError, KeyError, IndexError) as error:
+        fail(f'--cfg-options: {error}')
     return cfg
 
 
@@ -82,6 +89,9 @@ def read_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
 
+    if args.launcher != 'none' and STARTED[args.launcher] not in os.environ:
+        fail(f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
+             'of such a job; tools/dist_train.sh and tools/dist_test.sh start one.')
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
@@ -161,14 +171,14 @@ def check_file(option: str, path: str) -> None:
         fail(f"{option}: file '{path}' does not exist.")
 
 
-def check_work_dir(folder: str) -> None:
+def check_writable(option: str, folder) -> None:
     """End the program with a sentence if nothing can be written to a folder."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
     except OSError as error:
-        fail(f"--work-dir: '{folder}' cannot be written: {error.strerror}.")
+        fail(f"{option}: '{folder}' cannot be written: {error.strerror}.")
 
 
 class CheckWeights(Hook):
@@ -215,8 +225,8 @@ def compare_classes(runner, checkpoint: dict) -> None:
 
 
 def run(main) -> None:
-    """Run a tool; a checkpoint or data that cannot be used end it with their sentence."""
-    with sentences_for(CheckpointError, DataError):
+    """Run a tool; a checkpoint, a config or data that cannot be used end it with a sentence."""
+    with sentences_for(CheckpointError, UserError):
         try:
             main()
         finally:

@@ -1,5 +1,6 @@
 """MMEngine's Runner, made for trainings that are killed and for data of other people."""
 import copy
+import functools
 from pathlib import Path
 from typing import Optional
 
@@ -9,6 +10,30 @@ from mmengine.runner import Runner
 import randomness
 import whole_files  # noqa: F401  (registers the file backend)
 from checked_data import CountSkipped, DataError
+from crossformer_mm.checkpoint import CheckpointError
+from errors import UserError, said
+
+
+class ConfigError(UserError):
+    """A config of which nothing can be built; the message is one sentence that names the part."""
+
+
+def says_what(part: str):
+    """Make errors of a method that builds something name the part of the config."""
+
+    def decorate(build):
+        @functools.wraps(build)
+        def built(*args, **kwargs):
+            try:
+                return build(*args, **kwargs)
+            except (UserError, CheckpointError):
+                raise
+            except Exception as error:  # whatever there is in a config
+                raise ConfigError(f"The config's {part} cannot be built: {said(error)}.") from error
+
+        return built
+
+    return decorate
 
 
 class CarefulRunner(Runner):
@@ -24,6 +49,16 @@ class CarefulRunner(Runner):
 
     skip_to: Optional[str] = None  # where to list training images that are skipped
 
+    build_visualizer = says_what('visualizer')(Runner.build_visualizer)
+    build_model = says_what('model')(Runner.build_model)
+    build_optim_wrapper = says_what('optim_wrapper')(Runner.build_optim_wrapper)
+    build_param_scheduler = says_what('param_scheduler')(Runner.build_param_scheduler)
+    build_train_loop = says_what('train_cfg or train_dataloader')(Runner.build_train_loop)
+    build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(Runner.build_val_loop)
+    build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
+        Runner.build_test_loop)
+
+    @says_what('default_hooks or custom_hooks')
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         super().register_hooks(default_hooks, custom_hooks)
         self.register_hook(randomness.SeedIterations())

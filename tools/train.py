@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from common import (CheckWeights, argument_parser, check_dataset, check_file, check_work_dir, fail,
+from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
                     read_config, run, sentences_for)
 from runner import CarefulRunner
 from whole_files import FULL, newest_checkpoint
@@ -63,9 +63,8 @@ def main():
     if pretrained:
         check_file('model.backbone.init_cfg.checkpoint', pretrained)
     check_dataset(cfg, 'train', 'val')
-    check_work_dir(cfg.work_dir)
-    with sentences_for(ValueError, FileNotFoundError):
-        runner = CarefulRunner.from_cfg(cfg)
+    check_writable('--work-dir', cfg.work_dir)
+    runner = CarefulRunner.from_cfg(cfg)
     if args.skip_bad_images:
         runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not cfg.resume)
     runner.register_hook(CheckWeights(
