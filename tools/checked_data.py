@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 from errors import UserError, said
 
+EMPTY = ('{} leaves no image to use: there is none, or filter_cfg drops all, for they are small or '
+         'have no objects of the classes.')
 MOST_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
 
 
@@ -69,14 +71,15 @@ class CheckedDataset(DatasetWrapper):
                 if hasattr(self, 'full_init'):
                     self.full_init()
         except Exception as error:  # whatever there is in a file
-            raise DataError(f"{source} could not be used: {said(error)}.") from error
+            if 'at least one array' in str(error):  # mmengine packs an empty list of images
+                raise DataError(EMPTY.format(source)) from error
+            raise DataError(f'{source} could not be used: {said(error)}.') from error
         self.skip_to = skip_to
         self.classes = self.metainfo.get('classes')
         if categories and self.classes:
             check_categories(source, categories, self.dataset.cat_ids, list(self.classes))
         if not len(self):
-            raise DataError(f'{source} leaves no image to use: there is none, or filter_cfg drops '
-                            'all, for they are small or have no objects of the classes.')
+            raise DataError(EMPTY.format(source))
         self.check_files(source)
 
     def check_files(self, source: str) -> None:
@@ -117,6 +120,11 @@ class CheckedDataset(DatasetWrapper):
         if truth is None or not self.classes:
             return
         ignored, labels = getattr(self.dataset, 'ignore_index', 255), truth.data
+        # Cropped with its image, or read for the metrics at its first size.
+        sizes = (tuple(getattr(item['inputs'], 'shape', ())[-2:]), item['data_samples'].ori_shape)
+        if tuple(labels.shape[-2:]) not in sizes:
+            raise DataError(f"Label map '{self.get_data_info(index)['seg_map_path']}' is of another "
+                            'size than its image.')
         wrong = labels[(labels >= len(self.classes)) & (labels != ignored)]
         if len(wrong):
             info = self.get_data_info(index)
@@ -133,8 +141,12 @@ class CheckedDataset(DatasetWrapper):
         files = files_of(self.get_data_info(index))
         for what, path in files.items():
             try:
-                if mmcv.imfrombytes(Path(path).read_bytes(), flag='unchanged') is None:
+                pixels = mmcv.imfrombytes(Path(path).read_bytes(), flag='unchanged')
+                if pixels is None:
                     return DataError(f"{what} '{path}' is cut short or no image.")
+                if what == 'Label map' and 1 in pixels.shape[:2]:
+                    return DataError(f"{what} '{path}' has {pixels.shape[0]} x {pixels.shape[1]} "
+                                     'pixels, MMSegmentation needs 2 or more on each side.')
             except OSError as fault:
                 return DataError(f"{what} '{path}' could not be opened: {fault.strerror}.")
             except Exception as fault:  # of the decoder
