@@ -20,13 +20,15 @@ class ToolProcess:
     Args:
         log (Path): where its output goes.
         *command: the tool's file and its arguments.
+        environment (dict, optional): variables that are set for it.
     """
 
-    def __init__(self, log: Path, *command):
+    def __init__(self, log: Path, *command, environment=None):
         self.log = Path(log)
         self.log.write_text('')
         self.process = PROCESSES.Process(
-            target=run_tool, args=(str(log), *(str(part) for part in command)))
+            target=run_tool,
+            args=(str(log), environment or {}, *(str(part) for part in command)))
         self.process.start()
 
     @property
@@ -57,7 +59,8 @@ class ToolProcess:
         self.process.join()
 
 
-def run_tool(log: str, tool: str, *arguments: str) -> None:
+def run_tool(log: str, environment: dict, tool: str, *arguments: str) -> None:
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

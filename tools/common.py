@@ -128,7 +128,9 @@ def prepare_for_cpu(cfg: Config) -> None:
         # wrap the model without naming a device, use no norm that needs one.
         torch.distributed.init_process_group('gloo')
         cfg.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+            type='MMDistributedDataParallel', broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        ) | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None)
         plain_batch_norm(cfg.model)
 
 
