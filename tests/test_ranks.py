@@ -24,12 +24,13 @@ from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 COMPARABLE = '''
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(backbone=dict(attn_drop_rate=0., drop_path_rate=0., with_cp=WITH_CP),
-             decode_head=dict(norm_cfg=norm_cfg, dropout_ratio=0.),
-             auxiliary_head=dict(norm_cfg=norm_cfg, dropout_ratio=0.))
-model['backbone']['arch'] = dict(_delete_=True, embed_dims=16, depths=(1, 1, 2, 1),
+             decode_head=dict(in_channels=[32, 64, 128, 256], norm_cfg=norm_cfg,
+                              dropout_ratio=0.),
+             auxiliary_head=dict(in_channels=128, norm_cfg=norm_cfg, dropout_ratio=0.))
+model['backbone']['arch'] = dict(_delete_=True, embed_dims=32, depths=(1, 1, 2, 1),
                                  num_heads=(1, 2, 4, 8))
 train_dataloader = dict(batch_size=BATCH, num_workers=0, persistent_workers=False)
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=1.))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=1., weight_decay=0.))
 param_scheduler = []
 custom_hooks = []
 train_cfg = dict(max_iters=2, val_interval=10)
@@ -67,7 +68,7 @@ def started(config: Path, path: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    torch.save(model.state_dict(), path)
+    torch.save(dict(state_dict=model.state_dict()), path)
     return path
 
 
@@ -111,19 +112,17 @@ def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, w
         two(tmp_path / 'log', 'tools/train.py', shared, '--work-dir', tmp_path / 'shared', *options)
 
     # DistributedDataParallel refuses the second step if the first left a parameter out.
-    before = torch.load(start, weights_only=True)
+    before = read_checkpoint(str(start))['state_dict']
     for iteration in ('iter_1.pth', 'iter_2.pth'):
         one, other = (read_checkpoint(str(tmp_path / name / iteration))['state_dict']
                       for name in ('alone', 'shared'))
+        far_above_rounding = 0
         for name, weight in one.items():
             step = weight - before[name]  # the learning rate is 1: minus the gradient
-            assert step.norm() > 0, name
-            error = (other[name] - weight).norm()
             rounding = 1e-6 * weight.norm()
-            assert error <= 1e-3 * step.norm() + rounding, name
-        if iteration == 'iter_1.pth':
-            largest = max((weight - before[name]).norm() for name, weight in one.items())
-            assert largest > 1e-2  # far above rounding
+            assert (other[name] - weight).norm() <= 1e-3 * step.norm() + rounding, name
+            far_above_rounding += bool(step.norm() > 100 * rounding)
+        assert far_above_rounding > 0.7 * len(one)
         before = one
 
 
