@@ -1,19 +1,23 @@
 """What a test has no time for: trainings killed again and again, thousands of steps.
 
-    python benchmarks/soak.py kills --count 20 --out benchmarks/soak.md
-    python benchmarks/soak.py steps --count 2000 --out benchmarks/soak.md
+    python benchmarks/soak.py --out benchmarks/soak.md
 
-``kills`` trains the small detector and the small segmentor of tests/trainings.py, ends
-each training ``count`` times by SIGKILL, at random moments and while it writes a
-checkpoint, and resumes it. Never may more than one interval be lost, and in the end the
-weights must be those of a training that nobody killed. ``steps`` runs forward and
-backward on images of random size; in the last half, memory may grow by 2 %. A line for
-each is added to the file ``out``. Exit status 1: something did not hold.
+- ``steps``: 2000 times forward and backward on images of random size; in the last half,
+  memory may grow by less than 2 %.
+- ``detector``, ``segmentor``: the small trainings of tests/trainings.py, each ended 20
+  times by SIGKILL, at random moments and while it writes a checkpoint, and resumed. Never
+  may more than one interval be lost, and in the end the weights must be those of a training
+  that nobody killed.
+- ``sizes``: tests/test_sizes.py with ten times as many examples.
+
+Exit status 1: something did not hold.
 """
 import argparse
+import os
+import platform
 import random
 import re
-import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,8 +36,8 @@ def resident() -> int:
     return int(Path('/proc/self/statm').read_text().split()[1]) * PAGE
 
 
-def steps(count: int, seed: int = 0) -> list:
-    """Resident bytes after each of ``count`` forward and backward passes at random sizes."""
+def steps(count: int, largest: int = 256, seed: int = 0) -> list:
+    """Resident bytes after each of ``count`` forward and backward passes, sides up to ``largest``."""
     from crossformer_mm import CrossFormer
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -44,7 +48,7 @@ def steps(count: int, seed: int = 0) -> list:
     optimizer = torch.optim.AdamW(backbone.parameters(), 1e-4)
     used = []
     for step in range(count):
-        image = torch.randn(rng.randint(1, 2), 3, rng.randint(1, 256), rng.randint(1, 256))
+        image = torch.randn(rng.randint(1, 2), 3, *(rng.randint(1, largest) for _ in 'hw'))
         optimizer.zero_grad()
         sum(feature.square().mean() for feature in backbone(image)).backward()
         optimizer.step()
@@ -55,10 +59,9 @@ def steps(count: int, seed: int = 0) -> list:
 
 
 def growth(used: list) -> float:
-    """How much the last quarter needs more than the third, as a part of the third."""
-    quarter = len(used) // 4
-    before, after = used[-2 * quarter:-quarter], used[-quarter:]
-    return sum(after) / sum(before) - 1
+    """How much more is used at the end than half-way (means of a twentieth), as a part of that."""
+    half, few = len(used) // 2, len(used) // 20
+    return sum(used[-few:]) / sum(used[half:half + few]) - 1
 
 
 def newest(folder: Path) -> int:
@@ -78,7 +81,6 @@ def kills(kind, count: int, folder: Path, seed: int = 0) -> dict:
     from tests.test_resume import assert_same_training, train
     from tests.trainings import make_data, write_config
     # Long enough for all the kills.
-    from crossformer_mm.checkpoint import read_checkpoint
     longer = (dict(train_cfg=dict(max_epochs=count + 4, val_interval=5)) if kind.name == 'detector'
               else dict(train_cfg=dict(max_iters=3 * count + 11, val_interval=10)))
     interval, per_interval = (1, 3) if kind.name == 'detector' else (3, 1)
@@ -126,41 +128,52 @@ def iterations(log: str) -> list:
     return re.findall(r'(?:Epoch|Iter)\(train\)', log)
 
 
+def long_steps(count: int = 2000) -> tuple:
+    used = steps(count)
+    part = growth(used)
+    half, end = (used[i] / 2**20 for i in (len(used) // 2, -1))
+    return part < 0.02, (f'{count} steps at random sizes: {half:.0f} MB resident half-way, '
+                         f'{end:.0f} MB at the end, growth over the last half {100 * part:+.2f} %')
+
+
+def long_kills(kind, count: int = 20) -> tuple:
+    with tempfile.TemporaryDirectory() as folder:
+        result = kills(kind, count, Path(folder))
+    return result['same'] and result['lost'] <= 1, (
+        f"{kind.name} killed {count} times, {result['while_writing']} of them while it wrote a "
+        f"checkpoint: at most {result['lost']:.2f} intervals lost to a kill, weights "
+        f"{'the same as' if result['same'] else 'NOT those'} of a training left alone")
+
+
+def long_sizes(examples: int = 400) -> tuple:
+    done = subprocess.run([sys.executable, '-m', 'pytest', 'tests/test_sizes.py'], cwd=ROOT,
+                          env={**os.environ, 'CROSSFORMER_EXAMPLES': str(examples)}).returncode
+    return done == 0, (f'{examples} random sizes, batches, groups and intervals against the plain '
+                       f'formulation: {"no" if done == 0 else "A"} difference')
+
+
 def main():
+    from tests.trainings import DETECTOR, SEGMENTOR
+    parts = dict(steps=long_steps, detector=lambda: long_kills(DETECTOR),
+                 segmentor=lambda: long_kills(SEGMENTOR), sizes=long_sizes)
     parser = argparse.ArgumentParser(description='What a test has no time for')
-    parser.add_argument('what', choices=['kills', 'steps'])
-    parser.add_argument('--count', type=int, default=20)
-    parser.add_argument('--out', type=Path, help='file to add the result to')
+    parser.add_argument('--parts', nargs='+', choices=parts, default=list(parts),
+                        help='(default: all)')
+    parser.add_argument('--out', type=Path, help='file to write the results to')
     args = parser.parse_args()
-    started, held = time.time(), True
-    if args.what == 'steps':
-        used = steps(args.count)
-        part = growth(used)
-        held = part < 0.02
-        lines = [f'{args.count} steps at random sizes: {used[len(used) // 2] / 2**20:.0f} MB '
-                 f'resident half-way, {used[-1] / 2**20:.0f} MB at the end, growth of the last '
-                 f'quarter over the one before {100 * part:+.2f} %']
-    else:
-        from tests.trainings import DETECTOR, SEGMENTOR
-        lines = []
-        for kind in (DETECTOR, SEGMENTOR):
-            folder = Path(tempfile.mkdtemp())
-            result = kills(kind, args.count, folder)
-            shutil.rmtree(folder)
-            held &= result['same'] and result['lost'] <= 1
-            lines.append(
-                f"{kind.name} killed {args.count} times, {result['while_writing']} of them while a "
-                f"checkpoint was written: at most {result['lost']:.2f} intervals lost, weights "
-                f"{'the same as' if result['same'] else 'NOT those'} of a training left alone")
-    minutes = (time.time() - started) / 60
-    for line in lines:
-        line = f'- {line}'
-        print(line)
+    lines, all_held = ['# Soak', '', '`make soak`', '', f'{platform.platform()}, Python '
+                       f'{platform.python_version()}, PyTorch {torch.__version__}, 1 thread', '',
+                       '| | held | minutes |', '|---|---|---|'], True
+    for name in args.parts:
+        started = time.time()
+        held, said = parts[name]()
+        all_held &= held
+        lines.append(f"| {said} | {'yes' if held else 'NO'} | "
+                     f'{(time.time() - started) / 60:.1f} |')
+        print(lines[-1], flush=True)
         if args.out:
-            with args.out.open('a', encoding='utf-8') as file:
-                file.write(f'{line}\n')
-    print(f'{minutes:.1f} minutes, {"all held" if held else "NOT ALL HELD"}')
-    sys.exit(not held)
+            args.out.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    sys.exit(not all_held)
 
 
 if __name__ == '__main__':
