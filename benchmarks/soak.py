@@ -71,6 +71,17 @@ def newest(folder: Path) -> int:
     return int(re.search(r'\d+', Path(path).name)[0]) if path else 0
 
 
+def parts_of(folder: Path) -> set:
+    """Files that are being written, or were when a process was killed, and since when."""
+    found = set()
+    for path in folder.glob('*.part'):
+        try:
+            found.add((path.name, path.stat().st_mtime_ns))
+        except FileNotFoundError:  # it got its last name meanwhile
+            pass
+    return found
+
+
 def kills(kind, count: int, folder: Path, seed: int = 0) -> dict:
     """Kill a training ``count`` times, let it end, and compare it with one that was left alone.
 
@@ -95,16 +106,16 @@ def kills(kind, count: int, folder: Path, seed: int = 0) -> dict:
     rng = random.Random(seed)
     result = dict(lost=0., while_writing=0)
     for number in range(count):
-        begun = newest(killed)
+        begun, left = newest(killed), parts_of(killed)
         process = train(killed, config, '--resume')
         if number % 2:  # while it writes
-            process.wait_until(lambda: list(killed.glob('*.part')))
+            process.wait_until(lambda: parts_of(killed) - left)
         else:  # at any moment, from before its first step to after its first checkpoint
             steps_on = rng.randint(0, 4)
             process.wait_until(lambda: len(iterations(process.output)) >= steps_on)
             time.sleep(rng.uniform(0, 0.5))
         process.kill()
-        result['while_writing'] += any(killed.glob('*.part'))
+        result['while_writing'] += bool(parts_of(killed) - left)
         done = begun * per_interval + len(iterations(process.output))  # in steps
         kept = newest(killed)
         lost = (done - kept * per_interval) / (interval * per_interval)
