@@ -84,7 +84,8 @@ def names_known(init: Callable) -> Callable:
     def checked(self, *args, **options):
         for name in options.keys() - known.keys():
             near = difflib.get_close_matches(name.lower(), known, n=1)
-            asked = f"did you mean '{near[0]}'" if near else f"choose from {', '.join(list(known)[1:])}"
+            asked = (f"did you mean '{near[0]}'" if near else
+                     f"choose from {', '.join(name for name in known if name != 'self')}")
             raise TypeError(f"CrossFormer: there is no option '{name}', {asked}?")
         init(self, *args, **options)
 

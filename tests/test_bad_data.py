@@ -1,7 +1,6 @@
 """Data of other people: unusual files work, unusable ones are named in one sentence."""
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,7 +13,8 @@ from PIL import Image
 from .tool_process import ROOT, ToolProcess
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
-TRAIN_JSON, VAL_JSON = (f'coco/annotations/instances_{split}2017.json' for split in ('train', 'val'))
+TRAIN_JSON = 'coco/annotations/instances_train2017.json'
+VAL_JSON = 'coco/annotations/instances_val2017.json'
 
 
 @pytest.fixture(scope='module')
@@ -211,8 +211,8 @@ def put_odd_images(data: Path) -> None:
     rng = np.random.default_rng(0)
     for split, ade_split in (('train', 'training'), ('val', 'validation')):
         sizes = {}
-        for number, (mode, size) in enumerate([('RGB', (1, 1)), ('RGB', (4000, 30)), ('L', (48, 48)),
-                                               ('CMYK', (48, 48))], start=1):
+        kinds = [('RGB', (1, 1)), ('RGB', (4000, 30)), ('L', (48, 48)), ('CMYK', (48, 48))]
+        for number, (mode, size) in enumerate(kinds, start=1):
             name = f'{number:012d}'
             image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).convert(mode)
             label_size = tuple(max(side, 2) for side in size)

@@ -1,17 +1,14 @@
 """A training that is killed goes on as if it had not been; a full disk costs nothing but time."""
 import os
 import re
-import shutil
-import stat
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 
 from crossformer_mm.checkpoint import read_checkpoint
 
-from .tool_process import ROOT, ToolProcess
+from .tool_process import ToolProcess
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 

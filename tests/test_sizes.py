@@ -1,4 +1,4 @@
-"""Images, batches, groups and intervals of any size, against the papers' mask-and-pad formulation."""
+"""Images, batches, groups, intervals of any size, against the papers' mask-and-pad formulation."""
 import os
 
 import torch

@@ -119,19 +119,22 @@ class CheckedDataset(DatasetWrapper):
         truth = getattr(item.get('data_samples'), 'gt_sem_seg', None)
         if truth is None or not self.classes:
             return
+
+        def path() -> str:
+            return self.get_data_info(index)['seg_map_path']
+
         ignored, labels = getattr(self.dataset, 'ignore_index', 255), truth.data
         # Cropped with its image, or read for the metrics at its first size.
-        sizes = (tuple(getattr(item['inputs'], 'shape', ())[-2:]), item['data_samples'].ori_shape)
+        sizes = (tuple(getattr(item['inputs'], 'shape', ())[-2:]),
+                 tuple(item['data_samples'].ori_shape))
         if tuple(labels.shape[-2:]) not in sizes:
-            raise DataError(f"Label map '{self.get_data_info(index)['seg_map_path']}' is of another "
-                            'size than its image.')
+            raise DataError(f"Label map '{path()}' is of another size than its image.")
         wrong = labels[(labels >= len(self.classes)) & (labels != ignored)]
         if len(wrong):
-            info = self.get_data_info(index)
-            reduced = ' (1 was taken from each, as reduce_zero_label says)' if info.get(
-                'reduce_zero_label') else ''
+            reduced = ' (1 was taken from each, as reduce_zero_label says)' if getattr(
+                self.dataset, 'reduce_zero_label', False) else ''
             raise DataError(
-                f"Label map '{info['seg_map_path']}' has label {int(wrong[0])}{reduced}, allowed "
+                f"Label map '{path()}' has label {int(wrong[0])}{reduced}, allowed "
                 f'are 0 to {len(self.classes) - 1}, the classes, and {ignored}, which is ignored.')
 
     def problem(self, index: int, error: Exception) -> DataError:

@@ -1,4 +1,4 @@
-"""``--cfg-options`` whose keys are checked: MMEngine would add any key, and nothing would read it."""
+"""``--cfg-options`` with checked keys: MMEngine adds any key, and nothing would read it."""
 import difflib
 import inspect
 from typing import Optional, Set, Tuple
@@ -46,7 +46,7 @@ def check_keys(cfg, options: dict) -> None:
             if isinstance(part, (list, tuple)):
                 if not name.isdigit() or int(name) >= len(part):
                     raise UserError(f"--cfg-options: {'.'.join(path)} has {len(part)} elements, "
-                                    f"which are named by 0 to {len(part) - 1}, got '{option}'.")
+                                    f"named by 0 to {len(part) - 1}, got '{option}'.")
                 part = part[int(name)]
             elif not isinstance(part, dict):
                 raise UserError(f"--cfg-options: {'.'.join(path)} is {part!r}, which has no part "
