@@ -17,19 +17,13 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
-from errors import UserError
+from errors import UserError, fail
 from options import KeyValues, check_keys
 
 # The package that each default_scope needs, as a user installs it.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
 # What each launcher sets in the processes that it starts.
 STARTED = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
-
-
-def fail(sentence: str) -> None:
-    """End the program with one sentence on stderr and exit status 2."""
-    print(f'error: {sentence}', file=sys.stderr)
-    sys.exit(2)
 
 
 @contextmanager

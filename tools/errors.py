@@ -1,4 +1,5 @@
 """Errors that say all that a user needs, in one sentence."""
+import sys
 
 
 class UserError(ValueError):
@@ -8,3 +9,9 @@ class UserError(ValueError):
 def said(error: Exception) -> str:
     """An error of a library as part of a sentence."""
     return ' '.join(f'{type(error).__name__}: {error}'.split()).rstrip('.')
+
+
+def fail(sentence: str) -> None:
+    """End the program with one sentence on stderr and exit status 2."""
+    print(f'error: {sentence}', file=sys.stderr)
+    sys.exit(2)

@@ -9,13 +9,14 @@ the same files.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Optional
 
 import cv2
 import numpy as np
 from pycocotools import mask as rle
+
+from errors import fail
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
 MIN_VISIBLE = 0.4  # a shape hidden more than this is no object
@@ -158,7 +159,7 @@ def main():
         write_split(args.out, 'val', args.val, args.size, args.seed)
         stamp.write_text(json.dumps(made_with))
     except OSError as error:
-        sys.exit(f"error: out: '{args.out}' could not be written: {error.strerror}.")
+        fail(f"out: '{args.out}' could not be written: {error.strerror}.")
 
 
 if __name__ == '__main__':
