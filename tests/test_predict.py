@@ -266,6 +266,7 @@ def test_names_are_those_of_the_checkpoint(capfd, shapes, tmp_path, meta):
     (DETECTOR, ['IMAGE', '--score-thr', '30'], '--score-thr must be from 0 to 1, got 30.0.'),
     (DETECTOR, ['IMAGE', '--ann-file', 'README.md'], "--ann-file: 'README.md' is no file of COCO"),
     (DETECTOR, ['IMAGE', '--out', 'README.md'], "--out: 'README.md' is a file."),
+    (DETECTOR, ['IMAGE', '--out', 'README.md/out'], "--out: folder 'README.md/out' could not be"),
     (SEGMENTOR, ['IMAGE', '--score-thr', '0.5'], '--score-thr is of detectors'),
     (SEGMENTOR, ['IMAGE', '--ann-file', 'README.md'], '--ann-file is of detectors'),
 ])
@@ -275,6 +276,7 @@ def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, shapes, d
     checkpoint = detector if config == DETECTOR else segmentor
     arguments = [image if word == 'IMAGE' else word for word in arguments]
     assert expected in sentence(capsys, monkeypatch, 'predict.py', config, checkpoint, *arguments)
+    assert not (ROOT / 'predictions').exists()  # nothing is left of a refusal
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(capsys, monkeypatch, shapes, detector):

@@ -460,10 +460,6 @@ def main():
     detection = cfg.default_scope == 'mmdet'
     out = Path(args.out)
     sources = sources_of(find_files(args.images, out), out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out: folder '{out}' could not be made: {error.strerror}.")
     # What the libraries remark on losses, palettes and pipelines is of no use here.
     warnings.filterwarnings('ignore', category=UserWarning, module=r'mm(det|seg|engine|cv)\b')
 
@@ -483,6 +479,10 @@ def main():
         ids.categories = list(range(first, first + len(meta['classes'])))
         results = LabelMaps(out, first)
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: folder '{out}' could not be made: {error.strerror}.")
     for written in ('images.json', 'results.bbox.json', 'results.segm.json'):
         (out / written).unlink(missing_ok=True)  # of an earlier run: from now on not the truth
     skipped: List[dict] = []
