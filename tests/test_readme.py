@@ -15,10 +15,11 @@ from crossformer_mm import ARCHITECTURES, CrossFormer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+EXPLANATION = (ROOT / 'docs/how_it_works.md').read_text(encoding='utf-8')
 
 
-def blocks(language: str) -> list:
-    return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list:
+    return re.findall(rf'```{language}\n(.*?)```', text, flags=re.DOTALL)
 
 
 def rows(first_column: str) -> list:
@@ -75,8 +76,11 @@ def test_architecture_table_is_that_of_the_code():
                               arch['drop_path_rate'], f'{millions:.1f} M')
 
 
+TOOLS = ('train', 'test', 'get_flops', 'publish_model', 'make_shapes', 'explain', 'export')
+
+
 def commands() -> list:
-    text = '\n'.join(blocks('shell')).replace('\\\n', ' ')
+    text = '\n'.join(blocks('shell', README + EXPLANATION)).replace('\\\n', ' ')
     return [line for line in text.splitlines() if line.startswith(('python tools', 'tools/'))]
 
 
@@ -84,7 +88,7 @@ def commands() -> list:
 def options() -> dict:
     """The options that each tool says it has."""
     found = {}
-    for tool in ('train', 'test', 'get_flops', 'publish_model'):
+    for tool in TOOLS:
         said = subprocess.run([sys.executable, f'tools/{tool}.py', '--help'], cwd=ROOT, text=True,
                               capture_output=True, check=True).stdout
         found[tool] = set(re.findall(r'--[a-z-]+', said))
@@ -99,7 +103,7 @@ def test_commands_name_configs_and_options_that_exist(command, options):
     for config in (word for word in words if word.startswith('configs/')):
         Config.fromfile(ROOT / config)
     assert {word for word in words if word.startswith('--')} <= options[
-        re.search(r'(train|test|get_flops|publish_model)', tool)[1]]
+        re.search('|'.join(TOOLS), tool)[0]]
 
 
 def test_options_table_is_that_of_the_tools(options):
