@@ -31,5 +31,6 @@ setup(
                       'ftfy', 'regex'],
         'tensorboard': ['tensorboard'],
         'safetensors': ['safetensors'],
+        'export': ['onnx>=1.23', 'onnxruntime>=1.31', 'onnxscript>=0.7'],
     },
 )

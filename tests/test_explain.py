@@ -1,0 +1,182 @@
+"""tools/explain.py: its pictures show what the backbone computes, and grouping.py says."""
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+from crossformer_mm.grouping import long_distance, short_distance
+
+ROOT = Path(__file__).parent.parent
+ARCH = dict(embed_dims=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8))
+
+
+@pytest.fixture(scope='module')
+def tool():
+    sys.path.insert(0, str(ROOT / 'tools'))
+    try:
+        return runpy.run_path(str(ROOT / 'tools/explain.py'))
+    finally:
+        sys.path.remove(str(ROOT / 'tools'))
+
+
+def seen_by(tool, backbone, sides=(90, 133)):
+    return tool['look'](backbone, torch.randn(1, 3, *sides))
+
+
+@pytest.mark.parametrize('lda', ['interval', 'block'])
+def test_recomputed_attention_is_what_the_blocks_return(tool, small, lda):
+    backbone = small(ARCH, lda=lda)
+    seen, checked = seen_by(tool, backbone), 0
+    for stage, layer in enumerate(backbone.layers):
+        for attended in (seen.short[stage], seen.long[stage]):
+            if attended is None:
+                continue
+            attention = layer.blocks[attended.block].attn
+            _, height, width, channels = attended.out.shape
+            for token in (0, height * width // 2, height * width - 1):  # ragged groups at the end
+                found = tool['attention_weights'](attention, attended.x, attended.grouping, token)
+                assert found.members[found.query] == token
+                assert (found.weights.sum(-1) - 1).abs().max() < 1e-5
+                out = rearrange(found.weights @ found.values, 'h n d -> n (h d)')
+                expected = attended.out.reshape(-1, channels)[found.members]
+                with torch.no_grad():
+                    assert (attention.proj(out) - expected).abs().max() < 1e-4
+                checked += 1
+    assert checked == 3 * (4 + 2)
+    assert [attended and attended.block for attended in seen.long] == [None, 1, 1, None]
+
+
+def test_attention_map_shows_one_head_or_their_mean_inside_the_group_alone(tool, small):
+    backbone = small(ARCH)
+    attended = seen_by(tool, backbone).long[2]
+    attention = backbone.layers[2].blocks[attended.block].attn
+    each = [tool['attention_map'](attended, attention, (2, 3), head) for head in range(4)]
+    mean = tool['attention_map'](attended, attention, (2, 3), None)
+    assert np.nansum(each[1]) == pytest.approx(1, abs=1e-5)
+    assert np.allclose(np.mean(each, axis=0), mean, equal_nan=True)
+    inside = np.zeros(mean.shape, bool)
+    # 6 x 9 positions are no more than 7 on one side: short distance, in groups of 6 x 6
+    inside[:6, :6] = True
+    assert (~np.isnan(mean) == inside).all()
+
+
+@pytest.mark.parametrize('kind', ['short', 'interval', 'block'])
+@pytest.mark.parametrize('position', [(0, 0), (9, 20), (17, 29)])
+def test_colours_are_those_of_the_groups(tool, kind, position):
+    height, width, size, interval = 18, 30, 4, 3
+    rules = (short_distance(height, width, size, 'interval') if kind == 'short' else
+             long_distance(height, width, size, interval, kind))
+
+    def group(row, column):  # the definitions of the papers, position by position
+        return {'short': (row // size, column // size),
+                'interval': (row % interval, column % interval),
+                'block': (row // (size * interval), row % interval,
+                          column // (size * interval), column % interval)}[kind]
+
+    colours = tool['group_colours'](height, width, rules, position)
+    numbers = tool['group_numbers'](height, width, rules)
+    groups = {}
+    for row, column in np.ndindex(height, width):
+        groups.setdefault(group(row, column), set()).add((row, column))
+        same = group(row, column) == group(*position)
+        assert (tuple(colours[row, column, :3]) == tool['HIGHLIGHT'][0]) == same
+        assert (numbers[row, column] == numbers[position]) == same
+    for members in groups.values():
+        assert len({tuple(colours[member]) for member in members}) == 1
+    assert len({tuple(colour) for colour in colours.reshape(-1, 4)}) == 5  # four groups, the rest
+
+
+def test_bias_surfaces_are_the_outputs_of_the_network_offset_by_offset(tool, small):
+    backbone = small(ARCH)
+    scene = tool['Scene'](backbone, np.zeros((90, 133, 3)), seen_by(tool, backbone), (60, 40), None)
+    surface = tool['bias_table'](scene, 1, 7)
+    pos = backbone.layers[1].blocks[1].attn.pos
+    assert surface.shape == (2, 13, 13)
+    with torch.no_grad():
+        for offset in ((0, 0), (-6, 6), (3, -2)):
+            value = pos.pos3(pos.pos2(pos.pos1(pos.pos_proj(torch.tensor(offset).float()))))
+            assert np.allclose(surface[:, offset[0] + 6, offset[1] + 6], value, atol=1e-5)
+
+
+def test_shares_of_kernels(tool):
+    convs = [torch.nn.Conv2d(3, channels, kernel) for channels, kernel in ((4, 2), (2, 4))]
+    embedding = torch.zeros(2, 2, 6)
+    embedding[0, 0, 0], embedding[0, 0, 4] = 2, 4  # variances in the ratio 1 : 4
+    embedding[..., 5] = 7  # a constant carries nothing
+    shares = tool['kernel_shares'](convs, embedding)
+    assert list(shares) == [2, 4]
+    assert shares[2] == pytest.approx((2 / 3, 0.2)) and shares[4] == pytest.approx((1 / 3, 0.8))
+
+
+def test_main_directions_as_colours(tool):
+    feature = torch.zeros(5, 3, 4)
+    feature[2] = torch.arange(12.).view(3, 4)
+    shown = tool['principal_colours'](feature)
+    assert shown.shape == (3, 4, 3) and shown.min() >= 0 and shown.max() <= 1
+    assert (np.diff(shown[..., 0].ravel()) > 0)[1:-1].all()  # the only direction is red
+    assert tool['principal_colours'](torch.randn(5, 1, 1)).shape == (1, 1, 3)
+
+
+class TestTool:
+
+    def call(self, tool, monkeypatch, *arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, 'argv', ['explain.py', *map(str, arguments)])
+        tool['main']()
+
+    @pytest.fixture
+    def model(self, small, tmp_path):
+        arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
+        torch.save(small(arch).state_dict(), tmp_path / 'weights.pth')
+        config = tmp_path / 'config.py'
+        config.write_text(f'''
+_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
+model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0, 1, 2, 3)))
+''')
+        image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / 'image.png'), image)
+        return config, tmp_path / 'weights.pth', tmp_path / 'image.png'
+
+    def test_one_command_writes_all_pictures(self, tool, monkeypatch, model, tmp_path):
+        self.call(tool, monkeypatch, *model, '--out', tmp_path / 'new' / 'pictures', '--scale', 120,
+                  120, '--position', 69, 0, '--head', 1)
+        pictures = {path.stem: cv2.imread(str(path))
+                    for path in (tmp_path / 'new' / 'pictures').glob('*.png')}
+        assert set(pictures) == {'groups', 'attention', 'features', 'position_bias',
+                                 'position_bias_sizes', 'embedding', 'contact_sheet'}
+        for picture in pictures.values():
+            assert picture.std() > 10  # something is drawn
+
+    @pytest.mark.parametrize('change, sentence', [
+        (lambda files: [*files, '--position', 70, 0],
+         '--position must lie in the image, which is 70 wide and 50 high, got 70 0.'),
+        (lambda files: [*files, '--head', 2], '--head must be from 0 to 1, got 2.'),
+        (lambda files: [*files, '--scale', 0, 9],
+         '--scale must be two numbers of at least 1, got 0 9.'),
+        (lambda files: [*files[:2], files[0]], 'could not be read as an image.'),
+        (lambda files: [*files[:2], 'none.png'], "image: file 'none.png' does not exist."),
+        (lambda files: [files[0], files[2], files[2]], 'no file of plain weights'),
+        (lambda files: [*files, '--cfg-options', 'model.backbone.type=mmdet.ResNet'],
+         'has the backbone mmdet.ResNet, no CrossFormer.'),
+    ])
+    def test_what_cannot_work_is_said_in_one_sentence(self, tool, monkeypatch, capsys, model,
+                                                      tmp_path, change, sentence):
+        with pytest.raises((SystemExit, ValueError)) as stopped:
+            self.call(tool, monkeypatch, *change(model), '--out', tmp_path / 'pictures')
+        assert sentence in capsys.readouterr().err + str(stopped.value)
+        assert not (tmp_path / 'pictures').exists()
+
+
+def test_pictures_of_the_page_on_how_it_works_are_there_and_small(tool):
+    page = (ROOT / 'docs/how_it_works.md').read_text(encoding='utf-8')
+    shown = set(re.findall(r'\((pictures/.*?)\)', page))
+    assert shown == {f'pictures/{name}.png' for name, *_ in tool['PICTURES']} | {
+        'pictures/contact_sheet.png'}
+    for picture in shown:
+        assert (ROOT / 'docs' / picture).stat().st_size < 400_000
