@@ -92,10 +92,10 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     file = ROOT / args.config if (ROOT / args.config).is_file() else examples / args.config
     cfg = Config.fromfile(file)
     for key in getattr(args, 'cfg_options', None) or {}:
-        inside = cfg
-        for part in key.split('.')[:-1]:
-            inside = inside[part]
-        assert key.split('.')[-1] in inside or inside.get('type') == 'CrossFormer', key
+        inside, (*path, last) = cfg, key.split('.')
+        for part in path:
+            inside = inside[int(part) if isinstance(inside, list) else part]
+        assert last in inside or inside.get('type') == 'CrossFormer', key
     cfg.merge_from_dict(getattr(args, 'cfg_options', None) or {})
     CrossFormer(**{key: value for key, value in cfg.model.backbone.items() if key != 'type'})
 

@@ -260,7 +260,7 @@ def test_names_are_those_of_the_checkpoint(capfd, shapes, tmp_path, meta):
 @pytest.mark.parametrize('config, arguments, expected', [
     (DETECTOR, ['nowhere.jpg'], "images: 'nowhere.jpg' is no file, no folder and matches nothing."),
     (DETECTOR, ['no/*.jpg'], "images: 'no/*.jpg' is no file"),
-    (DETECTOR, ['docs'], "folder 'docs' holds no images or videos"),
+    (DETECTOR, ['configs'], "folder 'configs' holds no images or videos"),
     (DETECTOR, ['IMAGE', '--batch-size', '0'], '--batch-size must be at least 1, got 0.'),
     (DETECTOR, ['IMAGE', '--device', 'gpu'], "--device: 'gpu' cannot be used: "),
     (DETECTOR, ['IMAGE', '--score-thr', '30'], '--score-thr must be from 0 to 1, got 30.0.'),
