@@ -63,6 +63,24 @@ class AxisRule(NamedTuple):
     interval: int
 
 
+def fit_rule(length: int, rule: AxisRule) -> AxisRule:
+    """The smallest numbers that group an axis in the same way.
+
+    Their ``size`` is the number of members of the largest group.
+    """
+    interval = min(rule.interval, length)
+    return AxisRule(min(rule.size, -(-length // interval)), interval)
+
+
+def count_groups(length: int, rule: AxisRule) -> int:
+    """Groups of one axis, the ragged ones included.
+
+    Group g starts at position ``g // interval * (size * interval) + g % interval``.
+    """
+    tile = rule.size * rule.interval
+    return length // tile * rule.interval + min(length % tile, rule.interval)
+
+
 def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
     """Positions of the groups of one axis.
 
