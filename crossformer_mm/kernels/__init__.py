@@ -6,6 +6,8 @@ path    where              what
 plain   anywhere           the definition, :mod:`.plain`
 tiled   CPU, no dropout    the same values in memory linear in the image's area,
                            several times faster in training, :mod:`.tiled`
+fused   CUDA with Triton,  the same values in memory linear in the image's area, in
+        no dropout         one kernel that leaves tokens where they are, :mod:`.fused`
 ======= ================== =====================================================
 """
 from typing import Optional, Sequence
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..grouping import Segment
+from .fused import fused_attention, why_not_fused
 from .plain import plain_attention
 from .tiled import tiled_attention
 
-__all__ = ['ATTENTION_PATHS', 'check_path', 'choose_path', 'group_attention', 'plain_attention',
-           'tiled_attention']
+__all__ = ['ATTENTION_PATHS', 'check_path', 'choose_path', 'fused_attention', 'group_attention',
+           'is_fused', 'plain_attention', 'tiled_attention']
 
-ATTENTION_PATHS = ('plain', 'tiled')
+ATTENTION_PATHS = ('plain', 'tiled', 'fused')
 
 
 def check_path(path: Optional[str]) -> None:
@@ -30,23 +33,50 @@ def check_path(path: Optional[str]) -> None:
                          f"one of {', '.join(map(repr, ATTENTION_PATHS))}, got {path!r}.")
 
 
-def choose_path(device: torch.device, dropout: float) -> str:
+def choose_path(device: torch.device, dropout: float, dtype: torch.dtype = torch.float32,
+                head_dim: int = 32) -> str:
     """The path for tensors on a device, in the present mode.
 
-    A compiler or tracer gets the plain path: it cannot look into the other,
-    and has its own ways to make the plain one fast.
+    A tracer or exporter gets the plain path, which every machine has. So does a
+    compiler on the CPU: it cannot look into the tiled path, and has its own ways
+    to make the plain one fast.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
-    return 'tiled' if device.type == 'cpu' and not dropout and not traced else 'plain'
+    if torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting():
+        return 'plain'
+    if device.type == 'cpu':
+        return 'plain' if dropout or torch.compiler.is_compiling() else 'tiled'
+    return 'plain' if device.type != 'cuda' or why_not_fused(device, dtype, head_dim,
+                                                             dropout) else 'fused'
+
+
+def is_exporting() -> bool:
+    exporting = getattr(torch.compiler, 'is_exporting', None)  # since PyTorch 2.7
+    return exporting is not None and exporting()
+
+
+def is_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float,
+             path: Optional[str] = None) -> bool:
+    """Whether the path, given or chosen, is the fused one, which takes whole maps.
+
+    Raises:
+        ValueError: it is given and cannot do what is asked.
+    """
+    if path is None:
+        return choose_path(device, dropout, dtype, head_dim) == 'fused'
+    reason = why_not_fused(device, dtype, head_dim, dropout) if path == 'fused' else ''
+    if reason:
+        raise ValueError(f"CrossFormer: attention_path='fused' cannot work here: {reason}. Leave "
+                         "attention_path out, or choose 'plain'.")
+    return path == 'fused'
 
 
 def group_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
                     scale: float, dropout: float = 0., path: Optional[str] = None) -> Tensor:
-    """Attention inside the groups of a map, see :func:`.plain.plain_attention`.
+    """Attention inside groups that are lined up, see :func:`.plain.plain_attention`.
 
     Args:
-        path (str, optional): one of ``ATTENTION_PATHS``, for study. None: as
-            :func:`choose_path` says.
+        path (str, optional): 'plain' or 'tiled', for study. None: 'tiled' where
+            :func:`choose_path` says so, else 'plain'.
 
     Raises:
         ValueError: the path does not exist, or cannot do what is asked.

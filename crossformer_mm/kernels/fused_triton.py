@@ -22,8 +22,6 @@ from torch import Tensor
 
 from ..grouping import AxisRule, count_groups, fit_rule
 
-# TRITON_INTERPRET=1 makes Triton run kernels in Python, on the CPU.
-INTERPRETED = not isinstance(triton.jit(lambda: None), triton.JITFunction)
 LOG2E = tl.constexpr(math.log2(math.e))
 # What comes with the image: no kernel may be compiled for each.
 SIZES = ['groups', 'height', 'width', 'row_groups', 'column_groups', 'row_size', 'row_interval',
@@ -71,8 +69,8 @@ def locate_members(number, first, rows, columns, column_size, row_step, column_s
 @triton.jit
 def find_place(number, row_size, column_size):
     """``place`` of members, see above; 0 for numbers of none, to stay within the table."""
-    row, column = split_number(number, column_size)
-    return tl.where(row < row_size, row * (2 * column_size - 1) + column, 0)
+    row, _ = split_number(number, column_size)
+    return tl.where(row < row_size, number + row * (column_size - 1), 0)
 
 
 @triton.jit
@@ -353,6 +351,10 @@ def sum_pairs_kernel(grad_pairs, grad_table, first_query, queries, pitch, row_si
              mask=number < columns)
 
 
+# With TRITON_INTERPRET=1 Triton runs kernels in Python, on the CPU.
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
 class Tile(NamedTuple):
     """Queries and keys of a block, warps of a program, stages of its pipeline of loads."""
     queries: int
@@ -361,35 +363,31 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Tiles for groups of more than SMALL members, by kernel and bytes of a number, for heads of at
-# most 64 channels. Chosen by what ptxas says of registers and shared memory for sm_90;
-# `python benchmarks/gpu.py` measures them and others.
+# For groups of more than SMALL members, by kernel and bytes of a number. Chosen by what ptxas
+# says of registers and shared memory for sm_90 and heads of 32 channels; not yet measured.
+# `python benchmarks/gpu.py` times these and others and prints a table to put here.
 TILES = {
-    ('forward', 2): Tile(128, 64, 4, 3),
-    ('forward', 4): Tile(64, 32, 4, 2),
-    ('backward_queries', 2): Tile(128, 64, 8, 3),
-    ('backward_queries', 4): Tile(64, 32, 4, 2),
-    ('backward_keys', 2): Tile(64, 128, 8, 3),
-    ('backward_keys', 4): Tile(32, 64, 4, 2),
-    ('backward_pairs', 2): Tile(64, 64, 4, 3),
-    ('backward_pairs', 4): Tile(64, 64, 4, 1),
+    ('forward', 2): Tile(64, 64, 4, 2),
+    ('forward', 4): Tile(64, 64, 8, 1),
+    ('backward_queries', 2): Tile(64, 64, 4, 2),
+    ('backward_queries', 4): Tile(64, 32, 4, 1),
+    ('backward_keys', 2): Tile(64, 64, 4, 2),
+    ('backward_keys', 4): Tile(32, 64, 8, 1),
+    ('backward_pairs', 2): Tile(64, 64, 4, 1),
+    ('backward_pairs', 4): Tile(64, 64, 8, 1),
 }
 SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
 MEMBERS_LIMIT = 2**20  # of a group, see split_number
-HEAD_DIM_LIMIT = 128
 PROGRAMS = 1024  # that should share the work where groups are summed over
 PAIR_BYTES = 2**26  # of gradients of pairs to hold at a time, if one block of queries allows
 
 
-def choose_tile(kernel: str, members: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def choose_tile(kernel: str, members: int, dtype: torch.dtype) -> Tile:
     """How a kernel cuts groups of at most so many members."""
     if members <= SMALL:
         side = block_size(members)
-        return Tile(side, side, max(1, side // 16), 1)
-    tile = TILES[kernel, dtype.itemsize]
-    if head_dim > 64:
-        tile = tile._replace(queries=tile.queries // 2, keys=tile.keys // 2, stages=1)
-    return tile
+        return Tile(side, side, side * dtype.itemsize // 32, 1)
+    return TILES[kernel, dtype.itemsize]
 
 
 def block_size(number: int) -> int:
@@ -414,8 +412,12 @@ class Groups(NamedTuple):
         batch, height, width, _ = qkv.shape
         rows, columns = fit_rule(height, rows), fit_rule(width, columns)
         row_groups, column_groups = count_groups(height, rows), count_groups(width, columns)
-        return cls(batch * row_groups * column_groups, height, width, row_groups, column_groups,
-                   *rows, *columns)
+        groups = cls(batch * row_groups * column_groups, height, width, row_groups, column_groups,
+                     *rows, *columns)
+        if groups.members > MEMBERS_LIMIT:
+            raise ValueError(f'CrossFormer: fused attention takes groups of at most {MEMBERS_LIMIT} '
+                             f'positions, got {groups.members}: choose a larger interval.')
+        return groups
 
     @property
     def members(self) -> int:
@@ -468,7 +470,7 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
 def backward_table(grad_out: Tensor, qkv: Tensor, table: Tensor, norms: Tensor, deltas: Tensor,
                    grad_table: Tensor, groups: Groups, heads: int, scale: float) -> None:
     """Add the gradient of the bias to that of the table, some rows of pairs at a time."""
-    tile = choose_tile('backward_pairs', groups.members, qkv.shape[3] // (3 * heads), qkv.dtype)
+    tile = choose_tile('backward_pairs', groups.members, qkv.dtype)
     key_blocks = triton.cdiv(groups.members, tile.keys)
     pitch = key_blocks * tile.keys
     query_blocks = triton.cdiv(groups.members, tile.queries)
@@ -501,13 +503,14 @@ def launch(kernel, qkv: Tensor, heads: int, members: int, programs, *arguments) 
     """Run a kernel with its tile: ``programs(tile)`` for each head."""
     name = kernel.__name__.removesuffix('_kernel')
     head_dim = qkv.shape[3] // (3 * heads)
-    tile = choose_tile(name, members, head_dim, qkv.dtype)
+    tile = choose_tile(name, members, qkv.dtype)
     sizes = dict(MEMBERS=tile.keys) if name == 'backward_groups' else dict(QUERIES=tile.queries,
                                                                            KEYS=tile.keys)
     with on_device_of(qkv):
         kernel[(heads * programs(tile),)](
             *arguments, HEADS=heads, D=head_dim, BLOCK_D=block_size(head_dim), **sizes,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages)
+            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=True)
 
 
 def on_device_of(tensor: Tensor):
