@@ -65,8 +65,6 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropo
     return why_no_triton(device)
 
 
-# Compilers need not look into this: it stays as it is while a program runs.
-@torch.compiler.assume_constant_result
 def why_no_triton(device: torch.device) -> str:
     """What is in the way of running Triton kernels on a device, or nothing."""
     if importlib.util.find_spec('triton') is None:
@@ -82,6 +80,11 @@ def why_no_triton(device: torch.device) -> str:
             return ''
     return ('it works on CUDA devices (on the CPU only in Triton\'s interpreter, for which '
             f'TRITON_INTERPRET=1 is set before Python starts), but got tensors on {device}')
+
+
+# torch.compile is to call this, not to look into it. `torch.compiler.assume_constant_result` says
+# so by the same attribute, but takes a second to import the compiler.
+why_no_triton._dynamo_marked_constant = True
 
 
 # Operators of torch.library, so that torch.compile takes them into its graph without looking

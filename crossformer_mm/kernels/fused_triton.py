@@ -377,6 +377,13 @@ TILES = {
     ('backward_pairs', 4): Tile(64, 64, 8, 1),
 }
 SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
+# Warps and stages for those, where the block has that many members; smaller ones take fewer warps.
+SMALL_TILES = {
+    ('forward', 2): (4, 1),
+    ('forward', 4): (8, 1),
+    ('backward_groups', 2): (4, 2),
+    ('backward_groups', 4): (8, 1),
+}
 MEMBERS_LIMIT = 2**20  # of a group, see split_number
 PROGRAMS = 1024  # that should share the work where groups are summed over
 PAIR_BYTES = 2**26  # of gradients of pairs to hold at a time, if one block of queries allows
@@ -386,7 +393,8 @@ def choose_tile(kernel: str, members: int, dtype: torch.dtype) -> Tile:
     """How a kernel cuts groups of at most so many members."""
     if members <= SMALL:
         side = block_size(members)
-        return Tile(side, side, side * dtype.itemsize // 32, 1)
+        warps, stages = SMALL_TILES[kernel, dtype.itemsize]
+        return Tile(side, side, max(1, warps * side // SMALL), stages)
     return TILES[kernel, dtype.itemsize]
 
 
