@@ -28,11 +28,11 @@ IN_DTYPE = ('qkv', 'out', 'grad_out', 'grad_qkv')
 IN_FLOAT = ('table', 'norms', 'deltas', 'grad_pairs', 'grad_table')
 
 
-def compile_kernel(name: str, dtype: str, tile: fused_triton.Tile, heads: int = 3,
-                   head_dim: int = 32, precision: str = 'ieee', capability: int = 90):
+def compile_kernel(name: str, dtype: str, tile: fused_triton.Tile, head_dim: int = 32,
+                   precision: str = 'ieee', capability: int = 90):
     """Triton's compiled kernel, for sizes of the image not known yet."""
     kernel = getattr(fused_triton, f'{name}_kernel')
-    constants = dict(HEADS=heads, D=head_dim, BLOCK_D=fused_triton.block_size(head_dim),
+    constants = dict(D=head_dim, BLOCK_D=fused_triton.block_size(head_dim),
                      QUERIES=tile.queries, KEYS=tile.keys, MEMBERS=tile.keys, OFFSETS=64,
                      PRECISION=precision)
     signature, aligned = {}, {}

@@ -23,9 +23,9 @@ from torch import Tensor
 from ..grouping import AxisRule, count_groups, fit_rule
 
 LOG2E = tl.constexpr(math.log2(math.e))
-# What comes with the image: no kernel may be compiled for each.
+# What comes with the image and the stage: no kernel may be compiled for each.
 SIZES = ['groups', 'height', 'width', 'row_groups', 'column_groups', 'row_size', 'row_interval',
-         'column_size', 'column_interval', 'first_query', 'queries']
+         'column_size', 'column_interval', 'heads', 'first_query', 'queries']
 
 
 @triton.jit
@@ -81,39 +81,39 @@ def find_centre(table, head, row_size, column_size):
 
 
 @triton.jit
-def load_rows(start, position, exists, STRIDE: tl.constexpr, D: tl.constexpr,
+def load_rows(start, position, exists, stride, D: tl.constexpr,
               BLOCK_D: tl.constexpr):
     """(members, BLOCK_D): the D numbers at each position, else 0."""
     d = tl.arange(0, BLOCK_D)
     mask = exists[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
-    return tl.load(start + position[:, None] * STRIDE + d[None, :], mask=mask, other=0.)
+    return tl.load(start + position[:, None] * stride + d[None, :], mask=mask, other=0.)
 
 
 @triton.jit
-def store_rows(start, values, position, exists, STRIDE: tl.constexpr, D: tl.constexpr,
+def store_rows(start, values, position, exists, stride, D: tl.constexpr,
                BLOCK_D: tl.constexpr):
     """The reverse of load_rows."""
     d = tl.arange(0, BLOCK_D)
     mask = exists[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
-    tl.store(start + position[:, None] * STRIDE + d[None, :], values.to(start.dtype.element_ty),
+    tl.store(start + position[:, None] * stride + d[None, :], values.to(start.dtype.element_ty),
              mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(qkv, table, out, norms, scale, height, width, row_groups, column_groups,
-                   row_size, row_interval, column_size, column_interval, HEADS: tl.constexpr,
+                   row_size, row_interval, column_size, column_interval, heads,
                    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
                    KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """One program: a block of queries of one head and group."""
-    C: tl.constexpr = HEADS * D
-    head = tl.program_id(0) % HEADS
+    C = heads * D
+    head = tl.program_id(0) % heads
     blocks = tl.cdiv(row_size * column_size, QUERIES)
-    query = tl.program_id(0) // HEADS % blocks * QUERIES + tl.arange(0, QUERIES)
-    first, rows, columns = locate_group(tl.program_id(0) // HEADS // blocks, height, width,
+    query = tl.program_id(0) // heads % blocks * QUERIES + tl.arange(0, QUERIES)
+    first, rows, columns = locate_group(tl.program_id(0) // heads // blocks, height, width,
                                         row_groups, column_groups, row_size, row_interval,
                                         column_size, column_interval)
     position, exists = locate_members(query, first, rows, columns, column_size,
@@ -143,23 +143,23 @@ def forward_kernel(qkv, table, out, norms, scale, height, width, row_groups, col
         attended = attended * shrink[:, None] + multiply(weights.to(v.dtype), v, PRECISION)
         largest = larger
     store_rows(out + head * D, attended / total[:, None], position, exists, C, D, BLOCK_D)
-    tl.store(norms + position * HEADS + head, largest * LOG2E + tl.log2(total), mask=exists)
+    tl.store(norms + position * heads + head, largest * LOG2E + tl.log2(total), mask=exists)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pairs, scale, groups,
                            height, width, row_groups, column_groups, row_size, row_interval,
-                           column_size, column_interval, HEADS: tl.constexpr, D: tl.constexpr,
+                           column_size, column_interval, heads, D: tl.constexpr,
                            BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, PRECISION: tl.constexpr):
     """Small groups. One program: every n-th group of one head, each as a single block."""
-    C: tl.constexpr = HEADS * D
-    head = tl.program_id(0) % HEADS
+    C = heads * D
+    head = tl.program_id(0) % heads
     number = tl.arange(0, MEMBERS)
     place = find_place(number, row_size, column_size)
     centre = find_centre(table, head, row_size, column_size)
     bias = tl.load(centre + (place[:, None] - place[None, :]))
     grad_bias = tl.zeros([MEMBERS, MEMBERS], tl.float32)
-    for group in range(tl.program_id(0) // HEADS, groups, tl.num_programs(0) // HEADS):
+    for group in range(tl.program_id(0) // heads, groups, tl.num_programs(0) // heads):
         first, rows, columns = locate_group(group, height, width, row_groups, column_groups,
                                             row_size, row_interval, column_size, column_interval)
         position, exists = locate_members(number, first, rows, columns, column_size,
@@ -170,7 +170,7 @@ def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pair
         grad = load_rows(grad_out + head * D, position, exists, C, D, BLOCK_D)
         attended = load_rows(out + head * D, position, exists, C, D, BLOCK_D)
         # What does not exist gets no weight: as query by its infinite norm, as key by the mask.
-        norm = tl.load(norms + position * HEADS + head, mask=exists, other=float('inf'))
+        norm = tl.load(norms + position * heads + head, mask=exists, other=float('inf'))
         logits = multiply(q, tl.trans(k), PRECISION) * scale + bias
         weights = tl.exp2(logits * LOG2E - norm[:, None])
         weights = tl.where(exists[None, :], weights, 0.)
@@ -191,15 +191,15 @@ def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pair
 @triton.jit(do_not_specialize=SIZES)
 def backward_queries_kernel(qkv, table, out, norms, grad_out, grad_qkv, deltas, scale, height,
                             width, row_groups, column_groups, row_size, row_interval, column_size,
-                            column_interval, HEADS: tl.constexpr, D: tl.constexpr,
+                            column_interval, heads, D: tl.constexpr,
                             BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
                             PRECISION: tl.constexpr):
     """Large groups. One program: the gradient of a block of queries, and their ``deltas``."""
-    C: tl.constexpr = HEADS * D
-    head = tl.program_id(0) % HEADS
+    C = heads * D
+    head = tl.program_id(0) % heads
     blocks = tl.cdiv(row_size * column_size, QUERIES)
-    query = tl.program_id(0) // HEADS % blocks * QUERIES + tl.arange(0, QUERIES)
-    first, rows, columns = locate_group(tl.program_id(0) // HEADS // blocks, height, width,
+    query = tl.program_id(0) // heads % blocks * QUERIES + tl.arange(0, QUERIES)
+    first, rows, columns = locate_group(tl.program_id(0) // heads // blocks, height, width,
                                         row_groups, column_groups, row_size, row_interval,
                                         column_size, column_interval)
     position, exists = locate_members(query, first, rows, columns, column_size,
@@ -209,9 +209,9 @@ def backward_queries_kernel(qkv, table, out, norms, grad_out, grad_qkv, deltas, 
     q = load_rows(qkv + head * D, position, exists, 3 * C, D, BLOCK_D)
     grad = load_rows(grad_out + head * D, position, exists, C, D, BLOCK_D)
     attended = load_rows(out + head * D, position, exists, C, D, BLOCK_D)
-    norm = tl.load(norms + position * HEADS + head, mask=exists, other=float('inf'))
+    norm = tl.load(norms + position * heads + head, mask=exists, other=float('inf'))
     delta = tl.sum(grad.to(tl.float32) * attended.to(tl.float32), 1)
-    tl.store(deltas + position * HEADS + head, delta, mask=exists)
+    tl.store(deltas + position * heads + head, delta, mask=exists)
 
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(0, rows * column_size, KEYS):
@@ -233,18 +233,18 @@ def backward_queries_kernel(qkv, table, out, norms, grad_out, grad_qkv, deltas, 
 @triton.jit(do_not_specialize=SIZES)
 def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, height, width,
                          row_groups, column_groups, row_size, row_interval, column_size,
-                         column_interval, HEADS: tl.constexpr, D: tl.constexpr,
+                         column_interval, heads, D: tl.constexpr,
                          BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
                          PRECISION: tl.constexpr):
     """Large groups. One program: the gradients of a block of keys and of their values.
 
     Pairs are (key, query) here, so that no block of them need be transposed.
     """
-    C: tl.constexpr = HEADS * D
-    head = tl.program_id(0) % HEADS
+    C = heads * D
+    head = tl.program_id(0) % heads
     blocks = tl.cdiv(row_size * column_size, KEYS)
-    key = tl.program_id(0) // HEADS % blocks * KEYS + tl.arange(0, KEYS)
-    first, rows, columns = locate_group(tl.program_id(0) // HEADS // blocks, height, width,
+    key = tl.program_id(0) // heads % blocks * KEYS + tl.arange(0, KEYS)
+    first, rows, columns = locate_group(tl.program_id(0) // heads // blocks, height, width,
                                         row_groups, column_groups, row_size, row_interval,
                                         column_size, column_interval)
     position, exists = locate_members(key, first, rows, columns, column_size,
@@ -263,7 +263,7 @@ def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, h
         query_place = find_place(query, row_size, column_size)
         q = load_rows(qkv + head * D, query_position, query_exists, 3 * C, D, BLOCK_D)
         grad = load_rows(grad_out + head * D, query_position, query_exists, C, D, BLOCK_D)
-        row = query_position * HEADS + head
+        row = query_position * heads + head
         norm = tl.load(norms + row, mask=query_exists, other=float('inf'))
         delta = tl.load(deltas + row, mask=query_exists, other=0.)
         bias = tl.load(centre + (query_place[None, :] - place[:, None]))
@@ -280,20 +280,20 @@ def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, h
 @triton.jit(do_not_specialize=SIZES)
 def backward_pairs_kernel(qkv, table, norms, deltas, grad_out, grad_pairs, scale, groups, height,
                           width, row_groups, column_groups, row_size, row_interval, column_size,
-                          column_interval, first_query, queries, HEADS: tl.constexpr,
+                          column_interval, first_query, queries, heads,
                           D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
                           KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """Large groups. One program: the gradient of the bias of a block of pairs of one head,
     summed over every n-th group, for ``queries`` numbers from ``first_query``."""
-    C: tl.constexpr = HEADS * D
-    head = tl.program_id(0) % HEADS
+    C = heads * D
+    head = tl.program_id(0) % heads
     key_blocks = tl.cdiv(row_size * column_size, KEYS)
     query_blocks = queries // QUERIES
-    key = tl.program_id(0) // HEADS % key_blocks * KEYS + tl.arange(0, KEYS)
-    row = tl.program_id(0) // HEADS // key_blocks % query_blocks * QUERIES + tl.arange(0, QUERIES)
+    key = tl.program_id(0) // heads % key_blocks * KEYS + tl.arange(0, KEYS)
+    row = tl.program_id(0) // heads // key_blocks % query_blocks * QUERIES + tl.arange(0, QUERIES)
     query = first_query + row
-    share = tl.program_id(0) // HEADS // key_blocks // query_blocks
-    shares = tl.num_programs(0) // HEADS // key_blocks // query_blocks
+    share = tl.program_id(0) // heads // key_blocks // query_blocks
+    shares = tl.num_programs(0) // heads // key_blocks // query_blocks
     place = find_place(query, row_size, column_size)
     key_place = find_place(key, row_size, column_size)
     centre = find_centre(table, head, row_size, column_size)
@@ -310,28 +310,28 @@ def backward_pairs_kernel(qkv, table, norms, deltas, grad_out, grad_pairs, scale
         grad = load_rows(grad_out + head * D, position, exists, C, D, BLOCK_D)
         k = load_rows(qkv + C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
         v = load_rows(qkv + 2 * C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
-        norm = tl.load(norms + position * HEADS + head, mask=exists, other=float('inf'))
-        delta = tl.load(deltas + position * HEADS + head, mask=exists, other=0.)
+        norm = tl.load(norms + position * heads + head, mask=exists, other=float('inf'))
+        delta = tl.load(deltas + position * heads + head, mask=exists, other=0.)
         logits = multiply(q, tl.trans(k), PRECISION) * scale + bias
         weights = tl.exp2(logits * LOG2E - norm[:, None])
         weights = tl.where(key_exists[None, :], weights, 0.)
         grad_bias += weights * (multiply(grad, tl.trans(v), PRECISION) - delta[:, None])
-    pairs = grad_pairs + ((share * HEADS + head) * queries + row).to(tl.int64)[:, None] * (
+    pairs = grad_pairs + ((share * heads + head) * queries + row).to(tl.int64)[:, None] * (
         key_blocks * KEYS)
     tl.store(pairs + key[None, :], grad_bias)
 
 
 @triton.jit(do_not_specialize=SIZES + ['pitch'])
 def sum_pairs_kernel(grad_pairs, grad_table, first_query, queries, pitch, row_size, column_size,
-                     HEADS: tl.constexpr, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+                     heads, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
     """Add the gradient of pairs, (heads, queries, pitch), to that of their offsets.
 
     One program: one head, one offset of rows, a block of offsets of columns.
     """
-    head = tl.program_id(0) % HEADS
+    head = tl.program_id(0) % heads
     blocks = tl.cdiv(2 * column_size - 1, OFFSETS)
-    rows_apart = tl.program_id(0) // HEADS // blocks - (row_size - 1)
-    number = tl.program_id(0) // HEADS % blocks * OFFSETS + tl.arange(0, OFFSETS)
+    rows_apart = tl.program_id(0) // heads // blocks - (row_size - 1)
+    number = tl.program_id(0) // heads % blocks * OFFSETS + tl.arange(0, OFFSETS)
     columns_apart = number - (column_size - 1)
     # Queries whose key is on the map, of those at hand.
     start = tl.maximum(first_query, tl.maximum(rows_apart, 0) * column_size)
@@ -503,7 +503,7 @@ def sum_pairs(pairs: Tensor, grad_table: Tensor, first_query: int, groups: Group
     programs = heads * (2 * groups.row_size - 1) * triton.cdiv(2 * groups.column_size - 1, offsets)
     with on_device_of(pairs):
         sum_pairs_kernel[(programs,)](pairs, grad_table, first_query, queries, pitch,
-                                      groups.row_size, groups.column_size, HEADS=heads, QUERIES=64,
+                                      groups.row_size, groups.column_size, heads, QUERIES=64,
                                       OFFSETS=offsets, num_warps=4)
 
 
@@ -516,7 +516,7 @@ def launch(kernel, qkv: Tensor, heads: int, members: int, programs, *arguments) 
                                                                            KEYS=tile.keys)
     with on_device_of(qkv):
         kernel[(heads * programs(tile),)](
-            *arguments, HEADS=heads, D=head_dim, BLOCK_D=block_size(head_dim), **sizes,
+            *arguments, heads, D=head_dim, BLOCK_D=block_size(head_dim), **sizes,
             PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
             enable_fp_fusion=True)
 
