@@ -105,9 +105,9 @@ def store_rows(start, values, position, exists, stride, D: tl.constexpr,
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(qkv, table, out, norms, scale, height, width, row_groups, column_groups,
-                   row_size, row_interval, column_size, column_interval, heads,
-                   D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-                   KEYS: tl.constexpr, PRECISION: tl.constexpr):
+                   row_size, row_interval, column_size, column_interval, heads, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+                   PRECISION: tl.constexpr):
     """One program: a block of queries of one head and group."""
     C = heads * D
     head = tl.program_id(0) % heads
@@ -369,11 +369,11 @@ class Tile(NamedTuple):
 TILES = {
     ('forward', 2): Tile(64, 64, 4, 2),
     ('forward', 4): Tile(64, 64, 8, 1),
-    ('backward_queries', 2): Tile(64, 64, 4, 2),
+    ('backward_queries', 2): Tile(64, 64, 4, 1),
     ('backward_queries', 4): Tile(64, 32, 4, 1),
     ('backward_keys', 2): Tile(64, 64, 4, 2),
     ('backward_keys', 4): Tile(32, 64, 8, 1),
-    ('backward_pairs', 2): Tile(64, 64, 4, 1),
+    ('backward_pairs', 2): Tile(64, 64, 8, 1),
     ('backward_pairs', 4): Tile(64, 64, 8, 1),
 }
 SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
