@@ -62,7 +62,7 @@ def assert_equals_plain(shape, rows, columns, heads=2, dim=16, dtype=torch.float
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
     exact = values_and_gradients(plain_on_map, *(x.double() for x in inputs), rows, columns, heads,
                                  scale)
-    tolerance = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     for name, one, other in zip(('out', 'grad of qkv', 'grad of table'), ours, exact):
         error = (one.double() - other).abs().max() / other.abs().max().clamp_min(1)
         assert error <= tolerance, f'{name}: {error:.1e}'
@@ -130,14 +130,18 @@ def test_pairs_of_a_group_are_summed_some_rows_at_a_time(monkeypatch):
     assert held == [(2, 1, 16, 96)] * 6
 
 
-@pytest.mark.parametrize('scale, bias', [(100., 0.), (1., 1e4)])
-def test_logits_far_apart_overflow_nothing(scale, bias):
-    rows = columns = AxisRule(4, 1)
-    qkv, table = random_inputs((1, 6, 5), rows, columns, 1, 16, torch.float32)
-    inputs = qkv, table + bias * table.sign()
-    ours = values_and_gradients(fused_attention, *inputs, rows, columns, 1, scale)
-    exact = values_and_gradients(plain_on_map, *(x.double() for x in inputs), rows, columns, 1,
-                                 scale)
+@pytest.mark.parametrize('members', [16, 72])
+def test_logits_far_from_zero_overflow_nothing(monkeypatch, members):
+    """Not even against the logits of what a block holds beyond the group, which are near 0."""
+    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    shape, rows, columns = (((1, 6, 5), AxisRule(4, 1), AxisRule(4, 1)) if members == 16 else
+                            ((1, 9, 8), AxisRule(9, 1), AxisRule(8, 1)))
+    qkv, table = random_inputs(shape, rows, columns, 1, 16, torch.float32)
+    qkv[..., :16] = 5 + 0.1 * qkv[..., :16]
+    qkv[..., 16:32] = -5 + 0.1 * qkv[..., 16:32]
+    inputs = qkv, table, rows, columns, 1, 1.
+    ours = values_and_gradients(fused_attention, *inputs)
+    exact = values_and_gradients(plain_on_map, qkv.double(), table.double(), *inputs[2:])
     for one, other in zip(ours, exact):
         assert one.isfinite().all()
         assert (one - other).abs().max() <= 1e-3 * other.abs().max().clamp_min(1)

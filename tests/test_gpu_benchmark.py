@@ -51,6 +51,7 @@ def test_candidates_start_with_the_present_tiles(monkeypatch):
 
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path):
+    pytest.importorskip('triton', reason='without it another sentence is given')
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     done = subprocess.run([sys.executable, SCRIPT, '--out', tmp_path / 'gpu.json'],
                           env=environment | dict(CUDA_VISIBLE_DEVICES=''), capture_output=True,

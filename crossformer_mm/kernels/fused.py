@@ -32,7 +32,8 @@ def fused_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRul
     in value and in the gradients of ``qkv`` and ``table``. Logits, weights and
     all sums are in float32; weights and their gradients are rounded to the type
     of ``qkv`` to be multiplied, and float32 is multiplied as PyTorch multiplies
-    matrices (in full, unless TF32 is allowed). Differentiable once.
+    matrices: in full, unless TF32 is allowed (and d is at most 32).
+    Differentiable once.
 
     Nothing is summed in an order left to chance: on one device the same inputs
     give the same bits, in both passes, whatever

@@ -470,7 +470,9 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
                qkv, cropped, norms, deltas, grad_out, grad_qkv, scale, *groups[1:])
         backward_table(grad_out, qkv, cropped, norms, deltas, grad_cropped, groups, heads, scale)
 
-    grad_table = torch.zeros_like(table)
+    if grad_cropped.shape == table.shape and grad_cropped.dtype == table.dtype:
+        return grad_qkv, grad_cropped
+    grad_table = table.new_zeros(table.shape)
     centre(grad_table, groups).copy_(grad_cropped)
     return grad_qkv, grad_table
 
@@ -517,7 +519,7 @@ def launch(kernel, qkv: Tensor, heads: int, members: int, programs, *arguments) 
     with on_device_of(qkv):
         kernel[(heads * programs(tile),)](
             *arguments, heads, D=head_dim, BLOCK_D=block_size(head_dim), **sizes,
-            PRECISION=precision(), num_warps=tile.warps, num_stages=tile.stages,
+            PRECISION=precision(head_dim), num_warps=tile.warps, num_stages=tile.stages,
             enable_fp_fusion=True)
 
 
@@ -526,10 +528,12 @@ def on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def precision() -> str:
+def precision(head_dim: int) -> str:
     """How to multiply float32: as PyTorch does."""
     if INTERPRETED:
         return 'interpreter'
+    if head_dim > 32:  # blocks in TF32 would take more shared memory than some GPUs have
+        return 'ieee'
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, 'fp32_precision'):  # since PyTorch 2.9; then allow_tf32 may raise
         return 'tf32' if matmul.fp32_precision == 'tf32' else 'ieee'
