@@ -321,6 +321,12 @@ def test_fused_is_refused_on_the_cpu_without_the_interpreter(monkeypatch):
         is_fused(torch.device('cpu'), torch.float32, 32, 0., path='fused')
 
 
+def test_tokens_that_are_lined_up_are_refused():
+    qkv, table = torch.rand(4, 24), torch.rand(1, 3, 3)
+    with pytest.raises(ValueError, match='call fused_attention'):
+        kernels.group_attention(qkv, table, [(1, 2, 2)], 1, 1., path='fused')
+
+
 def test_groups_beyond_what_numbers_are_exact_for_are_refused():
     qkv = torch.empty(1, 2**11, 2**10, 3, device='meta')
     with pytest.raises(ValueError, match='at most 1048576 positions, got 2097152'):

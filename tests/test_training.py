@@ -163,11 +163,11 @@ class PeakMemory(TorchDispatchMode):
 def test_recomputing_saves_memory(small, probe):
     peaks = {}
     for with_cp in (False, True):
-        backbone = small(dict(SMALL, depths=(2, 2, 12, 2)), with_cp=with_cp).train()
+        backbone = small(dict(SMALL, depths=(2, 6, 2, 2)), with_cp=with_cp).train()
         with PeakMemory() as memory:
-            probe(backbone(torch.randn(2, 3, 224, 224))).backward()
+            probe(backbone(torch.randn(2, 3, 320, 320))).backward()
         peaks[with_cp] = memory.peak
-    assert peaks[True] < 0.5 * peaks[False], peaks
+    assert peaks[True] < 0.6 * peaks[False], peaks
 
 
 def test_recomputing_is_harmless_without_gradients(small):

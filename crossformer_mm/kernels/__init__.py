@@ -1,4 +1,6 @@
-"""Ways to compute attention inside groups, and the rule that chooses one.
+"""Ways to compute attention inside groups, linear layers and MLPs, and the rules that choose one.
+
+Attention:
 
 ======= ================== =====================================================
 path    where              what
@@ -9,6 +11,8 @@ tiled   CPU, no dropout    the same values in memory linear in the image's area,
 fused   CUDA with Triton,  the same values in memory linear in the image's area, in
         no dropout         one kernel that leaves tokens where they are, :mod:`.fused`
 ======= ================== =====================================================
+
+Linear layers and MLPs: PyTorch's, but on the CPU in float32 those of :mod:`.onednn`.
 """
 from typing import Optional, Sequence
 
@@ -17,11 +21,13 @@ from torch import Tensor
 
 from ..grouping import Segment
 from .fused import fused_attention, why_not_fused
+from .onednn import onednn_linear, onednn_mlp
 from .plain import plain_attention
 from .tiled import tiled_attention
 
 __all__ = ['ATTENTION_PATHS', 'check_path', 'choose_path', 'fused_attention', 'group_attention',
-           'is_fused', 'plain_attention', 'tiled_attention']
+           'is_fused', 'is_traced', 'onednn_linear', 'onednn_mlp', 'onednn_suits',
+           'plain_attention', 'tiled_attention']
 
 ATTENTION_PATHS = ('plain', 'tiled', 'fused')
 
@@ -41,12 +47,13 @@ def choose_path(device: torch.device, dropout: float, dtype: torch.dtype = torch
     compiler on the CPU: it cannot look into the tiled path, and has its own ways
     to make the plain one fast.
     """
-    if torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting():
-        return 'plain'
-    if device.type == 'cpu':
-        return 'plain' if dropout or torch.compiler.is_compiling() else 'tiled'
-    return 'plain' if device.type != 'cuda' or why_not_fused(device, dtype, head_dim,
-                                                             dropout) else 'fused'
+    if device.type == 'cpu' and not dropout and not is_traced():
+        return 'tiled'
+    exported = torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting()
+    if device.type == 'cuda' and not exported and not why_not_fused(device, dtype, head_dim,
+                                                                    dropout):
+        return 'fused'
+    return 'plain'
 
 
 def is_exporting() -> bool:
@@ -70,6 +77,26 @@ def is_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: f
     return path == 'fused'
 
 
+def is_traced() -> bool:
+    """Whether a compiler or tracer follows what is computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
+
+
+def onednn_suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether :mod:`.onednn` is to be used: float32 on the CPU, no autocast, no tracer.
+
+    Nor for few tokens in training: oneDNN lays the weight out in its own way first,
+    for each of three products. ``torch.backends.mkldnn.flags(enabled=False)`` switches
+    it off, as it does for convolutions.
+    """
+    tokens = x.numel() // x.shape[-1]
+    few = 400 if weight.numel() > 2**20 else 128
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and not is_traced()
+            and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and (tokens >= few or not torch.is_grad_enabled()))
+
+
 def group_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
                     scale: float, dropout: float = 0., path: Optional[str] = None) -> Tensor:
     """Attention inside groups that are lined up, see :func:`.plain.plain_attention`.
@@ -82,6 +109,9 @@ def group_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num
         ValueError: the path does not exist, or cannot do what is asked.
     """
     check_path(path)
+    if path == 'fused':
+        raise ValueError("CrossFormer: attention_path='fused' works on maps, not on tokens that are "
+                         'lined up: call fused_attention.')
     if path == 'tiled' and (dropout or qkv.device.type != 'cpu'):
         raise ValueError("CrossFormer: attention_path='tiled' works on the CPU and without dropout "
                          f'of attention weights, but got tensors on {qkv.device} and '
