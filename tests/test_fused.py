@@ -171,7 +171,8 @@ def test_compiler_takes_it_into_one_graph():
     x, grads = torch.randn(1, 5, 6, 16).to(DEVICE), []
     for model in (attention, compiled):
         attention.zero_grad()
-        model(x, group_map(1, 5, 6, AxisRule(3, 2), AxisRule(3, 2), DEVICE)).square().sum().backward()
+        grouping = group_map(1, 5, 6, AxisRule(3, 2), AxisRule(3, 2), DEVICE)
+        model(x, grouping).square().sum().backward()
         grads.append([parameter.grad.clone() for parameter in attention.parameters()])
     for one, other in zip(*grads):
         torch.testing.assert_close(one, other)

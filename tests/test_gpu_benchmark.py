@@ -21,8 +21,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def test_every_section_runs_on_a_bare_machine(tmp_path):
     pytest.importorskip('triton', reason='fused attention needs the package triton')
     out = tmp_path / 'gpu.json'
-    done = subprocess.run([sys.executable, '-c', WITHOUT_OPENMMLAB, SCRIPT, '--smoke', '--out', out],
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', WITHOUT_OPENMMLAB, SCRIPT, '--smoke', '--out',
+                           out], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert results['stand_ins'] == ['mmengine', 'mmcv']

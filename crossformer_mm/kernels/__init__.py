@@ -110,8 +110,8 @@ def group_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num
     """
     check_path(path)
     if path == 'fused':
-        raise ValueError("CrossFormer: attention_path='fused' works on maps, not on tokens that are "
-                         'lined up: call fused_attention.')
+        raise ValueError("CrossFormer: attention_path='fused' works on maps, not on tokens that "
+                         'are lined up: call fused_attention.')
     if path == 'tiled' and (dropout or qkv.device.type != 'cpu'):
         raise ValueError("CrossFormer: attention_path='tiled' works on the CPU and without dropout "
                          f'of attention weights, but got tensors on {qkv.device} and '

@@ -1,4 +1,4 @@
-"""Group attention on a GPU in one kernel, forward and backward, on the map as it lies.
+"""Group attention on a GPU, forward and backward, on the map as it lies.
 
 Groups are found by arithmetic, from the rules of rows and columns: no token is
 moved, no mask or matrix of all pairs is stored. What is kept for the backward

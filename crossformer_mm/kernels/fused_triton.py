@@ -423,8 +423,9 @@ class Groups(NamedTuple):
         groups = cls(batch * row_groups * column_groups, height, width, row_groups, column_groups,
                      *rows, *columns)
         if groups.members > MEMBERS_LIMIT:
-            raise ValueError(f'CrossFormer: fused attention takes groups of at most {MEMBERS_LIMIT} '
-                             f'positions, got {groups.members}: choose a larger interval.')
+            raise ValueError('CrossFormer: fused attention takes groups of at most '
+                             f'{MEMBERS_LIMIT} positions, got {groups.members}: choose a larger '
+                             'interval.')
         return groups
 
     @property
