@@ -1,0 +1,139 @@
+"""Group attention on a GPU, forward and backward, on the map as it lies.
+
+Groups are found by arithmetic, from the rules of rows and columns: no token is
+moved, no mask or matrix of all pairs is stored. What is kept for the backward
+pass is input, output and one number per position and head.
+
+The kernels are in :mod:`.fused_triton`, which is imported when first used:
+this package neither needs Triton nor waits for it.
+"""
+import importlib.util
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from ..grouping import AxisRule
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
+
+
+def fused_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
+                    scale: float) -> Tensor:
+    """Attention inside the groups of a batch of maps, each position staying where it is.
+
+    Equals, for ``grouping = group_map(B, H, W, rows, columns)``,
+
+        tokens = qkv.flatten(0, 2)[grouping.order]
+        out = plain_attention(tokens, table, grouping.segments, num_heads, scale)
+        out = out[grouping.inverse].view(B, H, W, -1)
+
+    in value and in the gradients of ``qkv`` and ``table``. Logits, weights and
+    all sums are in float32; weights and their gradients are rounded to the type
+    of ``qkv`` to be multiplied, and float32 is multiplied as PyTorch multiplies
+    matrices: in full, unless TF32 is allowed (and d is at most 32).
+    Differentiable once.
+
+    Nothing is summed in an order left to chance: on one device the same inputs
+    give the same bits, in both passes, whatever
+    ``torch.use_deterministic_algorithms`` says.
+
+    Args:
+        qkv (Tensor): (B, H, W, 3*heads*d) in float32, float16 or bfloat16, with
+            d at most 64, on a CUDA device (or, for tests, on the CPU when
+            TRITON_INTERPRET=1 is in the environment).
+        table (Tensor): (heads, 2*h-1, 2*w-1), the bias of every offset, for
+            groups of at least the members that the rules give.
+        rows, columns (AxisRule): which positions form a group.
+        num_heads (int): heads.
+        scale (float): factor on ``q @ k``.
+
+    Returns:
+        Tensor: (B, H, W, heads*d) in the type of ``qkv``.
+    """
+    return _attend(qkv, table, *rows, *columns, num_heads, scale)[0]
+
+
+def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
+    """What is in the way of :func:`fused_attention`, or nothing."""
+    if dropout:
+        return f'it has no dropout of attention weights, but attn_drop_rate is {dropout}'
+    if head_dim > HEAD_DIM:
+        return f'it takes heads of at most {HEAD_DIM} channels, but they have {head_dim}'
+    if dtype not in DTYPES:
+        return f'it takes float32, float16 and bfloat16, but got {dtype}'
+    return why_no_triton(device)
+
+
+def why_no_triton(device: torch.device) -> str:
+    """What is in the way of running Triton kernels on a device, or nothing."""
+    if importlib.util.find_spec('triton') is None:
+        return 'it needs the package triton, which is not installed'
+    if device.type == 'cuda' and torch.cuda.is_available():
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
+            return ''
+        return ('it needs an NVIDIA GPU of compute capability 8.0 or more, but '
+                f'{device} is {torch.cuda.get_device_name(device)}')
+    if device.type == 'cpu':
+        from . import fused_triton
+        if fused_triton.INTERPRETED:
+            return ''
+    return ('it works on CUDA devices (on the CPU only in Triton\'s interpreter, for which '
+            f'TRITON_INTERPRET=1 is set before Python starts), but got tensors on {device}')
+
+
+# torch.compile is to call this, not to look into it. `torch.compiler.assume_constant_result` says
+# so by the same attribute, but takes a second to import the compiler.
+why_no_triton._dynamo_marked_constant = True
+
+
+# Operators of torch.library, so that torch.compile takes them into its graph without looking
+# inside. (It could look inside a `triton_op`, but there is nothing to fuse with, and Triton's
+# interpreter could not run one.)
+@torch.library.custom_op('crossformer_mm::fused_attention', mutates_args=())
+def _attend(qkv: Tensor, table: Tensor, row_size: int, row_interval: int, column_size: int,
+            column_interval: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+    """Output, and the norms of the softmax, (B, H, W, heads)."""
+    from .fused_triton import forward
+    return forward(qkv, table, AxisRule(row_size, row_interval),
+                   AxisRule(column_size, column_interval), num_heads, scale)
+
+
+@_attend.register_fake
+def _(qkv, table, row_size, row_interval, column_size, column_interval, num_heads, scale):
+    batch, height, width, channels = qkv.shape
+    return (qkv.new_empty(batch, height, width, channels // 3),
+            qkv.new_empty(batch, height, width, num_heads, dtype=torch.float32))
+
+
+@torch.library.custom_op('crossformer_mm::fused_attention_backward', mutates_args=())
+def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
+                     row_size: int, row_interval: int, column_size: int, column_interval: int,
+                     num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+    """Gradients of qkv and table."""
+    from .fused_triton import backward
+    return backward(grad_out, qkv, table, out, norms, AxisRule(row_size, row_interval),
+                    AxisRule(column_size, column_interval), num_heads, scale)
+
+
+@_attend_backward.register_fake
+def _(grad_out, qkv, table, out, norms, row_size, row_interval, column_size, column_interval,
+      num_heads, scale):
+    return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    qkv, table, *ctx.numbers = inputs
+    ctx.save_for_backward(qkv, table, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_norms):
+    if grad_out is None:
+        return (None,) * 8
+    qkv, table, out, norms = ctx.saved_tensors
+    return (*_attend_backward(grad_out, qkv, table, out, norms, *ctx.numbers), *(None,) * 6)
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
