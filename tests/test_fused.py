@@ -266,11 +266,12 @@ def test_autocast_trains_in_bfloat16_near_float32():
 def gpu(monkeypatch):
     """A machine that says it has a GPU."""
 
-    def build(capability, hip=None, triton=True):
+    def build(capability, hip=None, triton=True, agrees=True):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
         monkeypatch.setattr(torch.version, 'hip', hip)
+        monkeypatch.setattr(kernels, 'agrees_with_plain', lambda device: agrees)
         if not triton:
             monkeypatch.setattr(fused.importlib.util, 'find_spec', lambda name: None)
         return torch.device('cuda', 0)
@@ -290,9 +291,32 @@ def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
 
 
 @pytest.mark.parametrize('machine', [dict(capability=(7, 5)), dict(capability=(9, 4), hip='6.0'),
-                                     dict(capability=(9, 0), triton=False)])
+                                     dict(capability=(9, 0), triton=False),
+                                     dict(capability=(9, 0), agrees=False)])
 def test_rule_takes_plain_on_other_gpus(gpu, machine):
     assert choose_path(gpu(**machine), 0.) == 'plain'
+
+
+def test_kernels_agree_with_plain_before_they_are_used():
+    fused._agrees_with_plain.cache_clear()
+    state = torch.get_rng_state()
+    assert fused.agrees_with_plain(torch.device('cpu'))
+    assert torch.equal(torch.get_rng_state(), state)  # a user's seed means what it meant
+
+
+@pytest.mark.parametrize('fault', ['wrong', 'raises'])
+def test_kernels_that_do_not_agree_are_not_used(fault, monkeypatch):
+
+    def broken(qkv, *args):
+        if fault == 'raises':
+            raise RuntimeError('no kernel image')
+        return 1.1 * qkv[..., :64]
+
+    monkeypatch.setattr(fused, 'fused_attention', broken)
+    fused._agrees_with_plain.cache_clear()
+    with pytest.warns(UserWarning, match='no kernel image|wrong by'):
+        assert not fused.agrees_with_plain(torch.device('cpu'))
+    fused._agrees_with_plain.cache_clear()
 
 
 def test_rule_takes_plain_for_tracers_and_exporters(gpu, monkeypatch):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..grouping import Segment
-from .fused import fused_attention, why_not_fused
+from .fused import agrees_with_plain, fused_attention, why_not_fused
 from .onednn import onednn_linear, onednn_mlp
 from .plain import plain_attention
 from .tiled import tiled_attention
@@ -50,10 +50,9 @@ def choose_path(device: torch.device, dropout: float, dtype: torch.dtype = torch
     if device.type == 'cpu' and not dropout and not is_traced():
         return 'tiled'
     exported = torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting()
-    if device.type == 'cuda' and not exported and not why_not_fused(device, dtype, head_dim,
-                                                                    dropout):
-        return 'fused'
-    return 'plain'
+    fused = (device.type == 'cuda' and not exported
+             and not why_not_fused(device, dtype, head_dim, dropout) and agrees_with_plain(device))
+    return 'fused' if fused else 'plain'
 
 
 def is_exporting() -> bool:

@@ -7,13 +7,16 @@ pass is input, output and one number per position and head.
 The kernels are in :mod:`.fused_triton`, which is imported when first used:
 this package neither needs Triton nor waits for it.
 """
+import functools
 import importlib.util
+import warnings
 from typing import Tuple
 
 import torch
 from torch import Tensor
 
-from ..grouping import AxisRule
+from ..grouping import AxisRule, group_map
+from .plain import plain_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
@@ -83,9 +86,51 @@ def why_no_triton(device: torch.device) -> str:
             f'TRITON_INTERPRET=1 is set before Python starts), but got tensors on {device}')
 
 
-# torch.compile is to call this, not to look into it. `torch.compiler.assume_constant_result` says
-# so by the same attribute, but takes a second to import the compiler.
+def agrees_with_plain(device: torch.device) -> bool:
+    """Whether a small case on a device has the values and gradients of the plain path.
+
+    Kernels are compiled on the user's machine, by the versions it has, for its GPU: this
+    stands between a fault of theirs and a training that learns from wrong numbers. Once
+    for each device; a warning says what is wrong.
+    """
+    return _agrees_with_plain(str(device))
+
+
+@functools.lru_cache(maxsize=None)
+def _agrees_with_plain(device: str) -> bool:
+    rules = AxisRule(9, 2), AxisRule(8, 2)  # ragged, and of more than 64 members
+    heads, channels, sides = 2, 64, (17, 15)
+
+    def leaf(*shape: int) -> Tensor:  # no random numbers, which a user's seed may be for
+        count = torch.Size(shape).numel()
+        return torch.arange(count, device=device).mul(2.4).sin().view(shape).requires_grad_()
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(
+                torch.device(device).type, enabled=False):
+            qkv, table = leaf(1, *sides, 3 * channels), leaf(heads, 17, 15)
+            grouping = group_map(1, *sides, *rules, device)
+            tokens = qkv.flatten(0, 2)[grouping.order]
+            plain = plain_attention(tokens, table, grouping.segments, heads, 0.2)
+            plain = plain[grouping.inverse].view(1, *sides, channels)
+            fused = fused_attention(qkv, table, grouping.rows, grouping.columns, heads, 0.2)
+            weights = leaf(1, *sides, channels).detach()
+            results = [(out, *torch.autograd.grad((out * weights).sum(), (qkv, table)))
+                       for out in (fused, plain)]
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results))
+        fault = '' if worst < 1e-2 else f'it is wrong by {worst:.2g} of the largest value'
+    except Exception as error:  # of a compiler, a driver, a launch
+        fault = f'{type(error).__name__}: {error}'
+    if fault:
+        warnings.warn(f'CrossFormer: the fused attention does not work on {device}, the plain one '
+                      f'is used ({fault}).')
+    return not fault
+
+
+# torch.compile is to call these, not to look into them. `torch.compiler.assume_constant_result`
+# says so by the same attribute, but takes a second to import the compiler.
 why_no_triton._dynamo_marked_constant = True
+agrees_with_plain._dynamo_marked_constant = True
 
 
 # Operators of torch.library, so that torch.compile takes them into its graph without looking
