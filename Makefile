@@ -38,13 +38,13 @@ demo: $(READY)
 	$(RUN) tools/demo.py
 
 test: $(READY)
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest -n auto --dist loadfile tests
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py --out benchmarks/soak.md
 
 test-openmmlab: $(OPENMMLAB)/ready
-	$(OPENMMLAB)/bin/python -m pytest $(TESTS)
+	$(OPENMMLAB)/bin/python -m pytest -n auto --dist loadfile $(TESTS)
 
 test-openmmlab-core:
 	$(MAKE) test-openmmlab TESTS="$(CORE)"

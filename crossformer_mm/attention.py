@@ -6,7 +6,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .grouping import Grouping
-from .kernels import check_path, group_attention
+from .kernels import check_path, fused_attention, group_attention, is_fused
 from .linear import Linear
 from .position_bias import DynamicPositionBias
 
@@ -67,14 +67,26 @@ class GroupAttention(BaseModule):
         self.proj = Linear(channels, channels)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
+    @property
+    def dropout(self) -> float:
+        """Of attention weights, in the present mode."""
+        return self.attn_drop_rate if self.training else 0.
+
+    def works_in_place(self, x: Tensor) -> bool:
+        """Whether no token of the map need be moved, so that a grouping without order will do."""
+        return is_fused(x.device, x.dtype, x.shape[-1] // self.num_heads, self.dropout, self.path)
+
     def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
         """(B, H, W, C) to the same, each position attending within its group."""
+        if self.works_in_place(x):
+            out = fused_attention(self.qkv(x), self.pos(*grouping.extent), grouping.rows,
+                                  grouping.columns, self.num_heads, self.scale)
+            return self.proj_drop(self.proj(out))
+
         tokens = reorder(x.flatten(0, 2), grouping.order, grouping.inverse)
         qkv = self.qkv(tokens)  # (B*H*W, 3*C)
         table = self.pos(*grouping.extent)
-        dropout = self.attn_drop_rate if self.training else 0.
-
-        out = group_attention(qkv, table, grouping.segments, self.num_heads, self.scale, dropout,
-                              self.path)
+        out = group_attention(qkv, table, grouping.segments, self.num_heads, self.scale,
+                              self.dropout, self.path)
         out = self.proj_drop(self.proj(out))
         return reorder(out, grouping.inverse, grouping.order).view_as(x)

@@ -63,10 +63,11 @@ class CrossFormerStage(BaseModule):
         batch, height, width, _ = x.shape
         short = short_distance(height, width, self.group_size, self.lda)
         long = long_distance(height, width, self.group_size, self.interval, self.lda)
-        near = group_map(batch, height, width, *short, device=x.device)
+        line_up = not all(block.attn.works_in_place(x) for block in self.blocks)
+        near = group_map(batch, height, width, *short, x.device, line_up)
         far = near
         if long != short and len(self.blocks) > 1:
-            far = group_map(batch, height, width, *long, device=x.device)
+            far = group_map(batch, height, width, *long, x.device, line_up)
         for index, block in enumerate(self.blocks):
             grouping = far if index % 2 else near
             if self.with_cp and torch.is_grad_enabled():
@@ -143,8 +144,8 @@ class CrossFormer(BaseModule):
             reads ImageNet weights or the backbone of a whole model's
             checkpoint. None, or a checkpoint of None: random weights.
         attention_path (str, optional): for study, how attention is computed:
-            ``plain`` or ``tiled`` (:mod:`crossformer_mm.kernels`). The values
-            are the same. None: the fastest that works.
+            ``plain``, ``tiled`` or ``fused`` (:mod:`crossformer_mm.kernels`).
+            The values are the same. None: the fastest that works.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.

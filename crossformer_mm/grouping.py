@@ -21,7 +21,7 @@ masked key has no weight and a padded query is thrown away, so both give the
 same output (CrossFormer, arXiv 2108.00154, section 3.2; CrossFormer++, arXiv
 2303.06908, section 3.2).
 """
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -36,31 +36,53 @@ class Segment(NamedTuple):
     width: int
 
 
-class Grouping(NamedTuple):
-    """How to line up a batch of maps so that every group is a run of tokens.
-
-    Args:
-        order (Tensor): (B*H*W,) token indices; ``tokens[order]`` is grouped.
-        inverse (Tensor): (B*H*W,) the way back: ``grouped[inverse]`` is
-            ``tokens``.
-        segments (tuple[Segment]): the runs of equally large groups, in order.
-            Members of a group are row-major, neighbours ``interval`` apart.
-    """
-    order: Tensor
-    inverse: Tensor
-    segments: Tuple[Segment, ...]
-
-    @property
-    def extent(self) -> Tuple[int, int]:
-        """Height and width, in members, that no group exceeds."""
-        return (max(segment.height for segment in self.segments),
-                max(segment.width for segment in self.segments))
-
-
 class AxisRule(NamedTuple):
     """The one-dimensional rule above: ``size`` members, ``interval`` apart."""
     size: int
     interval: int
+
+
+class Grouping(NamedTuple):
+    """The groups of a batch of maps, and how to line the maps up so that each is a run of tokens.
+
+    Args:
+        rows, columns (AxisRule): which positions of a map form a group, in the
+            smallest numbers.
+        order (Tensor, optional): (B*H*W,) token indices; ``tokens[order]`` is
+            grouped.
+        inverse (Tensor, optional): (B*H*W,) the way back: ``grouped[inverse]``
+            is ``tokens``.
+        segments (tuple[Segment]): the runs of equally large groups, in order.
+            Members of a group are row-major, neighbours ``interval`` apart.
+    """
+    rows: AxisRule
+    columns: AxisRule
+    order: Optional[Tensor] = None
+    inverse: Optional[Tensor] = None
+    segments: Tuple[Segment, ...] = ()
+
+    @property
+    def extent(self) -> Tuple[int, int]:
+        """Height and width, in members, that no group exceeds."""
+        return self.rows.size, self.columns.size
+
+
+def fit_rule(length: int, rule: AxisRule) -> AxisRule:
+    """The smallest numbers that group an axis in the same way.
+
+    Their ``size`` is the number of members of the largest group.
+    """
+    interval = min(rule.interval, length)
+    return AxisRule(min(rule.size, -(-length // interval)), interval)
+
+
+def count_groups(length: int, rule: AxisRule) -> int:
+    """Groups of one axis, the ragged ones included.
+
+    Group g starts at position ``g // interval * (size * interval) + g % interval``.
+    """
+    tile = rule.size * rule.interval
+    return length // tile * rule.interval + min(length % tile, rule.interval)
 
 
 def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
@@ -94,11 +116,17 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
 
 
 def group_map(batch: int, height: int, width: int, rows: AxisRule, columns: AxisRule,
-              device=None) -> Grouping:
+              device=None, line_up: bool = True) -> Grouping:
     """The groups of a batch of ``height x width`` maps.
+
+    ``line_up=False`` leaves out the order of tokens and its segments, for
+    attention that works on the map as it lies.
 
     Raises nothing: any size and any rule with positive numbers is valid.
     """
+    rows, columns = fit_rule(height, rows), fit_rule(width, columns)
+    if not line_up:
+        return Grouping(rows, columns)
     images = torch.arange(batch, device=device)[:, None, None, None, None] * (height * width)
     column_tables = group_axis(width, columns, device)
     orders, segments = [], []
@@ -111,7 +139,7 @@ def group_map(batch: int, height: int, width: int, rows: AxisRule, columns: Axis
     order = torch.cat(orders)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=device)
-    return Grouping(order, inverse, tuple(segments))
+    return Grouping(rows, columns, order, inverse, tuple(segments))
 
 
 def short_distance(height: int, width: int, group_size: int,

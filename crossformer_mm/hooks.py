@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .backbone import CrossFormer
-from .grouping import Grouping
+from .grouping import Grouping, group_map
 from .position_bias import bias_windows
 
 
@@ -126,6 +126,8 @@ def sample_logits(attention: GroupAttention, x: Tensor, grouping: Grouping, grou
     Returns:
         Tensor: (groups, heads, queries, keys), ``scale * q @ k`` plus the position bias.
     """
+    if grouping.order is None:  # attention that works on the map as it lies needs none
+        grouping = group_map(*x.shape[:3], grouping.rows, grouping.columns, x.device)
     first, largest, start = 0, grouping.segments[0], 0
     for segment in grouping.segments:
         if segment.height * segment.width > largest.height * largest.width:

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossformer_mm import CrossFormer
+# Without a GPU, Triton's kernels run in its interpreter; Triton reads this when imported first.
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'
+
+from crossformer_mm import CrossFormer  # noqa: E402
 
 # Every kind of block (short, long, before and after a merging) in 1.5 M parameters.
 SMALL = dict(embed_dims=32, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8))

@@ -25,13 +25,13 @@ class Golden:
             self.arrays = dict(arrays)
         self.meta = json.loads(str(self.arrays['meta']))
 
-    def build(self) -> CrossFormer:
+    def build(self, **options) -> CrossFormer:
         numbers = self.meta['kw']
         backbone = CrossFormer(
             dict(embed_dims=numbers['embed_dim'], depths=numbers['depths'],
                  num_heads=numbers['num_heads']),
             group_size=numbers['group_size'], interval=numbers['crs_interval'],
-            lda=self.meta['lda'], cooling=self.meta['acl'])
+            lda=self.meta['lda'], cooling=self.meta['acl'], **options)
         backbone.load_state_dict(self.under('w'), strict=True)
         return backbone.eval()
 
@@ -56,8 +56,18 @@ def test_no_golden_case_is_left_out(shared, golden):
 
 @pytest.mark.parametrize('name, size', CASES)
 def test_features_and_gradients_are_those_of_the_authors(golden, probe, name, size):
-    file = golden[name]
-    backbone = file.build()
+    check(golden[name], golden[name].build(), size, probe)
+
+
+def test_fused_attention_gives_them_too(golden, probe):
+    pytest.importorskip('triton', reason='fused attention needs the package triton')
+    if torch.cuda.is_available():
+        pytest.skip('this backbone is on the CPU, where Triton only runs if interpreted')
+    file = golden['interval_g7']
+    check(file, file.build(attention_path='fused'), '1x64x96', probe)
+
+
+def check(file, backbone, size, probe):
     features = backbone(file.image(size))
     probe(features).backward()
 

@@ -61,6 +61,16 @@ def test_logits_are_those_of_the_definition(small, kind):
     assert every.abs().max() >= some.abs().max()
 
 
+def test_logits_are_the_same_of_a_grouping_without_order(small):
+    """Which is what attention that moves no token gets."""
+    attention, x = small().layers[1].blocks[1].attn, torch.randn(2, 17, 13, 64)
+    rules = long_distance(17, 13, 4, 2, 'interval')
+    bare = group_map(2, 17, 13, *rules, line_up=False)
+    assert bare.order is None
+    torch.testing.assert_close(sample_logits(attention, x, bare, 3, 4),
+                               sample_logits(attention, x, group_map(2, 17, 13, *rules), 3, 4))
+
+
 class Trained(BaseModel):
 
     def __init__(self, **options):

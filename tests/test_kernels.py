@@ -115,7 +115,6 @@ def test_second_derivative_is_refused():
 def test_rule_takes_tiled_on_the_cpu_only_without_dropout_and_tracing():
     assert choose_path(CPU, dropout=0.) == 'tiled'
     assert choose_path(CPU, dropout=.1) == 'plain'
-    assert choose_path(torch.device('cuda'), dropout=0.) == 'plain'
     assert choose_path(torch.device('meta'), dropout=0.) == 'plain'
     paths = []
     torch.jit.trace(lambda x: (paths.append(choose_path(CPU, 0.)), x + 1)[1], torch.ones(1),
@@ -141,7 +140,7 @@ def test_dropout_of_attention_weights_trains_on_the_plain_path():
 
 
 def test_wrong_path_is_refused_by_name():
-    with pytest.raises(ValueError, match="attention_path.*'plain', 'tiled'.*'flash'"):
+    with pytest.raises(ValueError, match="attention_path.*'plain', 'tiled', 'fused'.*'flash'"):
         CrossFormer(SMALL, attention_path='flash')
 
 

@@ -14,11 +14,10 @@ from crossformer_mm import ARCHITECTURES, CrossFormer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-EXPLANATION = (ROOT / 'docs/how_it_works.md').read_text(encoding='utf-8')
 
 
-def blocks(language: str, text: str = README) -> list:
-    return re.findall(rf'```{language}\n(.*?)```', text, flags=re.DOTALL)
+def blocks(language: str) -> list:
+    return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
 
 
 def rows(first_column: str) -> list:

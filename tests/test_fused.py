@@ -1,0 +1,391 @@
+"""Fused attention equals the plain path, on a GPU or, where there is none, in Triton's interpreter.
+
+The interpreter runs kernels in Python, one program after another, so maps are tiny here and
+blocks are made small enough for groups to take several.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossformer_mm import CrossFormer, kernels
+from crossformer_mm.attention import GroupAttention
+from crossformer_mm.grouping import (AxisRule, count_groups, fit_rule, group_axis, group_map,
+                                     long_distance, short_distance)
+from crossformer_mm.kernels import (choose_path, fused, fused_attention, is_fused, plain_attention)
+
+pytest.importorskip('triton', reason='fused attention needs the package triton')
+from crossformer_mm.kernels import fused_triton  # noqa: E402
+
+DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+# Every kernel with several blocks each way, the two ways differing.
+SMALL_BLOCKS = {(kernel, size): fused_triton.Tile(16, 32, 1, 1) if 'keys' not in kernel else
+                fused_triton.Tile(32, 16, 1, 1)
+                for kernel, size in fused_triton.TILES}
+
+
+def plain_on_map(qkv, table, rows, columns, heads, scale):
+    """The plain lines that fused_attention names."""
+    batch, height, width, _ = qkv.shape
+    grouping = group_map(batch, height, width, rows, columns, qkv.device)
+    out = plain_attention(qkv.flatten(0, 2)[grouping.order], table, grouping.segments, heads, scale)
+    return out[grouping.inverse].view(batch, height, width, -1)
+
+
+def values_and_gradients(attention, qkv, table, *arguments):
+    """Output and the gradients of qkv and table, for the same random output gradient."""
+    qkv, table = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+    out = attention(qkv, table, *arguments)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(weight.to(out))
+    return out.detach(), qkv.grad, table.grad
+
+
+def random_inputs(shape, rows, columns, heads, dim, dtype, spare=1):
+    batch, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    table_rows = 2 * (fit_rule(height, rows).size + spare) - 1
+    table_columns = 2 * (fit_rule(width, columns).size + spare) - 1
+    qkv = torch.randn(batch, height, width, 3 * heads * dim, generator=generator)
+    table = torch.randn(heads, table_rows, table_columns, generator=generator)
+    return qkv.to(DEVICE, dtype), table.to(DEVICE)
+
+
+def assert_equals_plain(shape, rows, columns, heads=2, dim=16, dtype=torch.float32, scale=0.3):
+    """In value and gradients, up to rounding in the dtype; float64 is the judge."""
+    rows, columns = AxisRule(*rows), AxisRule(*columns)
+    inputs = random_inputs(shape, rows, columns, heads, dim, dtype)
+    ours = values_and_gradients(fused_attention, *inputs, rows, columns, heads, scale)
+    assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
+    exact = values_and_gradients(plain_on_map, *(x.double() for x in inputs), rows, columns, heads,
+                                 scale)
+    tolerance = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    for name, one, other in zip(('out', 'grad of qkv', 'grad of table'), ours, exact):
+        error = (one.double() - other).abs().max() / other.abs().max().clamp_min(1)
+        assert error <= tolerance, f'{name}: {error:.1e}'
+
+
+ONE_BLOCK = {
+    'one member': ((1, 1, 1), (7, 1), (7, 1)),
+    'short distance, ragged': ((2, 9, 11), (7, 1), (7, 1)),
+    'long distance over the map, ragged': ((1, 7, 10), (3, 3), (4, 3)),
+    'long distance in tiles, ragged': ((1, 8, 7), (3, 2), (3, 2)),
+    'interval beyond the map': ((1, 2, 5), (1, 10**9), (5, 1)),
+    'group beyond the map': ((1, 3, 5), (10**9, 1), (10**9, 1)),
+}
+SEVERAL_BLOCKS = {
+    'short distance, ragged': ((1, 10, 9), (9, 1), (8, 1)),
+    'long distance over the map, ragged': ((1, 13, 10), (13, 1), (5, 2)),
+    'one row': ((1, 1, 70), (1, 1), (70, 1)),
+    'one column': ((1, 70, 1), (70, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize('case', ONE_BLOCK)
+def test_groups_of_one_block_equal_plain(case):
+    assert_equals_plain(*ONE_BLOCK[case])
+
+
+@pytest.mark.parametrize('case', SEVERAL_BLOCKS)
+def test_groups_of_several_blocks_equal_plain(monkeypatch, case):
+    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    assert_equals_plain(*SEVERAL_BLOCKS[case], heads=1)
+
+
+def test_the_tiles_as_they_are_equal_plain():
+    assert_equals_plain((1, 12, 13), (12, 1), (13, 1), heads=1, dim=8)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('members', [25, 72])
+def test_half_precision_stays_near_double(monkeypatch, dtype, members):
+    if members > fused_triton.SMALL:
+        monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+        assert_equals_plain((1, 9, 8), (9, 1), (8, 1), heads=1, dtype=dtype)
+    else:
+        assert_equals_plain((1, 6, 9), (5, 1), (5, 1), dtype=dtype)
+
+
+@pytest.mark.parametrize('dim', [3, 8, 24, 48])
+def test_any_head_dim_works(dim):
+    assert_equals_plain((1, 4, 5), (3, 1), (3, 1), dim=dim)
+
+
+def test_pairs_of_a_group_are_summed_some_rows_at_a_time(monkeypatch):
+    """And over shares of the groups; memory stays below the limit."""
+    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    monkeypatch.setattr(fused_triton, 'PAIR_BYTES', 4 * 20 * 100)
+    held = []
+    sum_pairs = fused_triton.sum_pairs
+
+    def watch(pairs, *arguments):
+        held.append(tuple(pairs.shape))
+        return sum_pairs(pairs, *arguments)
+
+    monkeypatch.setattr(fused_triton, 'sum_pairs', watch)
+    assert_equals_plain((1, 9, 18), (9, 1), (9, 1), heads=1)
+    assert held == [(2, 1, 16, 96)] * 6
+
+
+@pytest.mark.parametrize('members', [16, 72])
+def test_logits_far_from_zero_overflow_nothing(monkeypatch, members):
+    """Not even against the logits of what a block holds beyond the group, which are near 0."""
+    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    shape, rows, columns = (((1, 6, 5), AxisRule(4, 1), AxisRule(4, 1)) if members == 16 else
+                            ((1, 9, 8), AxisRule(9, 1), AxisRule(8, 1)))
+    qkv, table = random_inputs(shape, rows, columns, 1, 16, torch.float32)
+    qkv[..., :16] = 5 + 0.1 * qkv[..., :16]
+    qkv[..., 16:32] = -5 + 0.1 * qkv[..., 16:32]
+    inputs = qkv, table, rows, columns, 1, 1.
+    ours = values_and_gradients(fused_attention, *inputs)
+    exact = values_and_gradients(plain_on_map, qkv.double(), table.double(), *inputs[2:])
+    for one, other in zip(ours, exact):
+        assert one.isfinite().all()
+        assert (one - other).abs().max() <= 1e-3 * other.abs().max().clamp_min(1)
+
+
+def test_same_inputs_give_the_same_bits(monkeypatch):
+    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    rule = AxisRule(9, 1)
+    inputs = random_inputs((1, 9, 8), rule, rule, 1, 16, torch.float32)
+    first, second = (values_and_gradients(fused_attention, *inputs, rule, rule, 1, 1.)
+                     for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+def test_the_operator_keeps_the_rules_of_operators():
+    """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
+    rule = AxisRule(3, 1)
+    qkv, table = random_inputs((1, 3, 3), rule, rule, 1, 8, torch.float32)
+    torch.library.opcheck(fused._attend, (qkv.requires_grad_(), table.requires_grad_(), 3, 1, 3, 1,
+                                          1, .5))
+
+
+def test_compiler_takes_it_into_one_graph():
+    """The choice of the path included."""
+    attention = GroupAttention(16, 1, path='fused').to(DEVICE)
+    compiled = torch.compile(attention, backend='aot_eager', fullgraph=True)
+    x, grads = torch.randn(1, 5, 6, 16).to(DEVICE), []
+    for model in (attention, compiled):
+        attention.zero_grad()
+        grouping = group_map(1, 5, 6, AxisRule(3, 2), AxisRule(3, 2), DEVICE)
+        model(x, grouping).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in attention.parameters()])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivative_is_refused():
+    rule = AxisRule(2, 1)
+    qkv, table = random_inputs((1, 2, 2), rule, rule, 1, 8, torch.float32)
+    out = fused_attention(qkv.requires_grad_(), table, rule, rule, 1, 1.)
+    grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match='no autograd formula'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('length', [1, 2, 7, 16, 29])
+@pytest.mark.parametrize('rule', [(1, 1), (7, 1), (3, 4), (4, 8), (50, 3), (3, 50)])
+def test_arithmetic_of_groups_is_that_of_index_tables(length, rule):
+    rule = AxisRule(*rule)
+    fitted = fit_rule(length, rule)
+    tables = [table.tolist() for table in group_axis(length, rule)]
+    groups = sorted(group for table in tables for group in table)
+    assert fitted.size == max(len(group) for group in groups)
+    by_arithmetic = []
+    for group in range(count_groups(length, fitted)):
+        tile, residue = divmod(group, fitted.interval)
+        start = tile * fitted.size * fitted.interval + residue
+        by_arithmetic.append([position for member in range(fitted.size)
+                              if (position := start + member * fitted.interval) < length])
+    assert sorted(by_arithmetic) == groups
+
+
+SMALL = dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2))
+
+
+def features_and_gradients(path, lda, image, with_cp=False):
+    torch.manual_seed(0)
+    model = CrossFormer(SMALL, merge_sizes=((2, 4),), group_size=(3, 3), interval=(2, 3), lda=lda,
+                        out_indices=(0, 1), with_cp=with_cp, attention_path=path).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape).to(DEVICE))
+    features = model(image.to(DEVICE))
+    generator = torch.Generator().manual_seed(1)
+    sum((f * torch.randn(f.shape, generator=generator).to(f)).sum() for f in features).backward()
+    return [f.detach() for f in features], {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('lda, size, with_cp', [('interval', (1, 3, 27, 42), False),
+                                                ('block', (1, 3, 31, 38), True)])
+def test_backbone_is_the_same_on_both_paths(lda, size, with_cp):
+    image = torch.rand(size, generator=torch.Generator().manual_seed(2))
+    ours, ours_grads = features_and_gradients('fused', lda, image, with_cp)
+    reference, reference_grads = features_and_gradients('plain', lda, image)
+    for one, other in zip(ours, reference, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    largest = max(grad.abs().max() for grad in reference_grads.values())
+    for name, grad in reference_grads.items():
+        assert (ours_grads[name] - grad).abs().max() <= 1e-5 * largest, name
+
+
+def test_no_token_is_moved(monkeypatch):
+    """Neither does attention line tokens up, nor is an order for it made."""
+    monkeypatch.setattr('crossformer_mm.attention.reorder', None)
+    monkeypatch.setattr('crossformer_mm.grouping.group_axis', None)
+    with torch.no_grad():
+        CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), merge_sizes=(),
+                    group_size=(3,), interval=(2,), out_indices=(0,), attention_path='fused').to(
+                        DEVICE)(torch.rand(1, 3, 20, 17).to(DEVICE))
+
+
+def test_autocast_trains_in_bfloat16_near_float32():
+    torch.manual_seed(0)
+    attention = GroupAttention(32, 2, path='fused').to(DEVICE)
+    grouping = group_map(1, 6, 5, AxisRule(3, 2), AxisRule(3, 2), DEVICE, line_up=False)
+    x = torch.randn(1, 6, 5, 32).to(DEVICE)
+    grads = []
+    for enabled in (False, True):
+        attention.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+            out = attention(x, grouping)
+            assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+            out.float().square().sum().backward()
+        grads.append([p.grad.clone() for p in attention.parameters()])
+    assert all(grad.dtype == torch.float32 for grad in grads[1])
+    scale = max(grad.abs().max() for grad in grads[0])
+    for exact, half in zip(*grads):
+        assert (exact - half).abs().max() < 3e-2 * scale
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a GPU."""
+
+    def build(capability, hip=None, triton=True, agrees=True):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
+        monkeypatch.setattr(torch.version, 'hip', hip)
+        monkeypatch.setattr(kernels, 'agrees_with_plain', lambda device: agrees)
+        if not triton:
+            monkeypatch.setattr(fused.importlib.util, 'find_spec', lambda name: None)
+        return torch.device('cuda', 0)
+
+    return build
+
+
+def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
+    device = gpu((9, 0))
+    assert choose_path(device, dropout=0.) == 'fused'
+    assert choose_path(device, dropout=.1) == 'plain'
+    assert choose_path(device, 0., torch.float64) == 'plain'
+    assert choose_path(device, 0., head_dim=fused.HEAD_DIM + 1) == 'plain'
+    assert choose_path(torch.device('meta'), 0.) == 'plain'
+    assert choose_path(torch.device('cpu'), 0.) == 'tiled'  # even where the interpreter is on
+    assert not is_fused(device, torch.float32, 32, 0., path='plain')
+
+
+@pytest.mark.parametrize('machine', [dict(capability=(7, 5)), dict(capability=(9, 4), hip='6.0'),
+                                     dict(capability=(9, 0), triton=False),
+                                     dict(capability=(9, 0), agrees=False)])
+def test_rule_takes_plain_on_other_gpus(gpu, machine):
+    assert choose_path(gpu(**machine), 0.) == 'plain'
+
+
+def test_kernels_agree_with_plain_before_they_are_used():
+    fused._agrees_with_plain.cache_clear()
+    state = torch.get_rng_state()
+    assert fused.agrees_with_plain(torch.device('cpu'))
+    assert torch.equal(torch.get_rng_state(), state)  # a user's seed means what it meant
+
+
+@pytest.mark.parametrize('fault', ['wrong', 'raises'])
+def test_kernels_that_do_not_agree_are_not_used(fault, monkeypatch):
+
+    def broken(qkv, *args):
+        if fault == 'raises':
+            raise RuntimeError('no kernel image')
+        return 1.1 * qkv[..., :64]
+
+    monkeypatch.setattr(fused, 'fused_attention', broken)
+    fused._agrees_with_plain.cache_clear()
+    with pytest.warns(UserWarning, match='no kernel image|wrong by'):
+        assert not fused.agrees_with_plain(torch.device('cpu'))
+    fused._agrees_with_plain.cache_clear()
+
+
+def test_rule_takes_plain_for_tracers_and_exporters(gpu, monkeypatch):
+    device, paths = gpu((9, 0)), []
+    torch.jit.trace(lambda x: (paths.append(choose_path(device, 0.)), x + 1)[1], torch.ones(1),
+                    check_trace=False)
+    monkeypatch.setattr(kernels, 'is_exporting', lambda: True)
+    assert [*paths, choose_path(device, 0.)] == ['plain', 'plain']
+
+
+@pytest.mark.parametrize('machine, options, reason', [
+    (dict(capability=(9, 0), triton=False), {}, 'triton, which is not installed'),
+    (dict(capability=(7, 5)), {}, '8.0 or more, but cuda:0 is Some GPU'),
+    (dict(capability=(9, 0)), dict(dropout=.5), 'attn_drop_rate is 0.5'),
+    (dict(capability=(9, 0)), dict(head_dim=96), 'at most 64 channels, but they have 96'),
+    (dict(capability=(9, 0)), dict(dtype=torch.float64), 'got torch.float64'),
+])
+def test_fused_is_refused_where_it_cannot_work(gpu, machine, options, reason):
+    options = dict(dtype=torch.float32, head_dim=32, dropout=0.) | options
+    with pytest.raises(ValueError, match=f"attention_path='fused'.*{reason}.*'plain'"):
+        is_fused(gpu(**machine), path='fused', **options)
+
+
+def test_fused_is_refused_on_the_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(fused_triton, 'INTERPRETED', False)
+    with pytest.raises(ValueError, match='works on CUDA devices.*TRITON_INTERPRET=1.*got.*cpu'):
+        is_fused(torch.device('cpu'), torch.float32, 32, 0., path='fused')
+
+
+def test_tokens_that_are_lined_up_are_refused():
+    qkv, table = torch.rand(4, 24), torch.rand(1, 3, 3)
+    with pytest.raises(ValueError, match='call fused_attention'):
+        kernels.group_attention(qkv, table, [(1, 2, 2)], 1, 1., path='fused')
+
+
+def test_groups_beyond_what_numbers_are_exact_for_are_refused():
+    qkv = torch.empty(1, 2**11, 2**10, 3, device='meta')
+    with pytest.raises(ValueError, match='at most 1048576 positions, got 2097152'):
+        fused_triton.Groups.of(qkv, AxisRule(2**11, 1), AxisRule(2**10, 1))
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    """What the interpreter does not check: shapes of blocks, types, shared memory."""
+    script = Path(__file__).parents[1] / 'benchmarks/compile_kernels.py'
+    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    done = subprocess.run([sys.executable, script, '--dtype', 'fp16'],
+                          env=environment | dict(TRITON_CACHE_DIR=str(tmp_path)),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert {row[0] for row in rows} == {'forward', 'backward_groups', 'backward_queries',
+                                        'backward_keys', 'backward_pairs', 'sum_pairs'}
+    for row in rows:
+        stack, shared, warps = map(int, row[-3:])
+        assert stack <= 128 and shared <= 99 * 1024 and warps >= 8, row
+
+
+def test_package_does_not_import_triton():
+    done = subprocess.run([sys.executable, '-c', 'import sys, crossformer_mm; '
+                           "sys.exit('triton' in sys.modules)"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rules_of_both_definitions_reach_the_kernels():
+    """What the backbone asks for at detection size is within the limits."""
+    for lda in ('interval', 'block'):
+        for side, interval in ((200, 8), (100, 4), (50, 2), (25, 1)):
+            width = -(-side * 1333 // 800)
+            for rules in (short_distance(side, width, 7, lda),
+                          long_distance(side, width, 7, interval, lda)):
+                qkv = torch.empty(2, side, width, 3, device='meta')
+                assert fused_triton.Groups.of(qkv, *rules).members <= fused_triton.MEMBERS_LIMIT
