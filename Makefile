@@ -1,5 +1,7 @@
 # make demo   set up, make a data set, train and evaluate a detector and a segmentor
 # make test   set up if need be, run all tests
+# make soak   what takes too long for a test: trainings killed again and again, thousands of steps;
+#             writes benchmarks/soak.md
 # make test-openmmlab   the tests on the last OpenMMLab releases, in an environment of its own;
 #                       TESTS=... names some of them
 # make test-openmmlab-core   only those of building, loading and computing
@@ -13,7 +15,7 @@ TESTS ?= tests
 CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
     tests/test_released_files.py tests/test_publish_model.py
 
-.PHONY: demo test test-openmmlab test-openmmlab-core setup clean
+.PHONY: demo test soak test-openmmlab test-openmmlab-core setup clean
 setup: $(READY)
 
 $(READY): requirements/build.txt requirements/run.txt setup.py
@@ -37,6 +39,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN) -m pytest tests
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py --out benchmarks/soak.md
 
 test-openmmlab: $(OPENMMLAB)/ready
 	$(OPENMMLAB)/bin/python -m pytest $(TESTS)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .grouping import Grouping
 from .kernels import check_path, group_attention
+from .linear import Linear
 from .position_bias import DynamicPositionBias
 
 
@@ -62,8 +63,8 @@ class GroupAttention(BaseModule):
         self.attn_drop_rate = attn_drop_rate
         self.path = path
         self.pos = DynamicPositionBias(channels, num_heads)
-        self.qkv = nn.Linear(channels, channels * 3, bias=qkv_bias)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, channels * 3, bias=qkv_bias)
+        self.proj = Linear(channels, channels)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def forward(self, x: Tensor, grouping: Grouping) -> Tensor:

@@ -1,7 +1,10 @@
 """The CrossFormer backbone: architectures, stages, and what goes out."""
+import difflib
+import functools
+import inspect
 import logging
 import re
-from typing import Optional, Sequence, Tuple, Union
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -73,6 +76,22 @@ class CrossFormerStage(BaseModule):
         return x
 
 
+def names_known(init: Callable) -> Callable:
+    """Make a constructor name the nearest option to one that it does not have."""
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(self, *args, **options):
+        for name in options.keys() - known.keys():
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            asked = (f"did you mean '{near[0]}'" if near else
+                     f"choose from {', '.join(name for name in known if name != 'self')}")
+            raise TypeError(f"CrossFormer: there is no option '{name}', {asked}?")
+        init(self, *args, **options)
+
+    return checked
+
+
 @MODELS.register_module()
 class CrossFormer(BaseModule):
     """CrossFormer and CrossFormer++ as a backbone for dense prediction.
@@ -133,6 +152,7 @@ class CrossFormer(BaseModule):
 
     Raises:
         ValueError: an option is wrong; the sentence names it.
+        TypeError: there is no such option; the sentence names the nearest.
 
     Examples:
         >>> import torch
@@ -144,6 +164,7 @@ class CrossFormer(BaseModule):
         [(1, 192, 13, 19), (1, 384, 7, 10), (1, 768, 4, 5)]
     """
 
+    @names_known
     def __init__(self,
                  arch: Union[str, dict] = 's',
                  in_channels: int = 3,

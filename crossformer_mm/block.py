@@ -1,5 +1,4 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
-from collections import OrderedDict
 from typing import Optional
 
 from mmcv.cnn.bricks import DropPath
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .grouping import Grouping
+from .linear import Mlp
 
 
 class CrossFormerBlock(BaseModule):
@@ -30,18 +30,12 @@ class CrossFormerBlock(BaseModule):
                  drop_path_rate: float = 0., cooling: bool = False,
                  attention_path: Optional[str] = None):
         super().__init__()
-        hidden = int(channels * mlp_ratio)
         self.norm1 = nn.LayerNorm(channels)
         self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate,
                                    drop_rate, attention_path)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(channels, hidden),
-            act=nn.GELU(),
-            drop1=nn.Dropout(drop_rate),
-            fc2=nn.Linear(hidden, channels),
-            drop2=nn.Dropout(drop_rate)))
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), drop_rate)
         self.cooling = cooling
         if cooling:
             self.ex_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)

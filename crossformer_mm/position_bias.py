@@ -59,10 +59,15 @@ def bias_of_pairs(table: Tensor, height: int, width: int) -> Tensor:
     Returns:
         Tensor: (heads, height*width, height*width), queries before keys.
     """
-    heads, rows, columns = table.shape
+    pairs = bias_windows(table, height, width).flip(3, 4)
+    return pairs.reshape(len(table), height * width, height * width)
+
+
+def bias_windows(table: Tensor, height: int, width: int) -> Tensor:
+    """The same as a view (heads, height, width, height, width) that counts keys backwards."""
+    _, rows, columns = table.shape
     top, left = rows // 2 - (height - 1), columns // 2 - (width - 1)
     table = table[:, top:top + 2 * height - 1, left:left + 2 * width - 1]
     # Two sliding windows: [h, a, b, c, d] = table[h, a + c, b + d] with a, b the
     # query's row and column; c, d count the key's backwards.
-    pairs = table.unfold(1, height, 1).unfold(2, width, 1).flip(3, 4)
-    return pairs.reshape(heads, height * width, height * width)
+    return table.unfold(1, height, 1).unfold(2, width, 1)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_docs import blocks
+
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--no-cache-dir']
 
@@ -32,6 +34,38 @@ assert type(model.backbone) is crossformer_mm.CrossFormer
 Path('mine.py').write_text("_base_ = 'crossformer_mm::upernet/cf_s_160k.py'")
 assert Config.fromfile('mine.py').model.decode_head.type == 'UPerHead'
 print('whole')
+'''
+
+# And what docs/custom_projects.md shows, on the demo's models with random weights.
+INFERENCERS = '''
+import cv2
+import numpy as np
+import torch
+from mmengine.hub import get_config
+from mmengine.registry import MODELS, init_default_scope
+import crossformer_mm
+
+cv2.imwrite('photo.jpg', np.random.default_rng(0).integers(256, size=(70, 90, 3)))
+for name, file in ('mask_rcnn', 'detector.pth'), ('upernet', 'segmentor.pth'):
+    cfg = get_config(f'crossformer_mm::demo/{name}_shapes.py')
+    init_default_scope(cfg.default_scope)
+    meta = dict(dataset_meta=dict(cfg.test_dataloader.dataset.metainfo))
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta=meta), file)
+'''
+CHECKS = '''
+assert len(found['labels']) == len(found['scores']) == len(found['masks']) > 0
+assert labels.shape == (70, 90) and labels.max() < 5
+
+class Marker:
+    def __reduce__(self):
+        return (open, ('marker', 'w'))
+
+torch.save(dict(state_dict={}, extra=Marker()), 'detector.pth')
+try:
+    DetInferencer(get_config('crossformer_mm::demo/mask_rcnn_shapes.py'), weights='detector.pth')
+except ValueError as error:
+    assert 'was not run' in str(error), error
+    print('refused')
 '''
 
 
@@ -59,13 +93,45 @@ def test_wheel_has_every_config_and_tool(wheel):
     assert inside == there - {'tools/write_model_zoo.py'}
 
 
-def test_config_of_the_installed_wheel_is_found_by_name(wheel, tmp_path):
-    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', tmp_path / 'site', wheel],
-                   check=True)
-    env = {**os.environ, 'PYTHONPATH': str(tmp_path / 'site'), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', PROGRAM, tmp_path / 'site'], cwd=tmp_path,
-                          env=env, text=True, capture_output=True)
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('site')
+    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', folder, wheel], check=True)
+    return folder
+
+
+def run_installed(installed: Path, folder: Path, program: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, 'PYTHONPATH': str(installed), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-c', program, installed], cwd=folder, env=env,
+                          text=True, capture_output=True)
+
+
+def test_config_of_the_installed_wheel_is_found_by_name(installed, tmp_path):
+    done = run_installed(installed, tmp_path, PROGRAM)
     assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
+
+
+def test_inferencers_take_configs_and_weights(installed, tmp_path):
+    shown = [block for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
+             if 'Inferencer' in block]
+    assert len(shown) == 2
+    program = '\n'.join([INFERENCERS, *shown, CHECKS])
+    for full, small in (('mask_rcnn/cf_s_1x', 'demo/mask_rcnn_shapes'),
+                        ('upernet/cf_s_160k', 'demo/upernet_shapes')):
+        program = program.replace(full, small)
+    done = run_installed(installed, tmp_path, program)
+    assert done.stdout.strip().endswith('refused'), done.stdout + done.stderr[-3000:]
+    assert not (tmp_path / 'marker').exists()
+    written = {path.relative_to(tmp_path / 'predictions').as_posix()
+               for path in (tmp_path / 'predictions').rglob('*.*')}
+    assert written == {'vis/photo.jpg', 'pred/00000000_pred.png'}
+
+
+def test_readme_shows_the_same():
+    readme, = [block for block in blocks(ROOT / 'README.md', 'python') if 'Inferencer' in block]
+    page = [block for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
+            if 'DetInferencer' in block]
+    assert page[0].startswith(readme)
 
 
 def test_links_of_the_checkout_lead_to_the_folders_beside_the_package():

@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -49,7 +50,7 @@ def detector(shapes, tmp_path_factory) -> Path:
     """Work folder of a detector trained for one epoch."""
     work = tmp_path_factory.mktemp('detector')
     output = run('tools/train.py', DETECTOR, '--work-dir', work, '--data-root', shapes / 'coco',
-                 '--tensorboard', '--cfg-options', *ONE_EPOCH)
+                 '--tensorboard-samples', 2, '--cfg-options', *ONE_EPOCH)
     assert 'loss_mask' in output and 'eta' in output and 'coco/segm_mAP' in output
     assert output.index('no pretrained checkpoint is given') < output.index('Epoch(train)')
     return work
@@ -60,7 +61,8 @@ def segmentor(shapes, tmp_path_factory) -> Path:
     """Work folder of a segmentor trained for four iterations."""
     work = tmp_path_factory.mktemp('segmentor')
     output = run('tools/train.py', SEGMENTOR, '--work-dir', work, '--data-root', shapes / 'ade',
-                 '--cfg-options', *FOUR_ITERATIONS)
+                 '--tensorboard-samples', 3, '--cfg-options', *FOUR_ITERATIONS,
+                 'train_cfg.val_interval=2')
     assert 'decode.loss_ce' in output and 'eta' in output and 'mIoU' in output
     return work
 
@@ -70,11 +72,22 @@ def metrics(work: Path) -> dict:
     return json.loads(max(work.glob('*/*.json'), key=lambda p: p.stat().st_mtime).read_text())
 
 
+def tensorboard(work: Path) -> EventAccumulator:
+    """What the first training in a work folder sent to TensorBoard."""
+    first = min(work.glob('*/vis_data/events*'))
+    return EventAccumulator(str(first), size_guidance=dict(images=0)).Reload()
+
+
 class TestDetector:
 
     def test_training_leaves_a_checkpoint_and_tensorboard_events(self, detector):
         assert (detector / 'epoch_1.pth').is_file()
-        assert list(detector.rglob('events.out.tfevents*'))
+        events = tensorboard(detector)
+        assert {'loss', 'coco/bbox_mAP'} <= set(events.Tags()['scalars'])
+        # ground truth and prediction, side by side
+        assert {name: [(image.step, image.height, image.width) for image in events.Images(name)]
+                for name in events.Tags()['images']} == {
+            f'val_00000000000{i}.png': [(4, 96, 192)] for i in (1, 4)}
 
     def test_evaluation_keeps_predictions_and_pictures(self, detector, shapes, tmp_path):
         predictions, pictures = tmp_path / 'predictions.pkl', tmp_path / 'pictures'
@@ -123,6 +136,16 @@ test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
 
 
 class TestSegmentor:
+
+    def test_the_same_validation_images_are_in_tensorboard_each_time(self, segmentor):
+        events = tensorboard(segmentor)
+        assert {name: [image.step for image in events.Images(name)]
+                for name in events.Tags()['images']} == {
+            f'val_00000000000{i}.jpg': [2, 4] for i in (1, 3, 4)}
+        image = cv2.imdecode(np.frombuffer(events.Images('val_000000000001.jpg')[0]
+                                           .encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+        truth, predicted = np.hsplit(image, 2)
+        assert truth.shape == (96, 96, 3) and cv2.absdiff(truth, predicted).mean() > 1
 
     def test_evaluation_keeps_label_maps_and_pictures(self, segmentor, shapes, tmp_path):
         maps, pictures = tmp_path / 'maps', tmp_path / 'pictures'
@@ -182,6 +205,8 @@ def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
      f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
     ('train.py', ['configs/upernet/cf_s_160k.py', '--data-root', 'nowhere'],
      f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
+    ('train.py', [DETECTOR, '--tensorboard-samples', '0'],
+     '--tensorboard-samples must be at least 1, got 0.'),
     ('test.py', [DETECTOR, 'none.pth'], "checkpoint: file 'none.pth' does not exist."),
     ('test.py', [DETECTOR, 'README.md', '--tta'], 'defines no test-time augmentation'),
     ('test.py', [DETECTOR, 'README.md', '--out', 'x.json'], 'must end in .pkl'),

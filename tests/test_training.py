@@ -163,11 +163,11 @@ class PeakMemory(TorchDispatchMode):
 def test_recomputing_saves_memory(small, probe):
     peaks = {}
     for with_cp in (False, True):
-        backbone = small(dict(SMALL, depths=(2, 2, 12, 2)), with_cp=with_cp).train()
+        backbone = small(dict(SMALL, depths=(2, 6, 2, 2)), with_cp=with_cp).train()
         with PeakMemory() as memory:
-            probe(backbone(torch.randn(2, 3, 224, 224))).backward()
+            probe(backbone(torch.randn(2, 3, 320, 320))).backward()
         peaks[with_cp] = memory.peak
-    assert peaks[True] < 0.5 * peaks[False], peaks
+    assert peaks[True] < 0.6 * peaks[False], peaks
 
 
 def test_recomputing_is_harmless_without_gradients(small):
@@ -216,3 +216,29 @@ def test_frozen_stages_draw_no_random_numbers(small):
     once, again = backbone(image), backbone(image)
     assert all(torch.equal(once[i], again[i]) for i in (0, 1))
     assert not torch.equal(once[3], again[3])
+
+
+# Determinism
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('lda', ['interval', 'block'])
+def test_same_seed_trains_to_the_same_weights(probe, lda, with_cp):
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            backbone = CrossFormer(SMALL, lda=lda, with_cp=with_cp, cooling=True, drop_rate=0.1,
+                                   drop_path_rate=0.2)
+            backbone.init_weights()
+            optimizer = torch.optim.AdamW(backbone.train().parameters(), 1e-3)
+            for size in ((61, 83), (97, 130)):
+                optimizer.zero_grad()
+                probe(backbone(torch.randn(2, 3, *size))).backward()
+                optimizer.step()
+            results.append(backbone.state_dict())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    once, again = results
+    assert all(torch.equal(once[key], again[key]) for key in once)

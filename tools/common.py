@@ -3,22 +3,27 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
+from errors import UserError
+from options import KeyValues, check_keys
 
 # The package that each default_scope needs, as a user installs it.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+# What each launcher sets in the processes that it starts.
+STARTED = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
 
 
 def fail(sentence: str) -> None:
@@ -44,7 +49,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
     parser.add_argument('--tensorboard', action='store_true', help='also log to TensorBoard')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
         help='settings that replace those of the config, such as '
         'train_dataloader.batch_size=4 model.backbone.with_cp=True')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
@@ -62,17 +67,35 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
         cfg = Config.fromfile(file)
     except Exception as error:  # a config is a program: anything can go wrong in it
         fail(f"config '{file}' could not be read: {type(error).__name__}: {error}")
-    try:
-        cfg.merge_from_dict(options or {})
-    except (TypeError, KeyError, IndexError) as error:
-        fail(f'--cfg-options: {error}')
+    forget_scope(cfg._cfg_dict)
     scope = cfg.get('default_scope')
     if scope not in SCOPES:
         fail(f"config '{file}' has default_scope {scope!r}, allowed are "
              f"{', '.join(map(repr, SCOPES))}.")
     if find_spec(scope) is None:
         fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
+    if not isinstance(cfg.get('model'), dict):
+        fail(f"config '{file}' has no model.")
+    with sentences_for(UserError):
+        check_keys(cfg, options or {})
+    try:
+        cfg.merge_from_dict(options or {})
+    except (TypeError, KeyError, IndexError) as error:
+        fail(f'--cfg-options: {error}')
     return cfg
+
+
+def forget_scope(part) -> None:
+    """Let what came by ``_base_ = 'crossformer_mm::...'`` be built as if from a file beside.
+
+    MMEngine would look it all up in a registry of that name, but models, data sets and metrics are
+    those of MMDetection and MMSegmentation.
+    """
+    if isinstance(part, dict) and part.get('_scope_') == 'crossformer_mm':
+        del part['_scope_']
+    if isinstance(part, (dict, list, tuple)):
+        for value in part.values() if isinstance(part, dict) else part:
+            forget_scope(value)
 
 
 def read_config(args: argparse.Namespace) -> Config:
@@ -80,6 +103,9 @@ def read_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
 
+    if args.launcher != 'none' and STARTED[args.launcher] not in os.environ:
+        fail(f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
+             'of such a job; tools/dist_train.sh and tools/dist_test.sh start one.')
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
@@ -116,7 +142,9 @@ def prepare_for_cpu(cfg: Config) -> None:
         # wrap the model without naming a device, use no norm that needs one.
         torch.distributed.init_process_group('gloo')
         cfg.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+            type='MMDistributedDataParallel', broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        ) | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None)
         plain_batch_norm(cfg.model)
 
 
@@ -157,6 +185,28 @@ def check_dataset(cfg: Config, *splits: str) -> None:
 def check_file(option: str, path: str) -> None:
     if '://' not in path and not Path(path).is_file():
         fail(f"{option}: file '{path}' does not exist.")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, and the folders that lead to it: under its name is all of it or nothing."""
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        fail(f"'{path}' could not be written: {error}.")
+    finally:
+        part.unlink(missing_ok=True)
+
+def check_writable(option: str, folder) -> None:
+    """End the program with a sentence if nothing can be written to a folder."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        fail(f"{option}: '{folder}' cannot be written: {error.strerror}.")
 
 
 class CheckWeights(Hook):
@@ -203,8 +253,8 @@ def compare_classes(runner, checkpoint: dict) -> None:
 
 
 def run(main) -> None:
-    """Run a tool; a checkpoint that cannot be used ends it with its sentence."""
-    with sentences_for(CheckpointError):
+    """Run a tool; a checkpoint, a config or data that cannot be used end it with a sentence."""
+    with sentences_for(CheckpointError, UserError):
         try:
             main()
         finally:

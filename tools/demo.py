@@ -4,6 +4,7 @@
 
 Run again, it reuses the data set and goes on from the newest checkpoints.
 """
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
+from common import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path('work_dirs/demo')
@@ -61,8 +64,9 @@ def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> N
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     started = time.time()
-    WORK.mkdir(parents=True, exist_ok=True)
+    check_writable('work folder', WORK)
     run('Data: shapes on clutter, 400 images to train on and 100 held out',
         str(ROOT / 'tools/make_shapes.py'), 'data/shapes')
     report, pictures = [], []

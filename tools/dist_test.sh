@@ -6,7 +6,15 @@ if [ $# -lt 3 ]; then
     echo "usage: $0 CONFIG CHECKPOINT GPUS [OPTIONS of tools/test.py]" >&2
     exit 2
 fi
+if ! [[ $3 =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: GPUS must be a whole number of at least 1, got '$3'." >&2
+    exit 2
+fi
 torchrun --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
     --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" \
     --nproc-per-node="$3" \
-    "$(dirname "$0")/test.py" "$1" "$2" --launcher pytorch "${@:4}"
+    "$(dirname "$0")/test.py" "$1" "$2" --launcher pytorch "${@:4}" || {
+    status=$?
+    echo "error: a process of the job failed, see above." >&2
+    exit $status
+}

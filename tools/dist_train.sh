@@ -6,7 +6,15 @@ if [ $# -lt 2 ]; then
     echo "usage: $0 CONFIG GPUS [OPTIONS of tools/train.py]" >&2
     exit 2
 fi
+if ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: GPUS must be a whole number of at least 1, got '$2'." >&2
+    exit 2
+fi
 torchrun --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
     --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" \
     --nproc-per-node="$2" \
-    "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}"
+    "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}" || {
+    status=$?
+    echo "error: a process of the job failed, see above; go on with --resume." >&2
+    exit $status
+}

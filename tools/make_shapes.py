@@ -9,6 +9,7 @@ the same files.
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Optional
 
@@ -87,6 +88,11 @@ def scene(rng: np.random.Generator, size: int):
                    if visible.sum() >= MIN_VISIBLE * area]
 
 
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write a file; unlike ``cv2.imwrite``, a full disk is an OSError."""
+    path.write_bytes(cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
+
+
 def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:
     coco_images = folder / 'coco' / f'{split}2017'
     ade_split = {'train': 'training', 'val': 'validation'}[split]
@@ -100,10 +106,9 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> N
     for index in range(1, count + 1):
         image, objects = scene(rng, size)
         name = f'{index:012d}.png'
-        cv2.imwrite(str(coco_images / name), image)
+        write_image(coco_images / name, image)
         # ADE20K's label maps count from 1 and leave 0 for "other", never trained.
-        cv2.imwrite(str(ade_images / name.replace('.png', '.jpg')), image,
-                    [cv2.IMWRITE_JPEG_QUALITY, 95])
+        write_image((ade_images / name).with_suffix('.jpg'), image)
         labels = np.ones((size, size), np.uint8)
         images.append(dict(id=index, file_name=name, height=size, width=size))
         for kind, visible in objects:
@@ -113,14 +118,14 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> N
                 id=len(annotations) + 1, image_id=index, category_id=kind + 1, iscrowd=0,
                 area=float(visible.sum()), bbox=rle.toBbox(code).tolist(),
                 segmentation=dict(size=code['size'], counts=code['counts'].decode())))
-        cv2.imwrite(str(ade_labels / name), labels)
+        write_image(ade_labels / name, labels)
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
     (folder / 'coco' / 'annotations' / f'instances_{split}2017.json').write_text(
         json.dumps(dict(images=images, annotations=annotations, categories=categories)))
     print(f"wrote {count} {split} images with {len(annotations)} objects to '{folder}'")
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, help='folder to write; reused if the same set is there')
     parser.add_argument('--train', type=int, default=400, help='training images')
@@ -128,22 +133,32 @@ def main():
     parser.add_argument('--size', type=int, default=160, help='side of the images in pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    if min(args.train, args.val) < 1 or args.size < 32:
-        parser.error('--train and --val must be at least 1 and --size at least 32')
-
-    made_with = dict(train=args.train, val=args.val, size=args.size, seed=args.seed)
-    stamp = args.out / 'made_with.json'  # written last: a set without it is not whole
-    if stamp.is_file() and json.loads(stamp.read_text()) == made_with:
-        print(f"'{args.out}' is there already")
-        return
+    if min(args.train, args.val) < 1 or args.size < 32 or args.seed < 0:
+        parser.error('--train and --val must be at least 1, --size at least 32 and --seed at '
+                     'least 0')
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"out: '{args.out}' is a file; name a folder")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / 'coco').is_dir():
         parser.error(f"out: '{args.out}' holds other files; name a new or empty folder")
-    for part in ('coco', 'ade'):
-        shutil.rmtree(args.out / part, ignore_errors=True)
-    stamp.unlink(missing_ok=True)
-    write_split(args.out, 'train', args.train, args.size, args.seed)
-    write_split(args.out, 'val', args.val, args.size, args.seed)
-    stamp.write_text(json.dumps(made_with))
+    return args
+
+
+def main():
+    args = parse_args()
+    made_with = dict(train=args.train, val=args.val, size=args.size, seed=args.seed)
+    stamp = args.out / 'made_with.json'  # written last: a set without it is not whole
+    if stamp.is_file() and stamp.read_text() == json.dumps(made_with):
+        print(f"'{args.out}' is there already")
+        return
+    try:
+        stamp.unlink(missing_ok=True)
+        for part in ('coco', 'ade'):
+            shutil.rmtree(args.out / part, ignore_errors=True)
+        write_split(args.out, 'train', args.train, args.size, args.seed)
+        write_split(args.out, 'val', args.val, args.size, args.seed)
+        stamp.write_text(json.dumps(made_with))
+    except OSError as error:
+        sys.exit(f"error: out: '{args.out}' could not be written: {error.strerror}.")
 
 
 if __name__ == '__main__':

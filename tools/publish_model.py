@@ -8,12 +8,11 @@ import argparse
 import hashlib
 import io
 import json
-import os
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from common import check_file, fail, run
+from common import check_file, fail, run, write_whole
 
 from crossformer_mm.checkpoint import (CheckpointError, read_checkpoint, require_safetensors,
                                        weights_in)
@@ -84,15 +83,7 @@ def main():
     final = path.with_name(f'{path.stem}-{digits}{path.suffix}')
     if final.exists():
         fail(f"'{final}' is there already; nothing was written.")
-    # Under its name there is a whole file or none, even if this is interrupted.
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        part.write_bytes(data)
-        part.rename(final)
-    except OSError as error:
-        fail(f"'{final}' could not be written: {error}.")
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(final, data)
     print(final)
 
 

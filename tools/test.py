@@ -4,10 +4,10 @@
 """
 from pathlib import Path
 
-from common import (CheckWeights, argument_parser, check_dataset, check_file, fail, innermost,
-                    read_config, run, sentences_for)
+from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
+                    innermost, read_config, run)
 from mmengine.config import ConfigDict
-from mmengine.runner import Runner
+from runner import CarefulRunner
 
 
 def parse_args():
@@ -54,8 +54,12 @@ def main():
         cfg.test_evaluator.output_dir = args.out
         cfg.test_evaluator.keep_results = True
     check_dataset(cfg, 'test')
-    with sentences_for(ValueError, FileNotFoundError):
-        runner = Runner.from_cfg(cfg)
+    check_writable('--work-dir', cfg.work_dir)
+    if args.show_dir:
+        check_writable('--show-dir', args.show_dir)
+    if args.out:
+        check_writable('--out', Path(args.out).parent if detection else args.out)
+    runner = CarefulRunner.from_cfg(cfg)
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

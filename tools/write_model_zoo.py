@@ -215,12 +215,15 @@ def main():
     parser.add_argument('--check', action='store_true', help='write nothing, only say what is old')
     args = parser.parse_args()
     warnings.simplefilter('ignore')  # of losses, which are of no interest here
-    files = render(count_all())
-    old = outdated(files)
-    if args.check and old:
-        fail(f"not up to date: {', '.join(old)}; run 'python tools/write_model_zoo.py'.")
-    for path, text in files.items():
-        path.write_text(text, encoding='utf-8')
+    try:
+        files = render(count_all())
+        old = outdated(files)
+        if args.check and old:
+            fail(f"not up to date: {', '.join(old)}; run 'python tools/write_model_zoo.py'.")
+        for path, text in files.items():
+            path.write_text(text, encoding='utf-8')
+    except OSError as error:
+        fail(f"'{error.filename}' could not be read or written: {error.strerror}.")
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
-"""Ways to compute attention inside groups, and the rule that chooses one.
+"""Ways to compute attention inside groups, linear layers and MLPs, and the rules that choose one.
+
+Attention:
 
 ======= ================== =====================================================
 path    where              what
@@ -7,6 +9,8 @@ plain   anywhere           the definition, :mod:`.plain`
 tiled   CPU, no dropout    the same values in memory linear in the image's area,
                            several times faster in training, :mod:`.tiled`
 ======= ================== =====================================================
+
+Linear layers and MLPs: PyTorch's, but on the CPU in float32 those of :mod:`.onednn`.
 """
 from typing import Optional, Sequence
 
@@ -14,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ..grouping import Segment
+from .onednn import onednn_linear, onednn_mlp
 from .plain import plain_attention
 from .tiled import tiled_attention
 
-__all__ = ['ATTENTION_PATHS', 'check_path', 'choose_path', 'group_attention', 'plain_attention',
-           'tiled_attention']
+__all__ = ['ATTENTION_PATHS', 'check_path', 'choose_path', 'group_attention', 'is_traced',
+           'onednn_linear', 'onednn_mlp', 'onednn_suits', 'plain_attention', 'tiled_attention']
 
 ATTENTION_PATHS = ('plain', 'tiled')
 
@@ -36,8 +41,27 @@ def choose_path(device: torch.device, dropout: float) -> str:
     A compiler or tracer gets the plain path: it cannot look into the other,
     and has its own ways to make the plain one fast.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
-    return 'tiled' if device.type == 'cpu' and not dropout and not traced else 'plain'
+    return 'tiled' if device.type == 'cpu' and not dropout and not is_traced() else 'plain'
+
+
+def is_traced() -> bool:
+    """Whether a compiler or tracer follows what is computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
+
+
+def onednn_suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether :mod:`.onednn` is to be used: float32 on the CPU, no autocast, no tracer.
+
+    Nor for few tokens in training: oneDNN lays the weight out in its own way first,
+    for each of three products. ``torch.backends.mkldnn.flags(enabled=False)`` switches
+    it off, as it does for convolutions.
+    """
+    tokens = x.numel() // x.shape[-1]
+    few = 400 if weight.numel() > 2**20 else 128
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and not is_traced()
+            and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and (tokens >= few or not torch.is_grad_enabled()))
 
 
 def group_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,

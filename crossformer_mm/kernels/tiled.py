@@ -28,6 +28,9 @@ from .plain import split_heads
 # should fit the last level cache; much smaller ones are lost in calling overhead.
 TILE = 2**20
 
+# Members of a group up to which :func:`multiply` is the faster one in float32.
+SMALL = 200
+
 
 def tiled_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
                     scale: float) -> Tensor:
@@ -106,14 +109,67 @@ def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: flo
         table, segment, scale: see :func:`tiled_attention`.
     """
     q, k, v = qkv
+    num_groups, num_heads = q.shape[:2]
+    multiplied = multiplies(segment, q.dtype)
+    # exp(60) is 1e26, and bfloat16 ends at 3e38
+    bounded = q.dtype == torch.bfloat16 and largest_logit(q, k, table, scale) < 60
     table = centre(table, segment).flip(1, 2)
-    scratch = table.new_empty(tile_size(segment, q.shape[1]))
-    for heads, rows in query_tiles(segment, q.shape[1]):
-        bias = bias_of_rows(table[heads], segment, rows, scratch)
+    size = tile_size(segment, num_heads)
+    step = max(1, TILE // 4 // size) if multiplied else num_groups
+    scratch = table.new_empty(size)
+    for heads, rows in query_tiles(segment, num_heads):
+        bias = bias_of_rows(table[heads], segment, rows, scratch).to(q.dtype)
         queries = queries_of_rows(segment, rows)
-        out[:, heads, queries] = F.scaled_dot_product_attention(
-            q[:, heads, queries].flip(2), k[:, heads], v[:, heads],
-            attn_mask=bias[None].to(q.dtype), scale=scale).flip(2)
+        for first in range(0, num_groups, step):
+            tile = slice(first, first + step), heads
+            parts = q[tile][:, :, queries].flip(2), k[tile], v[tile]
+            if multiplied:
+                attended = multiply(*parts, bias, scale, bounded)
+            else:
+                attended = F.scaled_dot_product_attention(*parts, attn_mask=bias[None], scale=scale)
+            out[tile][:, :, queries] = attended.flip(2)
+
+
+def multiplies(segment: Segment, dtype: torch.dtype) -> bool:
+    """Whether :func:`multiply` is faster than PyTorch's fused attention.
+
+    It is for small groups, on which that one spends its time between products,
+    and in bfloat16, in which that one gains nothing over float32.
+    """
+    return dtype == torch.bfloat16 or segment.height * segment.width <= SMALL
+
+
+def largest_logit(q: Tensor, k: Tensor, table: Tensor, scale: float) -> float:
+    """What no logit exceeds in magnitude."""
+    q_length, k_length = (torch.linalg.vector_norm(x, dim=-1).max() for x in (q, k))
+    return float(q_length * k_length * abs(scale) + table.abs().max())
+
+
+def multiply(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float,
+             bounded: bool) -> Tensor:
+    """``(q @ k.mT * scale + bias).softmax(-1) @ v``.
+
+    Args:
+        q, k, v (Tensor): (groups, heads, n, d) each.
+        bias (Tensor): (heads, queries, keys).
+        scale (float): factor on ``q @ k``.
+        bounded (bool): the logits may be exponentiated as they are. Softmax, most
+            of the time in bfloat16, goes over them three times to prevent an overflow.
+    """
+    groups, heads = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if groups == 1:
+        logits = torch.baddbmm(bias, q, k.mT, alpha=scale)
+    else:
+        logits = torch.bmm(q, k.mT)
+        by_group = logits.view(groups, *bias.shape)
+        torch.add(bias, by_group, alpha=scale, out=by_group)
+    if bounded:
+        weights = logits.exp_()
+        attended = torch.bmm(weights, v) / weights.sum(-1, keepdim=True)
+    else:
+        attended = torch.bmm(logits.softmax(-1), v)
+    return attended.view(groups, heads, *attended.shape[1:])
 
 
 def attend_backward(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor, table: Tensor,

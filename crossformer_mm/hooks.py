@@ -1,0 +1,179 @@
+"""What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
+from typing import Dict, List, Optional, Sequence
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+
+from .attention import GroupAttention
+from .backbone import CrossFormer
+from .grouping import Grouping
+from .position_bias import bias_windows
+
+
+@HOOKS.register_module()
+class MagnitudeHook(Hook):
+    """Log how large features and attention logits are at each stage.
+
+    Features of a CrossFormer grow from stage to stage and in the course of training, and with
+    them the logits of the attention, which then attends to few positions; the cooling layer of
+    CrossFormer++ (arXiv 2303.06908, section 3.4) answers this. For each stage are logged, of the
+    first process' batch:
+
+    - ``magnitude/stage{i}/feature_std`` and ``feature_max``: standard deviation and largest
+      absolute value of its output;
+    - ``magnitude/stage{i}/logit_std`` and ``logit_max``: the same of the attention logits, position
+      bias included, in its last block. These are of a sample of queries, all their keys and all
+      heads: the largest may be a little larger.
+
+    They go where the other curves go (TensorBoard with ``tools/train.py --tensorboard``, the JSON
+    file in the work folder), and in one line to the log. The model computes the same with and
+    without the hook; between logged iterations there is nothing of it in the model.
+
+    Args:
+        interval (int): iterations between two looks.
+        groups (int): groups to look at in each stage.
+        queries (int): queries to look at in each group.
+
+    Raises:
+        ValueError: the model has no CrossFormer, or a number is not positive.
+    """
+
+    def __init__(self, interval: int = 50, groups: int = 8, queries: int = 16):
+        for name, number in dict(interval=interval, groups=groups, queries=queries).items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f'MagnitudeHook: {name} must be a whole number of at least 1, '
+                                 f'got {number!r}.')
+        self.interval, self.groups, self.queries = interval, groups, queries
+        self.handles: List = []
+        self.magnitudes: Dict[str, Tensor] = {}
+
+    def before_train(self, runner) -> None:
+        self.backbone(runner)
+
+    @staticmethod
+    def backbone(runner) -> CrossFormer:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        for module in model.modules():
+            if isinstance(module, CrossFormer):
+                return module
+        raise ValueError('MagnitudeHook: the model has no CrossFormer; leave the hook out of '
+                         'custom_hooks.')
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        if not self.every_n_train_iters(runner, self.interval) or runner.rank != 0:
+            return
+        for index, stage in enumerate(self.backbone(runner).layers):
+            self.handles += [
+                stage.register_forward_hook(self.look_at_features(f'stage{index}/feature')),
+                stage.blocks[-1].attn.register_forward_hook(
+                    self.look_at_logits(f'stage{index}/logit'))]
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if not self.magnitudes:
+            return
+        names = list(self.magnitudes)
+        values = dict(zip(names, torch.stack(list(self.magnitudes.values())).tolist()))
+        self.magnitudes = {}
+        runner.visualizer.add_scalars({f'magnitude/{name}': value
+                                       for name, value in values.items()}, step=runner.iter + 1)
+        said = [f'{what} ' + ' '.join(f'{value:.3g}' for name, value in values.items()
+                                      if name.endswith(key))
+                for what, key in (('standard deviation of features', 'feature_std'),
+                                  ('largest feature', 'feature_max'),
+                                  ('standard deviation of logits', 'logit_std'),
+                                  ('largest logit', 'logit_max'))]
+        runner.logger.info(f"Magnitudes by stage: {'; '.join(said)}")
+
+    def keep(self, name: str, values: Tensor) -> None:
+        values = values.detach().float()
+        self.magnitudes[f'{name}_std'] = values.std(correction=0)
+        self.magnitudes[f'{name}_max'] = values.abs().max()
+
+    def look_at_features(self, name: str):
+
+        def hook(stage: nn.Module, inputs: Sequence, output: Tensor) -> None:
+            self.keep(name, output)
+
+        return hook
+
+    def look_at_logits(self, name: str):
+
+        def hook(attention: GroupAttention, inputs: Sequence, output: Tensor) -> None:
+            self.keep(name, sample_logits(attention, *inputs, self.groups, self.queries))
+
+        return hook
+
+
+@torch.no_grad()
+def sample_logits(attention: GroupAttention, x: Tensor, grouping: Grouping, groups: int,
+                  queries: int) -> Tensor:
+    """Attention logits of some queries in some of the largest groups of a map.
+
+    Args:
+        attention (GroupAttention): where the map goes.
+        x (Tensor): (B, H, W, C), its input.
+        grouping (Grouping): which positions attend to each other.
+        groups, queries (int): how many to look at, at most; evenly spaced.
+
+    Returns:
+        Tensor: (groups, heads, queries, keys), ``scale * q @ k`` plus the position bias.
+    """
+    first, largest, start = 0, grouping.segments[0], 0
+    for segment in grouping.segments:
+        if segment.height * segment.width > largest.height * largest.width:
+            first, largest = start, segment
+        start += segment.groups * segment.height * segment.width
+    count, height, width = largest
+    chosen_groups = spread(count, groups, x.device)
+    chosen = spread(height * width, queries, x.device)
+    members = grouping.order[first:first + count * height * width].view(count, -1)
+    tokens = x.flatten(0, 2)[members[chosen_groups]]  # (groups, members, C)
+
+    q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+    logits = attention.scale * torch.einsum('gqhd,gkhd->ghqk', q[:, chosen], k)
+    windows = bias_windows(attention.pos(*grouping.extent), height, width)
+    bias = windows[:, chosen // width, chosen % width].flip(2, 3).flatten(2)
+    return logits + bias
+
+
+def spread(length: int, count: int, device) -> Tensor:
+    """At most ``count`` indices of ``range(length)``, evenly spaced."""
+    return torch.linspace(0, length - 1, min(length, count), device=device).round().long()
+
+
+@HOOKS.register_module()
+class ValidationSamplesHook(Hook):
+    """Draw the predictions on the same few images at every validation, beside the ground truth.
+
+    Goes where the visualizer's backends write, TensorBoard for one: each image has a name of its
+    own there, and a step for each validation. (The libraries' hooks draw the first image of some
+    batches, other ones each time.)
+
+    Args:
+        count (int): how many images, evenly spaced over the data set; in a distributed
+            job over the part of the first process.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def after_val_iter(self, runner, batch_idx: int, data_batch=None,
+                       outputs: Optional[Sequence] = None) -> None:
+        if runner.rank != 0:
+            return
+        loader = runner.val_dataloader
+        chosen = set(np.linspace(0, len(loader.sampler) - 1, self.count).round().astype(int))
+        for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
+            if index in chosen:
+                name = 'val_' + sample.img_path.rpartition('/')[2]
+                runner.visualizer.add_datasample(
+                    name, mmcv.imread(sample.img_path, channel_order='rgb'),
+                    data_sample=sample.cpu(), step=runner.iter)

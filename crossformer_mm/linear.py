@@ -1,0 +1,55 @@
+"""Linear layers and the MLP of a block."""
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .kernels import is_traced, onednn_linear, onednn_mlp, onednn_suits
+from .kernels.onednn import chunks
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, computed in the way that is the fastest for its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if onednn_suits(x, self.weight):
+            out = onednn_linear(x.flatten(0, -2), self.weight, self.bias)
+            return out.view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+class Mlp(BaseModule):
+    """Linear, GELU, linear, with dropout after each linear layer.
+
+    Args:
+        channels (int): channels in and out.
+        hidden (int): channels between.
+        drop_rate (float): dropout while training.
+    """
+
+    def __init__(self, channels: int, hidden: int, drop_rate: float = 0.):
+        super().__init__()
+        self.fc1 = Linear(channels, hidden)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden, channels)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) to the same shape."""
+        if x.device.type == 'cpu' and not is_traced() and self.is_plain():
+            tokens = x.flatten(0, -2)
+            if onednn_suits(x, self.fc1.weight):
+                return onednn_mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,
+                                  self.fc2.bias).view(x.shape)
+            if not torch.is_grad_enabled():  # a part at a time stays in the cache
+                parts = [self.fc2(self.act(self.fc1(tokens[rows])))
+                         for rows in chunks(len(tokens), self.fc1.out_features)]
+                return torch.cat(parts).view(x.shape)
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+    def is_plain(self) -> bool:
+        """Whether nothing has to see the hidden layer: no dropout, no layer of somebody else's in
+        the place of ours, no hook."""
+        return not (self.training and self.drop.p) and all(
+            type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+            for layer in (self.fc1, self.fc2))

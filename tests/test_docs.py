@@ -1,0 +1,196 @@
+"""What README.md and docs/ tell a reader to type works.
+
+Every command is checked: its program and files exist, its arguments parse, the settings that it
+replaces are in the config. Those of the worked examples run, on small data and models.
+"""
+import re
+import runpy
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import List
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm import CrossFormer
+
+from .test_predict import run_here
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+EXAMPLES = ROOT / 'docs' / 'custom_projects.md'
+
+
+def blocks(page: Path, language: str) -> List[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(encoding='utf-8'),
+                      flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> List[str]:
+    lines = '\n'.join(blocks(page, '(?:shell|bash|sh|console)')).replace('\\\n', ' ').splitlines()
+    words = [line for line in lines if shlex.split(line, comments=True)]
+    assert all(line == line.lstrip('$ ') for line in words), 'commands stand without a prompt'
+    return words
+
+
+EVERY = [pytest.param(command, id=f'{page.stem}: {command}')
+         for page in PAGES for command in commands(page)]
+
+
+def configs_of(page: Path) -> List[str]:
+    return [block for block in blocks(page, 'python') if re.search(r'^_base_ = ', block, re.M)]
+
+
+def config_of(name: str) -> str:
+    """The config of a worked example, to be saved under a name that the text says before it."""
+    text = EXAMPLES.read_text(encoding='utf-8')
+    return re.search(rf'`{name}`.*?```python\n(.*?)```', text, flags=re.DOTALL)[1]
+
+
+@pytest.fixture
+def examples(tmp_path) -> Path:
+    """A folder with what a reader of the worked examples has saved."""
+    for name in ('my_shapes.py', 'my_maps.py'):
+        (tmp_path / name).write_text(config_of(name))
+    return tmp_path
+
+
+def arguments_of(monkeypatch, tool: str, words: List[str]):
+    """What a tool makes of its arguments; it ends the test where it does not take them."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    monkeypatch.setattr(sys, 'argv', [tool, *words])
+    return runpy.run_path(str(ROOT / tool))['parse_args']()
+
+
+@pytest.mark.parametrize('command', EVERY)
+def test_command_names_what_exists(command, examples, monkeypatch):
+    words = shlex.split(command, comments=True)
+    program, *rest = words
+    if program == 'make':
+        assert re.search(rf'^{rest[0]}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+        return
+    if program == 'pip':
+        assert rest == ['install', '-e', '.'] and (ROOT / 'setup.py').is_file()
+        return
+    if program == 'tensorboard':
+        assert find_spec('tensorboard') and rest[0] == '--logdir'
+        return
+    if program == 'python':
+        tool, rest = rest[0], rest[1:]
+    else:  # tools/dist_train.sh CONFIG GPUS ..., tools/dist_test.sh CONFIG CHECKPOINT GPUS ...
+        assert (ROOT / program).is_file() and program in ('tools/dist_train.sh',
+                                                          'tools/dist_test.sh')
+        tool = program.replace('dist_', '').replace('.sh', '.py')
+        assert rest.pop(1 if tool == 'tools/train.py' else 2).isdigit()
+    args = arguments_of(monkeypatch, tool, rest)
+    if not hasattr(args, 'config'):
+        return
+    file = ROOT / args.config if (ROOT / args.config).is_file() else examples / args.config
+    cfg = Config.fromfile(file)
+    for key in getattr(args, 'cfg_options', None) or {}:
+        inside = cfg
+        for part in key.split('.')[:-1]:
+            inside = inside[int(part) if part.isdigit() else part]
+        assert key.split('.')[-1] in inside or inside.get('type') == 'CrossFormer', key
+    cfg.merge_from_dict(getattr(args, 'cfg_options', None) or {})
+    CrossFormer(**{key: value for key, value in cfg.model.backbone.items() if key != 'type'})
+
+
+@pytest.mark.parametrize('block', [pytest.param(block, id=f'{page.stem} {i}') for page in PAGES
+                                   for i, block in enumerate(configs_of(page))])
+def test_config_builds_a_model(block, tmp_path, monkeypatch):
+    (tmp_path / 'mine.py').write_text(block)
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    if 'crossformer_mm::' in block:
+        from common import load_config
+        cfg = load_config(tmp_path / 'mine.py')
+    else:
+        cfg = Config.fromfile(tmp_path / 'mine.py')
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert isinstance(model.backbone, CrossFormer)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding='utf-8')
+        titles = {re.sub(r'[^\w -]', '', line.lstrip('# ').lower()).replace(' ', '-')
+                  for line in text.splitlines() if line.startswith('#')}
+        for target in re.findall(r'\]\(([^)]+)\)', text):
+            if target.startswith('#'):
+                assert target[1:] in titles, f'{page.name}: {target}'
+            elif '://' not in target:
+                assert (page.parent / target.split('#')[0]).exists(), f'{page.name}: {target}'
+
+
+# The worked examples, as a reader runs them, but with little data and the same models in small.
+
+TINY = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2))
+SMALLER = {
+    'my_shapes.py': f'''
+model['backbone']['arch'] = dict(_delete_=True, **{TINY})
+model['neck'] = dict(in_channels=[16, 32, 64, 128], out_channels=16)
+model['rpn_head'] = dict(in_channels=16, feat_channels=16)
+model['roi_head'].update(bbox_roi_extractor=dict(out_channels=16),
+                         mask_roi_extractor=dict(out_channels=16))
+model['roi_head']['bbox_head'].update(in_channels=16, fc_out_channels=16)
+model['roi_head']['mask_head'].update(in_channels=16, conv_out_channels=16, num_convs=1)
+''',
+    'my_maps.py': f'''
+model['backbone']['arch'] = dict(_delete_=True, **{TINY})
+model['decode_head'].update(in_channels=[16, 32, 64, 128], channels=16)
+model['auxiliary_head'].update(in_channels=64, channels=16)
+'''}
+NO_WORKERS = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
+              'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
+              'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
+SIZE = 'scale=(96,96)'
+SHORTER = {
+    ('make_shapes.py', 'data/shapes'): ['--train', '2', '--val', '2', '--size', '64'],
+    ('train.py', 'my_shapes.py'): [
+        *NO_WORKERS, f'train_dataloader.dataset.pipeline.2.{SIZE}',
+        f'val_dataloader.dataset.pipeline.1.{SIZE}', 'train_cfg.val_interval=12',
+        'default_hooks.checkpoint.interval=12'],
+    ('test.py', 'my_shapes.py'): [*NO_WORKERS, f'test_dataloader.dataset.pipeline.1.{SIZE}'],
+    ('predict.py', 'my_shapes.py'): [f'test_dataloader.dataset.pipeline.1.{SIZE}'],
+    ('train.py', 'my_maps.py'): [
+        *NO_WORKERS, f'train_dataloader.dataset.pipeline.2.{SIZE}',
+        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+        'model.data_preprocessor.size=(64,64)', f'val_dataloader.dataset.pipeline.1.{SIZE}',
+        'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
+        'default_hooks.checkpoint.interval=2'],
+    ('predict.py', 'my_maps.py'): [f'test_dataloader.dataset.pipeline.1.{SIZE}'],
+}
+
+
+def test_the_worked_examples_run(examples, capfd):
+    for name, change in SMALLER.items():
+        with (examples / name).open('a') as file:
+            file.write(change)
+    torch.manual_seed(0)
+    torch.save(dict(model=CrossFormer(TINY).state_dict()), examples / 'crossformer-s.pth')
+    ran = set()
+    for command in commands(EXAMPLES):
+        program, *words = shlex.split(command, comments=True)
+        if program == 'tensorboard':
+            assert list((examples / words[1]).glob('*/vis_data/events*'))
+            continue
+        tool, words = Path(words[0]).name, words[1:]
+        shorter = SHORTER[tool, words[0]]
+        ran.add((tool, words[0]))
+        if tool != 'make_shapes.py':
+            shorter = ['--cfg-options', *shorter]
+        status = run_here(examples, tool, *words, *shorter)
+        assert status == 0, f'{command}\n{capfd.readouterr().err[-3000:]}'
+        if (tool, words[0]) == ('train.py', 'my_maps.py'):  # 160000 of them, but for the time
+            (examples / 'work_dirs/my_maps/iter_2.pth').rename(
+                examples / 'work_dirs/my_maps/iter_160000.pth')
+    assert ran == set(SHORTER)
+    for written in ('pictures', 'predictions/pictures', 'predictions/labels'):
+        assert len(list((examples / written).iterdir())) == 2, written
+    assert (examples / 'predictions' / 'results.segm.json').is_file() is False  # the last: maps

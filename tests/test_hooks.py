@@ -1,0 +1,136 @@
+"""What the hooks log is so, and training does not notice them."""
+import json
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from crossformer_mm import CrossFormer, MagnitudeHook
+from crossformer_mm.grouping import group_map, long_distance, short_distance
+from crossformer_mm.hooks import sample_logits
+
+TINY = dict(embed_dims=16, depths=(1, 2, 3, 2), num_heads=(1, 2, 2, 4))
+
+
+def logits_by_definition(attention, x, rows, columns):
+    """Of every group of a map, pair by pair: (group of positions) -> (heads, N, N)."""
+    found = {}
+    size_r, step_r = rows
+    size_c, step_c = columns
+    for r in range(x.shape[1]):
+        for c in range(x.shape[2]):
+            group = (r // (size_r * step_r), r % step_r, c // (size_c * step_c), c % step_c)
+            found.setdefault(group, []).append((r, c))
+    bias = attention.pos
+    logits = []
+    for members in found.values():
+        tokens = torch.stack([x[0, r, c] for r, c in members])
+        q, k, _ = attention.qkv(tokens).chunk(3, dim=-1)
+        heads = range(attention.num_heads)
+        q, k = (t.view(len(members), attention.num_heads, -1).transpose(0, 1) for t in (q, k))
+        value = torch.stack([attention.scale * q[h] @ k[h].T for h in heads])
+        at = torch.tensor([(r // step_r, c // step_c) for r, c in members])
+        offsets = (at[:, None] - at[None]).float()
+        value = value + bias.pos3(bias.pos2(bias.pos1(bias.pos_proj(offsets)))).permute(2, 0, 1)
+        logits.append(value)
+    largest = max(value.shape[-1] for value in logits)
+    return torch.stack([value for value in logits if value.shape[-1] == largest])
+
+
+@pytest.mark.parametrize('kind', ['short', 'interval', 'block'])
+def test_logits_are_those_of_the_definition(small, kind):
+    attention = small().layers[1].blocks[1].attn
+    x = torch.randn(1, 17, 13, 64)
+    rules = (short_distance(17, 13, 5, 'interval') if kind == 'short'
+             else long_distance(17, 13, 4, 2, kind))
+    grouping = group_map(1, 17, 13, *rules)
+    with torch.no_grad():
+        expected = logits_by_definition(attention, x, *rules)
+    every = sample_logits(attention, x, grouping, 1000, 1000)
+    assert every.shape == expected.shape
+    torch.testing.assert_close(every.std(), expected.std())
+    torch.testing.assert_close(every.abs().max(), expected.abs().max())
+    for group in every:  # the order of groups is the grouping's own
+        assert any(torch.allclose(group, other, atol=1e-5) for other in expected)
+    some = sample_logits(attention, x, grouping, 2, 3)
+    assert some.shape[0] == min(2, len(expected)) and some.shape[2] == 3
+    assert every.abs().max() >= some.abs().max()
+
+
+class Trained(BaseModel):
+
+    def __init__(self, **options):
+        super().__init__()
+        self.backbone = CrossFormer(TINY, **options)
+
+    def forward(self, inputs, mode='loss'):
+        return dict(loss=sum(feature.square().mean() for feature in self.backbone(inputs)))
+
+
+def train(model, work_dir, hooks) -> Runner:
+    torch.manual_seed(0)  # of the images
+    images = [torch.randn(3, 70, 90) for _ in range(4)]
+    runner = Runner(
+        model, str(work_dir),
+        train_dataloader=dict(dataset=images, sampler=dict(type='DefaultSampler', shuffle=False),
+                              collate_fn=lambda batch: dict(inputs=torch.stack(batch))),
+        train_cfg=dict(by_epoch=False, max_iters=4),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
+        custom_hooks=hooks, default_scope='mmengine', randomness=dict(seed=0),
+        experiment_name=work_dir.name, visualizer=dict(
+            type='Visualizer', name=work_dir.name, vis_backends=[dict(type='LocalVisBackend')]))
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_training_is_the_same_and_the_log_says_what_the_features_were(tmp_path, with_cp):
+    weights, features = [], []
+    for name, hooks in ('bare', []), ('hooked', [dict(type='MagnitudeHook', interval=2)]):
+        torch.manual_seed(1)
+        model = Trained(with_cp=with_cp)
+        if hooks:
+            model.backbone.layers[3].register_forward_hook(
+                lambda module, inputs, output: features.append(output.detach().clone()))
+        train(model, tmp_path / f'{name}-{with_cp}', hooks)
+        weights.append(model.state_dict())
+        assert len(model.backbone.layers[0]._forward_hooks) == 0
+        assert len(model.backbone.layers[0].blocks[-1].attn._forward_hooks) == 0
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+    scalars, = (tmp_path / f'hooked-{with_cp}').glob('*/vis_data/scalars.json')
+    lines = [line for line in map(json.loads, scalars.read_text().splitlines())
+             if 'magnitude/stage3/feature_std' in line]
+    assert [line['step'] for line in lines] == [2, 4]
+    assert {f'magnitude/stage{i}/{what}_{how}' for i in range(4) for what in ('feature', 'logit')
+            for how in ('std', 'max')} < set(lines[0])
+    for line, feature in zip(lines, features[1::2]):
+        assert line['magnitude/stage3/feature_std'] == pytest.approx(feature.std().item(), rel=1e-3)
+        assert line['magnitude/stage3/feature_max'] == pytest.approx(feature.abs().max().item())
+        assert 0 < line['magnitude/stage3/logit_std'] < line['magnitude/stage3/logit_max']
+    log, = (tmp_path / f'hooked-{with_cp}').glob('*/*.log')
+    assert log.read_text().count('Magnitudes by stage: standard deviation of features') == 2
+
+
+def test_a_model_without_the_backbone_is_refused(tmp_path):
+    model = Trained()
+    model.backbone = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match='the model has no CrossFormer'):
+        train(model, tmp_path / 'other', [dict(type='MagnitudeHook')])
+
+
+@pytest.mark.parametrize('options', [dict(interval=0), dict(groups=-1), dict(queries=1.5)])
+def test_numbers_must_be_positive(options):
+    with pytest.raises(ValueError, match=f'MagnitudeHook: {next(iter(options))} must be'):
+        MagnitudeHook(**options)
+
+
+def test_a_config_line_builds_it():
+    cfg = Config.fromstring("custom_imports = dict(imports=['crossformer_mm'])\n"
+                            "custom_hooks = [dict(type='MagnitudeHook', interval=7)]", '.py')
+    assert HOOKS.build(cfg.custom_hooks[0]).interval == 7

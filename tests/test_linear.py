@@ -1,0 +1,113 @@
+"""Linear layers and MLPs: every way to compute them gives PyTorch's values and gradients."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from crossformer_mm.kernels import onednn, onednn_suits
+from crossformer_mm.linear import Linear, Mlp
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
+                                  reason='this PyTorch was built without oneDNN')
+
+
+def check(ours, reference, *tensors):
+    """Same value, and same gradient of every tensor, to float32 rounding."""
+    results = []
+    for function in (ours, reference):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        out = function(*leaves)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-4 * theirs.abs().max().item())
+
+
+@needs_onednn
+@pytest.mark.parametrize('tokens', [1, 2, 49, 1000])
+@pytest.mark.parametrize('channels, out', [(16, 48), (1, 3), (3, 1), (96, 288)])
+def test_linear_equals_pytorchs(tokens, channels, out):
+    tensors = torch.randn(tokens, channels), torch.randn(out, channels), torch.randn(out)
+    check(onednn.onednn_linear, F.linear, *tensors)
+    check(lambda x, w: onednn.onednn_linear(x, w, None), F.linear, *tensors[:2])
+
+
+@needs_onednn
+@pytest.mark.parametrize('tokens', [1, 5, 1000])
+@pytest.mark.parametrize('chunk', [1, 200, 2**20])
+def test_mlp_equals_pytorchs_in_parts_of_any_size(tokens, chunk, monkeypatch):
+    monkeypatch.setattr(onednn, 'CHUNK', chunk)
+
+    def reference(x, weight1, bias1, weight2, bias2):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+    check(onednn.onednn_mlp, reference, torch.randn(tokens, 8), torch.randn(32, 8),
+          torch.randn(32), torch.randn(8, 32), torch.randn(8))
+
+
+@pytest.mark.parametrize('rows, width', [(1, 1), (7, 2**21), (1000, 384), (60800, 384)])
+def test_chunks_cover_every_row_once(rows, width):
+    covered = [row for part in onednn.chunks(rows, width) for row in range(rows)[part]]
+    assert covered == list(range(rows))
+
+
+@needs_onednn
+def test_the_rule_takes_onednn_for_float32_on_the_cpu_alone():
+    x, weight = torch.randn(200, 8), torch.randn(16, 8)
+    assert onednn_suits(x, weight)
+    assert not onednn_suits(x.double(), weight) and not onednn_suits(x.bfloat16(), weight)
+    assert not onednn_suits(x.to('meta'), weight)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert not onednn_suits(x, weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn_suits(x, weight)
+
+
+@needs_onednn
+def test_the_rule_takes_it_for_few_tokens_only_without_gradient():
+    few, some, many = torch.randn(3, 5, 8), torch.randn(13, 10, 8), torch.randn(400, 8)
+    small, large = torch.randn(16, 8), torch.empty(1025, 1024)
+    assert not onednn_suits(few, small) and onednn_suits(some, small)
+    assert not onednn_suits(some, large) and onednn_suits(many, large)
+    with torch.no_grad():
+        assert onednn_suits(few, small) and onednn_suits(some, large)
+
+
+@pytest.mark.parametrize('shape', [(2, 5, 7, 8), (3, 8), (1, 8)])
+def test_modules_take_any_leading_sides(shape):
+    x = torch.randn(shape)
+    linear, mlp = Linear(8, 24), Mlp(8, 32)
+    for module, channels in ((linear, 24), (mlp, 8)):
+        out = module(x)
+        assert out.shape == (*shape[:-1], channels)
+        torch.testing.assert_close(out, module.double()(x.double()).float())
+
+
+def test_mlp_without_gradient_gives_the_same():
+    x, mlp = torch.randn(3, 50, 8, dtype=torch.float64), Mlp(8, 32).double()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
+
+
+def test_dropout_and_hooks_see_the_hidden_layer():
+    x, mlp = torch.randn(200, 8), Mlp(8, 32, drop_rate=0.5)
+    assert (mlp.train()(x) == 0).float().mean() > 0.4
+    assert not (mlp.eval()(x) == 0).any()
+    seen = []
+    mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    mlp(x)
+    assert seen == [(200, 32)]
+
+
+def test_a_layer_put_in_the_place_of_ours_is_used():
+    class Doubled(nn.Linear):
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, mlp = torch.randn(5, 8), Mlp(8, 32)
+    before = mlp(x)
+    doubled = Doubled(32, 8)
+    doubled.load_state_dict(mlp.fc2.state_dict())
+    mlp.fc2 = doubled
+    torch.testing.assert_close(mlp(x), 2 * before)

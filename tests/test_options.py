@@ -1,0 +1,150 @@
+"""Foolish arguments: every tool ends with one sentence that says what was wrong."""
+import subprocess
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm import CrossFormer
+
+from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
+from .trainings import make_data
+
+ONE_STAGE = 'configs/retinanet/cf_s_1x.py'
+
+
+@pytest.mark.parametrize('tool, arguments, expected', [
+    # missing
+    ('train.py', [], 'required: config'),
+    ('test.py', [DETECTOR], 'required: checkpoint'),
+    ('get_flops.py', [], 'required: config'),
+    ('publish_model.py', ['README.md'], 'required: out'),
+    ('make_shapes.py', [], 'required: out'),
+    # unknown
+    ('train.py', [DETECTOR, '--ampp'], 'unrecognized arguments: --ampp'),
+    ('test.py', [DETECTOR, 'x.pth', '--resume'], 'unrecognized arguments: --resume'),
+    ('get_flops.py', [DETECTOR, '--device', 'cuda'], 'unrecognized arguments: --device cuda'),
+    ('publish_model.py', ['x.pth', 'y.pth', '-z'], 'unrecognized arguments: -z'),
+    ('make_shapes.py', ['x', '--test', '3'], 'unrecognized arguments: --test 3'),
+    ('write_model_zoo.py', ['--verify'], 'unrecognized arguments: --verify'),
+    ('demo.py', ['--fast'], 'unrecognized arguments: --fast'),
+    # wrong
+    ('train.py', [DETECTOR, '--launcher', 'torch'], "invalid choice: 'torch'"),
+    ('train.py', [DETECTOR, '--launcher', 'pytorch'], '--launcher pytorch: RANK is not set'),
+    ('test.py', [DETECTOR, 'README.md', '--launcher', 'slurm'], 'SLURM_PROCID is not set'),
+    ('get_flops.py', ['none.py'], "config 'none.py' does not exist."),
+    ('get_flops.py', ['README.md'], "config 'README.md' could not be read"),
+    ('get_flops.py', [DETECTOR, '--shape', '0', '9'], '--shape must be two numbers of at least 1'),
+    ('get_flops.py', [DETECTOR, '--shape', '9'], 'argument --shape: expected 2 arguments'),
+    ('publish_model.py', ['none.pth', 'x.pth'], "file 'none.pth' does not exist."),
+    ('publish_model.py', ['README.md', 'x.pth'], "Checkpoint 'README.md' could not be read"),
+    ('publish_model.py', ['README.md', 'x.doc'], "'x.doc' must end in"),
+    ('publish_model.py', ['README.md', 'none/x.pth'], "folder 'none' does not exist."),
+    ('make_shapes.py', ['x', '--train', '0'], '--train and --val must be at least 1'),
+    ('make_shapes.py', ['x', '--seed', '-1'], '--seed at least 0'),
+    ('make_shapes.py', ['README.md'], "out: 'README.md' is a file"),
+    ('make_shapes.py', ['/proc/none'], "out: '/proc/none' could not be written"),
+    ('test.py', [DETECTOR, 'none.pth'], "checkpoint: file 'none.pth' does not exist."),
+    ('train.py', ['configs/_base_/default_runtime.py'], 'has default_scope None'),
+    ('train.py', ['configs/_base_/segmentation.py'], 'has no model.'),
+    # keys of --cfg-options, as far from the config's as slips go
+    *(('train.py', [DETECTOR, '--cfg-options', option], said) for option, said in [
+        ('foo', "'foo' is not of the form KEY=VALUE."),
+        ('model..backbone=3', "'model..backbone=3' is not of the form KEY=VALUE."),
+        ('model.neck.in_channels=[1,(2]', 'Imbalanced brackets'),
+        ('modle.backbone.with_cp=True', "no 'modle' in the config, and nothing would read it, did "
+         "you mean 'model'?"),
+        ('model.backbone.with_pc=True', "did you mean 'model.backbone.with_cp'?"),
+        ('model.rpn_head.loss_cls.los_weight=1', "did you mean 'model.rpn_head.loss_cls.loss_weig"),
+        ('optim_wrapper.clip_gard.max_norm=1', "did you mean 'optim_wrapper.clip_grad'?"),
+        ('default_hooks.checkpoint.save_bets=auto', "mean 'default_hooks.checkpoint.save_best'"),
+        ('train_cfg.max_epoch=3', "did you mean 'train_cfg.max_epochs'?"),
+        ('train_dataloader.num_worker=1', "did you mean 'train_dataloader.num_workers'?"),
+        ('train_dataloader.dataset.pipeline.9.scale=1', 'has 5 elements, named by 0 to 4'),
+        ('train_dataloader.batch_size.x=1', 'train_dataloader.batch_size is 8, which has no part'),
+        ('colour=red', "there is no 'colour' in the config, and nothing would read it."),
+    ]),
+    ('get_flops.py', [DETECTOR, '--cfg-options', 'a=1'], 'unrecognized arguments: --cfg-options'),
+])
+def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arguments, expected):
+    assert expected in sentence(capsys, monkeypatch, tool, *arguments)
+
+
+@pytest.mark.parametrize('config, key', [
+    (DETECTOR, 'model.backbone.with_cp'), (DETECTOR, 'model.backbone.arch.drop_path_rate'),
+    (DETECTOR, 'model.backbone.init_cfg.checkpoint'), (DETECTOR, 'randomness.seed'),
+    (DETECTOR, 'optim_wrapper.clip_grad.max_norm'), (DETECTOR, 'optim_wrapper.optimizer.eps'),
+    (DETECTOR, 'optim_wrapper.paramwise_cfg.norm_decay_mult'), (DETECTOR, 'custom_hooks'),
+    (DETECTOR, 'default_hooks.checkpoint.save_best'), (DETECTOR, 'val_evaluator.classwise'),
+    (DETECTOR, 'train_dataloader.dataset.indices'), (DETECTOR, 'load_from'),
+    (DETECTOR, 'train_dataloader.prefetch_factor'), (DETECTOR, 'find_unused_parameters'),
+    (DETECTOR, 'model.train_cfg.rcnn.sampler.pos_fraction'), (DETECTOR, 'env_cfg.dist_cfg.timeout'),
+    (DETECTOR, 'model_wrapper_cfg.static_graph'), (SEGMENTOR, 'model.decode_head.sampler.type'),
+    (SEGMENTOR, 'model.test_cfg.stride'), (SEGMENTOR, 'train_dataloader.dataset.pipeline.2.scale'),
+    (ONE_STAGE, 'model.bbox_head.loss_cls.alpha'),
+])
+def test_settings_that_are_read_may_be_new_to_the_config(monkeypatch, config, key):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from options import check_keys
+    check_keys(Config.fromfile(ROOT / config), {key: 1})
+
+
+def test_settings_of_another_type_are_those_of_that_type(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from errors import UserError
+    from options import check_keys
+    cfg = Config.fromfile(ROOT / DETECTOR)
+    momentum = {'optim_wrapper.optimizer.momentum': 0.9}
+    check_keys(cfg, {'optim_wrapper.optimizer.type': 'SGD', **momentum})
+    with pytest.raises(UserError, match='momentum'):
+        check_keys(cfg, momentum)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=2, val=1, size=32)
+
+
+@pytest.mark.parametrize('option, expected', [
+    ('train_dataloader.batch_size=many', "config's train_cfg or train_dataloader cannot be built"),
+    ('optim_wrapper.optimizer.lr=fast', "config's optim_wrapper cannot be built"),
+    ('model.roi_head.bbox_head.num_classes=3', 'model.roi_head.bbox_head.num_classes = 3 is too '
+     'small for the 4 classes of the data set'),
+    ('val_evaluator.metric=boxes', "config's val_cfg, val_dataloader or val_evaluator cannot be"),
+    ('model.type=MaskCNN', "config's model cannot be built"),
+])
+def test_values_that_cannot_work_name_the_part_of_the_config(capsys, monkeypatch, data, tmp_path,
+                                                             option, expected):
+    assert expected in sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--work-dir', tmp_path,
+                                '--data-root', data / 'coco', '--cfg-options', option)
+
+
+@pytest.mark.parametrize('script, arguments, expected', [
+    ('dist_train.sh', [DETECTOR], 'usage: '), ('dist_test.sh', [DETECTOR, 'x.pth'], 'usage: '),
+    ('dist_train.sh', [DETECTOR, 'two'], "error: GPUS must be a whole number of at least 1, got"),
+    ('dist_test.sh', [DETECTOR, 'x.pth', '0'], "error: GPUS must be a whole number of at least 1"),
+])
+def test_scripts_check_their_arguments(script, arguments, expected):
+    done = subprocess.run([ROOT / 'tools' / script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(expected)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('wrong, right', [
+    ('with_pc', 'with_cp'), ('out_index', 'out_indices'), ('group_sizes', 'group_size'),
+    ('frozen_stage', 'frozen_stages'), ('drop_path', 'drop_path_rate'), ('LDA', 'lda')])
+def test_a_misspelt_option_of_the_backbone_names_the_nearest(wrong, right):
+    with pytest.raises(TypeError, match=f"CrossFormer: there is no option '{wrong}', did you mean "
+                                        rf"'{right}'\?"):
+        CrossFormer('s', **{wrong: 1})
+
+
+def test_an_option_like_no_other_lists_them_all():
+    with pytest.raises(TypeError, match='choose from arch, in_channels, .*attention_path'):
+        CrossFormer('s', zzz=1)
+
+
+def test_a_misspelt_option_in_a_config_names_the_nearest():
+    init_default_scope('mmdet')
+    with pytest.raises(TypeError, match="did you mean 'interval'"):
+        MODELS.build(dict(type='CrossFormer', intervals=(1, 1, 1, 1)))

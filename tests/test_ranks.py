@@ -1,0 +1,182 @@
+"""Two processes (gloo) do what one does with the doubled batch; one that dies ends the job."""
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm.checkpoint import read_checkpoint
+
+from .test_tools import metrics
+from .tool_process import ROOT, ToolProcess
+from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
+
+# No norm that sees the batch of one process alone, nothing random but the images: and one large
+# step of plain gradient descent, so that weights tell the gradients.
+COMPARABLE = '''
+norm_cfg = dict(type='GN', num_groups=8)
+model = dict(backbone=dict(attn_drop_rate=0., drop_path_rate=0., with_cp=WITH_CP),
+             decode_head=dict(in_channels=[32, 64, 128, 256], norm_cfg=norm_cfg,
+                              dropout_ratio=0.),
+             auxiliary_head=dict(in_channels=128, norm_cfg=norm_cfg, dropout_ratio=0.))
+model['backbone']['arch'] = dict(_delete_=True, embed_dims=32, depths=(1, 1, 2, 1),
+                                 num_heads=(1, 2, 4, 8))
+train_dataloader = dict(batch_size=BATCH, num_workers=0, persistent_workers=False)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=1., weight_decay=0.))
+param_scheduler = []
+custom_hooks = []
+train_cfg = dict(max_iters=2, val_interval=10)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
+val_cfg = val_dataloader = val_evaluator = None
+MORE
+'''
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=9, val=5)
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(('127.0.0.1', 0))
+        return str(one.getsockname()[1])
+
+
+def comparable(path: Path, data: Path, batch: int, with_cp: bool = False, more: str = '') -> Path:
+    base = write_config(SEGMENTOR, path.with_name(f'base_{path.name}'), data)
+    text = COMPARABLE.replace('BATCH', str(batch)).replace('WITH_CP', str(with_cp))
+    path.write_text(f'_base_ = {str(base)!r}\n' + text.replace('MORE', more))
+    return path
+
+
+def started(config: Path, path: Path) -> Path:
+    """A file with the weights to start from, in which every parameter matters."""
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return path
+
+
+def script(name: str, *arguments) -> subprocess.Popen:
+    """tools/NAME.sh, as a user starts it."""
+    return subprocess.Popen(
+        [str(ROOT / 'tools' / name), *map(str, arguments)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(),
+             'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
+
+
+def two(log: Path, tool: str, *arguments) -> None:
+    """A tool in two processes, as torchrun starts them, but without importing everything anew."""
+    job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    processes = [ToolProcess(log.with_name(f'{log.name}{rank}'), tool, *arguments, '--launcher',
+                             'pytorch', environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)))
+                 for rank in (0, 1)]
+    for process in processes:
+        assert process.wait() == 0, process.output[-3000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='compares processes without a GPU')
+@pytest.mark.parametrize('with_cp, more', [
+    (False, ''), (True, 'model_wrapper_cfg = dict(static_graph=True)')],
+    ids=['plain', 'static graph, recomputed'])
+def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, with_cp, more):
+    alone = comparable(tmp_path / 'alone.py', data, batch=4)
+    shared = comparable(tmp_path / 'shared.py', data, batch=2, with_cp=with_cp, more=more)
+    start = started(alone, tmp_path / 'start.pth')
+    options = ['--cfg-options', f'load_from={start}']
+
+    process = ToolProcess(tmp_path / 'log.txt', 'tools/train.py', alone, '--work-dir',
+                          tmp_path / 'alone', *options)
+    assert process.wait() == 0, process.output[-3000:]
+    if with_cp:
+        job = script('dist_train.sh', shared, 2, '--work-dir', tmp_path / 'shared', *options)
+        output, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, output[-3000:]
+    else:
+        two(tmp_path / 'log', 'tools/train.py', shared, '--work-dir', tmp_path / 'shared', *options)
+
+    # DistributedDataParallel refuses the second step if the first left a parameter out.
+    before = read_checkpoint(str(start))['state_dict']
+    for iteration in ('iter_1.pth', 'iter_2.pth'):
+        one, other = (read_checkpoint(str(tmp_path / name / iteration))['state_dict']
+                      for name in ('alone', 'shared'))
+        far_above_rounding = 0
+        for name, weight in one.items():
+            step = weight - before[name]  # the learning rate is 1: minus the gradient
+            rounding = 1e-6 * weight.norm()
+            assert (other[name] - weight).norm() <= 1e-3 * step.norm() + rounding, name
+            far_above_rounding += bool(step.norm() > 100 * rounding)
+        assert far_above_rounding > 0.7 * len(one)
+        before = one
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='compares processes without a GPU')
+@pytest.mark.parametrize('kind', [DETECTOR, SEGMENTOR], ids=lambda kind: kind.name)
+def test_two_processes_measure_what_one_does(data, tmp_path, kind):
+    config = write_config(kind, tmp_path / 'config.py', data)
+    weights = started(config, tmp_path / 'weights.pth')
+    results = {}
+    for name in ('one', 'two'):
+        folder = tmp_path / name
+        folder.mkdir()
+        # Scores of random weights are far below the threshold of detections.
+        arguments = [config, weights, '--work-dir', folder]
+        if kind is DETECTOR:
+            arguments += ['--out', folder / 'out.pkl', '--cfg-options',
+                          'model.test_cfg.rcnn.score_thr=0.']
+        if name == 'one':
+            process = ToolProcess(folder / 'log', 'tools/test.py', *arguments)
+            assert process.wait() == 0, process.output[-3000:]
+        else:
+            two(folder / 'log', 'tools/test.py', *arguments)
+        results[name] = {key: value for key, value in metrics(folder).items() if 'time' not in key}
+    assert results['one'] == pytest.approx(results['two'], rel=1e-6) and results['one']
+    if kind is SEGMENTOR:
+        assert results['one']['aAcc'] > 0
+        return
+    one, other = (pickle.loads((tmp_path / name / 'out.pkl').read_bytes()) for name in results)
+    assert [image['img_id'] for image in one] == [image['img_id'] for image in other]
+    assert len(one) == 5
+    for image, reference in zip(one, other):
+        mine, theirs = image['pred_instances'], reference['pred_instances']
+        assert len(mine['scores']) > 0
+        for key in ('bboxes', 'scores', 'labels'):
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4, atol=1e-4)
+
+
+def test_a_process_that_dies_ends_the_job(data, tmp_path):
+    config = comparable(tmp_path / 'config.py', data, batch=2)
+    job = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'work', '--cfg-options',
+                 'train_cfg.max_iters=100000', 'default_hooks.checkpoint.interval=100000')
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if 'Iter(train)' in line:
+            break
+    ranks = {process.environ()['RANK']: process
+             for process in psutil.Process(job.pid).children(recursive=True)
+             if 'tools/train.py' in ' '.join(process.cmdline())
+             and 'RANK' in process.environ()}
+    assert set(ranks) == {'0', '1'}, ''.join(lines)[-3000:]
+    ranks['1'].kill()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert output.strip().splitlines()[-1] == (
+        'error: a process of the job failed, see above; go on with --resume.')
+    assert not ranks['0'].is_running() or ranks['0'].status() == psutil.STATUS_ZOMBIE

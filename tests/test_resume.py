@@ -1,0 +1,126 @@
+"""A training that is killed goes on as if it had not been; a full disk costs nothing but time."""
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossformer_mm.checkpoint import read_checkpoint
+
+from .tool_process import ToolProcess
+from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes')
+
+
+def train(folder: Path, config: Path, *options) -> ToolProcess:
+    return ToolProcess(folder / 'log.txt', 'tools/train.py', config, '--work-dir', folder, *options)
+
+
+@pytest.fixture(scope='module', params=[DETECTOR, SEGMENTOR], ids=['detector', 'segmentor'])
+def uninterrupted(request, data, tmp_path_factory):
+    """A kind of training, its configuration, and a work folder in which it ran to the end."""
+    folder = tmp_path_factory.mktemp(request.param.name)
+    config = write_config(request.param, folder / 'config.py', data)
+    process = train(folder, config)
+    assert process.wait() == 0, process.output[-3000:]
+    return request.param, config, folder
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """See that two checkpoints agree to the bit, in all that training goes on from."""
+
+    def leaves(part, name=''):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                yield from leaves(value, f'{name}.{key}')
+        elif isinstance(part, (list, tuple)):
+            for index, value in enumerate(part):
+                yield from leaves(value, f'{name}.{index}')
+        else:
+            yield name, part
+
+    one, other = read_checkpoint(str(one)), read_checkpoint(str(other))
+    assert one.keys() == other.keys() and {'state_dict', 'optimizer'} <= one.keys()
+    for key in one.keys() - {'meta', 'message_hub'}:  # paths, times, the log
+        mine, theirs = dict(leaves(one[key])), dict(leaves(other[key]))
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            same = (torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor)
+                    else value == theirs[name])
+            assert same, f'{key}{name}'
+
+
+def test_a_killed_training_ends_with_the_same_weights(uninterrupted, tmp_path):
+    kind, config, reference = uninterrupted
+    first, second, *_, last = kind.checkpoints
+
+    # Killed after the first checkpoint, on the way to the second.
+    process = train(tmp_path, config)
+    process.wait_until(lambda: re.search(kind.after_first, process.output))
+    process.kill()
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == [first]
+
+    # Killed while it writes the second: a pipe in the file's place makes it wait there.
+    part = tmp_path / f'{second}.part'
+    os.mkfifo(part)
+    reader = os.open(part, os.O_RDONLY | os.O_NONBLOCK)
+    process = train(tmp_path, config, '--resume')
+    beginning = []
+
+    def begun():
+        try:
+            beginning.append(os.read(reader, 2**16))
+        except BlockingIOError:
+            return False
+        return any(beginning)
+
+    process.wait_until(begun)
+    process.kill()
+    os.close(reader)
+    part.unlink()
+    # max_keep_ckpts is 1, and yet what there was is still there.
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == [first]
+
+    # What a kill leaves elsewhere: the beginning of a file under its last name, and in the
+    # file that should say which is the newest.
+    part.write_bytes(b''.join(beginning))
+    (tmp_path / second).write_bytes((tmp_path / first).read_bytes()[:-1000])
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / second)[:-5])
+    process = train(tmp_path, config, '--resume')
+    assert process.wait() == 0, process.output[-3000:]
+    assert f"Checkpoint '{tmp_path / second}' is cut short or damaged" in process.output
+    assert re.search(kind.after_first, process.output)
+    assert not re.search(kind.before_first, process.output)  # nothing was done again
+
+    assert sorted(path.name for path in tmp_path.glob('*.pth*')) == [last]
+    assert_same_training(tmp_path / last, reference / last)
+
+
+def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(data, tmp_path):
+    config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
+    first, second, *_ = SEGMENTOR.checkpoints
+    (tmp_path / f'{second}.part').symlink_to('/dev/full')
+    process = train(tmp_path, config)
+    assert process.wait() == 2
+    said = process.output.strip().splitlines()[-1]
+    assert said == (f"error: '{tmp_path / second}' could not be written: No space left on device; "
+                    f"once it can, go on from '{tmp_path / first}' with --resume.")
+    assert 'Traceback' not in process.output
+    assert read_checkpoint(str(tmp_path / first))['meta']['iter'] == 3
+    assert not (tmp_path / second).exists()
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py'])
+def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, tool):
+    config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
+    folder = Path('/proc/none')  # where not even root may write
+    process = ToolProcess(tmp_path / 'log.txt', f'tools/{tool}', config,
+                          *([config] if tool == 'test.py' else []), '--work-dir', folder)
+    assert process.wait() == 2
+    assert process.output.strip().startswith(f"error: --work-dir: '{folder}' cannot be written: ")
+    assert len(process.output.strip().splitlines()) == 1

@@ -1,0 +1,72 @@
+"""Tools in processes of their own that can be killed, without importing everything each time."""
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdet.datasets', 'mmseg.datasets',
+                                  'mmdet.evaluation', 'mmseg.evaluation', 'mmdet.visualization',
+                                  'mmseg.visualization', 'crossformer_mm'])
+
+
+class ToolProcess:
+    """A tool at work.
+
+    Args:
+        log (Path): where its output goes.
+        *command: the tool's file and its arguments.
+        environment (dict, optional): variables that are set for it.
+    """
+
+    def __init__(self, log: Path, *command, environment=None):
+        self.log = Path(log)
+        self.log.write_text('')
+        self.process = PROCESSES.Process(
+            target=run_tool,
+            args=(str(log), environment or {}, *(str(part) for part in command)))
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors='replace')
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit status; a process that does not end is killed, which is an error."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(self.output[-3000:])
+        return self.process.exitcode
+
+    def wait_until(self, condition, timeout: float = 300) -> None:
+        """Return once ``condition()`` holds."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.exitcode is not None or time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(self.output[-3000:])
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it as a power cut does: it gets no chance to tidy up."""
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def run_tool(log: str, environment: dict, tool: str, *arguments: str) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(ROOT)
+    import torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, str((ROOT / tool).parent))
+    sys.argv = [tool, *arguments]
+    runpy.run_path(tool, run_name='__main__')

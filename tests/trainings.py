@@ -1,0 +1,75 @@
+"""Trainings that take seconds, of a detector and of a segmentor, and that use random numbers."""
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Training(NamedTuple):
+    """One kind: its name, what it changes of the demo's configuration, its checkpoints, and
+    patterns of what it logs before and after the first of them."""
+    name: str
+    config: str
+    checkpoints: Tuple[str, ...]
+    before_first: str
+    after_first: str
+
+
+BACKBONE = '''dict(
+    arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8),
+              drop_path_rate=0.3),
+    attn_drop_rate=0.1)'''
+
+# The number of images is no multiple of the batch; validation comes between.
+DETECTOR = Training('detector', f'''
+_base_ = {str(ROOT / 'configs/demo/mask_rcnn_shapes.py')!r}
+model = dict(backbone={BACKBONE}, neck=dict(in_channels=[16, 32, 64, 128]))
+train_dataloader = dict(batch_size=4, dataset=dict(data_root=DATA + '/coco'))
+val_dataloader = dict(dataset=dict(data_root=DATA + '/coco'))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=DATA + '/coco/annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+train_cfg = dict(max_epochs=3, val_interval=2)
+default_hooks = dict(logger=dict(interval=1))
+''', tuple(f'epoch_{n}.pth' for n in (1, 2, 3)),
+                    r'Epoch\(train\) +\[1\]', r'Epoch\(train\) +\[2\]\[1/3\]')
+
+# With workers that load ahead, averaged weights, and a change of colours.
+SEGMENTOR = Training('segmentor', f'''
+_base_ = {str(ROOT / 'configs/demo/upernet_shapes.py')!r}
+model = dict(backbone={BACKBONE}, decode_head=dict(in_channels=[16, 32, 64, 128]),
+             auxiliary_head=dict(in_channels=64))
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='RandomResize', scale=(96, 96), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(64, 64), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(batch_size=4, num_workers=2, persistent_workers=True,
+                        dataset=dict(data_root=DATA + '/ade', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(data_root=DATA + '/ade'))
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=11, val_interval=6)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=3))
+custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+''', tuple(f'iter_{n}.pth' for n in (3, 6, 9, 11)),
+                     r'Iter\(train\) +\[ *[12]/', r'Iter\(train\) +\[ *5/')
+
+
+def make_data(folder: Path, train: int = 10, val: int = 2, size: int = 64) -> Path:
+    """A data set of shapes, for both."""
+    subprocess.run([sys.executable, ROOT / 'tools/make_shapes.py', folder, '--train', str(train),
+                    '--val', str(val), '--size', str(size)], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def write_config(kind: Training, path: Path, data: Path, **changes) -> Path:
+    """A configuration file of a training, on some data, with lines added."""
+    added = ''.join(f'{name} = {value!r}\n' for name, value in changes.items())
+    path.write_text(f'{kind.config}{added}'.replace('DATA', repr(str(data))))
+    return path

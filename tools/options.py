@@ -1,0 +1,101 @@
+"""``--cfg-options`` with checked keys: MMEngine adds any key, and nothing would read it."""
+import difflib
+import inspect
+from typing import Optional, Set, Tuple
+
+import mmengine.registry
+from mmengine.config import DictAction
+from mmengine.registry import Registry
+from mmengine.runner import Runner
+from torch import nn
+
+from errors import UserError
+
+# What is read besides the arguments of what is built: at the top of a config, by mmengine's Runner
+# and by the tools; of the optimizer, by what constructs it, and by --amp.
+READ_BY_OTHERS = {
+    '': {'find_unused_parameters', 'model_wrapper_cfg', 'activation_checkpointing', 'compile',
+         'efficient_conv_bn_eval', 'sync_bn', 'custom_imports', 'tta_model', 'tta_pipeline'},
+    'optim_wrapper': {'paramwise_cfg', 'constructor', 'loss_scale', 'dtype'},
+}
+
+
+class KeyValues(DictAction):
+    """Parses ``KEY=VALUE ...``; what is no such pair is refused in a sentence."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for pair in values:
+            key, separator, _ = pair.partition('=')
+            if not separator or not all(key.split('.')):
+                parser.error(f"{option_string}: '{pair}' is not of the form KEY=VALUE.")
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (ValueError, AssertionError) as error:
+            parser.error(f'{option_string}: {error}.')
+
+
+def check_keys(cfg, options: dict) -> None:
+    """See that settings are there to be replaced, or that what they are given to takes them.
+
+    Raises:
+        UserError: the key that is unknown, and the nearest that is known.
+    """
+    for option in options:
+        part, path = cfg._cfg_dict, []
+        for name in option.split('.'):
+            if isinstance(part, (list, tuple)):
+                if not name.isdigit() or int(name) >= len(part):
+                    raise UserError(f"--cfg-options: {'.'.join(path)} has {len(part)} elements, "
+                                    f"named by 0 to {len(part) - 1}, got '{option}'.")
+                part = part[int(name)]
+            elif not isinstance(part, dict):
+                raise UserError(f"--cfg-options: {'.'.join(path)} is {part!r}, which has no part "
+                                f"'{name}', got '{option}'.")
+            elif name in part:
+                part = part[name]
+            else:
+                built = options.get('.'.join([*path, 'type']), part.get('type'))
+                check_new(part, name, path, class_of(built, cfg.get('default_scope')))
+                break  # what is inside something new is anyone's guess
+            path.append(name)
+
+
+def check_new(part: dict, name: str, path: list, built: Optional[type]) -> None:
+    """See that a part of a config, from which something is built, may have one more key."""
+    taken, more = arguments(built if path else Runner)
+    taken |= READ_BY_OTHERS.get('.'.join(path), set())
+    if name in taken or name in ('_delete_', '_scope_', 'type'):
+        return
+    # What may hold anything is believed, unless it looks like a slip.
+    near = difflib.get_close_matches(name, {*part, *taken}, n=1, cutoff=0.8 if more else 0.6)
+    if more and not near:
+        return
+    asked = f", did you mean '{'.'.join([*path, *near])}'?" if near else '.'
+    raise UserError(f"--cfg-options: there is no '{'.'.join([*path, name])}' in the config, and "
+                    f'nothing would read it{asked}')
+
+
+def class_of(name, scope: Optional[str]) -> Optional[type]:
+    """What a config builds by ``type``; None: unknown."""
+    if inspect.isclass(name):
+        return name
+    for registry in vars(mmengine.registry).values() if isinstance(name, str) else ():
+        if isinstance(registry, Registry):
+            found = registry.get(f'{scope}.{name}' if scope and '.' not in name else name)
+            if inspect.isclass(found):
+                return found
+    return None
+
+
+def arguments(built: Optional[type]) -> Tuple[Set[str], bool]:
+    """Names of a constructor's arguments, those that it hands on with them, and whether it may
+    take others, of which nothing is known."""
+    names = set()
+    for owner in built.__mro__ if built else ():
+        if '__init__' not in vars(owner) or owner in (nn.Module, object):
+            continue
+        parameters = inspect.signature(owner.__init__).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if all(p.kind != p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, True

@@ -1,0 +1,518 @@
+"""Predict the objects or the label maps of images and videos, with pictures of them.
+
+    python tools/predict.py configs/mask_rcnn/cf_s_1x.py work_dirs/cf_s_1x/epoch_12.pth photos
+
+writes into the folder of --out:
+
+    pictures/      what was predicted, drawn over each image; of a video, a video
+    images.json    names, sizes and ids of the images and of the categories, and what was skipped
+    results.bbox.json, results.segm.json
+                   of a detector: boxes, and masks if it has any, in COCO's format of results
+    labels/        of a segmentor: label maps as PNG, with the values that the dataset's own have
+
+A file that cannot be read is named at the end, and the exit status is then 1.
+"""
+import argparse
+import copy
+import glob
+import json
+import os
+import sys
+import warnings
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from common import check_file, fail, innermost, load_config, run, sentences_for, write_whole
+from mmengine.config import Config, DictAction
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
+from mmengine.utils import ProgressBar
+from torch import Tensor, nn
+
+from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
+
+IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
+
+
+class Source(NamedTuple):
+    """A file to predict on.
+
+    Args:
+        path: where it is.
+        name: its path below the folder that all of them share, as images.json says it.
+        stem: the same for what is written about it, without a suffix; no two have the same.
+        frames: how many images it holds, as far as it says, but at least 1.
+        video: the open video, or None for an image.
+    """
+    path: Path
+    name: str
+    stem: str
+    frames: int
+    video: Optional[mmcv.VideoReader]
+
+
+class Image(NamedTuple):
+    """One image, or frame of a video, ready for the model."""
+    source: Source
+    entry: dict  # what images.json says of it
+    pixels: np.ndarray  # (H, W, 3) uint8, BGR, as it was read
+    inputs: dict  # what the test pipeline made of it
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description='Predict the objects or the label maps of images and videos, with pictures')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('images', nargs='+', help='images, videos, folders of them, or patterns '
+                        "such as 'photos/*.jpg'")
+    parser.add_argument('--out', default='predictions', metavar='DIR',
+                        help='folder to write (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N',
+                        help='images at a time; those of one batch have the same size, so that '
+                        'no prediction depends on this (default: %(default)s)')
+    parser.add_argument('--device', help="such as cpu, cuda or cuda:1 (default: a GPU if there's "
+                        'one)')
+    parser.add_argument('--bf16', action='store_true',
+                        help='compute in bfloat16: backbone and neck of a detector, all of a '
+                        'segmentor')
+    parser.add_argument('--score-thr', type=float, metavar='SCORE',
+                        help='lowest score of the objects in pictures (default: 0.3); the .json '
+                        'files have all that the detector returns')
+    parser.add_argument('--ann-file', metavar='FILE.json',
+                        help='take the ids of images and categories from these COCO annotations, '
+                        'by name; without, they count from 1')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings that replace those of the config')
+    return parser.parse_args()
+
+
+# Which files
+
+
+def find_files(patterns: Sequence[str], out: Path) -> List[Path]:
+    """The files that arguments name, each once; those of folders sorted, none of our own output.
+
+    Ends the program if an argument names nothing.
+    """
+
+    def ours(path: Path) -> bool:
+        return out.absolute() in path.absolute().parents
+
+    found = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob('*') if file.is_file()
+                            and file.suffix.lower() in IMAGES + VIDEOS and not ours(file))
+            if not inside:
+                fail(f"folder '{pattern}' holds no images or videos: looked for "
+                     f"{', '.join(IMAGES + VIDEOS)}.")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            inside = sorted(Path(file) for file in glob.glob(pattern, recursive=True)
+                            if os.path.isfile(file))
+            if not inside:
+                fail(f"images: '{pattern}' is no file, no folder and matches nothing.")
+            found += inside
+    return list({file.absolute(): file for file in found}.values())
+
+
+def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
+    """What is known of files before any is read, but how many frames videos have."""
+    shared = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    names = [file.absolute().relative_to(shared) for file in files]
+    alike = Counter(name.with_suffix('') for name in names)
+    sources = []
+    for file, name in zip(files, names):
+        stem = name if alike[name.with_suffix('')] > 1 else name.with_suffix('')
+        video = mmcv.VideoReader(str(file)) if file.suffix.lower() in VIDEOS else None
+        sources.append(Source(file, name.as_posix(), stem.as_posix(),
+                              1 if video is None else max(video.frame_cnt, 1), video))
+        for written in (picture_path(out, sources[-1]), label_path(out, stem.as_posix())):
+            if written.absolute() == file.absolute():
+                fail(f"--out: what is predicted of '{file}' would replace it; name another folder.")
+    return sources
+
+
+def picture_path(out: Path, source: Source) -> Path:
+    return out / 'pictures' / f'{source.stem}.{"jpg" if source.video is None else "mp4"}'
+
+
+def label_path(out: Path, stem: str) -> Path:
+    return out / 'labels' / f'{stem}.png'
+
+
+# The model and what it is fed
+
+
+def build_model(cfg: Config, checkpoint: str, device: torch.device) -> Tuple[nn.Module, dict]:
+    """A model with the weights of a checkpoint, all of which fit, and what these know of classes.
+
+    Raises:
+        CheckpointError: the file cannot be used; the message is a sentence.
+    """
+    content = read_checkpoint(checkpoint)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    try:
+        fit_checkpoint(model, content, checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f'{error} Give the config that it was trained with.') from None
+    meta = content['meta'] if isinstance(content.get('meta'), dict) else {}
+    known = meta.get('dataset_meta') or {key: meta[key] for key in ('CLASSES', 'PALETTE')
+                                         if meta.get(key)}
+    return model.to(device).eval(), {key.lower(): value for key, value in known.items()}
+
+
+def names_and_colours(model: nn.Module, dataset_meta: dict, known: dict, config: str) -> dict:
+    """Classes and palette: as the checkpoint says, else as the config's test dataset does."""
+    meta = {**dataset_meta, **{key: value for key, value in known.items() if value}}
+    classes = list(meta.get('classes') or ())
+    head = getattr(model, 'roi_head', model)
+    head = getattr(head, 'bbox_head', None) or getattr(head, 'decode_head', None)
+    head = head[-1] if isinstance(head, nn.ModuleList) else head
+    needed = getattr(head, 'num_classes', 0)
+    if len(classes) < needed:
+        fail(f"config '{config}': the model has {needed} classes, but the names of "
+             f'{len(classes)} are known; name them in test_dataloader.dataset.metainfo.classes.')
+    palette = meta.get('palette')
+    if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
+        palette = np.random.default_rng(0).integers(256, size=(len(classes), 3))
+    return dict(classes=classes, palette=[tuple(map(int, colour)) for colour in palette])
+
+
+def use_bfloat16(model: nn.Module, device: torch.device, detection: bool):
+    """What to compute under, and a model prepared for it."""
+    autocast = torch.autocast(device.type, torch.bfloat16)
+    if not detection:
+        return autocast
+    extract = model.extract_feat
+
+    def extract_feat(*args, **kwargs) -> Tuple[Tensor, ...]:
+        with autocast:
+            return tuple(feature.float() for feature in extract(*args, **kwargs))
+
+    model.extract_feat = extract_feat  # mmcv's operators on regions and boxes take no bfloat16
+    return nullcontext()
+
+
+class Pipeline:
+    """The config's test pipeline for images that come from files or videos, without annotations."""
+
+    def __init__(self, cfg: Config, config: str):
+        steps = copy.deepcopy(innermost(cfg.test_dataloader.dataset).pipeline)
+        steps = [step for step in steps if 'Annotation' not in step.type]
+        if steps[0].type.rpartition('.')[2] != 'LoadImageFromFile':
+            fail(f"config '{config}': its test pipeline must begin with LoadImageFromFile, found "
+                 f"'{steps[0].type}'.")
+        steps[0].type = f'{cfg.default_scope}.InferencerLoader'  # takes arrays as well as files
+        self.load = TRANSFORMS.build(steps[0])
+        self.prepare = Compose(steps[1:])
+
+    def __call__(self, source: Source, entry: dict, frame: Optional[np.ndarray]) -> Image:
+        inputs = dict(img_path=str(source.path)) if frame is None else dict(img=frame)
+        loaded = self.load({**inputs, 'img_id': entry['id']})
+        pixels = loaded['img']
+        entry.update(height=pixels.shape[0], width=pixels.shape[1])
+        return Image(source, entry, np.uint8(pixels), self.prepare(loaded))
+
+
+class Ids:
+    """Ids of images and of categories: counted from 1, or those of COCO annotations."""
+
+    def __init__(self, ann_file: Optional[str], classes: Sequence[str]):
+        self.next, self.images = 1, None
+        self.categories = list(range(1, len(classes) + 1))
+        if not ann_file:
+            return
+        try:
+            known = json.loads(Path(ann_file).read_text(encoding='utf-8'))
+            self.images = {image['file_name']: image['id'] for image in known['images']}
+            by_name = {category['name']: category['id'] for category in known['categories']}
+        except (OSError, ValueError, KeyError, TypeError):
+            fail(f"--ann-file: '{ann_file}' is no file of COCO annotations.")
+        unknown = [name for name in classes if name not in by_name]
+        if unknown:
+            fail(f"--ann-file: '{ann_file}' has no category '{unknown[0]}', which the model has.")
+        self.categories = [by_name[name] for name in classes]
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """End the program if a file has no id."""
+        for source in sources if self.images is not None else ():
+            if source.video is not None or self.of(source) is None:
+                fail(f"--ann-file: it names no image '{source.name}'.")
+
+    def of(self, source: Source) -> Optional[int]:
+        if self.images is not None:
+            return self.images.get(source.name, self.images.get(source.path.name))
+        return self.next
+
+    def leave(self, count: int) -> None:
+        """Go on after ``count`` images, whether or not they could be read."""
+        self.next += count
+
+
+def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress: ProgressBar,
+              skipped: List[dict]) -> Iterator[Image]:
+    """Every image of the sources that can be read; the others go to ``skipped``."""
+
+    def skip(source: Source, reason: str) -> None:
+        skipped.append(dict(file_name=source.name, reason=reason))
+
+    for source in sources:
+        if source.video is None:
+            image = None
+            try:
+                image = pipeline(source, dict(id=ids.of(source), file_name=source.name), None)
+            except OSError as error:
+                skip(source, f'it could not be opened: {error.strerror or error}')
+            except Exception:  # broken bytes fail in any way in a decoder
+                skip(source, 'it is cut short or no image that OpenCV reads')
+            if image is not None:
+                yield image
+            else:
+                progress.update()
+            ids.leave(1)
+            continue
+        read = 0
+        for frame in source.video:
+            yield pipeline(source, dict(id=ids.next + read, file_name=f'{source.name}#{read + 1}',
+                                        frame=read + 1), frame)
+            read += 1
+        # What a video says of its length may be an estimate from its duration.
+        if read < 0.98 * source.frames or not read:
+            skip(source, f'its frames from {read + 1} on could not be read' if read else
+                 'it is no video that OpenCV reads')
+            progress.update(source.frames - read)
+        ids.leave(max(source.frames, read))
+
+
+def batches(images: Iterator[Image], size: int) -> Iterator[List[Image]]:
+    """Runs of at most ``size`` images that have the same shape when prepared.
+
+    Images of different shapes would be padded to a common one, which changes what a
+    detector finds in them; segmentors refuse it.
+    """
+    batch: List[Image] = []
+    for image in images:
+        if batch and (len(batch) == size
+                      or image.inputs['inputs'].shape != batch[0].inputs['inputs'].shape):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+# What is written
+
+
+class Pictures:
+    """Draws predictions and writes them, images as JPEG and videos as MP4.
+
+    Used as a context: on leaving it, whole videos get their name and others are removed.
+    """
+
+    def __init__(self, cfg: Config, meta: dict, out: Path, score_thr: float):
+        detection = cfg.default_scope == 'mmdet'
+        type_ = 'DetLocalVisualizer' if detection else 'SegLocalVisualizer'
+        visualizer = copy.deepcopy(cfg.get('visualizer') or dict(type=type_))
+        visualizer.update(name='predict', vis_backends=None)
+        self.visualizer = VISUALIZERS.build(visualizer)
+        self.visualizer.dataset_meta = meta
+        self.visualizer.alpha = 0.8 if detection else 0.5
+        self.options = dict(pred_score_thr=score_thr) if detection else {}
+        self.out = out
+        self.video: Optional[Tuple[Source, Path, cv2.VideoWriter]] = None
+
+    def add(self, image: Image, sample) -> None:
+        rgb = np.ascontiguousarray(image.pixels[..., ::-1])
+        self.visualizer.add_datasample(image.entry['file_name'], rgb, sample, draw_gt=False,
+                                       **self.options)
+        drawn = np.ascontiguousarray(self.visualizer.get_image()[..., ::-1])
+        path = picture_path(self.out, image.source)
+        if image.source.video is None:
+            write_whole(path, cv2.imencode('.jpg', drawn)[1].tobytes())
+            return
+        if self.video is None or self.video[0] is not image.source:
+            self.finish_video()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f'.{os.getpid()}.{path.name}')
+            writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*'mp4v'),
+                                     image.source.video.fps or 25, drawn.shape[1::-1])
+            if not writer.isOpened():
+                fail(f"'{path}' could not be written.")
+            self.video = image.source, part, writer
+        self.video[2].write(drawn)
+
+    def finish_video(self) -> None:
+        if self.video:
+            source, part, writer = self.video
+            writer.release()
+            part.rename(picture_path(self.out, source))
+            self.video = None
+
+    def __enter__(self) -> 'Pictures':
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.finish_video()
+        elif self.video:
+            self.video[2].release()
+            self.video[1].unlink(missing_ok=True)
+
+
+class Objects:
+    """Results of a detector, in COCO's format."""
+
+    def __init__(self, categories: Sequence[int]):
+        self.categories = categories
+        self.results: Dict[str, List[dict]] = dict(bbox=[])
+
+    def add(self, image: Image, sample) -> None:
+        from mmdet.structures.mask import encode_mask_results
+
+        found = sample.pred_instances.numpy()
+        labels = [self.categories[label] for label in found.labels]
+        for label, score, (left, top, right, bottom) in zip(labels, found.scores.tolist(),
+                                                            found.bboxes.tolist()):
+            self.results['bbox'].append(dict(
+                image_id=image.entry['id'], category_id=label, score=score,
+                bbox=[left, top, right - left, bottom - top]))
+        if 'masks' not in found:
+            return
+        scores = found.get('mask_scores', found.scores).tolist()
+        kept = self.results.setdefault('segm', [])
+        for label, score, mask in zip(labels, scores, encode_mask_results(found.masks)):
+            kept.append(dict(
+                image_id=image.entry['id'], category_id=label, score=score,
+                segmentation=dict(size=mask['size'], counts=mask['counts'].decode())))
+
+    def write(self, out: Path) -> None:
+        for kind, results in self.results.items():
+            write_whole(out / f'results.{kind}.json', json.dumps(results).encode())
+
+
+class LabelMaps:
+    """Results of a segmentor: PNGs with the values of the dataset's own label maps.
+
+    Args:
+        out: folder.
+        first: the value of the first class; 1 in datasets that leave 0 for "other".
+    """
+
+    def __init__(self, out: Path, first: int):
+        self.out, self.first = out, first
+
+    def add(self, image: Image, sample) -> None:
+        labels = sample.pred_sem_seg.data[0].numpy() + self.first
+        labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
+        stem = image.source.stem
+        if image.source.video is not None:
+            stem = f'{stem}/{image.entry["frame"]:06d}'
+        path = label_path(self.out, stem)
+        write_whole(path, cv2.imencode('.png', labels)[1].tobytes())
+        image.entry['label_map'] = path.relative_to(self.out).as_posix()
+
+    def write(self, out: Path) -> None:
+        """Nothing is left to write."""
+
+
+def check_options(args: argparse.Namespace, cfg: Config) -> torch.device:
+    """End the program with a sentence on the first option that cannot work."""
+    detection = cfg.default_scope == 'mmdet'
+    if args.batch_size < 1:
+        fail(f'--batch-size must be at least 1, got {args.batch_size}.')
+    if args.score_thr is not None and not detection:
+        fail('--score-thr is of detectors; label maps have no scores.')
+    if args.score_thr is not None and not 0 <= args.score_thr <= 1:
+        fail(f'--score-thr must be from 0 to 1, got {args.score_thr}.')
+    if args.ann_file and not detection:
+        fail("--ann-file is of detectors; label maps have no ids.")
+    if not cfg.get('test_dataloader'):
+        fail(f"config '{args.config}' has no test_dataloader, whose pipeline prepares the images.")
+    check_file('checkpoint', args.checkpoint)
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        fail(f"--out: '{args.out}' is a file.")
+    name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device: '{name}' cannot be used: {str(error).splitlines()[0]}")
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    device = check_options(args, cfg)
+    detection = cfg.default_scope == 'mmdet'
+    out = Path(args.out)
+    sources = sources_of(find_files(args.images, out), out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: folder '{out}' could not be made: {error.strerror}.")
+    # What the libraries remark on losses, palettes and pipelines is of no use here.
+    warnings.filterwarnings('ignore', category=UserWarning, module=r'mm(det|seg|engine|cv)\b')
+
+    init_default_scope(cfg.default_scope)
+    with sentences_for(ValueError, FileNotFoundError):
+        dataset = DATASETS.build({**innermost(cfg.test_dataloader.dataset), 'lazy_init': True})
+        pipeline = Pipeline(cfg, args.config)
+        model, known = build_model(cfg, args.checkpoint, device)
+    meta = names_and_colours(model, dataset.metainfo, known, args.config)
+    ids = Ids(args.ann_file, meta['classes'])
+    ids.check(sources)
+    context = use_bfloat16(model, device, detection) if args.bf16 else nullcontext()
+    if detection:
+        results = Objects(ids.categories)
+    else:
+        first = int(bool(getattr(dataset, 'reduce_zero_label', False)))
+        ids.categories = list(range(first, first + len(meta['classes'])))
+        results = LabelMaps(out, first)
+
+    for written in ('images.json', 'results.bbox.json', 'results.segm.json'):
+        (out / written).unlink(missing_ok=True)  # of an earlier run: from now on not the truth
+    skipped: List[dict] = []
+    entries: List[dict] = []
+    progress = ProgressBar(sum(source.frames for source in sources))
+    thr = 0.3 if args.score_thr is None else args.score_thr
+    with Pictures(cfg, meta, out, thr) as pictures, torch.no_grad():
+        images = images_of(sources, pipeline, ids, progress, skipped)
+        for batch in batches(images, args.batch_size):
+            try:
+                with context:
+                    samples = model.test_step(pseudo_collate([image.inputs for image in batch]))
+            except torch.OutOfMemoryError:
+                fail(f'--batch-size: {len(batch)} images like '
+                     f"'{batch[0].entry['file_name']}' do not fit into the memory of {device}.")
+            for image, sample in zip(batch, samples):
+                sample = sample.cpu()
+                results.add(image, sample)
+                pictures.add(image, sample)
+                entries.append(image.entry)
+                progress.update()
+    print()
+    results.write(out)
+    categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, meta['classes'])]
+    write_whole(out / 'images.json', json.dumps(
+        dict(images=entries, categories=categories, skipped=skipped), indent=1).encode())
+    print(f"{len(entries)} images predicted, see '{out}'; {len(skipped)} files skipped")
+    for one in skipped:
+        print(f"error: '{one['file_name']}' was skipped: {one['reason']}.", file=sys.stderr)
+    sys.exit(1 if skipped else 0)
+
+
+if __name__ == '__main__':
+    run(main)
