@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from common import check_file, fail, load_config, run
 from einops import rearrange
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from crossformer_mm.checkpoint import load_backbone
 from crossformer_mm.grouping import (AxisRule, Grouping, group_map, is_small, long_distance,
                                      short_distance)
 from crossformer_mm.position_bias import bias_of_pairs
+from options import KeyValues
 
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
 KERNELS = ('#1b4965', '#2a9d8f', '#e9c46a', '#e76f51', '#9b5de5', '#8d99ae')
@@ -548,7 +549,7 @@ def parse_args():
                         help="largest sides that the image is resized to (default: the config's "
                         'when testing)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
         help='settings that replace those of the config')
     return parser.parse_args()
 

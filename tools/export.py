@@ -29,13 +29,14 @@ from typing import Callable, Dict, List, Sequence
 import torch
 import torch.nn.functional as F
 from common import check_file, fail, load_config, run
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
 from crossformer_mm.exportable import export_any_size, exportable
+from options import KeyValues
 
 # Batch, height, width: odd sides, sides smaller than the largest stride and than a group, multiples
 # of 32. None is the one that was traced.
@@ -136,7 +137,7 @@ def parse_args():
                         help='threads to measure with (default: those of PyTorch, '
                         '%(default)s here)')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
         help='settings that replace those of the config')
     return parser.parse_args()
 
