@@ -8,7 +8,7 @@
   times by SIGKILL, at random moments and while it writes a checkpoint, and resumed. Never
   may more than one interval be lost, and in the end the weights must be those of a training
   that nobody killed.
-- ``sizes``: tests/test_sizes.py with ten times as many examples.
+- ``sizes``: tests/test_sizes.py with more than ten times as many examples.
 
 Exit status 1: something did not hold.
 """
