@@ -15,7 +15,7 @@ GROUP_SIZES = (1, 2, 3, 5, 7, 11, 13, 14, 151, 200)
 INTERVALS = (1, 2, 3, 5, 7, 8, 13, 16, 151, 200)
 MOST_PAIRS = 1_500_000  # of positions that the oracle, which pads, compares in one block
 
-EXAMPLES = int(os.environ.get('CROSSFORMER_EXAMPLES', 40))  # `make soak` tries more
+EXAMPLES = int(os.environ.get('CROSSFORMER_EXAMPLES', 30))  # `make soak` tries more
 
 # The same examples in every run: a test that fails now and then teaches nothing.
 same_examples = settings(derandomize=True, deadline=None, database=None,
