@@ -223,7 +223,8 @@ def slope(points: list) -> float:
 
 def table_of(record: dict) -> str:
     """Markdown: each size, mode and type a section, each model a line, relative to Swin-T's."""
-    lines = [f"`{record['command']}`", '', f"{record['machine']}", '']
+    lines = [*(f'    {command}' for command in record['commands']), '', record['machine'], '',
+             'Ratios are to Swin-T in the same run.', '']
     groups = defaultdict(list)
     for result in record['results']:
         groups[tuple(result['size']), result['mode'], result['dtype']].append(result)
@@ -302,6 +303,11 @@ def draw(record: dict, folder: Path) -> None:
         plt.close(figure)
 
 
+def same_case(a: dict, b: dict) -> bool:
+    keys = ('model', 'mode', 'dtype', 'batch', 'threads', 'device')
+    return all(a[key] == b[key] for key in keys) and tuple(a['size']) == tuple(b['size'])
+
+
 def size_of(text: str) -> tuple:
     try:
         height, width = map(int, text.split('x'))
@@ -324,6 +330,8 @@ def parse_args():
     parser.add_argument('--threads', type=int, default=2, help='of the CPU; 0: as PyTorch chooses')
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--out', default='work_dirs/benchmark', help='folder for what is left')
+    parser.add_argument('--add', action='store_true',
+                        help='keep what results.json in --out has of other cases')
     parser.add_argument('--redraw', action='store_true',
                         help='only make table and pictures again from results.json in --out')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
@@ -356,18 +364,22 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = (torch.cuda.get_device_name() if args.device.startswith('cuda') else
                 f'{processor()}, {args.threads or os.cpu_count()} threads')
-        record = dict(command='python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]),
-                      machine=f'{name}, PyTorch {torch.__version__}, Python '
+        record = dict(commands=[], machine=f'{name}, PyTorch {torch.__version__}, Python '
                       f'{platform.python_version()}', results=[])
+        if args.add and file.is_file():
+            record = json.loads(file.read_text())
+        record['commands'].append('python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
         for size in args.sizes:
             for mode in args.modes:
                 for dtype in args.dtypes:
                     print(f'== {size[0]}x{size[1]}, {mode}, {dtype}', flush=True)
-                    record['results'] += measure(
+                    measured = measure(
                         [dict(model=model, mode=mode, dtype=dtype, size=size, batch=args.batch,
                               threads=args.threads, device=args.device)
                          for model in args.models
                          if not (mode == 'infer' and model.endswith('with_cp'))], args.repeats)
+                    record['results'] = [r for r in record['results'] if not any(
+                        same_case(r, new) for new in measured)] + measured
                     file.write_text(json.dumps(record, indent=1) + '\n')
         if not record['results']:
             sys.exit('error: none of the models could be run.')

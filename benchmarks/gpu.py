@@ -97,7 +97,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
         registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
-        known = dict(BaseModule=BaseModule, DropPath=DropPath, MODELS=registry, MODULE2PACKAGE={})
+        known = dict(BaseModule=BaseModule, DropPath=DropPath, MODELS=registry, HOOKS=registry,
+                     MODULE2PACKAGE={})
 
         def lookup(name):
             if name.startswith('__'):

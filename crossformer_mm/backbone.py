@@ -3,6 +3,7 @@ import difflib
 import functools
 import inspect
 import logging
+import operator
 import re
 from typing import Callable, Optional, Sequence, Tuple, Union
 
@@ -61,9 +62,14 @@ class CrossFormerStage(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
         batch, height, width, _ = x.shape
+        line_up = not all(block.attn.works_in_place(x) for block in self.blocks)
+        if line_up:
+            # The runs of groups depend on a map's sides in many small ways: torch.compile had
+            # better compile anew for each size (seconds) than for symbolic sides (minutes).
+            # index() says so to it.
+            height, width = operator.index(height), operator.index(width)
         short = short_distance(height, width, self.group_size, self.lda)
         long = long_distance(height, width, self.group_size, self.interval, self.lda)
-        line_up = not all(block.attn.works_in_place(x) for block in self.blocks)
         near = group_map(batch, height, width, *short, x.device, line_up)
         far = near
         if long != short and len(self.blocks) > 1:

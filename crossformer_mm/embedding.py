@@ -1,5 +1,4 @@
 """Cross-scale embedding layer (CEL): convolutions of several kernels, side by side."""
-import operator
 from typing import List, Sequence
 
 import torch
@@ -31,9 +30,7 @@ class CrossScaleConvs(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, ceil(H/stride), ceil(W/stride), out_channels)."""
-        # The groups depend on a map's sides in many small ways: torch.compile had better compile
-        # anew for each size (seconds) than for symbolic sides (minutes). index() says so to it.
-        height, width = (operator.index(side) for side in x.shape[-2:])
+        height, width = x.shape[-2:]
         missing = (0, -width % self.stride, 0, -height % self.stride)
         if any(missing):
             x = F.pad(x, missing)

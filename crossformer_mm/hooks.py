@@ -2,7 +2,6 @@
 from typing import Dict, List, Optional, Sequence
 
 import mmcv
-import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -172,7 +171,7 @@ class ValidationSamplesHook(Hook):
         if runner.rank != 0:
             return
         loader = runner.val_dataloader
-        chosen = set(np.linspace(0, len(loader.sampler) - 1, self.count).round().astype(int))
+        chosen = set(spread(len(loader.sampler), self.count, 'cpu').tolist())
         for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
             if index in chosen:
                 name = 'val_' + sample.img_path.rpartition('/')[2]

@@ -307,10 +307,10 @@ def test_kernels_agree_with_plain_before_they_are_used():
 @pytest.mark.parametrize('fault', ['wrong', 'raises'])
 def test_kernels_that_do_not_agree_are_not_used(fault, monkeypatch):
 
-    def broken(qkv, *args):
+    def broken(qkv, table, *args):
         if fault == 'raises':
             raise RuntimeError('no kernel image')
-        return 1.1 * qkv[..., :64]
+        return qkv[..., :64] + table.sum()
 
     monkeypatch.setattr(fused, 'fused_attention', broken)
     fused._agrees_with_plain.cache_clear()
@@ -389,3 +389,24 @@ def test_rules_of_both_definitions_reach_the_kernels():
                           long_distance(side, width, 7, interval, lda)):
                 qkv = torch.empty(2, side, width, 3, device='meta')
                 assert fused_triton.Groups.of(qkv, *rules).members <= fused_triton.MEMBERS_LIMIT
+
+
+def test_compiler_makes_one_graph_for_images_of_many_sizes():
+    """Where no token is moved, sides stay symbolic: only a map too small for G is another case."""
+    backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), group_size=(3,),
+                           interval=(2,), merge_sizes=(), out_indices=(0,),
+                           attention_path='fused').eval()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(backbone, backend=count, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for sides in ((40, 44), (60, 52), (36, 64), (56, 28)):
+            image = torch.randn(1, 3, *sides)
+            torch.testing.assert_close(compiled(image), backbone(image), rtol=1e-4, atol=1e-4)
+        assert len(graphs) == 1
+        compiled(torch.randn(1, 3, 12, 40))
+    assert len(graphs) == 2

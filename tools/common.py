@@ -158,8 +158,9 @@ def replace_data_root(cfg: Config, root: str) -> None:
         old, dataset.data_root = dataset.data_root, root
         evaluators = cfg.get(f'{split}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-            if evaluator.get('ann_file'):
-                evaluator.ann_file = str(Path(root) / os.path.relpath(evaluator.ann_file, old))
+            inside = os.path.relpath(evaluator.get('ann_file') or '..', old)
+            if not inside.startswith('..'):  # a file elsewhere stays where it is
+                evaluator.ann_file = str(Path(root) / inside)
 
 
 def check_dataset(cfg: Config, *splits: str) -> None:
