@@ -22,6 +22,7 @@ from .test_predict import run_here
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+CHINESE = ROOT / 'README_zh-CN.md'  # tests/test_readme.py: its code is that of README.md
 EXAMPLES = ROOT / 'docs' / 'custom_projects.md'
 
 
@@ -116,11 +117,15 @@ def test_config_builds_a_model(block, tmp_path, monkeypatch):
     assert isinstance(model.backbone, CrossFormer)
 
 
+def anchor(heading: str) -> str:
+    """What a link to a heading ends in."""
+    return re.sub(r'[^\w -]', '', heading.lstrip('# ').lower()).replace(' ', '-')
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in [*PAGES, CHINESE]:
         text = page.read_text(encoding='utf-8')
-        titles = {re.sub(r'[^\w -]', '', line.lstrip('# ').lower()).replace(' ', '-')
-                  for line in text.splitlines() if line.startswith('#')}
+        titles = {anchor(line) for line in text.splitlines() if line.startswith('#')}
         for target in re.findall(r'\]\(([^)]+)\)', text):
             if target.startswith('#'):
                 assert target[1:] in titles, f'{page.name}: {target}'

@@ -2,8 +2,8 @@
 
     python tools/write_model_zoo.py
 
-Written are docs/model_zoo.md, the table of configs in README.md, a metafile.yml
-for each method and model-index.yml, which OpenMMLab's tools read. With --check,
+Written are docs/model_zoo.md, the table of configs in README.md and README_zh-CN.md, a
+metafile.yml for each method and model-index.yml, which OpenMMLab's tools read. With --check,
 nothing is: the program ends with a sentence if a file is not up to date.
 """
 import argparse
@@ -24,7 +24,9 @@ CONFIGS = ROOT / 'configs'
 PUBLISHED = ROOT / 'docs' / 'published.json'
 GENERATED = 'Written by tools/write_model_zoo.py'
 README_TABLE = re.compile(
-    r"(?<=\| config \| paper's result \| \|\n\|---\|---\|---\|\n).*?(?=\n\n)", flags=re.DOTALL)
+    r"(\| (?:config \| paper's result|配置文件 \| 论文结果) \| \|\n\|---\|---\|---\|\n).*?(?=\n\n)",
+    flags=re.DOTALL)
+CHINESE = {' epochs ': ' 轮 ', 'k iterations ': 'k 次迭代 ', ' to ': ' 至 ', 'multi-scale': '多尺度'}
 INTRODUCTION = '''\
 Every model here is one for which the authors publish a result on COCO or ADE20K. Results are
 theirs; none was trained anew here. They start from ImageNet weights, for which the authors'
@@ -159,6 +161,12 @@ def readme_table(models: List[Model]) -> str:
     return '\n'.join(rows)
 
 
+def with_table(readme: Path, rows: str) -> Dict[Path, str]:
+    """A README's text with these rows in its table of configs."""
+    text = readme.read_text(encoding='utf-8')
+    return {readme: README_TABLE.sub(lambda table: table[1] + rows, text)}
+
+
 def metafile(models: List[Model]) -> dict:
     """What a method's metafile.yml says."""
     entries = []
@@ -192,10 +200,13 @@ def render(counted: Dict[str, dict]) -> Dict[Path, str]:
     """The text of every file that this program writes."""
     models = read_models(counted)
     methods = by(models, lambda model: model.folder)
-    readme = ROOT / 'README.md'
     rows = readme_table(models)
+    translated = rows
+    for english, chinese in CHINESE.items():
+        translated = translated.replace(english, chinese)
     files = {ROOT / 'docs' / 'model_zoo.md': model_zoo(models),
-             readme: README_TABLE.sub(lambda _: rows, readme.read_text(encoding='utf-8')),
+             **with_table(ROOT / 'README.md', rows),
+             **with_table(ROOT / 'README_zh-CN.md', translated),
              ROOT / 'model-index.yml': dump(
                  {'Import': [f'configs/{folder}/metafile.yml' for folder in methods]})}
     files.update({CONFIGS / folder / 'metafile.yml': dump(metafile(members))
@@ -211,7 +222,7 @@ def outdated(files: Dict[Path, str]) -> List[str]:
 
 def main():
     parser = argparse.ArgumentParser(
-        description='Write docs/model_zoo.md, the configs in README.md and the metafiles')
+        description='Write docs/model_zoo.md, the configs in both READMEs and the metafiles')
     parser.add_argument('--check', action='store_true', help='write nothing, only say what is old')
     args = parser.parse_args()
     warnings.simplefilter('ignore')  # of losses, which are of no interest here
