@@ -87,6 +87,10 @@ def test_command_names_what_exists(command, examples, monkeypatch):
                                                           'tools/dist_test.sh')
         tool = program.replace('dist_', '').replace('.sh', '.py')
         assert rest.pop(1 if tool == 'tools/train.py' else 2).isdigit()
+    if tool.startswith('benchmarks/'):
+        source = (ROOT / tool).read_text()
+        assert all(f"'{word}'" in source for word in rest if word.startswith('--'))
+        return
     args = arguments_of(monkeypatch, tool, rest)
     if not hasattr(args, 'config'):
         return
