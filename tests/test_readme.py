@@ -1,9 +1,10 @@
-"""What README.md says is so."""
+"""What README.md says is so, and README_zh-CN.md says the same."""
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import List, Tuple
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import ARCHITECTURES, CrossFormer
 
+from .test_docs import anchor
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+CHINESE = (ROOT / 'README_zh-CN.md').read_text(encoding='utf-8')
 
 
 def blocks(language: str) -> list:
@@ -108,3 +112,98 @@ def test_list_of_files_is_complete(folder):
     there = {path.name + '/' * path.is_dir() for path in (ROOT / folder).iterdir()
              if not path.name.startswith(('__', '.'))}
     assert said == there - {'version.py'}
+
+
+# A translation has the same pieces in the same order. Of one that has Chinese in it, code, names of
+# files, figures, links and pictures are the same; of any other, everything is.
+
+def pieces(page: str) -> List[Tuple[str, str]]:
+    """Headings, paragraphs, items of lists, cells of tables and blocks of code, in turn."""
+    found = []
+    for part in re.split(r'^(```.*?^```)$', page, flags=re.DOTALL | re.MULTILINE):
+        if part.startswith('```'):
+            found.append((part.splitlines()[0], part))
+            continue
+        for paragraph in filter(None, re.split(r'\n\s*\n', part.strip())):
+            if paragraph.startswith('|'):
+                found += [('cell', cell.strip()) if cell else ('row', '')
+                          for row in paragraph.splitlines()
+                          for cell in re.split(r'(?<!\\)\|', row)[:-1]]
+            elif paragraph.startswith('#'):
+                found.append((f"{paragraph.split(' ')[0]} heading", paragraph))
+            else:
+                items = re.split(r'\n(?=(?:[-*]|\d+\.) )', paragraph)
+                found += [(re.match(r'[-*] |\d+\. |', item)[0] + 'text', item) for item in items]
+    return found
+
+
+def kept(kind: str, text: str, headings: List[str]) -> list:
+    """What a translation leaves as it is."""
+    if kind.startswith('```'):
+        code = re.sub(r'(?m)(^|\s+)#.*$', '', text) if kind != '```' else ''
+        names = re.findall(r'[\w.-]*(?:\d|_|[./]\w|\w/)[\w./{},*-]*', text, flags=re.ASCII)
+        return [code, *sorted(name.strip('.,') for name in names)]
+    links = r'\]\(([^)]+)\)|\b(?:href|src|srcset)="([^"]+)"'
+    targets = [''.join(target) for target in re.findall(links, text)]
+    rest = re.sub(links, '', text)
+    return [sorted(headings.index(target[1:]) if target.startswith('#') else target
+                   for target in targets),
+            sorted(re.findall(r'!\[|<img|<picture', text)),
+            sorted(re.findall(r'`[^`]+`', rest)),
+            sorted(re.findall(r'\d+(?:[.,]\d+)*', re.sub(r'`[^`]+`', '', rest)))]
+
+
+def differences(english: str, chinese: str) -> List[str]:
+    """What one README has and the other has not."""
+    pages = [pieces(page.replace(switch, '', 1)) for page, switch in (
+        (english, '\nEnglish | [简体中文](README_zh-CN.md)\n'),
+        (chinese, '\n[English](README.md) | 简体中文\n'))]
+    headings = [[anchor(text) for kind, text in page if kind.endswith('heading')]
+                for page in pages]
+    for (kind, text), (kind_there, translated) in zip(*pages):
+        if kind != kind_there:  # what follows is out of step
+            return [f'{kind}: {text}\n{kind_there}: {translated}']
+    found = [f'{kind}: {text}\n{translated}'
+             for (kind, text), (_, translated) in zip(*pages)
+             if (kept(kind, text, headings[0]) != kept(kind, translated, headings[1])
+                 if re.search('[\u4e00-\u9fff]', translated) else text != translated)]
+    shorter, longer = sorted(pages, key=len)
+    return found + [f'{kind}: {text}' for kind, text in longer[len(shorter):]]
+
+
+def test_chinese_readme_says_the_same():
+    assert 'English | [简体中文](README_zh-CN.md)' in README.splitlines()
+    assert '[English](README.md) | 简体中文' in CHINESE.splitlines()
+    found = differences(README, CHINESE)
+    assert not found, '\n\n'.join(found)
+
+
+@pytest.mark.parametrize('old, new', [
+    ('--auto-scale-lr \\', '--amp \\'),  # a command
+    ('make demo   #', 'make show   #'),
+    ('[96, 192, 384, 768]', '[96, 192, 384, 769]'),
+    ('# (1, 96, 107, 160)', '# (1, 96, 107, 161)'),  # a figure in a comment
+    ('84.5   mark', '84.6   mark'),
+    ('linear.py ', 'linears.py '),  # a file of the list
+    ('45.4 / 47.2', '45.5 / 47.2'),  # cells
+    ('2, 2, 18, 2', '2, 18, 2, 2'),
+    ('| `--amp` | train', '| `--fp16` | train'),
+    ('| `(7, 7, 7, 7)`', '| `(8, 8, 8, 8)`'),
+    ('| `--tta` ', '| `--flip` | test | flips |\n| `--tta` '),  # a row
+    ('\n## Predictions\n', '\n### Predictions\n'),
+    ('\n## Predictions\n', '\n'),
+    ('less than 10 minutes', 'less than 11 minutes'),
+    ('docs/model_zoo.md) has', 'docs/how_it_works.md) has'),  # a link
+    ('\nLicence:', '\n![curves](benchmarks/curves.png)\n\nLicence:'),
+    ('\nLicence:', '\n<img src="benchmarks/curves.png">\n\nLicence:'),
+    ('\n\nPut the data', '\n\nA paragraph.\n\nPut the data'),
+    ('\n- `lda=\'block\'`', '\n- An item.\n- `lda=\'block\'`'),
+])
+def test_a_change_of_one_readme_alone_is_noticed(old, new):
+    assert old in README
+    assert differences(README.replace(old, new, 1), CHINESE)
+
+
+def test_a_readme_that_goes_on_is_noticed():
+    assert differences(README + '\nA paragraph.\n', CHINESE)
+    assert differences(README, CHINESE + '\n一段话。\n')
