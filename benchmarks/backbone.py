@@ -274,7 +274,8 @@ def draw(record: dict, folder: Path) -> None:
                     label += f'  (slope {slope(points):.2f})'
                 axis.loglog([area / 1e6 for area, _ in points], [y * scale for _, y in points],
                             'o-' if dtype == 'float32' else 's--', label=label,
-                            color=colours.get(name), linewidth=3 if name == 'crossformer_s' else 1.3)
+                            color=colours.get(name),
+                            linewidth=3 if name == 'crossformer_s' else 1.3)
             axis.set(title=titles[mode], xlabel='image area, megapixels', ylabel=unit)
             axis.grid(True, which='both', alpha=0.3)
             axis.legend(fontsize=8)
@@ -368,7 +369,8 @@ def main() -> None:
                       f'{platform.python_version()}', results=[])
         if args.add and file.is_file():
             record = json.loads(file.read_text())
-        record['commands'].append('python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
+        record['commands'].append(
+            'python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
         for size in args.sizes:
             for mode in args.modes:
                 for dtype in args.dtypes:

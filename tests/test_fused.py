@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
@@ -160,8 +161,8 @@ def test_the_operator_keeps_the_rules_of_operators():
     """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
     rule = AxisRule(3, 1)
     qkv, table = random_inputs((1, 3, 3), rule, rule, 1, 8, torch.float32)
-    torch.library.opcheck(fused._attend, (qkv.requires_grad_(), table.requires_grad_(), 3, 1, 3, 1,
-                                          1, .5))
+    library.opcheck(fused._attend, (qkv.requires_grad_(), table.requires_grad_(), 3, 1, 3, 1, 1,
+                                    .5))
 
 
 def test_compiler_takes_it_into_one_graph():

@@ -53,9 +53,11 @@ SEGMENTS = {
 @pytest.mark.parametrize('tile', [1, 700, 2**20])
 @pytest.mark.parametrize('case', SEGMENTS)
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 5e-6)])
-def test_tiled_equals_plain(monkeypatch, case, tile, dtype, tolerance):
+@pytest.mark.parametrize('small', [0, 1000], ids=['fused', 'products'])
+def test_tiled_equals_plain(monkeypatch, case, tile, dtype, tolerance, small):
     """Whatever fits a tile: a row of queries of one head, some rows, or all of it."""
     monkeypatch.setattr(tiled, 'TILE', tile)
+    monkeypatch.setattr(tiled, 'SMALL', small)
     segments = [Segment(*segment) for segment in SEGMENTS[case]]
     inputs = random_inputs(segments, heads=3, dim=5, dtype=dtype, spare=1)
     assert_close(values_and_gradients(tiled_attention, *inputs, segments, 3),
@@ -101,6 +103,21 @@ def test_half_precision_stays_near_double(monkeypatch, dtype, tolerance):
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
     exact = values_and_gradients(plain_attention, qkv.double(), table.double(), segments, 2)
     assert_close([x.double() for x in ours], exact, tolerance)
+
+
+@pytest.mark.parametrize('largest, softmaxes', [(5., 0), (59., 0), (3000., 1)])
+def test_bfloat16_takes_softmax_where_exponents_could_overflow(monkeypatch, largest, softmaxes):
+    """The bias alone makes the logits so large; what is right, float64 says."""
+    segments, calls = [Segment(3, 5, 6)], []
+    qkv, table = random_inputs(segments, heads=2, dim=16, dtype=torch.bfloat16)
+    qkv, table = qkv * .01, table.float() * largest / table.float().abs().max()
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, 'softmax', lambda x, dim: (calls.append(x), softmax(x, dim))[1])
+    out = tiled_attention(qkv, table, segments, 2, 1.)
+    assert len(calls) == softmaxes and out.isfinite().all()
+    # The bias is rounded to bfloat16 as it is added; near ties of weights show that.
+    exact = plain_attention(qkv.double(), table.bfloat16().double(), segments, 2, 1.)
+    assert (out - exact).norm() < 3e-2 * exact.norm()
 
 
 def test_second_derivative_is_refused():

@@ -13,7 +13,7 @@ import warnings
 from typing import Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..grouping import AxisRule, group_map
 from .plain import plain_attention
@@ -133,10 +133,10 @@ why_no_triton._dynamo_marked_constant = True
 agrees_with_plain._dynamo_marked_constant = True
 
 
-# Operators of torch.library, so that torch.compile takes them into its graph without looking
+# Operators of PyTorch's own kind, so that torch.compile takes them into its graph without looking
 # inside. (It could look inside a `triton_op`, but there is nothing to fuse with, and Triton's
 # interpreter could not run one.)
-@torch.library.custom_op('crossformer_mm::fused_attention', mutates_args=())
+@library.custom_op('crossformer_mm::fused_attention', mutates_args=())
 def _attend(qkv: Tensor, table: Tensor, row_size: int, row_interval: int, column_size: int,
             column_interval: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
     """Output, and the norms of the softmax, (B, H, W, heads)."""
@@ -152,7 +152,7 @@ def _(qkv, table, row_size, row_interval, column_size, column_interval, num_head
             qkv.new_empty(batch, height, width, num_heads, dtype=torch.float32))
 
 
-@torch.library.custom_op('crossformer_mm::fused_attention_backward', mutates_args=())
+@library.custom_op('crossformer_mm::fused_attention_backward', mutates_args=())
 def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
                      row_size: int, row_interval: int, column_size: int, column_interval: int,
                      num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
