@@ -1,0 +1,132 @@
+"""The commands of README.md and docs/ run, as they stand, on little data and with small models.
+
+Those of docs/custom_projects.md, which build on each other, are run by test_docs.py, and
+benchmarks/gpu.py by test_gpu_benchmark.py.
+"""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm import CrossFormer
+
+from .test_docs import EXAMPLES, PAGES, commands
+from .test_predict import run_here
+from .test_ranks import free_port
+from .test_zoo_runs import data, shrink  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(embed_dims=16, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2))
+CHANNELS = [16, 32, 64, 128]
+
+# What would take long is made short by further options, the rest by small configs.
+SHORTER = {
+    'tools/make_shapes.py': ['--train', '8', '--val', '8'],
+    'benchmarks/backbone.py': ['--sizes', '32x32', '40x40', '--models', 'crossformer_s',
+                               '--modes', 'infer', '--repeats', '2'],
+    'tools/train.py configs/demo/upernet_shapes.py': [
+        '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
+        'train_dataloader.batch_size=2'],
+}
+EVERY = {command: page.stem for page in PAGES if page != EXAMPLES for command in commands(page)
+         if not command.startswith(('make ', 'pip ', 'tensorboard ', 'python benchmarks/gpu.py'))}
+
+
+def small_config(name: str) -> Config:
+    """A config of the zoo with a tiny model, one step an epoch, and images as they are here."""
+    cfg = Config.fromfile(ROOT / name)
+    if '/demo/' in name:
+        return cfg
+    cfg.model.backbone.arch = TINY
+    if 'neck' in cfg.model:
+        cfg.model.neck.in_channels = CHANNELS[-len(cfg.model.neck.in_channels):]
+    else:
+        cfg.model.decode_head.update(in_channels=CHANNELS, channels=16)
+        cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
+    for part in (cfg.model, *(cfg[f'{split}_dataloader'].dataset.pipeline
+                              for split in ('train', 'val', 'test')), cfg.get('tta_pipeline') or []):
+        shrink(part)
+    cfg.train_cfg.update({'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2},
+                         val_interval=2)
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def place(data, tmp_path_factory) -> Path:  # noqa: F811
+    """A checkout with data, images and a video, whose configs are small."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for name in ('tools', 'benchmarks', 'crossformer_mm', 'tests'):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / 'docs').mkdir()
+    (folder / 'data' / 'ade').mkdir(parents=True)
+    (folder / 'data' / 'coco').symlink_to(data / 'coco')
+    (folder / 'data' / 'ade' / 'ADEChallengeData2016').symlink_to(data / 'ade')
+    for name in set(re.findall(r'configs/\w+/\w+\.py', ' '.join(EVERY))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        small_config(name).dump(folder / name)
+    image = np.random.default_rng(0).integers(0, 256, (72, 88, 3), dtype=np.uint8)
+    (folder / 'photos').mkdir()
+    for name in ('photo.jpg', 'photos/1.jpg', 'photos/2.jpg'):
+        cv2.imwrite(str(folder / name), image)
+    video = cv2.VideoWriter(str(folder / 'clip.mp4'), cv2.VideoWriter_fourcc(*'mp4v'), 5, (88, 72))
+    for _ in range(2):
+        video.write(image)
+    video.release()
+    return folder
+
+
+def make_checkpoints(place: Path, words: list) -> None:
+    """The files of weights that a command names and no command before it has made."""
+    config = next((word for word in words if word.startswith('configs/')), None)
+    for file in re.findall(r'[\w/.-]+\.pth', ' '.join(words)):
+        if (place / file).exists() or words[0] == 'tools/publish_model.py' and file == words[2]:
+            continue
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        if file == 'crossformer-s.pth':  # as the authors' ImageNet files are
+            torch.save(dict(model=CrossFormer(TINY).state_dict()), place / file)
+            continue
+        cfg = Config.fromfile(place / (config or 'configs/mask_rcnn/cf_s_1x.py'))
+        if 'model.backbone.arch.depths=(2,2,4,2)' in words:
+            cfg.model.backbone.arch.depths = (2, 2, 4, 2)
+        init_default_scope(cfg.default_scope)
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), place / file)
+
+
+@pytest.mark.parametrize('command', EVERY, ids=lambda command: f'{EVERY[command]}: {command}')
+def test_command_runs(command, place, capfd):
+    words = shlex.split(command, comments=True)
+    if words[0] == 'python':
+        words = words[1:]
+    tool = words[0]
+    if tool == 'tools/export.py' and not find_spec('onnxruntime'):
+        pytest.skip('tools/export.py needs the packages of the extra export')
+    make_checkpoints(place, words)
+    words += SHORTER.get(' '.join(words[:2]), SHORTER.get(tool, []))
+    if tool.endswith('.sh'):  # two processes stand for eight
+        words = ['2' if word == '8' else word for word in words]
+    if tool.endswith('.sh') or tool.startswith('benchmarks/'):
+        interpreter = [] if tool.endswith('.sh') else [sys.executable]
+        done = subprocess.run(
+            interpreter + words, cwd=place, capture_output=True, text=True, timeout=300,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(),
+                 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+        status, said = done.returncode, done.stdout + done.stderr
+    else:
+        status = run_here(place, Path(tool).name, *words[1:])
+        said = ''.join(capfd.readouterr())
+    if '--amp' in words and not torch.cuda.is_available():
+        assert status != 0 and '--amp needs a GPU, and PyTorch sees none' in said
+    else:
+        assert status == 0, said[-3000:]
