@@ -39,7 +39,7 @@ def resident() -> int:
 
 
 def steps(count: int, largest: int = 128, seed: int = 0) -> list:
-    """Resident bytes after each of ``count`` passes forward and backward, sides up to ``largest``."""
+    """Resident bytes after each of ``count`` steps on images with sides up to ``largest``."""
     from crossformer_mm import CrossFormer
     torch.set_num_threads(1)
     torch.manual_seed(seed)

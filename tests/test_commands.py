@@ -55,9 +55,9 @@ def small_config(name: str) -> Config:
         cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
-    for part in (cfg.model, *(cfg[f'{split}_dataloader'].dataset.pipeline
-                              for split in ('train', 'val', 'test')), cfg.get('tta_pipeline') or []):
-        shrink(part)
+        shrink(cfg[f'{split}_dataloader'].dataset.pipeline)
+    shrink(cfg.model)
+    shrink(cfg.get('tta_pipeline') or [])
     cfg.train_cfg.update({'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2},
                          val_interval=2)
     return cfg

@@ -112,7 +112,8 @@ def test_bfloat16_takes_softmax_where_exponents_could_overflow(monkeypatch, larg
     qkv, table = random_inputs(segments, heads=2, dim=16, dtype=torch.bfloat16)
     qkv, table = qkv * .01, table.float() * largest / table.float().abs().max()
     softmax = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, 'softmax', lambda x, dim: (calls.append(x), softmax(x, dim))[1])
+    monkeypatch.setattr(torch.Tensor, 'softmax',
+                        lambda x, dim: (calls.append(x), softmax(x, dim))[1])
     out = tiled_attention(qkv, table, segments, 2, 1.)
     assert len(calls) == softmaxes and out.isfinite().all()
     # The bias is rounded to bfloat16 as it is added; near ties of weights show that.
