@@ -2,7 +2,6 @@
 import argparse
 import logging
 import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
 from errors import UserError, fail
-from options import KeyValues, check_keys
+from options import add_cfg_options, check_keys
 
 # The package that each default_scope needs, as a user installs it.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
@@ -42,10 +41,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
                         '(default: work_dirs/NAME_OF_CONFIG)')
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
     parser.add_argument('--tensorboard', action='store_true', help='also log to TensorBoard')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as '
-        'train_dataloader.batch_size=4 model.backbone.with_cp=True')
+    add_cfg_options(parser, ', such as train_dataloader.batch_size=4 model.backbone.with_cp=True')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='how the processes of a distributed job were started')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
@@ -193,6 +189,7 @@ def write_whole(path: Path, data: bytes) -> None:
         fail(f"'{path}' could not be written: {error}.")
     finally:
         part.unlink(missing_ok=True)
+
 
 def check_writable(option: str, folder) -> None:
     """End the program with a sentence if nothing can be written to a folder."""

@@ -31,7 +31,7 @@ from crossformer_mm.checkpoint import load_backbone
 from crossformer_mm.grouping import (AxisRule, Grouping, group_map, is_small, long_distance,
                                      short_distance)
 from crossformer_mm.position_bias import bias_of_pairs
-from options import KeyValues
+from options import add_cfg_options
 
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
 KERNELS = ('#1b4965', '#2a9d8f', '#e9c46a', '#e76f51', '#9b5de5', '#8d99ae')
@@ -548,9 +548,7 @@ def parse_args():
     parser.add_argument('--scale', type=int, nargs=2, metavar=('LONG', 'SHORT'),
                         help="largest sides that the image is resized to (default: the config's "
                         'when testing)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
-        help='settings that replace those of the config')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

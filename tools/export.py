@@ -24,7 +24,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
 from crossformer_mm.exportable import export_any_size, exportable
-from options import KeyValues
+from options import add_cfg_options
 
 # Batch, height, width: odd sides, sides smaller than the largest stride and than a group, multiples
 # of 32. None is the one that was traced.
@@ -136,9 +136,7 @@ def parse_args():
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
                         help='threads to measure with (default: those of PyTorch, '
                         '%(default)s here)')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
-        help='settings that replace those of the config')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

@@ -1,4 +1,5 @@
 """``--cfg-options`` with checked keys: MMEngine adds any key, and nothing would read it."""
+import argparse
 import difflib
 import inspect
 from typing import Optional, Set, Tuple
@@ -32,6 +33,12 @@ class KeyValues(DictAction):
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, AssertionError) as error:
             parser.error(f'{option_string}: {error}.')
+
+
+def add_cfg_options(parser: argparse.ArgumentParser, such_as: str = '') -> None:
+    """Give a tool the option ``--cfg-options``; ``such_as`` ends its help."""
+    parser.add_argument('--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
+                        help=f'settings that replace those of the config{such_as}')
 
 
 def check_keys(cfg, options: dict) -> None:

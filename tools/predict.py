@@ -29,7 +29,7 @@ import mmcv
 import numpy as np
 import torch
 from common import check_file, fail, innermost, load_config, run, sentences_for, write_whole
-from options import KeyValues
+from options import add_cfg_options
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
@@ -91,8 +91,7 @@ def parse_args():
     parser.add_argument('--ann-file', metavar='FILE.json',
                         help='take the ids of images and categories from these COCO annotations, '
                         'by name; without, they count from 1')
-    parser.add_argument('--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

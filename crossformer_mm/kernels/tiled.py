@@ -4,9 +4,9 @@ PyTorch's fused attention on the CPU has no gradient for the bias: with one that
 needs it, ``scaled_dot_product_attention`` stores every weight of every group,
 which for long distance attention grows with the square of the image's area.
 Here the forward pass still is the fused attention, fed with the bias of a tile
-of queries at a time (or, where that is faster, products of batches of groups); the
-backward pass computes the weights of a tile again,
-uses them and forgets them. What is kept between the two is input and output.
+of queries at a time (or, where that is faster, products of batches of groups);
+the backward pass computes the weights of a tile again, uses them and forgets
+them. What is kept between the two is input and output.
 
 Tiles hold some heads and whole rows of queries of the group, and in the
 backward pass some groups, but always all the keys: so the softmax is a plain one.
