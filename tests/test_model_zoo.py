@@ -34,7 +34,12 @@ def test_published_parameters_and_flops(counted, name):
     """The authors' code pads maps to whole groups: what runs here is up to 3 % less."""
     row = PUBLISHED['models'][name]
     assert abs(counted[name]['params'] / 1e6 - row['params']) < 0.06
-    assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+    if row['flops']:
+        assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+
+
+def test_the_classifier_whose_published_flops_nothing_gives(counted):
+    assert 4.35e9 < counted['imagenet/cfpp_s_300e']['flops'] < 4.5e9
 
 
 @pytest.mark.parametrize('size', 'sb')
@@ -64,7 +69,7 @@ def test_published_results_are_in_the_zoo_and_in_the_readme():
         line, = re.findall(rf'^.*/configs/{name}\.py.*$', zoo, flags=re.MULTILINE)
         for metric, value in row['results'].items():
             assert f'| {value} |' in line
-            assert str(value) in readme
+            assert str(value) in readme or name.startswith('imagenet/')  # its table is of the rest
 
 
 def test_metafiles_name_every_config_once():

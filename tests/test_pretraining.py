@@ -1,4 +1,5 @@
 """Classifiers: trained, tested, loaded from the authors' files, and their weights in detectors."""
+import json
 import pickle
 import re
 import shutil
@@ -123,6 +124,7 @@ class TestTraining:
         assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
         check_scores(tmp_path / 'x.pkl', config_in(trained), weights(trained, 3))
 
+    @pytest.mark.parametrize('trained', KINDS[:1], indirect=True)
     def test_a_resumed_training_ends_with_the_same_weights(self, trained, tmp_path):
         status = run_here(trained, 'train.py', config_in(trained), '--work-dir', tmp_path,
                           '--resume', trained / 'epoch_2.pth')
@@ -371,6 +373,43 @@ class TestData:
                         '--skip-bad-images', '--cfg-options', 'train_cfg.max_epochs=1') == 0
         assert (tmp_path / 'skipped_images.txt').read_text() == (
             f"Image '{bad}' is cut short or no image.\n")
+
+
+class TestBenchmark:
+
+    @pytest.fixture
+    def benchmark(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+        import pretraining
+        return pretraining
+
+    def test_a_try_of_it_leaves_figures_and_a_picture(self, benchmark, tmp_path, monkeypatch):
+        ran = []
+
+        def run(log, tool, *arguments):
+            ran.append(' '.join(map(str, arguments)))
+            assert run_here(ROOT, Path(tool).name, *arguments) == 0
+
+        monkeypatch.setattr(benchmark, 'run', run)  # in this process, for speed
+        monkeypatch.setattr(sys, 'argv', ['pretraining.py', '--smoke', '--seeds', '3', '--out',
+                                          str(tmp_path), '--work-dir', str(tmp_path / 'work')])
+        benchmark.main()
+        result = json.loads((tmp_path / 'results.json').read_text())
+        assert len(result['top1']) == 1 and result['seeds'] == [3]
+        for arm in benchmark.ARMS:
+            assert all(np.shape(result[arm][key]) == (1, 1) for key in benchmark.METRICS)
+        # The two differ in the weights that they start from alone.
+        start = f"model.backbone.init_cfg.checkpoint={tmp_path / 'work/classifier/epoch_1.pth'} "
+        pretrained, random = (line.replace(arm, '') for line, arm in zip(ran[-2:], benchmark.ARMS))
+        assert pretrained.replace(start, '') == random != pretrained
+        assert cv2.imread(str(tmp_path / 'curves.png')).std() > 10
+        assert '| 1 | ' in (tmp_path / 'table.md').read_text()
+
+    def test_every_class_is_drawn_in_its_own_way(self, benchmark):
+        drawn = [benchmark.draw(np.random.default_rng(0), shape, pattern)
+                 for shape in benchmark.CLASSES for pattern in benchmark.PATTERNS]
+        assert len({image.tobytes() for image in drawn}) == 16
+        assert all(image.shape == (64, 64, 3) for image in drawn)
 
 
 IMAGENET = 'configs/imagenet/cf_t_300e.py'

@@ -56,7 +56,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load_config(file: str, options: Optional[dict] = None,
-                scopes: Iterable[str] = DENSE) -> Config:
+                scopes: Iterable[str] = tuple(SCOPES)) -> Config:
     """A config with some settings replaced; ends the program where its package is not there.
 
     Args:
@@ -115,7 +115,7 @@ def forget_scope(part) -> None:
 def read_config(args: argparse.Namespace) -> Config:
     """The config with the arguments applied; ends the program where that cannot work."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options, SCOPES)
+    cfg = load_config(args.config, args.cfg_options)
 
     if args.launcher != 'none' and STARTED[args.launcher] not in os.environ:
         fail(f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
