@@ -177,8 +177,8 @@ def test_imagenet_recipe(path):
 
 
 @pytest.mark.parametrize('config, decay, biases', [
-    ('upernet/cf_s_160k', 0.01, 0.01), ('imagenet/cf_s_300e', 0.05, 0.), ('mask_rcnn/cf_s_3x', 0.05, 0.),
-    ('mask_rcnn/cf_s_1x', 1e-4, 1e-4)])
+    ('upernet/cf_s_160k', 0.01, 0.01), ('imagenet/cf_s_300e', 0.05, 0.),
+    ('mask_rcnn/cf_s_3x', 0.05, 0.), ('mask_rcnn/cf_s_1x', 1e-4, 1e-4)])
 def test_weight_decay_of_norms_and_biases(config, decay, biases):
     cfg = Config.fromfile(CONFIGS / f'{config}.py')
     norms = decay if config.endswith('1x') else 0.

@@ -22,7 +22,7 @@ from crossformer_mm.checkpoint import (CheckpointError, fit_checkpoint, model_we
 from errors import UserError, fail, said
 from options import add_cfg_options, check_keys
 
-# The package that each default_scope needs, as a user installs it; those of dense prediction.
+# The package that each default_scope needs, as a user installs it; DENSE: of dense prediction.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 DENSE = ('mmdet', 'mmseg')
 # What each launcher sets in the processes that it starts.
@@ -103,7 +103,7 @@ def forget_scope(part) -> None:
     """Let what came by ``_base_ = 'crossformer_mm::...'`` be built as if from a file beside.
 
     MMEngine would look it all up in a registry of that name, but models, data sets and metrics are
-    those of MMDetection and MMSegmentation.
+    those of MMDetection, MMSegmentation and MMPretrain.
     """
     if isinstance(part, dict) and part.get('_scope_') == 'crossformer_mm':
         del part['_scope_']
@@ -258,7 +258,8 @@ def bare_model(runner):
 
 
 class NameWeights(Hook):
-    """Give other hooks the weights of any file where and as they expect them."""
+    """Give all other hooks, such as those of averaged weights, a file's weights under
+    ``state_dict`` and as the model names them."""
 
     priority = 'VERY_HIGH'
 

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 import randomness
 import whole_files  # noqa: F401  (registers the file backend)
 from checked_data import CountSkipped, DataError
+from common import NameWeights
 from crossformer_mm.checkpoint import CheckpointError
 from errors import UserError, said
 
@@ -42,6 +43,7 @@ class CarefulRunner(Runner):
     - Checkpoints are replaced in one step, see :mod:`whole_files`.
     - What is random depends on the seed and the iteration alone, see :mod:`randomness`.
     - Data are checked, see :mod:`checked_data`.
+    - Weights are found in any file, under any of its names, see :class:`common.NameWeights`.
 
     The configuration that is kept with a training does not show it: any other tool
     can use it.
@@ -62,6 +64,7 @@ class CarefulRunner(Runner):
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         super().register_hooks(default_hooks, custom_hooks)
         self.register_hook(randomness.SeedIterations())
+        self.register_hook(NameWeights())
         for hook in self.hooks:
             if (isinstance(hook, CheckpointHook) and '://' not in str(hook.out_dir)
                     and hook.backend_args is None and hook.file_client_args is None):
