@@ -431,6 +431,17 @@ def test_a_missing_package_is_named(capsys, monkeypatch, package, expected):
         assert expected in sentence(capsys, monkeypatch, tool, IMAGENET)
 
 
+@pytest.mark.parametrize('option, expected', [
+    ('model.head.num_classes=4', 'model.data_preprocessor.num_classes = 3 and model.head.num_class'
+     'es = 4 must be equal.'),
+    ('val_evaluator.topk=(1,5)', 'val_evaluator.topk has 5, but there are 3 classes.')])
+def test_parts_that_disagree_on_the_number_of_classes(clean, tmp_path, capsys, monkeypatch, option,
+                                                      expected):
+    said = sentence(capsys, monkeypatch, 'train.py', write_config(tmp_path, clean), '--work-dir',
+                    tmp_path, '--cfg-options', option)
+    assert said == expected
+
+
 def test_a_misspelt_setting_is_named(capsys, monkeypatch):
     said = sentence(capsys, monkeypatch, 'train.py', IMAGENET, '--cfg-options',
                     'model.head.num_clases=3')
