@@ -40,7 +40,7 @@ SMOKE = dict(
 
 
 def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
-    """One shape on clutter, (SIDE, SIDE, 3)."""
+    """One shape on clutter, (SIDE, SIDE, 3); its hue, as in detection, is likely for its kind."""
     image = clutter(rng, SIDE)
     radius = rng.uniform(0.2, 0.44) * SIDE
     centre = rng.uniform(radius, SIDE - radius, 2)
@@ -48,7 +48,7 @@ def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
     inside = np.zeros((SIDE, SIDE), np.uint8)
     corners = np.round((polygon(shape, radius, angle) + centre) * 16).astype(np.int32)
     cv2.fillPoly(inside, [corners], 1, shift=4)
-    light = np.array(bright_colour(rng))
+    light = np.array(bright_colour(rng, CLASSES.index(shape)))
     image[inside == 1] = light
     image[(inside == 1) & surface(PATTERNS[pattern], SIDE, centre, angle)] = light // 2
     return image
@@ -173,7 +173,7 @@ def main():
                         help='folder for results.json, table.md and curves.png')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'pretraining',
                         help='folder for data, logs and checkpoints')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='of detection')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of detection')
     parser.add_argument('--smoke', action='store_true',
                         help='try the script on next to no data; its figures mean nothing')
     args = parser.parse_args()

@@ -36,6 +36,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=6, convert_to_iter_based=True),
 ]
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
 custom_hooks = [dict(type='mmengine.EMAHook', momentum=0.02, priority='ABOVE_NORMAL')]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(max_keep_ckpts=1))
