@@ -103,7 +103,8 @@ def test_config_table_names_the_configs_that_exist():
         stem, letters, rest = re.fullmatch(r'`([^{]*)(?:\{(.*)\}(.*))?`', config).groups('')
         said |= {f'{stem}{letter}{rest}' for letter in letters.split(',')}
     there = {str(path.relative_to(ROOT)) for path in ROOT.glob('configs/[!_d]*/*.py')}
-    assert said == there
+    # docs/pretraining.md has the classifiers.
+    assert said == {path for path in there if not path.startswith('configs/imagenet/')}
 
 
 @pytest.mark.parametrize('folder', ['crossformer_mm'])
