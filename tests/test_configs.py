@@ -7,14 +7,16 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
-ZOO = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name not in ('_base_', 'demo'))
+PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())
+ZOO = sorted(path for method in PUBLISHED['methods'] for path in CONFIGS.glob(f'{method}/cf*.py'))
+BASELINES = sorted({path for method in PUBLISHED['methods']
+                    for path in CONFIGS.glob(f'{method}/*.py')} - set(ZOO))
 DEMO = sorted(CONFIGS.glob('demo/*.py'))
-
-PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())['models']
 
 # The published FLOPs of these show other groups than those of all the rest.
 WIDE = {'mask_rcnn/cf_s_3x', 'mask_rcnn/cf_b_3x', 'cascade_mask_rcnn/cf_s_3x',
@@ -28,7 +30,25 @@ def name_of(path: Path) -> str:
 
 
 def test_every_zoo_config_has_published_results():
-    assert {name_of(path) for path in ZOO} == set(PUBLISHED)
+    assert {name_of(path) for path in ZOO} == set(PUBLISHED['models'])
+
+
+def test_every_other_config_is_a_baseline():
+    assert {name_of(path) for path in BASELINES} == set(PUBLISHED['baselines'])
+
+
+@pytest.mark.parametrize('path', BASELINES, ids=name_of)
+def test_a_baseline_differs_in_the_backbone_alone(path):
+    """And in the channels of what takes its features."""
+    ours, theirs = (Config.fromfile(file).to_dict()
+                    for file in (path.with_name(f"cf_s_{path.stem.split('_')[-1]}.py"), path))
+    init_default_scope(ours['default_scope'])
+    del ours['model']['backbone']
+    backbone = MODELS.build(theirs['model'].pop('backbone'))
+    assert not isinstance(backbone, CrossFormer)
+    taker = ours['model'].get('neck') or ours['model']['decode_head']
+    taker['in_channels'] = [feature.shape[1] for feature in backbone(torch.zeros(1, 3, 64, 64))]
+    assert ours == theirs
 
 
 @pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
@@ -55,7 +75,7 @@ def test_zoo_uses_the_setting_of_the_published_results(path):
     assert not {'out_norm', 'cooling'} & set(backbone)  # as the architecture has it
 
 
-@pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
+@pytest.mark.parametrize('path', ZOO + BASELINES + DEMO, ids=name_of)
 def test_configs_stand_on_their_own(path):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports == ['crossformer_mm']
@@ -153,7 +173,7 @@ def test_weight_decay_of_norms_and_biases(config, decay, biases):
             assert decays[id(parameter)] == expected
 
 
-@pytest.mark.parametrize('path', ZOO, ids=name_of)
+@pytest.mark.parametrize('path', ZOO + BASELINES, ids=name_of)
 def test_every_recipe_stands_once(path):
     names = {node.targets[0].id for node in ast.parse(path.read_text()).body}
     assert names <= {'_base_', 'model'}, f'{path} has more than a model of its own'

@@ -17,7 +17,7 @@ from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
 from errors import UserError, fail
-from options import add_cfg_options, check_keys
+from options import add_cfg_options, check_keys, let_weights_be_named
 
 # The package that each default_scope needs, as a user installs it.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
@@ -66,6 +66,7 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
         fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
     if not isinstance(cfg.get('model'), dict):
         fail(f"config '{file}' has no model.")
+    let_weights_be_named(cfg, options or {})
     with sentences_for(UserError):
         check_keys(cfg, options or {})
     try:
