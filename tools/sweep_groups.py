@@ -307,7 +307,8 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
     handles = {}
     for metric, row in zip(metrics, axes):
         for (cost, unit, label), axis in zip(costs, row):
-            points = {number: (result[cost] * unit, result['metrics'][metric])
+            # To three digits: a difference of less is noise, and no trade.
+            points = {number: (float(f'{result[cost] * unit:.3g}'), result['metrics'][metric])
                       for number, result in enumerate(results, start=1)
                       if result.get(cost) is not None and metric in result['metrics']}
             front = pareto(points.values())
@@ -440,10 +441,10 @@ def main():
     out = Path(args.out)
     file, log = out / 'sweep.json', out / 'log.txt'
     cuda = torch.cuda.is_available()
-    of = dict(config=args.config, hash=hashlib.sha256(cfg.pretty_text.encode()).hexdigest()[:16],
+    of = dict(config=args.config, hash=hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16],
               checkpoint=args.checkpoint, written=os.stat(args.checkpoint).st_mtime, images=images,
-              device=torch.cuda.get_device_name() if cuda else
-              f'CPU, {torch.get_num_threads()} threads')
+              device=torch.cuda.get_device_name() if cuda else 'CPU',
+              threads=torch.get_num_threads())
     known = read_record(file, of)
     if caution(cfg.model.backbone):
         print(caution(cfg.model.backbone))
