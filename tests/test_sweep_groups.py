@@ -82,10 +82,10 @@ def cut(shapes: Path, folder: Path, images: int) -> Path:
     return folder
 
 
-def task(folder: Path, images: int, *asked) -> list:
+def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
     """What a process of one setting is told."""
     folder.mkdir(exist_ok=True)
-    setting = dict(group_size=[7, 7, 7, 7], interval=[8, 4, 2, 1], lda='interval')
+    setting = dict(group_size=group_size, interval=[8, 4, 2, 1], lda='interval')
     return ['--task', json.dumps(dict(setting=setting, images=images, asked=asked,
                                       folder=str(folder)))]
 
@@ -111,6 +111,18 @@ def test_a_metric_that_is_not_there_is_said(shapes, segmentor, tmp_path, capsys)
                     *task(tmp_path / 'task', 2, 'mIoU', 'mDice')) == 2
     assert "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'" in (
         capsys.readouterr().err)
+
+
+def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
+    """Its parameters fit the config's own groups alone."""
+    bias = "position_bias='relative'"
+    config = tmp_path / 'relative.py'
+    config.write_text(f'_base_ = {str(ROOT / SEGMENTOR)!r}\nmodel = dict(backbone=dict({bias}))')
+    checkpoint = random_model(config, tmp_path / 'relative.pth', {})
+    folder = tmp_path / 'task'
+    assert run_here(ROOT, 'sweep_groups.py', config, checkpoint, '--data-root', shapes / 'ade',
+                    *task(folder, 1, group_size=(3, 3, 3, 3))) == 0
+    assert 0 <= json.loads((folder / 'result.json').read_text())['metrics']['mIoU'] <= 100
 
 
 class Processes:

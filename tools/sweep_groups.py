@@ -6,7 +6,7 @@
 No weight depends on the group size, the interval or the definition of long distance attention, for
 the dynamic position bias is a function of offsets of any length. So one checkpoint gives a model
 for each setting, without training: this tool measures all combinations of those given, and the
-config's own, and writes into the folder of --out:
+config's own, and writes into the folder of --out (default: work_dirs/NAME_OF_CONFIG/sweep):
 
     sweep.json    for each setting all metrics, time, memory and FLOPs
     sweep.png     the metrics against time and against memory
@@ -21,8 +21,10 @@ another one adds settings.
 import argparse
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
+import numbers
 import os
 import statistics
 import subprocess
@@ -37,15 +39,15 @@ from typing import Dict, List, Optional, Sequence
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
-from common import (CheckWeights, check_dataset, check_file, check_writable, fail, innermost,
-                    load_config, prepare_for_cpu, replace_data_root, run, sentences_for,
+from common import (CheckWeights, NameWeights, check_dataset, check_file, check_writable, fail,
+                    innermost, load_config, prepare_for_cpu, replace_data_root, run, sentences_for,
                     write_whole)
+from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import use_safe_loading
 from crossformer_mm.grouping import LDA_DEFINITIONS
-from errors import said
 from get_flops import count
 from options import add_cfg_options
 from runner import CarefulRunner
@@ -70,12 +72,11 @@ def of_stages(text: str) -> tuple:
 def settings_of(args: argparse.Namespace, cfg: Config) -> List[dict]:
     """The config's own setting, then all combinations; ends the program if one cannot be built."""
     init_default_scope(cfg.default_scope)
-    backbone = MODELS.get('CrossFormer')
+    defaults = inspect.signature(CrossFormer).parameters
     options = {key: value for key, value in cfg.model.backbone.items() if key != 'type'}
     with torch.device('meta'), sentences_for(ValueError, TypeError):
-        backbone(**options)
-        known = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval') | options
-        own = {key: known[key] for key in SETTING}
+        CrossFormer(**options)
+        own = {key: options.get(key, defaults[key].default) for key in SETTING}
         own.update(group_size=tuple(own['group_size']), interval=tuple(own['interval']))
         sizes, intervals = args.group_size, args.interval
         if not (sizes or intervals or args.lda):
@@ -88,7 +89,7 @@ def settings_of(args: argparse.Namespace, cfg: Config) -> List[dict]:
                                         intervals or [own['interval']], args.lda or [own['lda']]):
             setting = dict(zip(SETTING, values))
             if setting not in found:
-                backbone(**{**options, **setting})  # says what is wrong
+                CrossFormer(**{**options, **setting})  # says what is wrong
                 found.append(setting)
     return found
 
@@ -120,11 +121,12 @@ class Watch(Hook):
     """What a model costs while a runner tests it, and how far this is.
 
     Args:
+        setting: that the trained model is given.
         metrics: that the evaluator must have, which is seen to before all images are evaluated.
     """
 
-    def __init__(self, metrics: Sequence[str]):
-        self.metrics = metrics
+    def __init__(self, setting: dict, metrics: Sequence[str]):
+        self.setting, self.metrics = setting, metrics
         self.seconds: List[float] = []  # of one image each
         self.backbone: List[float] = []
         self.memory: Optional[int] = None  # in bytes, at its highest
@@ -133,6 +135,10 @@ class Watch(Hook):
 
     def before_test(self, runner) -> None:
         loop, self.model = runner.test_loop, runner.model
+        # Not in the config: position biases other than the dynamic one have parameters of a size.
+        sizes, intervals, lda = (self.setting[key] for key in SETTING)
+        for stage, size, interval in zip(self.model.backbone.layers, sizes, intervals):
+            stage.group_size, stage.interval, stage.lda = size, interval, lda
         for metric in loop.evaluator.metrics:
             if hasattr(metric, 'img_ids'):  # MMDetection's would miss the images left out
                 data = loop.dataloader.dataset
@@ -212,20 +218,22 @@ def check_names(asked: Sequence[str], metrics: dict) -> None:
                  f"{', '.join(map(repr, metrics))}.")
 
 
-def measure(cfg: Config, asked: Sequence[str]) -> dict:
-    """Metrics and costs of the model of a config on its test data."""
+def measure(cfg: Config, setting: dict, asked: Sequence[str]) -> dict:
+    """Metrics and costs of the trained model of a config, at a setting, on its test data."""
     # The libraries' messages go to the log; only the bar is for the terminal.
     with contextlib.redirect_stdout(sys.stderr):
         runner = CarefulRunner.from_cfg(cfg)
+        runner.register_hook(NameWeights())
         runner.register_hook(CheckWeights('Give the config that it was trained with.'))
-        watch = Watch(asked)
+        watch = Watch(setting, asked)
         runner.register_hook(watch)
         metrics = runner.test()
         shape = watch.shapes.most_common(1)[0][0]
+        cfg.model.backbone.update(setting)
         parts = count(cfg, shape)['parts']
     flops = sum(part['flops'] for name, part in parts.items() if name.startswith('backbone.'))
-    return dict(metrics={name: float(value) for name, value in metrics.items()},
-                **watch.result(), backbone_flops=flops, shape=shape)
+    return dict(metrics={name: float(value) for name, value in metrics.items()
+                         if isinstance(value, numbers.Real)}, **watch.result(), backbone_flops=flops, shape=shape)
 
 
 def measure_apart(setting: dict, images: Optional[int], asked: Sequence[str], log: Path) -> dict:
@@ -380,8 +388,8 @@ def parse_args():
     parser.add_argument('--max-images', type=int, metavar='N',
                         help='evaluate on the first N images alone (default: all)')
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
-    parser.add_argument('--out', default='work_dirs/sweep', metavar='DIR',
-                        help='folder to write (default: %(default)s)')
+    parser.add_argument('--out', metavar='DIR',
+                        help='folder to write (default: work_dirs/NAME_OF_CONFIG/sweep)')
     add_cfg_options(parser)
     parser.add_argument('--task', help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -406,21 +414,19 @@ def read_config(args: argparse.Namespace) -> Config:
 def work(args: argparse.Namespace, task: dict) -> None:
     """What one process does."""
     cfg = read_config(args)
-    cfg.model.backbone.update(task['setting'])
     if task['images'] is not None:
         innermost(cfg.test_dataloader.dataset).indices = task['images']
     cfg.work_dir = task['folder']
     use_safe_loading()
-    result = measure(cfg, task['asked'])
+    result = measure(cfg, task['setting'], task['asked'])
     Path(task['folder'], 'result.json').write_text(json.dumps(result), encoding='utf-8')
 
 
-def number_of_images(cfg: Config, most: Optional[int]) -> int:
-    """How many images are evaluated; ends the program if the data cannot be used."""
+def number_of_images(cfg: Config) -> int:
+    """How many there are; ends the program if the data cannot be used."""
     dataset = dict(type='CheckedDataset', dataset=innermost(cfg.test_dataloader.dataset))
     with contextlib.redirect_stdout(sys.stderr):  # pycocotools is talkative
-        there = len(DATASETS.build(dataset))
-    return min(most or there, there)
+        return len(DATASETS.build(dataset))
 
 
 def main():
@@ -436,9 +442,10 @@ def main():
         fail(f'--max-images must be at least 1, got {args.max_images}.')
     settings = settings_of(args, cfg)
     check_dataset(cfg, 'test')
-    check_writable('--out', args.out)
-    images = number_of_images(cfg, args.max_images)
-    out = Path(args.out)
+    out = Path(args.out or Path('work_dirs') / Path(args.config).stem / 'sweep')
+    check_writable('--out', out)
+    there = number_of_images(cfg)
+    images = min(args.max_images or there, there)
     file, log = out / 'sweep.json', out / 'log.txt'
     cuda = torch.cuda.is_available()
     of = dict(config=args.config, hash=hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16],
@@ -449,7 +456,6 @@ def main():
     if caution(cfg.model.backbone):
         print(caution(cfg.model.backbone))
 
-    some = images if args.max_images else None
     for number, setting in enumerate(settings, start=1):
         name = name_of(setting)
         print(f'{number}/{len(settings)} {name}', flush=True)
@@ -459,7 +465,8 @@ def main():
             continue
         own = number == 1
         try:
-            result = measure_apart(setting, some, args.metric if own else [], log)
+            result = measure_apart(setting, images if images < there else None,
+                                   args.metric if own else [], log)
         except KeyboardInterrupt:
             fail(f"interrupted; '{file}' keeps {len(known)} settings, the same command goes on.")
         if result.pop('refused', False) and own:
