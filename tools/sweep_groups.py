@@ -36,6 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -325,22 +326,25 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
                                                      linestyle='--', linewidth=1.2, zorder=1)
             for number, point in points.items():
                 result = results[number - 1]
+                colour = f"C{sizes.index(tuple(result['group_size'])) % 10}"
                 handles[number] = axis.scatter(
-                    *point, s=330 if result['own'] else 200, zorder=3 if result['own'] else 2,
-                    marker=markers[result['lda']], alpha=0.9, linewidths=2.5,
-                    color=f"C{sizes.index(tuple(result['group_size'])) % 10}",
+                    *point, s=200 if result['own'] else 70, zorder=2 if result['own'] else 3,
+                    marker=markers[result['lda']], alpha=0.85, linewidths=2, color=colour,
                     edgecolors='black' if result['own'] else 'white')
-                axis.annotate(str(number), point, ha='center', va='center', fontsize=9,
-                              color='white', fontweight='bold', zorder=4)
+                # Around the point, each number elsewhere: points may lie on each other.
+                away = 14 * np.exp(2.4j * number)
+                axis.annotate(str(number), point, (away.real, away.imag), ha='center', va='center',
+                              textcoords='offset points', fontsize=9, color=colour,
+                              fontweight='bold', zorder=4)
             axis.set(xlabel=label, ylabel=metric)
-            axis.margins(0.12)
+            axis.margins(0.15)
             axis.grid(alpha=0.3)
     names = {number: f"{number}  {name_of(result)}{' (as in the config)' if result['own'] else ''}"
              for number, result in enumerate(results, start=1)}
     order = sorted((key for key in handles if key in names)) + [
         key for key in handles if key not in names]
     figure.legend([handles[key] for key in order], [names.get(key, key) for key in order],
-                  loc='outside lower center', ncols=2, fontsize=8, markerscale=0.6, frameon=False)
+                  loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     figure.suptitle(f"{Path(of['config']).stem} at other groups, {of['images']} images",
                     fontweight='bold')
     part = path.with_name(f'.{os.getpid()}.{path.name}')
