@@ -47,8 +47,8 @@ def test_published_parameters_and_flops(counted, name):
 @pytest.mark.parametrize('name', [name for name, row in PUBLISHED['baselines'].items()
                                   if row['params']])
 def test_published_cost_of_baselines(counted, name):
-    """Published are a ResNet without its frozen layers, PVT and Swin on COCO without the products of
-    attention."""
+    """Published are a ResNet without its frozen layers, PVT and Swin on COCO without the
+    products of attention."""
     row, count = PUBLISHED['baselines'][name], counted[name]
     params, flops = count['params'] / 1e6, count['flops'] / 1e9
     if row['backbone'].startswith('ResNet'):

@@ -111,8 +111,8 @@ def caution(backbone: dict) -> Optional[str]:
     bias = backbone.get('position_bias', 'dynamic')
     if bias.startswith('dynamic'):
         return None
-    return (f"note: the model's position_bias is '{bias}'; only a dynamic one is made for groups of "
-            'other sizes than in training.')
+    return (f"note: the model's position_bias is '{bias}'; only a dynamic one is made for groups "
+            'of other sizes than in training.')
 
 
 # One setting, in a process of its own
@@ -234,7 +234,8 @@ def measure(cfg: Config, setting: dict, asked: Sequence[str]) -> dict:
         parts = count(cfg, shape)['parts']
     flops = sum(part['flops'] for name, part in parts.items() if name.startswith('backbone.'))
     return dict(metrics={name: float(value) for name, value in metrics.items()
-                         if isinstance(value, numbers.Real)}, **watch.result(), backbone_flops=flops, shape=shape)
+                         if isinstance(value, numbers.Real)},
+                **watch.result(), backbone_flops=flops, shape=shape)
 
 
 def measure_apart(setting: dict, images: Optional[int], asked: Sequence[str], log: Path) -> dict:
@@ -365,8 +366,8 @@ def read_record(file: Path, of: dict) -> Dict[str, dict]:
     try:
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['of'] != of:
-            fail(f"--out: '{file}' is of another model, other data or another machine; name another "
-                 'folder, or remove it.')
+            fail(f"--out: '{file}' is of another model, other data or another machine; name "
+                 'another folder, or remove it.')
         return {name_of(result): result for result in record['settings']}
     except (ValueError, KeyError, TypeError):
         fail(f"--out: '{file}' is no result of this tool; name another folder, or remove it.")
@@ -452,8 +453,9 @@ def main():
     images = min(args.max_images or there, there)
     file, log = out / 'sweep.json', out / 'log.txt'
     cuda = torch.cuda.is_available()
-    of = dict(config=args.config, hash=hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16],
-              checkpoint=args.checkpoint, written=os.stat(args.checkpoint).st_mtime, images=images,
+    digest = hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16]
+    of = dict(config=args.config, digest=digest, checkpoint=args.checkpoint,
+              written=os.stat(args.checkpoint).st_mtime, images=images,
               device=torch.cuda.get_device_name() if cuda else 'CPU',
               threads=torch.get_num_threads())
     known = read_record(file, of)

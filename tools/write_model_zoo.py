@@ -105,7 +105,7 @@ def read_models(counted: Dict[str, dict]) -> List[Model]:
 
 
 def count_all() -> Dict[str, dict]:
-    """What every model of the zoo, and every baseline, costs at the size of the published tables."""
+    """What all models of the zoo and baselines cost, at the size of the published tables."""
     counted = {}
     published = json.loads(PUBLISHED.read_text(encoding='utf-8'))
     for name in (*published['models'], *published['baselines']):
