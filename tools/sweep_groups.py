@@ -72,7 +72,6 @@ def of_stages(text: str) -> tuple:
 
 def settings_of(args: argparse.Namespace, cfg: Config) -> List[dict]:
     """The config's own setting, then all combinations; ends the program if one cannot be built."""
-    init_default_scope(cfg.default_scope)
     defaults = inspect.signature(CrossFormer).parameters
     options = {key: value for key, value in cfg.model.backbone.items() if key != 'type'}
     with torch.device('meta'), sentences_for(ValueError, TypeError):
@@ -429,6 +428,7 @@ def work(args: argparse.Namespace, task: dict) -> None:
 
 def number_of_images(cfg: Config) -> int:
     """How many there are; ends the program if the data cannot be used."""
+    init_default_scope(cfg.default_scope)
     dataset = dict(type='CheckedDataset', dataset=innermost(cfg.test_dataloader.dataset))
     with contextlib.redirect_stdout(sys.stderr):  # pycocotools is talkative
         return len(DATASETS.build(dataset))
