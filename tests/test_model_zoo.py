@@ -41,7 +41,12 @@ def test_published_parameters_and_flops(counted, name):
     """The authors' code pads maps to whole groups: what runs here is up to 3 % less."""
     row = PUBLISHED['models'][name]
     assert abs(counted[name]['params'] / 1e6 - row['params']) < 0.06
-    assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+    if row['flops']:
+        assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+
+
+def test_the_classifier_whose_published_flops_nothing_gives(counted):
+    assert 4.35e9 < counted['imagenet/cfpp_s_300e']['flops'] < 4.5e9
 
 
 @pytest.mark.parametrize('name', [name for name, row in PUBLISHED['baselines'].items()

@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import SCOPES, fail, load_config, run
+from common import fail, load_config, run
 from crossformer_mm.attention import GroupAttention
 
 # Of the published tables, by default_scope: height, width.
@@ -172,7 +172,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config, scopes=SCOPES)
+    cfg = load_config(args.config)
     shape = args.shape or SHAPES[cfg.default_scope]
     if min(shape) < 1:
         fail(f'--shape must be two numbers of at least 1, got {shape[0]} {shape[1]}.')

@@ -28,17 +28,17 @@ README_TABLE = re.compile(
     flags=re.DOTALL)
 CHINESE = {' epochs ': ' 轮 ', 'k iterations ': 'k 次迭代 ', ' to ': ' 至 ', 'multi-scale': '多尺度'}
 INTRODUCTION = '''\
-Every model here is one for which the authors publish a result on COCO or ADE20K. Results are
-theirs; none was trained anew here. They start from ImageNet weights, for which the authors'
-repository has links. Of the 3x schedule they publish results but no recipe: the configs have
-Swin's.
+Every model here is one for which the authors publish a result. Results are theirs; none was
+trained anew here. Detectors and segmentors start from ImageNet weights, for which the authors'
+repository has links; [pretraining.md](pretraining.md) makes them. Of the 3x schedule they publish
+results but no recipe: the configs have Swin's.
 
 Parameters and FLOPs are beside the published ones. FLOPs are multiply-accumulates of convolutions,
 linear layers and attention products, as `tools/get_flops.py CONFIG` counts them; a detector's
 second stage has 1000 proposals and 100 masks. They are up to 3 % below the published ones, because
 the authors pad the map to whole groups and here nothing is padded. G and I, the group size and the
-interval of each stage, are those that the published FLOPs show; long distance attention always is
-`lda='interval'`.'''
+interval of each stage, are those that the published FLOPs show; long distance attention is
+`lda='interval'` where nothing else is said.'''
 
 BASELINES = '''\
 ## Baselines
@@ -77,14 +77,17 @@ class Model:
     @property
     def groups(self) -> str:
         backbone = self.cfg.model.backbone
-        return ', '.join('·'.join(map(str, of_stages))
-                         for of_stages in (backbone.group_size, backbone.interval))
+        groups = ', '.join('·'.join(map(str, of_stages))
+                           for of_stages in (backbone.group_size, backbone.interval))
+        return groups if backbone.lda == 'interval' else f'{groups}, {backbone.lda}'
 
     @property
     def recipe(self) -> str:
         """Image size and length of training, read off the config."""
         steps = {step.type: step for step in self.cfg.train_pipeline}
-        if 'RandomCrop' in steps:
+        if 'RandomResizedCrop' in steps:
+            size = '{0}x{0}'.format(steps['RandomResizedCrop'].scale)
+        elif 'RandomCrop' in steps:
             height, width = steps['RandomCrop'].crop_size
             size = f'{width}x{height}'
         elif 'RandomChoiceResize' in steps:
