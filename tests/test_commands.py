@@ -35,6 +35,8 @@ SHORTER = {
     'tools/make_shapes.py': ['--train', '8', '--val', '8'],
     'benchmarks/backbone.py': ['--sizes', '32x32', '40x40', '--models', 'crossformer_s',
                                '--modes', 'infer', '--repeats', '2'],
+    'tools/sweep_groups.py': ['--group-size', '7,7,7,7', '--interval', '8,4,2,1', '--lda',
+                              'interval'],  # the configs' own alone
     'tools/train.py configs/demo/upernet_shapes.py': [
         '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
         'train_dataloader.batch_size=2'],

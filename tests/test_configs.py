@@ -7,16 +7,24 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
-ALL = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name not in ('_base_', 'demo'))
-IMAGENET = [path for path in ALL if path.parent.name == 'imagenet']
-ZOO = [path for path in ALL if path not in IMAGENET]  # of dense prediction
-DEMO = sorted(CONFIGS.glob('demo/*.py'))
+PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())
 
-PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())['models']
+
+def paths_of(names) -> list:
+    return [CONFIGS / f'{name}.py' for name in names]
+
+
+ZOO, IMAGENET = (paths_of(name for name in PUBLISHED['models']
+                          if name.startswith('imagenet/') == classifies)
+                 for classifies in (False, True))
+BASELINES = paths_of(PUBLISHED['baselines'])
+ALL = ZOO + IMAGENET + BASELINES
+DEMO = sorted(CONFIGS.glob('demo/*.py'))
 
 # The published FLOPs of these show other groups than those of all the rest.
 WIDE = {'mask_rcnn/cf_s_3x', 'mask_rcnn/cf_b_3x', 'cascade_mask_rcnn/cf_s_3x',
@@ -30,7 +38,23 @@ def name_of(path: Path) -> str:
 
 
 def test_every_zoo_config_has_published_results():
-    assert {name_of(path) for path in ALL} == set(PUBLISHED)
+    there = {path for path in CONFIGS.glob('*/*.py')
+             if path.parent.name not in ('_base_', 'demo', 'ablation')}
+    assert there == set(ALL)
+
+
+@pytest.mark.parametrize('path', BASELINES, ids=name_of)
+def test_a_baseline_differs_in_the_backbone_alone(path):
+    """And in the channels of what takes its features."""
+    ours, theirs = (Config.fromfile(file).to_dict()
+                    for file in (path.with_name(f"cf_s_{path.stem.split('_')[-1]}.py"), path))
+    init_default_scope(ours['default_scope'])
+    del ours['model']['backbone']
+    backbone = MODELS.build(theirs['model'].pop('backbone'))
+    assert not isinstance(backbone, CrossFormer)
+    taker = ours['model'].get('neck') or ours['model']['decode_head']
+    taker['in_channels'] = [feature.shape[1] for feature in backbone(torch.zeros(1, 3, 64, 64))]
+    assert ours == theirs
 
 
 @pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)

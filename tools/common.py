@@ -20,7 +20,7 @@ from checked_data import image_folders, list_of_images
 from crossformer_mm.checkpoint import (CheckpointError, fit_checkpoint, model_weights,
                                        use_safe_loading)
 from errors import UserError, fail, said
-from options import add_cfg_options, check_keys
+from options import add_cfg_options, check_keys, let_weights_be_named
 
 # The package that each default_scope needs, as a user installs it; DENSE: of dense prediction.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
@@ -81,6 +81,7 @@ def load_config(file: str, options: Optional[dict] = None,
         check_torchvision(file)
     if not isinstance(cfg.get('model'), dict):
         fail(f"config '{file}' has no model.")
+    let_weights_be_named(cfg, options or {})
     with sentences_for(UserError):
         check_keys(cfg, options or {})
     try:

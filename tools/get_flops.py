@@ -106,6 +106,15 @@ class Meter:
             self.flops += self.counter.get_total_flops()
 
 
+def build_empty(model: dict) -> nn.Module:
+    """A model whose tensors have a shape and no content."""
+    try:
+        with torch.device('meta'):
+            return MODELS.build(model)
+    except RuntimeError:  # MMDetection's Swin and PVT read tensors while they are built
+        return MODELS.build(model).to('meta')
+
+
 def count(cfg: Config, shape: Sequence[int]) -> dict:
     """Parameters and multiply-accumulates of the model of a config.
 
@@ -118,9 +127,8 @@ def count(cfg: Config, shape: Sequence[int]) -> dict:
         parameters its ``params`` and ``flops``. The parts add up to the whole.
     """
     init_default_scope(cfg.default_scope)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model).eval()
-        image = torch.empty(1, 3, *shape)
+    model = build_empty(cfg.model).eval()
+    image = torch.empty(1, 3, *shape, device='meta')
     for module in model.modules():
         if isinstance(module, GroupAttention):
             module.path = 'plain'  # the others hide their products, and work on real tensors only

@@ -70,6 +70,10 @@ def main():
     pretrained = (cfg.model.get('backbone', {}).get('init_cfg') or {}).get('checkpoint')
     if pretrained:
         check_file('model.backbone.init_cfg.checkpoint', pretrained)
+    elif cfg.model.get('backbone', {}).get('type') != 'CrossFormer' and not cfg.get('load_from'):
+        # CrossFormer says so itself.
+        print('No pretrained checkpoint is given, the backbone starts from random weights: name a '
+              'file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.')
     check_dataset(cfg, 'train', 'val')
     if args.tensorboard_samples:
         if not cfg.get('val_dataloader'):

@@ -16,7 +16,7 @@ from typing import Dict, List
 import yaml
 from mmengine.config import Config
 
-from common import DENSE, fail, run
+from common import fail, run
 from get_flops import SHAPES, count
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,15 @@ second stage has 1000 proposals and 100 masks. They are up to 3 % below the publ
 the authors pad the map to whole groups and here nothing is padded. G and I, the group size and the
 interval of each stage, are those that the published FLOPs show; long distance attention is
 `lda='interval'` where nothing else is said.'''
+
+BASELINES = '''\
+## Baselines
+
+Backbones of MMDetection and MMSegmentation in the place of CrossFormer-S: these configs differ from
+the `cf_s` config beside them in `model.backbone`, and in the channels that the neck takes, alone.
+Results are those that the papers list for these backbones; the recipes behind them are not always
+this one. Published parameters of a ResNet leave out its frozen layers (0.2 M), published FLOPs of
+PVT and Swin on COCO the products of attention (90.1 G and 3.1 G).'''
 
 
 class Model:
@@ -99,9 +108,10 @@ def read_models(counted: Dict[str, dict]) -> List[Model]:
 
 
 def count_all() -> Dict[str, dict]:
-    """What every model of the zoo costs, at the size of the published tables."""
+    """What all models of the zoo and baselines cost, at the size of the published tables."""
     counted = {}
-    for name in json.loads(PUBLISHED.read_text(encoding='utf-8'))['models']:
+    published = json.loads(PUBLISHED.read_text(encoding='utf-8'))
+    for name in (*published['models'], *published['baselines']):
         cfg = Config.fromfile(CONFIGS / f'{name}.py')
         counted[name] = count(cfg, SHAPES[cfg.default_scope])
     return counted
@@ -115,7 +125,7 @@ def by(models: List[Model], key) -> Dict[object, List[Model]]:
     return groups
 
 
-def model_zoo(models: List[Model]) -> str:
+def model_zoo(models: List[Model], counted: Dict[str, dict]) -> str:
     """The text of docs/model_zoo.md."""
     lines = ['# Model zoo', '',
              f"<!-- {GENERATED}; the papers' figures are in {PUBLISHED.name}. -->", '', INTRODUCTION]
@@ -142,7 +152,20 @@ def model_zoo(models: List[Model]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         for index, note in enumerate(notes, start=1):
             lines += ['', f'[{index}] {note}']
-    return '\n'.join(lines) + '\n'
+    return '\n'.join([*lines, '', *baselines(counted)]) + '\n'
+
+
+def baselines(counted: Dict[str, dict]) -> List[str]:
+    """The lines of docs/model_zoo.md on other backbones."""
+    lines = [BASELINES, '', '| config | backbone | parameters | published | FLOPs | published | '
+             'published result |', '|---' * 7 + '|']
+    for name, row in json.loads(PUBLISHED.read_text(encoding='utf-8'))['baselines'].items():
+        results = ', '.join(f'{value} {metric}' for metric, value in row['results'].items())
+        lines.append(f"| [{name}](../configs/{name}.py) | {row['backbone']} | "
+                     f"{counted[name]['params'] / 1e6:.1f} M | {figure(row['params'], 'M')} | "
+                     f"{counted[name]['flops'] / 1e9:.1f} G | {figure(row['flops'], 'G')} | "
+                     f"{results or figure(None, '')} |")
+    return lines
 
 
 def figure(value, unit: str) -> str:
@@ -150,10 +173,8 @@ def figure(value, unit: str) -> str:
 
 
 def readme_table(models: List[Model]) -> str:
-    """The rows of README.md's table of configs for dense prediction, one for all sizes of a
-    backbone."""
+    """The rows of README.md's table of configs, one for all sizes of a backbone."""
     rows = []
-    models = [model for model in models if model.cfg.default_scope in DENSE]
     groups = by(models, lambda model: (model.folder, model.family, model.schedule))
     for (folder, family, schedule), members in groups.items():
         sizes = ','.join(model.size for model in members)
@@ -209,7 +230,7 @@ def render(counted: Dict[str, dict]) -> Dict[Path, str]:
     translated = rows
     for english, chinese in CHINESE.items():
         translated = translated.replace(english, chinese)
-    files = {ROOT / 'docs' / 'model_zoo.md': model_zoo(models),
+    files = {ROOT / 'docs' / 'model_zoo.md': model_zoo(models, counted),
              **with_table(ROOT / 'README.md', rows),
              **with_table(ROOT / 'README_zh-CN.md', translated),
              ROOT / 'model-index.yml': dump(

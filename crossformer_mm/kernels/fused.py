@@ -48,14 +48,14 @@ def fused_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRul
             TRITON_INTERPRET=1 is in the environment).
         table (Tensor): (heads, 2*h-1, 2*w-1), the bias of every offset, for
             groups of at least the members that the rules give.
-        rows, columns (AxisRule): which positions form a group.
+        rows, columns (AxisRule): which positions form a group; of no lead.
         num_heads (int): heads.
         scale (float): factor on ``q @ k``.
 
     Returns:
         Tensor: (B, H, W, heads*d) in the type of ``qkv``.
     """
-    return _attend(qkv, table, *rows, *columns, num_heads, scale)[0]
+    return _attend(qkv, table, *rows[:2], *columns[:2], num_heads, scale)[0]
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
@@ -69,9 +69,15 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropo
     return why_no_triton(device)
 
 
+@functools.lru_cache(maxsize=None)
+def has_triton() -> bool:
+    """Asked by each block of each forward, and answered by a search of the disk: once."""
+    return importlib.util.find_spec('triton') is not None
+
+
 def why_no_triton(device: torch.device) -> str:
     """What is in the way of running Triton kernels on a device, or nothing."""
-    if importlib.util.find_spec('triton') is None:
+    if not has_triton():
         return 'it needs the package triton, which is not installed'
     if device.type == 'cuda' and torch.cuda.is_available():
         if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
