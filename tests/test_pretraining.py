@@ -84,7 +84,7 @@ def trained(clean, tmp_path_factory) -> Path:
 
 
 def weights(folder: Path, epoch: int, which: str = 'state_dict') -> dict:
-    checkpoint = torch.load(folder / f'epoch_{epoch}.pth', weights_only=False)
+    checkpoint = read_checkpoint(str(folder / f'epoch_{epoch}.pth'))
     return {key.removeprefix('module.'): value for key, value in checkpoint[which].items()
             if key != 'steps'}
 
@@ -394,7 +394,8 @@ class TestBenchmark:
             assert all(np.shape(result[arm][key]) == (1, 1) for key in benchmark.METRICS)
         # The two differ in the weights that they start from alone.
         start = f"model.backbone.init_cfg.checkpoint={tmp_path / 'work/classifier/epoch_1.pth'} "
-        pretrained, random = (line.replace(f'/{arm}_', '') for line, arm in zip(ran[-2:], benchmark.ARMS))
+        pretrained, random = (line.replace(f'/{arm}_', '')
+                              for line, arm in zip(ran[-2:], benchmark.ARMS))
         assert pretrained.replace(start, '') == random != pretrained
         assert cv2.imread(str(tmp_path / 'curves.png')).std() > 10
         assert '| 1 | ' in (tmp_path / 'table.md').read_text()
