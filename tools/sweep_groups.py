@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import numbers
@@ -347,15 +348,10 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
                   loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     figure.suptitle(f"{Path(of['config']).stem} at other groups, {of['images']} images",
                     fontweight='bold')
-    part = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        figure.savefig(part, dpi=110)
-        part.replace(path)
-    except OSError as error:
-        fail(f"'{path}' could not be written: {error}.")
-    finally:
-        part.unlink(missing_ok=True)
-        plt.close(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
 
 
 def read_record(file: Path, of: dict) -> Dict[str, dict]:
