@@ -233,7 +233,7 @@ def test_amp_without_gpu_is_refused(capsys, monkeypatch):
 def test_wrong_backbone_option_is_said_before_training(capsys, monkeypatch, shapes, tmp_path):
     said = sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--work-dir', tmp_path,
                     '--data-root', shapes / 'coco', '--cfg-options', 'model.backbone.lda=tiles')
-    assert "lda must be 'interval' or 'block', got 'tiles'" in said
+    assert "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'" in said
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
