@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .grouping import Grouping
 from .kernels import check_path, fused_attention, group_attention, is_fused
 from .linear import Linear
-from .position_bias import DynamicPositionBias
+from .position_bias import build_position_bias
 
 
 def reorder(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -51,18 +51,21 @@ class GroupAttention(BaseModule):
         proj_drop_rate (float): dropout on the output while training.
         path (str, optional): how to compute, see :mod:`crossformer_mm.kernels`.
             None: chosen by device and mode.
+        position_bias (str): one of :mod:`crossformer_mm.position_bias`.
+        group_size (int): G, for a position bias that has a size.
     """
 
     def __init__(self, channels: int, num_heads: int, qkv_bias: bool = True, qk_scale=None,
                  attn_drop_rate: float = 0., proj_drop_rate: float = 0.,
-                 path: Optional[str] = None):
+                 path: Optional[str] = None, position_bias: str = 'dynamic',
+                 group_size: int = 7):
         super().__init__()
         check_path(path)
         self.num_heads = num_heads
         self.scale = (channels // num_heads)**-0.5 if qk_scale is None else qk_scale
         self.attn_drop_rate = attn_drop_rate
         self.path = path
-        self.pos = DynamicPositionBias(channels, num_heads)
+        self.pos = build_position_bias(position_bias, channels, num_heads, group_size)
         self.qkv = Linear(channels, channels * 3, bias=qkv_bias)
         self.proj = Linear(channels, channels)
         self.proj_drop = nn.Dropout(proj_drop_rate)
@@ -78,7 +81,7 @@ class GroupAttention(BaseModule):
 
     def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
         """(B, H, W, C) to the same, each position attending within its group."""
-        if self.works_in_place(x):
+        if self.works_in_place(x) and not grouping.is_shifted:
             out = fused_attention(self.qkv(x), self.pos(*grouping.extent), grouping.rows,
                                   grouping.columns, self.num_heads, self.scale)
             return self.proj_drop(self.proj(out))

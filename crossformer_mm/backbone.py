@@ -19,6 +19,7 @@ from .block import CrossFormerBlock
 from .checkpoint import load_backbone
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, group_map, long_distance, short_distance
+from .position_bias import POSITION_BIASES, AbsolutePosition
 
 # CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv
 # 2303.06908, table 1). Depths, heads and channels are those of the released weights.
@@ -62,7 +63,8 @@ class CrossFormerStage(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
         batch, height, width, _ = x.shape
-        line_up = not all(block.attn.works_in_place(x) for block in self.blocks)
+        line_up = self.lda == 'shifted' or not all(block.attn.works_in_place(x)
+                                                   for block in self.blocks)
         if line_up:
             # The runs of groups depend on a map's sides in many small ways: torch.compile had
             # better compile anew for each size (seconds) than for symbolic sides (minutes).
@@ -180,6 +182,7 @@ class CrossFormer(BaseModule):
                  group_size: Sequence[int] = (7, 7, 7, 7),
                  interval: Sequence[int] = (8, 4, 2, 1),
                  lda: str = 'interval',
+                 position_bias: str = 'dynamic',
                  cooling: Optional[bool] = None,
                  mlp_ratio: float = 4,
                  qkv_bias: bool = True,
@@ -201,14 +204,18 @@ class CrossFormer(BaseModule):
         if drop_path_rate is None:
             drop_path_rate = arch['drop_path_rate']
         check_options(arch, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
-                      mlp_ratio, qk_scale, out_indices, frozen_stages, drop_rate=drop_rate,
-                      attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+                      position_bias, attention_path, mlp_ratio, qk_scale, out_indices,
+                      frozen_stages, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
+                      drop_path_rate=drop_path_rate)
 
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
 
         self.patch_embed = PatchEmbedding(in_channels, arch['embed_dims'], patch_sizes)
+        self.absolute_pos = nn.Identity()
+        if position_bias == 'absolute':
+            self.absolute_pos = AbsolutePosition(arch['embed_dims'], group_size[0] * interval[0])
         self.embed_drop = nn.Dropout(drop_rate)
         last_block = max(sum(depths) - 1, 1)
         drop_path = (drop_path_rate * block / last_block for block in range(sum(depths)))
@@ -224,7 +231,8 @@ class CrossFormer(BaseModule):
                     dims, num_heads[stage], mlp_ratio, qkv_bias, qk_scale, drop_rate,
                     attn_drop_rate, next(drop_path),
                     cooling=cooling and (block + 1) % 3 == 0 and block + 1 < depths[stage],
-                    attention_path=attention_path)
+                    attention_path=attention_path, position_bias=position_bias,
+                    group_size=group_size[stage])
                 for block in range(depths[stage])
             ]
             downsample = PatchMerging(dims, merge_sizes[stage]) if stage + 1 < num_stages else None
@@ -261,7 +269,7 @@ class CrossFormer(BaseModule):
         if not image.is_floating_point():
             raise ValueError('CrossFormer takes images in a floating point type, but got '
                              f'{image.dtype}: normalise them first.')
-        x = self.embed_drop(self.patch_embed(image))
+        x = self.embed_drop(self.absolute_pos(self.patch_embed(image)))
         outputs = {}
         for stage, layer in enumerate(self.layers):
             x = layer(x)
@@ -306,7 +314,8 @@ class CrossFormer(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        frozen = [] if self.frozen_stages < 0 else [self.patch_embed, self.embed_drop]
+        frozen = [] if self.frozen_stages < 0 else [
+            self.patch_embed, self.absolute_pos, self.embed_drop]
         for stage in range(self.frozen_stages):
             frozen.append(self.layers[stage])
             if self.out_norm and stage in self.out_indices:
@@ -350,7 +359,8 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
 
 
 def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
-                  mlp_ratio, qk_scale, out_indices, frozen_stages, **rates) -> None:
+                  position_bias, attention_path, mlp_ratio, qk_scale, out_indices, frozen_stages,
+                  **rates) -> None:
     """Raise a ValueError with one sentence on the first option that cannot work."""
 
     def check(valid: bool, sentence: str) -> None:
@@ -390,7 +400,13 @@ def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size,
               f'got {kernels!r}')
         check(2**(len(kernels) - 1) <= dims,
               f'{name} has more kernels than {dims} channels can be halved for, got {kernels!r}')
-    check(lda in LDA_DEFINITIONS, f"lda must be 'interval' or 'block', got {lda!r}")
+    check(lda in LDA_DEFINITIONS,
+          f"lda must be one of {', '.join(map(repr, LDA_DEFINITIONS))}, got {lda!r}")
+    check(position_bias in POSITION_BIASES,
+          f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, "
+          f'got {position_bias!r}')
+    check(lda != 'shifted' or attention_path != 'fused',
+          "attention_path='fused' does not know lda='shifted', leave attention_path out")
     check(number(mlp_ratio) and dims * mlp_ratio >= 1,
           f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}')
     check(qk_scale is None or number(qk_scale),

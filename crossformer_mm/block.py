@@ -23,16 +23,18 @@ class CrossFormerBlock(BaseModule):
             (arXiv 2303.06908, section 3.4): depthwise 3x3 convolution and
             LayerNorm with no residual around them.
         attention_path (str, optional): ``path`` of the attention.
+        position_bias, group_size: of the attention.
     """
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True,
                  qk_scale=None, drop_rate: float = 0., attn_drop_rate: float = 0.,
                  drop_path_rate: float = 0., cooling: bool = False,
-                 attention_path: Optional[str] = None):
+                 attention_path: Optional[str] = None, position_bias: str = 'dynamic',
+                 group_size: int = 7):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate,
-                                   drop_rate, attention_path)
+                                   drop_rate, attention_path, position_bias, group_size)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio), drop_rate)

@@ -14,8 +14,9 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 # What the authors' ImageNet files hold besides the backbone: the classifier's
-# final norm and linear layer, and buffers that their code recomputes anyway.
-CLASSIFIER_KEYS = ('norm.', 'head.')
+# final norm and linear layer, with their names in a classifier here
+# (configs/_base_/models/classifier.py), and buffers that their code recomputes anyway.
+CLASSIFIER_NAMES = {'norm.': 'neck.norm.', 'head.': 'head.fc.'}
 BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
 
@@ -157,7 +158,7 @@ def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
 
 def is_known_extra(key: str) -> bool:
     """Whether a backbone's key is of what the authors' files hold besides its weights."""
-    return key.startswith(CLASSIFIER_KEYS) or key.endswith(BUFFER_KEYS)
+    return key.startswith(tuple(CLASSIFIER_NAMES)) or key.endswith(BUFFER_KEYS)
 
 
 def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.',
@@ -206,6 +207,34 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
     print_log(f"Loaded backbone weights from '{path}'{left}", 'current')
 
 
+def model_weights(model: nn.Module, checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
+    """The weights of a checkpoint, named as a whole model names them.
+
+    Takes what :func:`weights_in` takes. The authors' ImageNet files name a classifier's parts in
+    their own way. What their files hold besides is dropped by name.
+
+    Raises:
+        CheckpointError: there are no tensors.
+    """
+    own, weights = model.state_dict(), weights_in(checkpoint, name)
+    classifier = all(f'{part}weight' in own for part in CLASSIFIER_NAMES.values())
+    if classifier and any(key.startswith('patch_embed.') for key in weights):
+        weights = OrderedDict((name_in_classifier(key), value) for key, value in weights.items())
+    for key in list(weights):
+        part = key.removeprefix('backbone.')
+        if key not in own and part != key and is_known_extra(part):
+            del weights[key]
+    return weights
+
+
+def name_in_classifier(key: str) -> str:
+    """A key of the authors' ImageNet files as a classifier here has it."""
+    for theirs, ours in CLASSIFIER_NAMES.items():
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return f'backbone.{key}'
+
+
 def fit_checkpoint(model: nn.Module, checkpoint: dict, name: str,
                    required: Optional[str] = '') -> None:
     """Load a checkpoint's weights into a whole model, and see that nothing stays random unsaid.
@@ -222,11 +251,7 @@ def fit_checkpoint(model: nn.Module, checkpoint: dict, name: str,
             what is required does not fit; the sentence lists what is missing,
             unexpected or of another shape.
     """
-    own, weights = model.state_dict(), weights_in(checkpoint, name)
-    for key in list(weights):
-        part = key.removeprefix('backbone.')
-        if key not in own and part != key and is_known_extra(part):
-            del weights[key]
+    own, weights = model.state_dict(), model_weights(model, checkpoint, name)
     shapes = {key for key in weights if key in own and weights[key].shape != own[key].shape}
     fitting = OrderedDict((key, weights[key]) for key in weights if key not in shapes)
     fitting._metadata = getattr(weights, '_metadata', OrderedDict())

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from .attention import GroupAttention
 from .backbone import CrossFormerStage
 from .embedding import CrossScaleConvs
+from .grouping import half_lead
 
 
 class PaddedAxis(NamedTuple):
@@ -39,19 +40,23 @@ class PaddedAxis(NamedTuple):
     member: Tensor
 
 
-def padded_axis(length: int, size: Tensor, interval: Tensor, device) -> PaddedAxis:
-    """Cut an axis into groups of ``size`` members that are ``interval`` apart (0-d tensors)."""
+def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, device) -> PaddedAxis:
+    """Cut an axis into groups of ``size`` members that are ``interval`` apart (0-d tensors), the
+    first tile of which begins ``lead`` positions before the axis."""
+    # As grouping.fit_rule: a learnt table of biases is resized to what a group really has.
+    interval = interval.clamp(max=length)
+    size = torch.minimum(size, (length + interval - 1) // interval)
     tile = size * interval
-    tiles = (length + tile - 1) // tile
+    tiles = (length + lead + tile - 1) // tile
     # item() makes a size of its own, of which an exporter assumes nothing; one that it could
     # compute from the image's sides it would compare with 1, and remember the answer.
     groups, members = (tiles * interval).item(), size.item()
     group = torch.arange(groups, device=device)
     first = group // interval * tile + group % interval
-    table = first[:, None] + torch.arange(members, device=device) * interval
-    position = torch.arange(length, device=device)
+    table = first[:, None] + torch.arange(members, device=device) * interval - lead
+    position = torch.arange(length, device=device) + lead
     place = position % tile
-    return PaddedAxis(table.clamp(max=length - 1), table < length,
+    return PaddedAxis(table.clamp(0, length - 1), (table >= 0) & (table < length),
                       position // tile * interval + place % interval, place // interval)
 
 
@@ -98,17 +103,23 @@ def padded_groupings(height: int, width: int, group_size: int, interval: int, ld
     sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)]
     shorter, longer = torch.minimum(*sides), torch.maximum(*sides)
     small = shorter <= group_size
-    size = torch.where(small, shorter if lda == 'interval' else longer, group_size)
+    size = torch.where(small, longer if lda == 'block' else shorter, group_size)
     interval = torch.where(small, 1, interval)
+    one, zero = torch.ones_like(interval), torch.zeros_like(interval)
+
+    def grouping(sizes, interval, lead) -> PaddedGrouping:
+        return padded_grouping(*(padded_axis(side, size, interval, lead, device)
+                                 for side, size in zip((height, width), sizes)))
+
+    near = grouping([size, size], one, zero)
+    if lda == 'none':
+        return near, near
+    if lda == 'shifted':
+        return near, grouping([size, size], one, torch.where(small, 0, half_lead(group_size)))
     far = [size, size]
     if lda == 'interval':
         far = [torch.where(small, size, (side + interval - 1) // interval) for side in sides]
-
-    def grouping(sizes, interval) -> PaddedGrouping:
-        return padded_grouping(*(padded_axis(side, size, interval, device)
-                                 for side, size in zip((height, width), sizes)))
-
-    return grouping([size, size], torch.ones_like(interval)), grouping(far, interval)
+    return near, grouping(far, interval, zero)
 
 
 class AnySizeStage(CrossFormerStage):

@@ -15,6 +15,11 @@ long, ``interval``  ceil(n / I): one tile   I
 long, ``block``     G                       I
 =================== ======================= ==========
 
+For comparison there are two stand-ins for long distance attention: ``none``, that is
+short distance attention again, and ``shifted``, which is that with its groups moved by
+half their size, as in Swin (arXiv 2103.14030, section 3.2): a third number, ``lead``,
+says by how much the first tile begins before the axis does.
+
 Where the axis ends inside a tile, its last groups simply have fewer members.
 The authors pad the map to whole tiles and mask the padded keys instead; a
 masked key has no weight and a padded query is thrown away, so both give the
@@ -26,7 +31,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-LDA_DEFINITIONS = ('interval', 'block')
+LDA_DEFINITIONS = ('interval', 'block', 'shifted', 'none')
 
 
 class Segment(NamedTuple):
@@ -40,6 +45,7 @@ class AxisRule(NamedTuple):
     """The one-dimensional rule above: ``size`` members, ``interval`` apart."""
     size: int
     interval: int
+    lead: int = 0
 
 
 class Grouping(NamedTuple):
@@ -66,6 +72,10 @@ class Grouping(NamedTuple):
         """Height and width, in members, that no group exceeds."""
         return self.rows.size, self.columns.size
 
+    @property
+    def is_shifted(self) -> bool:
+        return bool(self.rows.lead or self.columns.lead)
+
 
 def fit_rule(length: int, rule: AxisRule) -> AxisRule:
     """The smallest numbers that group an axis in the same way.
@@ -73,13 +83,13 @@ def fit_rule(length: int, rule: AxisRule) -> AxisRule:
     Their ``size`` is the number of members of the largest group.
     """
     interval = min(rule.interval, length)
-    return AxisRule(min(rule.size, -(-length // interval)), interval)
+    return AxisRule(min(rule.size, -(-length // interval)), interval, rule.lead)
 
 
 def count_groups(length: int, rule: AxisRule) -> int:
     """Groups of one axis, the ragged ones included.
 
-    Group g starts at position ``g // interval * (size * interval) + g % interval``.
+    Group g starts at position ``g // interval * (size * interval) + g % interval`` (no lead).
     """
     tile = rule.size * rule.interval
     return length // tile * rule.interval + min(length % tile, rule.interval)
@@ -90,14 +100,17 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
 
     Returns:
         list[Tensor]: index tables (groups, members), one for each number of
-        members that occurs (at most three), together holding every position of
+        members that occurs (at most four), together holding every position of
         ``range(length)`` once.
     """
-    size, interval = rule
+    size, interval, lead = rule
     tile = size * interval
-    whole = length - length % tile
     positions = torch.arange(length, device=device)
     tables = []
+    if lead:
+        tables.append(positions[None, :size - lead])
+        positions, length = positions[size - lead:], length - (size - lead)
+    whole = length - length % tile
     if whole:
         table = positions[:whole].view(-1, size, interval)  # (tile, member, group)
         tables.append(table.transpose(1, 2).reshape(-1, size))
@@ -147,11 +160,11 @@ def short_distance(height: int, width: int, group_size: int,
     """Rules for rows and columns of short distance attention.
 
     A map that is not larger than a group on one side is cut into groups of
-    min(H, W) (``interval``) or taken whole, max(H, W) (``block``), which is
-    what each of the authors' two codes does.
+    min(H, W) or, under ``block``, taken whole, max(H, W), which is what each of
+    the authors' two codes does.
     """
     if is_small(height, width, group_size):
-        group_size = min(height, width) if lda == 'interval' else max(height, width)
+        group_size = max(height, width) if lda == 'block' else min(height, width)
     rule = AxisRule(group_size, 1)
     return rule, rule
 
@@ -163,12 +176,18 @@ def long_distance(height: int, width: int, group_size: int, interval: int,
     On a map that is not larger than a group on one side it is short distance
     attention.
     """
-    if is_small(height, width, group_size):
+    if lda == 'none' or is_small(height, width, group_size):
         return short_distance(height, width, group_size, lda)
-    if lda == 'block':
-        rule = AxisRule(group_size, interval)
+    if lda in ('block', 'shifted'):
+        rule = (AxisRule(group_size, interval) if lda == 'block' else
+                AxisRule(group_size, 1, half_lead(group_size)))
         return rule, rule
     return (AxisRule(-(-height // interval), interval), AxisRule(-(-width // interval), interval))
+
+
+def half_lead(group_size: int) -> int:
+    """The lead that leaves half a group, rounded down, at the start; single positions stay."""
+    return group_size - group_size // 2 if group_size > 1 else 0
 
 
 def is_small(height: int, width: int, group_size: int) -> bool:

@@ -170,11 +170,13 @@ class ValidationSamplesHook(Hook):
                        outputs: Optional[Sequence] = None) -> None:
         if runner.rank != 0:
             return
+        # A classifier's visualizer has a method of its own.
+        visualizer = runner.visualizer
+        draw = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)
         loader = runner.val_dataloader
         chosen = set(spread(len(loader.sampler), self.count, 'cpu').tolist())
         for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
             if index in chosen:
                 name = 'val_' + sample.img_path.rpartition('/')[2]
-                runner.visualizer.add_datasample(
-                    name, mmcv.imread(sample.img_path, channel_order='rgb'),
-                    data_sample=sample.cpu(), step=runner.iter)
+                draw(name=name, image=mmcv.imread(sample.img_path, channel_order='rgb'),
+                     data_sample=sample.cpu(), step=runner.iter)

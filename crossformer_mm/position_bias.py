@@ -1,7 +1,25 @@
-"""Dynamic position bias (DPB): an MLP from an offset to a bias for each head."""
+"""Position bias of attention: dynamic (DPB), and what the papers compare it with.
+
+=================== ==============================================================
+position_bias       what tells attention where a token is
+=================== ==============================================================
+dynamic             an MLP from the offset between two tokens to a bias per head
+dynamic_residual    the same with residual connections
+relative            a learnt table of biases, one for each offset of a group
+absolute            a learnt map that is added to the first embedding, no bias
+none                nothing
+=================== ==============================================================
+
+Every bias is called with the sides of a group and returns the bias of each
+offset, so that attention does not know which one it has.
+"""
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
+from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
+
+POSITION_BIASES = ('dynamic', 'dynamic_residual', 'relative', 'absolute', 'none')
 
 
 class DynamicPositionBias(BaseModule):
@@ -10,10 +28,12 @@ class DynamicPositionBias(BaseModule):
     Args:
         channels (int): channels of the stage; the MLP is ``channels // 16`` wide.
         num_heads (int): heads of the attention that the bias is added to.
+        residual (bool): a residual connection around each of the two middle layers.
     """
 
-    def __init__(self, channels: int, num_heads: int):
+    def __init__(self, channels: int, num_heads: int, residual: bool = False):
         super().__init__()
+        self.residual = residual
         width = channels // 16
 
         def layer(out_features: int) -> nn.Sequential:
@@ -41,8 +61,82 @@ class DynamicPositionBias(BaseModule):
         # on which shapes can be followed through a model, there is none.)
         device = 'cpu' if weight.is_meta else weight.device.type
         with torch.autocast(device, enabled=False):
-            bias = self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
+            bias = self.mlp(offsets)
         return bias.permute(2, 0, 1)
+
+    def mlp(self, offsets: Tensor) -> Tensor:
+        """(..., 2) to (..., heads)."""
+        x = self.pos_proj(offsets)
+        for layer in (self.pos1, self.pos2):
+            x = x + layer(x) if self.residual else layer(x)
+        return self.pos3(x)
+
+
+class RelativePositionBias(BaseModule):
+    """A learnt bias for each offset inside a group, as Swin has (arXiv 2103.14030, section 3.2).
+
+    Args:
+        num_heads (int): heads of the attention that the bias is added to.
+        group_size (int): G; the table is of groups of G x G members and resized for others.
+    """
+
+    def __init__(self, num_heads: int, group_size: int):
+        super().__init__()
+        side = 2 * group_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, side, side))
+        trunc_normal_(self.relative_position_bias_table, std=.02)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """As :meth:`DynamicPositionBias.forward`."""
+        return resize_map(self.relative_position_bias_table, 2 * height - 1, 2 * width - 1)
+
+
+class NoPositionBias(BaseModule):
+    """A bias of 0, for attention that is not told where its tokens are.
+
+    Args:
+        num_heads (int): heads of the attention.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.register_buffer('zero', torch.zeros(num_heads, 1, 1), persistent=False)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """As :meth:`DynamicPositionBias.forward`."""
+        return self.zero.expand(-1, 2 * height - 1, 2 * width - 1)
+
+
+class AbsolutePosition(BaseModule):
+    """A learnt map that is added to a map of tokens (arXiv 2103.14030, table 4: "abs. pos.").
+
+    Args:
+        channels (int): channels of the map.
+        side (int): its height and width; resized for maps of other sizes.
+    """
+
+    def __init__(self, channels: int, side: int):
+        super().__init__()
+        self.absolute_pos_embed = nn.Parameter(torch.empty(channels, side, side))
+        trunc_normal_(self.absolute_pos_embed, std=.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        return x + resize_map(self.absolute_pos_embed, *x.shape[1:3]).permute(1, 2, 0)
+
+
+def build_position_bias(name: str, channels: int, num_heads: int, group_size: int) -> BaseModule:
+    """The bias of one attention in a stage of ``channels`` with groups of ``group_size``."""
+    if name == 'relative':
+        return RelativePositionBias(num_heads, group_size)
+    if name in ('absolute', 'none'):
+        return NoPositionBias(num_heads)
+    return DynamicPositionBias(channels, num_heads, residual=name == 'dynamic_residual')
+
+
+def resize_map(x: Tensor, height: int, width: int) -> Tensor:
+    """(C, H, W) to (C, height, width), bicubically; of its own size it stays what it is."""
+    return F.interpolate(x[None], (height, width), mode='bicubic', align_corners=False)[0]
 
 
 def bias_of_pairs(table: Tensor, height: int, width: int) -> Tensor:

@@ -183,6 +183,55 @@ def assert_equals_plain(backbone, probe, image, options):
         assert (gradient - reference).abs().max().item() <= 1e-9 * scale, name
 
 
+@pytest.mark.parametrize('options', [
+    dict(position_bias='dynamic_residual'), dict(position_bias='relative'),
+    dict(position_bias='relative', lda='block'), dict(position_bias='absolute'),
+    dict(position_bias='none'), dict(lda='shifted'), dict(lda='none'),
+    dict(lda='shifted', position_bias='relative', group_size=(3, 2, 1, 4)),
+], ids=str)
+def test_options_for_comparison_work_at_any_size(small, probe, options):
+    backbone = small(**options).double()
+    plain = small(**options, attention_path='plain').double()
+    default = small().double()(torch.ones(1, 3, 97, 130).double())
+    changed = backbone(torch.ones(1, 3, 97, 130).double())
+    assert not any(torch.allclose(a, b) for a, b in zip(default[1:], changed[1:]))
+    for height, width in RAGGED:
+        images = torch.randn(2, 3, height, width).double()
+        features = backbone(images)
+        for one, feature in zip(backbone(images[:1]), features):
+            torch.testing.assert_close(one, feature[:1])
+        for reference, feature in zip(plain(images), features):
+            torch.testing.assert_close(feature, reference, rtol=1e-9, atol=1e-11)
+    gradients, expected = (
+        torch.autograd.grad(probe(model(images)), list(model.parameters()))
+        for model in (backbone, plain))
+    for (name, _), gradient, reference in zip(backbone.named_parameters(), gradients, expected):
+        scale = max(reference.abs().max().item(), 1e-3)
+        assert (gradient - reference).abs().max() <= 1e-9 * scale, name
+
+
+def test_learnt_tables_follow_the_groups_and_the_learnt_map_the_first_stage():
+    options = dict(group_size=(6, 5, 4, 3), interval=(4, 2, 1, 1))
+    names = parameters_of(CrossFormer(SMALL, position_bias='relative', **options))
+    for stage, side in enumerate((11, 9, 7, 5)):
+        table = names[f'layers.{stage}.blocks.0.attn.pos.relative_position_bias_table']
+        assert table.shape == (SMALL['num_heads'][stage], side, side)
+    absolute = CrossFormer(SMALL, position_bias='absolute', frozen_stages=0, **options)
+    position = absolute.absolute_pos.absolute_pos_embed
+    assert position.shape == (SMALL['embed_dims'], 24, 24) and not position.requires_grad
+    for bias in ('absolute', 'none'):
+        names = parameters_of(CrossFormer(SMALL, position_bias=bias))
+        assert not any('.pos.' in name for name in names)
+
+
+def test_published_weights_are_not_those_of_another_position_bias(tmp_path):
+    torch.save(CrossFormer(SMALL).state_dict(), tmp_path / 'dynamic.pth')
+    backbone = CrossFormer(SMALL, position_bias='relative', init_cfg=dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'dynamic.pth')))
+    with pytest.raises(ValueError, match='missing .*relative_position_bias_table.*unexpected'):
+        backbone.init_weights()
+
+
 @pytest.mark.parametrize('lda', ['interval', 'block'])
 @torch.no_grad()
 def test_float32_is_as_near_to_the_papers_as_rounding_allows(small, lda):
@@ -352,7 +401,9 @@ def arch(**changes):
     (dict(group_size=(7, 7)), 'group_size must have one number for each of the 4 stages'),
     (dict(interval=(8, 4, 2.5, 1)), 'interval must be whole numbers'),
     (dict(interval=(8, 4, 2)), 'interval must have one number for each of the 4 stages'),
-    (dict(lda='dilated'), "lda must be 'interval' or 'block', got 'dilated'"),
+    (dict(lda='dilated'), "lda must be one of 'interval', 'block', 'shifted', 'none', got"),
+    (dict(position_bias='fixed'), "position_bias must be one of 'dynamic', 'dynamic_residual', "),
+    (dict(lda='shifted', attention_path='fused'), "does not know lda='shifted'"),
     (dict(mlp_ratio=0), 'mlp_ratio must be'),
     (dict(mlp_ratio=0.01), 'mlp_ratio must be'),
     (dict(mlp_ratio='4'), 'mlp_ratio must be'),

@@ -28,7 +28,10 @@ def assert_near(results, references):
     dict(lda='interval'), dict(lda='block'), dict(cooling=True, out_norm=True),
     dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1)), dict(qk_scale=0.5, qkv_bias=False),
     # groups of a tile that reaches far beyond the map have no member at all
-    dict(lda='block', group_size=(2, 2, 2, 2), interval=(64, 8, 8, 8))])
+    dict(lda='block', group_size=(2, 2, 2, 2), interval=(64, 8, 8, 8)),
+    dict(lda='block', group_size=(9, 9, 9, 9), interval=(9, 9, 9, 9), position_bias='relative'),
+    dict(lda='shifted', position_bias='dynamic_residual'),
+    dict(lda='none', position_bias='absolute')])
 def test_copy_for_export_is_the_same_function(small, options):
     backbone = small(**options)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
@@ -52,13 +55,14 @@ def test_pooling_by_matrices_is_adaptive_pooling(out):
         assert_near([other(x)], [pool(x)])
 
 
-@pytest.mark.parametrize('lda', ['interval', 'block'])
-def test_one_export_serves_all_sizes(lda):
+@pytest.mark.parametrize('options', [
+    dict(lda='interval'), dict(lda='block'), dict(position_bias='relative')], ids=str)
+def test_one_export_serves_all_sizes(options):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     arch = dict(embed_dims=16, depths=(2,), num_heads=(2,))
     backbone = CrossFormer(arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,),
-                           lda=lda).eval()
+                           **options).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -117,6 +117,27 @@ def test_one_side_at_group_size_makes_the_whole_map_small():
     assert long_distance(8, 90, 7, 8, 'interval') != short_distance(8, 90, 7, 'interval')
 
 
+@every_case
+def test_shifted_groups_are_squares_moved_by_half_a_group(height, width, group_size, interval):
+    grouping = group_map(2, height, width,
+                         *long_distance(height, width, group_size, interval, 'shifted'))
+    shift, size = -(group_size // 2), group_size  # of a window's start, as Swin counts
+    if min(height, width) <= group_size:
+        shift, size = 0, min(height, width)
+    assert as_sets(grouping) == groups_by(
+        lambda row, column: ((row + shift) // size, (column + shift) // size), 2, height, width)
+    tokens = torch.arange(2 * height * width)
+    assert torch.equal(grouping.order.sort().values, tokens)
+    assert torch.equal(grouping.order[grouping.inverse], tokens)
+
+
+@every_case
+def test_without_long_distance_every_block_is_short_distance(height, width, group_size, interval):
+    short = short_distance(height, width, group_size, 'none')
+    assert long_distance(height, width, group_size, interval, 'none') == short
+    assert short == short_distance(height, width, group_size, 'interval')
+
+
 def test_both_definitions_agree_at_the_training_size_of_imagenet():
     for side, interval in ((56, 8), (28, 4), (14, 2)):
         assert (as_sets(group_map(1, side, side, *long_distance(side, side, 7, interval, 'block')))

@@ -19,8 +19,7 @@ TINY = dict(embed_dims=16, depths=(1, 2, 3, 2), num_heads=(1, 2, 2, 4))
 def logits_by_definition(attention, x, rows, columns):
     """Of every group of a map, pair by pair: (group of positions) -> (heads, N, N)."""
     found = {}
-    size_r, step_r = rows
-    size_c, step_c = columns
+    (size_r, step_r, _), (size_c, step_c, _) = rows, columns
     for r in range(x.shape[1]):
         for c in range(x.shape[2]):
             group = (r // (size_r * step_r), r % step_r, c // (size_c * step_c), c % step_c)

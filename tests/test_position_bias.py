@@ -1,8 +1,13 @@
-"""Dynamic position bias: an MLP of query - key, looked up per pair."""
+"""Position biases: of which pair each entry is, and what each kind of bias says."""
+import cv2
 import pytest
 import torch
 
-from crossformer_mm.position_bias import DynamicPositionBias, bias_of_pairs
+from crossformer_mm.attention import GroupAttention
+from crossformer_mm.grouping import AxisRule, group_map, long_distance, short_distance
+from crossformer_mm.position_bias import (POSITION_BIASES, AbsolutePosition, DynamicPositionBias,
+                                          NoPositionBias, RelativePositionBias, bias_of_pairs,
+                                          build_position_bias)
 
 
 @pytest.fixture
@@ -64,3 +69,106 @@ def test_is_finite_over_four_thousand_offsets(pos, dtype):
     table = pos.to(dtype)(2000, 1)
     assert table.shape == (3, 3999, 1) and table.dtype == dtype
     assert table.isfinite().all()
+
+
+def test_residual_network_adds_the_two_middle_layers_to_what_they_take():
+    plain = DynamicPositionBias(channels=64, num_heads=3)
+    residual = build_position_bias('dynamic_residual', 64, 3, group_size=7)
+    residual.load_state_dict(plain.state_dict())  # the same parameters
+    offset = torch.tensor([[2., -1.]])
+    first = plain.pos_proj(offset)
+    second = first + plain.pos1(first)
+    expected = plain.pos3(second + plain.pos2(second))[0]
+    torch.testing.assert_close(residual(3, 4)[:, 2 + 2, 3 - 1], expected)
+    assert not torch.allclose(plain(3, 4)[:, 2 + 2, 3 - 1], expected)
+
+
+def test_learnt_table_is_itself_for_groups_of_its_size():
+    bias = RelativePositionBias(num_heads=3, group_size=5)
+    assert torch.equal(bias(5, 5), bias.relative_position_bias_table)
+    assert bias(5, 5).shape == (3, 9, 9)
+
+
+def bicubic(x, height, width):
+    """OpenCV's, for (C, H, W) that becomes larger."""
+    resized = cv2.resize(x.detach().permute(1, 2, 0).numpy(), (width, height),
+                         interpolation=cv2.INTER_CUBIC)
+    return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize('height, width', [(6, 5), (7, 9), (20, 31)])
+def test_learnt_table_is_resized_for_groups_of_other_sizes(height, width):
+    bias = RelativePositionBias(num_heads=3, group_size=5)
+    table = bias(height, width)
+    assert table.shape == (3, 2 * height - 1, 2 * width - 1)
+    torch.testing.assert_close(
+        table, bicubic(bias.relative_position_bias_table, 2 * height - 1, 2 * width - 1),
+        atol=1e-5, rtol=1e-4)
+    # No offset stays no offset.
+    torch.testing.assert_close(table[:, height - 1, width - 1],
+                               bias.relative_position_bias_table[:, 4, 4])
+
+
+@pytest.mark.parametrize('height, width', [(4, 4), (7, 5), (12, 9)])
+def test_absolute_position_adds_its_map_resized(height, width):
+    position = AbsolutePosition(channels=3, side=4)
+    x = torch.randn(2, height, width, 3)
+    expected = bicubic(position.absolute_pos_embed, height, width).permute(1, 2, 0)
+    torch.testing.assert_close(position(x) - x, expected.expand_as(x), atol=1e-5, rtol=1e-4)
+
+
+def test_without_bias_attention_does_not_see_where_tokens_are():
+    """Members of a group in another order give the same results in that order."""
+    attention = build_attention('none')
+    grouping = group_map(1, 6, 6, AxisRule(6, 1), AxisRule(6, 1))
+    x, order = torch.randn(1, 6, 6, 32), torch.randperm(36)
+
+    def shuffled(m):
+        return m.flatten(0, 2)[order].view_as(m)
+
+    torch.testing.assert_close(attention(shuffled(x), grouping), shuffled(attention(x, grouping)))
+    told = build_attention('relative')
+    assert not torch.allclose(told(shuffled(x), grouping), shuffled(told(x, grouping)), atol=1e-4)
+
+
+def build_attention(position_bias, num_heads=2, group_size=6):
+    attention = GroupAttention(32, num_heads, position_bias=position_bias, group_size=group_size)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return attention.eval()
+
+
+@pytest.mark.parametrize('shifted', [False, True])
+@pytest.mark.parametrize('height, width', [(14, 21), (28, 14)])
+def test_with_a_learnt_table_and_shifted_groups_it_is_attention_of_swin(height, width, shifted):
+    swin = pytest.importorskip('mmdet.models.backbones.swin')
+    theirs = swin.ShiftWindowMSA(32, 4, window_size=7, shift_size=3 if shifted else 0).eval()
+    ours = build_attention('relative', num_heads=4, group_size=7)
+    table = ours.pos.relative_position_bias_table
+    inner = theirs.w_msa
+    with torch.no_grad():
+        for layer in ('qkv', 'proj'):
+            getattr(inner, layer).load_state_dict(getattr(ours, layer).state_dict())
+        inner.relative_position_bias_table.copy_(table.flatten(1).T)
+    rules = (long_distance(height, width, 7, 1, 'shifted') if shifted else
+             short_distance(height, width, 7, 'shifted'))
+    x = torch.randn(2, height, width, 32, requires_grad=True)
+    ours_out = ours(x, group_map(2, height, width, *rules))
+    theirs_out = theirs(x.flatten(1, 2), (height, width)).view_as(x)
+    torch.testing.assert_close(ours_out, theirs_out, atol=2e-5, rtol=1e-4)
+    weights = torch.randn_like(x)
+    for grad, reference in zip(*(torch.autograd.grad(
+            (out * weights).sum(), (x, weight)) for out, weight in (
+                (ours_out, table), (theirs_out, inner.relative_position_bias_table)))):
+        if grad.dim() == 3:
+            grad = grad.flatten(1).T
+        torch.testing.assert_close(grad, reference, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', POSITION_BIASES)
+def test_every_kind_of_bias_gives_a_table_of_a_groups_offsets(name):
+    bias = build_position_bias(name, channels=32, num_heads=2, group_size=4)
+    for height, width in ((4, 4), (1, 1), (3, 9)):
+        assert bias(height, width).shape == (2, 2 * height - 1, 2 * width - 1)
+    assert isinstance(bias, NoPositionBias) == (name in ('absolute', 'none'))

@@ -48,11 +48,11 @@ class DatasetWrapper(Dataset):
 
 @DATASETS.register_module()
 class CheckedDataset(DatasetWrapper):
-    """A data set of MMDetection or MMSegmentation whose files are not trusted.
+    """A data set of MMDetection, MMSegmentation or MMPretrain whose files are not trusted.
 
     When built: the annotation file can be read, has the classes of the configuration,
-    leaves any image, and every file that it names exists. When an image is loaded:
-    its files can be read and a label map has no label that is no class.
+    leaves any image, every file that it names exists, and folders of classes have images. When
+    an image is loaded: its files can be read and a label map has no label that is no class.
 
     Args:
         dataset: see :class:`DatasetWrapper`.
@@ -83,10 +83,17 @@ class CheckedDataset(DatasetWrapper):
         self.check_files(source)
 
     def check_files(self, source: str) -> None:
-        """See that every image and label map is there."""
-        folders, missing = {}, []
+        """See that every image and label map is there, and that images are of the classes."""
+        folders, missing, seen = {}, [], set()
         for index in range(len(self)):
-            for path in files_of(self.get_data_info(index)).values():
+            info = self.get_data_info(index)
+            label = info.get('gt_label')
+            if isinstance(label, int) and label not in seen:
+                seen.add(label)
+                if self.classes and label not in range(len(self.classes)):
+                    raise DataError(f"Image '{info['img_path']}' has label {label} in {source}, "
+                                    f'allowed are 0 to {len(self.classes) - 1}, the classes.')
+            for path in files_of(info).values():
                 folder, name = os.path.split(path)
                 if folder not in folders:
                     folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -98,6 +105,9 @@ class CheckedDataset(DatasetWrapper):
             if self.skip_to is None:
                 raise DataError(f'{sentence}.')
             print_log(f'{sentence}, and is skipped.', 'current', logging.WARNING)
+        for folder, label in getattr(self.dataset, 'folder_to_idx', {}).items():
+            if label not in seen:
+                raise DataError(f"Class folder '{folder}' of {source} has no image.")
 
     def __getitem__(self, index: int) -> dict:
         for _ in range(MOST_IN_A_ROW):
@@ -187,11 +197,26 @@ def source_of(dataset: dict) -> str:
     """Where a data set's list of images is, for sentences."""
     while 'dataset' in dataset:
         dataset = dataset['dataset']
-    root = Path(dataset.get('data_root') or '')
-    prefix = dataset.get('data_prefix') or {}
-    if dataset.get('ann_file'):
-        return f"annotation file '{root / dataset['ann_file']}'"
+    root, prefix = Path(dataset.get('data_root') or ''), image_folders(dataset)
+    if list_of_images(dataset):
+        return f"annotation file '{list_of_images(dataset)}'"
     return f"image folder '{root / (prefix.get('img_path') or prefix.get('img') or '')}'"
+
+
+def image_folders(dataset: dict) -> dict:
+    """The folders of a data set below its root, by what is in them."""
+    # MMPretrain's may be one folder, named after the split if not otherwise.
+    prefix = dataset.get('data_prefix') or dataset.get('split') or {}
+    return dict(img_path=prefix) if isinstance(prefix, str) else prefix
+
+
+def list_of_images(dataset: dict) -> Optional[Path]:
+    """The file that lists a data set's images; None: all in its folders are taken."""
+    root = Path(dataset.get('data_root') or '')
+    if dataset.get('ann_file'):
+        return root / dataset['ann_file']
+    listed = root / 'meta' / f"{dataset.get('split')}.txt"  # where MMPretrain looks for one
+    return listed if listed.exists() else None
 
 
 def files_of(info: dict) -> dict:

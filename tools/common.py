@@ -3,10 +3,11 @@ import argparse
 import logging
 import os
 import tempfile
+import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, List, Optional
 
 import torch
 from mmengine.config import Config
@@ -15,14 +16,19 @@ from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
-from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, use_safe_loading
-from errors import UserError, fail
+from checked_data import image_folders, list_of_images
+from crossformer_mm.checkpoint import (CheckpointError, fit_checkpoint, model_weights,
+                                       use_safe_loading)
+from errors import UserError, fail, said
 from options import add_cfg_options, check_keys
 
-# The package that each default_scope needs, as a user installs it.
-SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}
+# The package that each default_scope needs, as a user installs it; those of dense prediction.
+SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+DENSE = ('mmdet', 'mmseg')
 # What each launcher sets in the processes that it starts.
 STARTED = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}
+# Of torchvision, which nothing here loads images with.
+warnings.filterwarnings('ignore', 'Failed to load image Python extension')
 
 
 @contextmanager
@@ -49,8 +55,15 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(file: str, options: Optional[dict] = None) -> Config:
-    """A config with some settings replaced; ends the program where its package is not there."""
+def load_config(file: str, options: Optional[dict] = None,
+                scopes: Iterable[str] = DENSE) -> Config:
+    """A config with some settings replaced; ends the program where its package is not there.
+
+    Args:
+        file: the config.
+        options: of --cfg-options.
+        scopes: default_scope of the configs that a tool can use.
+    """
     if not Path(file).is_file():
         fail(f"config '{file}' does not exist.")
     try:
@@ -59,11 +72,13 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
         fail(f"config '{file}' could not be read: {type(error).__name__}: {error}")
     forget_scope(cfg._cfg_dict)
     scope = cfg.get('default_scope')
-    if scope not in SCOPES:
+    if scope not in scopes:
         fail(f"config '{file}' has default_scope {scope!r}, allowed are "
-             f"{', '.join(map(repr, SCOPES))}.")
+             f"{', '.join(map(repr, scopes))}.")
     if find_spec(scope) is None:
         fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
+    if scope == 'mmpretrain':
+        check_torchvision(file)
     if not isinstance(cfg.get('model'), dict):
         fail(f"config '{file}' has no model.")
     with sentences_for(UserError):
@@ -73,6 +88,15 @@ def load_config(file: str, options: Optional[dict] = None) -> Config:
     except (TypeError, KeyError, IndexError) as error:
         fail(f'--cfg-options: {error}')
     return cfg
+
+
+def check_torchvision(file: str) -> None:
+    """End the program with a sentence if MMPretrain's torchvision cannot be used."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:  # of another build than torch it fails in many ways
+        fail(f"config '{file}' needs a torchvision that fits torch {torch.__version__}, see "
+             f'docs/pretraining.md; the import ends in {said(error)}.')
 
 
 def forget_scope(part) -> None:
@@ -91,7 +115,7 @@ def forget_scope(part) -> None:
 def read_config(args: argparse.Namespace) -> Config:
     """The config with the arguments applied; ends the program where that cannot work."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, SCOPES)
 
     if args.launcher != 'none' and STARTED[args.launcher] not in os.environ:
         fail(f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
@@ -161,16 +185,35 @@ def replace_data_root(cfg: Config, root: str) -> None:
 
 def check_dataset(cfg: Config, *splits: str) -> None:
     """End the program with a sentence if a folder or file of a dataset is not there."""
+    folders = {}
     for split in splits:
         if not cfg.get(f'{split}_dataloader'):
             continue
         dataset = innermost(cfg[f'{split}_dataloader'].dataset)
         root = Path(dataset.get('data_root') or '.')
-        parts = [dataset.get('ann_file'), *dataset.get('data_prefix', {}).values()]
+        parts = [dataset.get('ann_file'), *image_folders(dataset).values()]
         for path in [root, *(root / part for part in parts if part)]:
             if not path.exists():
                 fail(f"the {split} dataset is not there: '{path.absolute()}' does not exist; put "
                      f"it there or name another folder with --data-root (now '{root}').")
+        if (cfg.default_scope == 'mmpretrain' and dataset.get('with_label', True)
+                and not list_of_images(dataset)):
+            folders[split] = class_folders(split, root, image_folders(dataset))
+    if len(set(map(tuple, folders.values()))) > 1:
+        (first, names), (second, others) = folders.items()
+        name = sorted(set(names) ^ set(others))[0]
+        fail(f"the {first} and the {second} dataset have different folders of classes, by whose "
+             f"order labels are numbered: only one has '{name}'.")
+
+
+def class_folders(split: str, root: Path, prefix: dict) -> List[str]:
+    """The folders of images, one for each class; ends the program with a sentence without any."""
+    folder = root / prefix.get('img_path', '')
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not names:
+        fail(f"the {split} dataset: '{folder}' must hold a folder of images for each class, and "
+             f"has no folder; or list the images with their classes in '{root}/meta/{split}.txt'.")
+    return names
 
 
 def check_file(option: str, path: str) -> None:
@@ -201,6 +244,29 @@ def check_writable(option: str, folder) -> None:
         fail(f"{option}: '{folder}' cannot be written: {error.strerror}.")
 
 
+def checkpoint_name(runner) -> str:
+    """The file that a runner has loaded."""
+    return runner._load_from or find_latest_checkpoint(runner.work_dir)
+
+
+def bare_model(runner):
+    """A runner's model without wrappers."""
+    model = runner.model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+class NameWeights(Hook):
+    """Give other hooks the weights of any file where and as they expect them."""
+
+    priority = 'VERY_HIGH'
+
+    def after_load_checkpoint(self, runner, checkpoint) -> None:
+        checkpoint['state_dict'] = model_weights(bare_model(runner), checkpoint,
+                                                 checkpoint_name(runner))
+
+
 class CheckWeights(Hook):
     """Refuse a checkpoint that does not fit; mmengine would warn and leave weights random.
 
@@ -216,12 +282,9 @@ class CheckWeights(Hook):
         self.advice, self.required, self.resume = advice, required, resume
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
-        name = runner._load_from or find_latest_checkpoint(runner.work_dir)
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        name = checkpoint_name(runner)
         try:
-            fit_checkpoint(model, checkpoint, name, self.required)
+            fit_checkpoint(bare_model(runner), checkpoint, name, self.required)
         except CheckpointError as error:
             raise CheckpointError(f'{error} {self.advice}') from None
         absent = [key for key in ('optimizer', 'message_hub', 'meta') if key not in checkpoint]

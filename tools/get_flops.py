@@ -21,11 +21,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import fail, load_config, run
+from common import SCOPES, fail, load_config, run
 from crossformer_mm.attention import GroupAttention
 
 # Of the published tables, by default_scope: height, width.
-SHAPES = {'mmdet': (800, 1280), 'mmseg': (1024, 1024)}
+SHAPES = {'mmdet': (800, 1280), 'mmseg': (1024, 1024), 'mmpretrain': (224, 224)}
 PROPOSALS, MASKS = 1000, 100
 
 
@@ -33,7 +33,7 @@ class Inference(nn.Module):
     """All of a model's layers that see one image, the second stage without its selection of boxes.
 
     Args:
-        model (nn.Module): a detector of one or two stages, or a segmentor.
+        model (nn.Module): a detector of one or two stages, a segmentor or a classifier.
     """
 
     def __init__(self, model: nn.Module):
@@ -155,7 +155,8 @@ def parse_args():
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'),
                         help='height and width of the image (default: '
                         f'{" ".join(map(str, SHAPES["mmdet"]))} for a detector, '
-                        f'{" ".join(map(str, SHAPES["mmseg"]))} for a segmentor)')
+                        f'{" ".join(map(str, SHAPES["mmseg"]))} for a segmentor, '
+                        f'{" ".join(map(str, SHAPES["mmpretrain"]))} for a classifier)')
     parser.add_argument('--json', action='store_true',
                         help='one line of JSON with plain numbers, in place of the table')
     return parser.parse_args()
@@ -163,7 +164,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, scopes=SCOPES)
     shape = args.shape or SHAPES[cfg.default_scope]
     if min(shape) < 1:
         fail(f'--shape must be two numbers of at least 1, got {shape[0]} {shape[1]}.')

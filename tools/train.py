@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor.
+"""Train a detector, a segmentor or a classifier.
 
     python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
 """
@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
+from common import (CheckWeights, NameWeights, argument_parser, check_dataset, check_file, check_writable, fail,
                     read_config, run, sentences_for)
 from runner import CarefulRunner
 from whole_files import FULL, newest_checkpoint
@@ -17,7 +17,7 @@ SKIPPED = 'skipped_images.txt'
 
 
 def parse_args():
-    parser = argument_parser('Train a detector or a segmentor')
+    parser = argument_parser('Train a detector, a segmentor or a classifier')
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by the actual total batch size')
@@ -80,6 +80,7 @@ def main():
     runner = CarefulRunner.from_cfg(cfg)
     if args.skip_bad_images:
         runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not cfg.resume)
+    runner.register_hook(NameWeights())
     runner.register_hook(CheckWeights(
         'Give the config that it was trained with.', resume=bool(cfg.resume),
         # A model may start from one with other heads, for other classes; of another backbone

@@ -1,4 +1,4 @@
-# What every training and test shares. detection.py and segmentation.py add the
+# What every training and test shares. detection.py, segmentation.py and classification.py add the
 # library's own visualizer and way of counting.
 custom_imports = dict(imports=['crossformer_mm'])
 

@@ -48,14 +48,14 @@ def fused_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRul
             TRITON_INTERPRET=1 is in the environment).
         table (Tensor): (heads, 2*h-1, 2*w-1), the bias of every offset, for
             groups of at least the members that the rules give.
-        rows, columns (AxisRule): which positions form a group.
+        rows, columns (AxisRule): which positions form a group; of no lead.
         num_heads (int): heads.
         scale (float): factor on ``q @ k``.
 
     Returns:
         Tensor: (B, H, W, heads*d) in the type of ``qkv``.
     """
-    return _attend(qkv, table, *rows, *columns, num_heads, scale)[0]
+    return _attend(qkv, table, *rows[:2], *columns[:2], num_heads, scale)[0]
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:

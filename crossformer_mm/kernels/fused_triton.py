@@ -421,7 +421,7 @@ class Groups(NamedTuple):
         rows, columns = fit_rule(height, rows), fit_rule(width, columns)
         row_groups, column_groups = count_groups(height, rows), count_groups(width, columns)
         groups = cls(batch * row_groups * column_groups, height, width, row_groups, column_groups,
-                     *rows, *columns)
+                     *rows[:2], *columns[:2])
         if groups.members > MEMBERS_LIMIT:
             raise ValueError('CrossFormer: fused attention takes groups of at most '
                              f'{MEMBERS_LIMIT} positions, got {groups.members}: choose a larger '

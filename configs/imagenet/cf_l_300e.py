@@ -1,0 +1,3 @@
+_base_ = './cf_s_300e.py'
+
+model = dict(backbone=dict(arch='l'), neck=dict(in_channels=1024), head=dict(in_channels=1024))

@@ -1,0 +1,27 @@
+"""What stands between the backbone and a linear classifier."""
+from typing import Sequence, Tuple
+
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+
+@MODELS.register_module()
+class NormedGlobalAveragePooling(BaseModule):
+    """LayerNorm at each position, then the mean over all positions.
+
+    How the authors' classifier ends before its linear layer. The norm is no part of the backbone,
+    for what detectors and segmentors take is not normalised.
+
+    Args:
+        in_channels (int): channels of the last feature.
+        init_cfg (dict, optional): see mmengine's BaseModule. None: norm weight 1, bias 0.
+    """
+
+    def __init__(self, in_channels: int, init_cfg=None):
+        super().__init__(init_cfg)
+        self.norm = nn.LayerNorm(in_channels)
+
+    def forward(self, features: Sequence[Tensor]) -> Tuple[Tensor]:
+        """The last of some features, (B, C, H, W), as a vector: (B, C) in a tuple."""
+        return self.norm(features[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2)),
