@@ -54,6 +54,7 @@ train_dataloader = dict(
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
         pipeline=train_pipeline))
 val_dataloader = dict(
+    batch_size=8,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -69,4 +70,4 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=300),
 ]
 optim_wrapper = dict(
-    optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=5))
+    optimizer=dict(lr=4e-3), clip_grad=dict(max_norm=5))
