@@ -54,7 +54,7 @@ EXPERIMENTS = {
 
 class Plan(NamedTuple):
     """What the results depend on, next to the configs."""
-    iterations: Tuple[Tuple[str, int], ...] = (('semantic', 250), ('instance', 200),
+    iterations: Tuple[Tuple[str, int], ...] = (('semantic', 300), ('instance', 200),
                                                ('beacons', 400))
     train_images: int = 800
     test_images: int = 32
@@ -246,27 +246,37 @@ def check_plan(out: Path, plan: Plan) -> None:
     write_whole(stamp, said.encode())
 
 
+def outcomes(out: Path, plan: Plan, jobs: list, workers: int):
+    """Run jobs, and tell of each, as soon as it has ended, its seconds or its error."""
+    if workers == 1:
+        for job in jobs:
+            try:
+                yield job, run_job(out, plan, job), None
+            except Exception as error:
+                yield job, None, error
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        running = {pool.submit(run_job, out, plan, job): job for job in jobs}
+        for future in as_completed(running):
+            error = future.exception()
+            yield running[future], None if error else future.result(), error
+
+
 def run_all(out: Path, plan: Plan, jobs: list, workers: int) -> None:
     """Run the jobs whose files are not there yet."""
     check_plan(out, plan)
     left = [job for job in jobs if not (out / 'jobs' / f'{job.name}.json').is_file()]
     print(f'{len(jobs)} trainings, {len(jobs) - len(left)} of them done', flush=True)
-    if not left:
-        return
     for images in sorted({EXPERIMENTS[job.experiment].images for job in left}):
         make_data(out, plan, images)
     start, failed = time.time(), {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
-        running = {pool.submit(run_job, out, plan, job): job for job in left}
-        for done, future in enumerate(as_completed(running), 1):
-            job, error = running[future], future.exception()
-            if error:
-                failed[job.name] = error
-            rate = (time.time() - start) / done
-            print(f'[{done}/{len(left)}] {job.name}: '
-                  + (f'failed, {type(error).__name__}: {error}' if error else
-                     f'{future.result():.0f} s of CPU')
-                  + f', {rate * (len(left) - done) / 60:.0f} minutes to go', flush=True)
+    for done, (job, seconds, error) in enumerate(outcomes(out, plan, left, workers), 1):
+        if error:
+            failed[job.name] = error
+        rate = (time.time() - start) / done
+        print(f'[{done}/{len(left)}] {job.name}: '
+              + (f'failed, {type(error).__name__}: {error}' if error else f'{seconds:.0f} s of CPU')
+              + f', {rate * (len(left) - done) / 60:.0f} minutes to go', flush=True)
     if failed:
         fail(f'{len(failed)} of {len(left)} trainings failed ({", ".join(failed)}); the same '
              'command tries them again.')
