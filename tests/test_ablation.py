@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 
@@ -81,3 +82,21 @@ def test_a_variant_has_the_parameters_of_its_parts(name):
     variant, published = (parameters_of(backbone_of(path)) for path in (
         CONFIGS / 'ablation' / f'{name}.py', PUBLISHED))
     assert variant - published == DIFFERENCES.get(name, 0)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_a_variant_trains(name):
+    """Its classifier, with a smaller architecture: each parameter gets a gradient."""
+    from mmpretrain.structures import DataSample
+    cfg = Config.fromfile(CONFIGS / 'ablation' / f'{name}.py')
+    cfg.merge_from_dict({'model.neck.in_channels': 256, 'model.head.in_channels': 256})
+    cfg.model.backbone.arch = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).train()
+    model.init_weights()
+    samples = [DataSample().set_gt_label(label) for label in (3, 7)]
+    batch = model.data_preprocessor(
+        dict(inputs=torch.randint(0, 256, (2, 3, 96, 96)), data_samples=samples), training=True)
+    model(**batch, mode='loss')['loss'].backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key

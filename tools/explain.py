@@ -297,20 +297,22 @@ def stage_names(scene: Scene) -> List[str]:
 
 def draw_groups(figure, scene: Scene) -> None:
     """The groups of the chosen position and of positions beside it, by each rule."""
-    axes = grid(figure, ['short distance', "long distance,\n'interval'", "long distance,\n'block'"],
+    kinds = ['interval', 'block']
+    if scene.backbone.layers[0].lda == 'shifted':
+        kinds.append('shifted')
+    axes = grid(figure, ['short distance', *(f"long distance,\n'{kind}'" for kind in kinds)],
                 stage_names(scene), 'Who attends to whom: four groups, one colour each',
                 scene.picture.shape)
     for stage, layer in enumerate(scene.backbone.layers):
         _, height, width = scene.seen.features[stage].shape
         size, interval, stride = layer.group_size, layer.interval, scene.stride(stage)
         all_rules = [short_distance(height, width, size, layer.lda)]
-        all_rules += [long_distance(height, width, size, interval, lda)
-                      for lda in ('interval', 'block')]
+        all_rules += [long_distance(height, width, size, interval, kind) for kind in kinds]
         for panel, rules in zip(axes[:, stage], all_rules):
             colours = group_colours(height, width, rules, scene.place(stage))
             show(panel, scene, stage, colours, faded=True)
             for side, rule, line in zip((height, width), rules, (panel.axhline, panel.axvline)):
-                for edge in range(0, side, rule.size * rule.interval):
+                for edge in range(-rule.lead, side, rule.size * rule.interval):
                     line(edge * stride, color='white', linewidth=0.6)
             mark(panel, scene, stage)
             rows, columns = (min(rule.size, -(-side // rule.interval))
@@ -406,7 +408,7 @@ def draw_bias_surfaces(figure, scene: Scene) -> None:
     head = scene.head or 0
     tables = [bias_table(scene, stage, size) for size in sizes]
     head = min(head, len(tables[0]) - 1)
-    figure.suptitle(f'The same small network gives the bias of groups of any size (stage '
+    figure.suptitle(f'The same bias for groups of three sizes (stage '
                     f'{stage + 1}, head {head})', fontsize=12, fontweight='bold')
     low, high = tables[-1][head].min(), tables[-1][head].max()
     axes = figure.subplots(1, 3, subplot_kw=dict(projection='3d'))

@@ -69,9 +69,15 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropo
     return why_no_triton(device)
 
 
+@functools.lru_cache(maxsize=None)
+def has_triton() -> bool:
+    """Asked by each block of each forward, and answered by a search of the disk: once."""
+    return importlib.util.find_spec('triton') is not None
+
+
 def why_no_triton(device: torch.device) -> str:
     """What is in the way of running Triton kernels on a device, or nothing."""
-    if importlib.util.find_spec('triton') is None:
+    if not has_triton():
         return 'it needs the package triton, which is not installed'
     if device.type == 'cuda' and torch.cuda.is_available():
         if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
