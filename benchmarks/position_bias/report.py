@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from errors import fail
-from study import EXPERIMENTS, GROUP_SIZE, OPTIONS, TRAININGS, Test
+from study import EXPERIMENTS, OPTIONS, TRAININGS, Test
 
 BASE = 'dynamic'  # what the others are compared with
 COLOURS = dict(zip(OPTIONS, ('#d62728', '#ff9f1c', '#1f77b4', '#2ca02c', '#7f7f7f')))
@@ -146,15 +146,15 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
         figure.savefig(folder / f'{experiment}.png', dpi=90)
         plt.close(figure)
 
-    sizes = sorted([*plan['group_sizes'], GROUP_SIZE])
+    sizes = sorted([*plan['group_factors'], 1])
     figure, (row,) = plt.subplots(1, len(experiments), figsize=(4.5 * len(experiments), 4),
                                   squeeze=False, layout='constrained')
     for axes, experiment in zip(row, experiments):
         for option in OPTIONS:
-            names = [Test('scaled', 1, size / GROUP_SIZE).name for size in sizes]
+            names = [Test('scaled', 1, size).name for size in sizes]
             draw_line(axes, option, sizes,
                       [scores(experiment, 'single', option, name) for name in names])
-        label(axes, sizes, f'group size in the test ({GROUP_SIZE} in training)',
+        label(axes, sizes, 'group size in the test / in training',
               EXPERIMENTS[experiment].label)
     row[0].legend(title='option (seeds)', fontsize=8, title_fontsize=8)
     figure.suptitle('Trained at one size and tested at it, with other group sizes')

@@ -35,30 +35,34 @@ MIXED = (0.5, 0.75, 1, 1.25, 1.5)  # sizes of mixed training: mean area 1.1, abo
 
 
 class Experiment(NamedTuple):
-    """One task: its config, and the metric that counts, with a name."""
+    """One task on one kind of images: its config, and the metric that counts, with a name."""
     config: str
+    images: str
     metric: str
     label: str
     scale: float  # makes the metric one of 100
 
 
 EXPERIMENTS = {
-    'semantic': Experiment('semantic.py', 'mIoU', 'semantic segmentation, mIoU', 1),
-    'instance': Experiment('instance.py', 'coco/segm_mAP_50', 'instance segmentation, mask AP50',
-                           100),
+    'semantic': Experiment('semantic.py', 'shapes', 'mIoU', 'semantic segmentation, mIoU', 1),
+    'instance': Experiment('instance.py', 'shapes', 'coco/segm_mAP_50',
+                           'instance segmentation, mask AP50', 100),
+    'pairs': Experiment('pairs.py', 'pairs', 'mIoU',
+                        'semantic segmentation where only positions count, mIoU', 1),
 }
 
 
 class Plan(NamedTuple):
     """What the results depend on, next to the configs."""
-    iterations: Tuple[Tuple[str, int], ...] = (('semantic', 200), ('instance', 130))
+    iterations: Tuple[Tuple[str, int], ...] = (('semantic', 200), ('instance', 130),
+                                               ('pairs', 450))
     train_images: int = 800
     test_images: int = 24
     factors: Tuple[float, ...] = (0.5, 0.75, 1, 1.5, 2, 3)
-    group_sizes: Tuple[int, ...] = (2, 3, 6, 8)
+    group_factors: Tuple[float, ...] = (0.5, 0.75, 1.5, 2)
 
 
-SHORT = Plan((('semantic', 4), ('instance', 4)), 16, 4, (1, 1.5), (3,))
+SHORT = Plan((('semantic', 4), ('instance', 4), ('pairs', 4)), 16, 4, (1, 1.5), (0.75,))
 
 
 class Test(NamedTuple):
@@ -77,14 +81,11 @@ class Test(NamedTuple):
         return ', '.join([f'{self.way} x{self.factor:g}', *changes])
 
 
-GROUP_SIZE, INTERVAL = 4, (4, 2, 1)  # in training, as in the configs
-
-
 def tests(plan: Plan) -> list:
     """Every evaluation of a trained model."""
     sizes = [Test(way, factor) for way in ('scaled', 'canvas') for factor in plan.factors
              if factor != 1 or way == 'scaled']  # at 1 they are the same
-    groups = [Test('scaled', 1, size / GROUP_SIZE) for size in plan.group_sizes]
+    groups = [Test('scaled', 1, factor) for factor in plan.group_factors]
     # Groups that grow with the objects, and intervals that grow with the canvas.
     groups += [Test('scaled', 2, 2)] if 2 in plan.factors else []
     groups += [Test('canvas', factor, 1, factor) for factor in plan.factors if factor in (2, 3)]
@@ -105,16 +106,18 @@ class Job(NamedTuple):
         return f'{self.experiment}-{self.training}-{self.option}-{self.seed}'
 
 
-def data_folder(out: Path, side: int) -> Path:
-    return out / 'data' / str(side)
+def data_folder(out: Path, images: str, side: int) -> Path:
+    return out / 'data' / f'{images}_{side}'
 
 
-def make_data(out: Path, plan: Plan) -> None:
+def make_data(out: Path, plan: Plan, images: str) -> None:
     """Training images, and test images of each size, with objects of the same size in pixels."""
     import make_shapes
-    draw = functools.partial(make_shapes.scene, unit=SIDE)
+    import pairs_of_disks
+    draw = functools.partial(
+        {'shapes': make_shapes.scene, 'pairs': pairs_of_disks.scene}[images], unit=SIDE)
     for factor in plan.factors:
-        folder = data_folder(out, round(SIDE * factor))
+        folder = data_folder(out, images, round(SIDE * factor))
         if (folder / 'made').exists():
             continue
         shutil.rmtree(folder, ignore_errors=True)
@@ -134,7 +137,7 @@ def read_config(out: Path, plan: Plan, job: Job):
     cfg = Config.fromfile(HERE / experiment.config)
     cfg.launcher = 'none'
     prepare_for_cpu(cfg)
-    point_at(cfg, data_folder(out, SIDE))
+    point_at(cfg, data_folder(out, experiment.images, SIDE))
     cfg.model.backbone.position_bias = job.option
     iterations = dict(plan.iterations)[job.experiment]
     cfg.train_cfg.max_iters = iterations
@@ -203,12 +206,13 @@ def evaluate(runner, out: Path, experiment: Experiment, test: Test) -> float:
     from mmengine.runner import TestLoop
     cfg = copy.deepcopy(runner.cfg)
     side = round(SIDE * test.factor)
-    point_at(cfg, data_folder(out, SIDE if test.way == 'scaled' else side))
+    point_at(cfg, data_folder(out, experiment.images, SIDE if test.way == 'scaled' else side))
     resize, = [part for part in cfg.test_dataloader.dataset.pipeline if part.type == 'Resize']
     resize.scale = (side, side)
     backbone = runner.model.backbone
-    for stage, interval in zip(backbone.layers, INTERVAL):
-        stage.group_size = round(GROUP_SIZE * test.group_factor)
+    trained = cfg.model.backbone
+    for stage, group_size, interval in zip(backbone.layers, trained.group_size, trained.interval):
+        stage.group_size = round(group_size * test.group_factor)
         stage.interval = round(interval * test.interval_factor)
     with contextlib.ExitStack() as stack:
         if test.without_position:
@@ -282,7 +286,8 @@ def run_all(out: Path, plan: Plan, jobs: list, workers: int) -> None:
     check_plan(out, plan)
     left = [job for job in jobs if not (out / 'jobs' / f'{job.name}.json').is_file()]
     print(f'{len(jobs)} trainings, {len(jobs) - len(left)} of them done', flush=True)
-    make_data(out, plan)
+    for images in sorted({EXPERIMENTS[job.experiment].images for job in left}):
+        make_data(out, plan, images)
     start, failed = time.time(), {}
     for done, (job, seconds, error) in enumerate(outcomes(out, plan, left, workers), 1):
         if error:
