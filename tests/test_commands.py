@@ -34,6 +34,9 @@ SHORTER = {
     'tools/make_shapes.py': ['--train', '8', '--val', '8'],
     'benchmarks/backbone.py': ['--sizes', '32x32', '40x40', '--models', 'crossformer_s',
                                '--modes', 'infer', '--repeats', '2'],
+    'benchmarks/position_bias/study.py': [
+        '--short', '--out', 'work_dirs/short', '--experiments', 'semantic', '--trainings', 'single',
+        '--options', 'none', '--seeds', '1', '--workers', '1'],
     'tools/train.py configs/demo/upernet_shapes.py': [
         '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
         'train_dataloader.batch_size=2'],

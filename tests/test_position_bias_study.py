@@ -18,21 +18,24 @@ def importable():
         yield
 
 
-def areas_and_counts(draw, size: int, images: int = 12):
-    """Pixels of each object that is wholly visible, and how many there are in an image."""
+def areas_and_counts(draw, size: int):
+    """Mean of the objects' visible pixels, and how many objects there are on 64 x 64 pixels."""
     rng = np.random.default_rng(0)
-    scenes = [draw(rng, size, unit=64) for _ in range(images)]
+    units = 40  # of 64 x 64 pixels, in whatever images
+    scenes = [draw(rng, size, unit=64) for _ in range(round(units * (64 / size)**2))]
     areas = [mask.sum() for _, objects in scenes for _, mask in objects]
-    return np.mean(areas), len(areas) / images
+    return np.mean(areas), len(areas) / units
 
 
 def test_a_larger_canvas_has_more_objects_of_the_same_size():
-    from make_shapes import scene
-    area, count = areas_and_counts(scene, 64)
-    for size in (32, 128, 192):
-        other_area, other_count = areas_and_counts(scene, size)
-        assert 0.75 < other_area / area < 1.33  # more of them hide each other in a larger one
-        assert 0.7 < other_count / count / (size / 64)**2 < 1.4
+    import make_shapes
+    import pairs_of_disks
+    for draw in (make_shapes.scene, pairs_of_disks.scene):
+        area, count = areas_and_counts(draw, 64)
+        for size in (32, 128):
+            other_area, other_count = areas_and_counts(draw, size)
+            assert 0.75 < other_area / area < 1.33  # more of them hide each other in a larger one
+            assert 0.7 < other_count / count < 1.4
 
 
 def test_an_image_of_its_own_size_is_what_it_was():
@@ -40,6 +43,40 @@ def test_an_image_of_its_own_size_is_what_it_was():
     image, objects = scene(np.random.default_rng(3), 64)
     same, same_objects = scene(np.random.default_rng(3), 64, unit=64)
     assert (image == same).all() and len(objects) == len(same_objects)
+
+
+def test_the_class_of_a_pair_is_where_its_blue_disk_lies():
+    from pairs_of_disks import DIRECTIONS, scene
+    image, objects = scene(np.random.default_rng(0), 128, unit=64)
+    assert {kind for kind, _ in objects} == {0, 1, 2, 3}
+    for kind, mask in objects:
+        blue, red = image[..., 0] == 220, image[..., 2] == 220
+        (y_blue, x_blue), (y_red, x_red) = (
+            np.argwhere(mask & colour).mean(0) for colour in (blue, red))
+        offset = np.array([x_blue - x_red, y_blue - y_red])
+        assert (np.sign(np.round(offset / abs(offset).max())) == DIRECTIONS[kind]).all()
+
+
+def test_what_was_learnt_of_positions_is_taken_away_for_a_while():
+    import torch
+    from study import no_position
+
+    from crossformer_mm import CrossFormer
+    for option in ('dynamic', 'relative', 'absolute', 'none'):
+        torch.manual_seed(0)
+        backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), patch_sizes=(4,),
+                               merge_sizes=(), group_size=(4,), interval=(2,), out_indices=(0,),
+                               position_bias=option).eval()
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.add_(torch.randn_like(parameter))
+            image = torch.rand(1, 3, 32, 32)
+            before, = backbone(image)
+            with no_position(backbone):
+                without, = backbone(image)
+            after, = backbone(image)
+        assert torch.equal(before, after)
+        assert torch.equal(before, without) == (option == 'none')
 
 
 def test_tests_of_sizes_and_groups_are_what_they_say():

@@ -10,6 +10,7 @@ from errors import fail
 from study import EXPERIMENTS, OPTIONS, TRAININGS, Test
 
 BASE = 'dynamic'  # what the others are compared with
+AT_HOME = Test('scaled').name
 COLOURS = dict(zip(OPTIONS, ('#d62728', '#ff9f1c', '#1f77b4', '#2ca02c', '#7f7f7f')))
 WAYS = {'scaled': 'image and objects scaled', 'canvas': 'larger or smaller canvas, same objects'}
 TRAINED = {'single': 'trained at one size', 'mixed': 'trained at 0.5 to 1.5'}
@@ -43,6 +44,11 @@ def gather(out: Path) -> dict:
                 runs=[json.loads(file.read_text()) for file in files])
 
 
+def less(values: Dict[int, float], base: Dict[int, float]) -> Dict[int, float]:
+    """``values - base`` of each seed that both have."""
+    return {seed: values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())}
+
+
 def spread(values: Dict[int, float]) -> str:
     """Mean and standard deviation over seeds."""
     values = list(values.values())
@@ -56,7 +62,7 @@ def difference(values: Dict[int, float], base: Dict[int, float]) -> str:
 
     In bold where the interval leaves 0 out.
     """
-    pairs = [values[seed] - base[seed] for seed in values.keys() & base.keys()]
+    pairs = list(less(values, base).values())
     if not pairs:
         return ''
     mean = np.mean(pairs)
@@ -76,9 +82,10 @@ def rows_of(heading: str, tests: List[str], options, cell) -> List[str]:
 def table(scores: Scores) -> str:
     lines = ['# Scores of every training', '',
              'Mean ± standard deviation over seeds; then the mean difference to `dynamic` with the '
-             'same seed and its 95 % interval (Student\'s t), in bold where that leaves 0 out. No '
-             'correction for the number of comparisons: one in twenty is bold by chance. '
-             'Written by `study.py --report`.', '']
+             'same seed and its 95 % interval (Student\'s t), in bold where that leaves 0 out; then '
+             'the same of the change from the training size. No correction for the number of '
+             'comparisons: one in twenty is bold by chance. Written by `study.py --report`.', '',
+             *used(scores)]
     for experiment, training in ((e, t) for e in EXPERIMENTS for t in TRAININGS):
         if not scores.has(experiment, training):
             continue
@@ -96,7 +103,32 @@ def table(scores: Scores) -> str:
         if BASE in options and others:
             lines += rows_of(f'minus {BASE}', tests, others, lambda test, option: difference(
                 values(test, option), values(test, BASE)))
+
+            def change(test, option):
+                return less(values(test, option), values(AT_HOME, option))
+
+            lines += rows_of(f'change from {AT_HOME}, minus that of {BASE}',
+                             [test for test in tests if test != AT_HOME], others,
+                             lambda test, option: difference(change(test, option),
+                                                             change(test, BASE)))
     return '\n'.join(lines)
+
+
+def used(scores: Scores) -> List[str]:
+    """What taking the positions away costs each option."""
+
+    def cell(kind, option):
+        with_positions, without = (scores(*kind.split(', '), option, test.name) for test in
+                                   (Test('scaled'), Test('scaled', without_position=True)))
+        return difference(with_positions, without)
+
+    kinds = [f'{experiment}, {training}' for experiment in EXPERIMENTS for training in TRAININGS
+             if scores.has(experiment, training)]
+    options = [option for option in OPTIONS if option != 'none'
+               and any(run[2] == option for run in scores.runs)]
+    return ['## What positions contribute', '', 'Score at the training size minus that of the same '
+            'model whose position bias, or map, is taken away for the test.', '',
+            *rows_of('', kinds, options, cell)]
 
 
 def draw_line(axes, option: str, x: List[float], values: List[Dict[int, float]]) -> None:

@@ -55,7 +55,7 @@ EXPERIMENTS = {
 class Plan(NamedTuple):
     """What the results depend on, next to the configs."""
     iterations: Tuple[Tuple[str, int], ...] = (('semantic', 200), ('instance', 130),
-                                               ('pairs', 450))
+                                               ('pairs', 250))
     train_images: int = 800
     test_images: int = 24
     factors: Tuple[float, ...] = (0.5, 0.75, 1, 1.5, 2, 3)
@@ -303,10 +303,10 @@ def run_all(out: Path, plan: Plan, jobs: list, workers: int) -> None:
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/position_bias'),
-                        help='folder for data and for the result of each training')
-    parser.add_argument('--report-to', type=Path, default=HERE / 'results',
-                        help='folder for results.json, table.md and pictures')
+    parser.add_argument('--out', type=Path, help='folder for data and for the result of each '
+                        'training (default: work_dirs/position_bias, with --short ..._short)')
+    parser.add_argument('--report-to', type=Path, help='folder for results.json, table.md and '
+                        'pictures (default: results beside this file, with --short in --out)')
     parser.add_argument('--report', action='store_true', help='gather what is there, no training')
     parser.add_argument('--short', action='store_true',
                         help='try the machinery: few images, iterations and sizes')
@@ -319,6 +319,8 @@ def parse_args():
     args = parser.parse_args()
     if min(args.workers, args.seeds) < 1:
         parser.error('--workers and --seeds must be at least 1')
+    args.out = args.out or Path('work_dirs/position_bias' + '_short' * args.short)
+    args.report_to = args.report_to or (args.out if args.short else HERE) / 'results'
     return args
 
 
