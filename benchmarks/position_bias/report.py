@@ -27,6 +27,11 @@ class Scores:
         return {key[3]: run['scores'][test] for key, run in sorted(self.runs.items())
                 if key[:3] == (experiment, training, option) and test in run['scores']}
 
+    def beside(self, experiment: str, training: str, option: str, test: str) -> Dict[int, float]:
+        """The same, or that of the experiment beside where this one leaves an option out."""
+        return self(experiment, training, option, test) or self(
+            EXPERIMENTS[experiment].beside, training, option, test)
+
     def has(self, *start: str) -> bool:
         return any(key[:len(start)] == start for key in self.runs)
 
@@ -82,7 +87,7 @@ def rows_of(heading: str, tests: List[str], options, cell) -> List[str]:
 def table(scores: Scores) -> str:
     lines = ['# Scores of every training', '',
              'Mean ± standard deviation over seeds; then the mean difference to `dynamic` with the '
-             'same seed and its 95 % interval (Student\'s t), in bold where that leaves 0 out; then '
+             "same seed and its 95 % interval (Student's t), in bold where that leaves 0 out; then "
              'the same of the change from the training size. No correction for the number of '
              'comparisons: one in twenty is bold by chance. Written by `study.py --report`.', '',
              *used(scores)]
@@ -100,12 +105,16 @@ def table(scores: Scores) -> str:
                   f'Seeds: {counts}.', '']
         lines += rows_of('test', tests, options, lambda test, option: spread(values(test, option)))
         others = [option for option in options if option != BASE]
-        if BASE in options and others:
+
+        def beside(test, option):
+            return scores.beside(experiment, training, option, test)
+
+        if beside(AT_HOME, BASE) and others:
             lines += rows_of(f'minus {BASE}', tests, others, lambda test, option: difference(
-                values(test, option), values(test, BASE)))
+                beside(test, option), beside(test, BASE)))
 
             def change(test, option):
-                return less(values(test, option), values(AT_HOME, option))
+                return less(beside(test, option), beside(AT_HOME, option))
 
             lines += rows_of(f'change from {AT_HOME}, minus that of {BASE}',
                              [test for test in tests if test != AT_HOME], others,
@@ -169,7 +178,7 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
                     names = [Test('scaled' if factor == 1 else way, factor).name
                              for factor in plan['factors']]
                     draw_line(axes, option, plan['factors'],
-                              [scores(experiment, training, option, name) for name in names])
+                              [scores.beside(experiment, training, option, name) for name in names])
                 label(axes, plan['factors'], 'test size / training size',
                       f'{TRAINED[training]}: {WAYS[way]}')
             row[0].set_ylabel(EXPERIMENTS[experiment].label.split(', ')[1])
@@ -185,7 +194,7 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
         for option in OPTIONS:
             names = [Test('scaled', 1, size).name for size in sizes]
             draw_line(axes, option, sizes,
-                      [scores(experiment, 'single', option, name) for name in names])
+                      [scores.beside(experiment, 'single', option, name) for name in names])
         label(axes, sizes, 'group size in the test / in training',
               EXPERIMENTS[experiment].label)
     row[0].legend(title='option (seeds)', fontsize=8, title_fontsize=8)
