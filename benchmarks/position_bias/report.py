@@ -181,7 +181,7 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
                               [scores.beside(experiment, training, option, name) for name in names])
                 label(axes, plan['factors'], 'test size / training size',
                       f'{TRAINED[training]}: {WAYS[way]}')
-            row[0].set_ylabel(EXPERIMENTS[experiment].label.split(', ')[1])
+            row[0].set_ylabel(EXPERIMENTS[experiment].label.rsplit(', ', 1)[1])
             row[0].legend(title='option (seeds)', fontsize=8, title_fontsize=8)
         figure.suptitle(f'{EXPERIMENTS[experiment].label}; mean and standard deviation over seeds')
         figure.savefig(folder / f'{experiment}.png', dpi=90)

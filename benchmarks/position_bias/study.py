@@ -50,9 +50,9 @@ EXPERIMENTS = {
     'instance': Experiment('instance.py', 'shapes', 'coco/segm_mAP_50',
                            'instance segmentation, mask AP50', 100),
     'pairs': Experiment('pairs.py', 'pairs', 'mIoU',
-                        'semantic segmentation where only positions count, mIoU', 1),
+                        'pairs: only positions count, mIoU', 1),
     'pairs_fast': Experiment('pairs_fast.py', 'pairs', 'mIoU',
-                             'the same, tables and maps learning 4 times as fast, mIoU', 1,
+                             'pairs: tables, maps 4 times as fast, mIoU', 1,
                              beside='pairs', options=('relative', 'absolute')),
 }
 
