@@ -15,23 +15,32 @@ TESTS ?= tests
 CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
     tests/test_released_files.py tests/test_publish_model.py
 
+# One that cannot be imported would take MMDetection with it.
+define torchvision
+$(1) -m pip install --no-deps -r requirements/torchvision.txt
+@$(1) -W ignore -c 'import torchvision' 2> /dev/null || { $(1) -m pip uninstall --yes torchvision; \
+    echo "torchvision does not fit this torch and is taken out: pretraining does not work here"; }
+endef
+
 .PHONY: demo test soak test-openmmlab test-openmmlab-core setup clean
 setup: $(READY)
 
-$(READY): requirements/build.txt requirements/run.txt setup.py
+$(READY): requirements/build.txt requirements/run.txt requirements/torchvision.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -r requirements/build.txt
 	@echo "mmcv compiles its operators now where no wheel of it is at hand: about 9 minutes on 2 cores"
 	$(RUN) -m pip install --no-build-isolation -r requirements/run.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
+	$(call torchvision,$(RUN))
 	touch $@
 
-$(OPENMMLAB)/ready: requirements/build.txt requirements/openmmlab.txt setup.py
+$(OPENMMLAB)/ready: requirements/build.txt requirements/openmmlab.txt requirements/torchvision.txt setup.py
 	$(PYTHON) -m venv $(OPENMMLAB)
 	$(OPENMMLAB)/bin/python -m pip install -r requirements/build.txt
 	$(OPENMMLAB)/bin/python -m pip install --no-build-isolation -r requirements/openmmlab.txt
 	$(OPENMMLAB)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(call torchvision,$(OPENMMLAB)/bin/python)
 	touch $@
 
 demo: $(READY)

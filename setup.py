@@ -29,6 +29,10 @@ setup(
                   'onedl-mmsegmentation>=1.4.2', 'ftfy', 'regex'],
         'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.1.0', 'mmdet>=3.3.0', 'mmsegmentation>=1.2.2',
                       'ftfy', 'regex'],
+        # To pretrain. The torchvision that pip chooses fits a torch from the same index; beside
+        # others see requirements/torchvision.txt.
+        'onedl-pretrain': ['onedl-mmpretrain>=1.3.6', 'torchvision'],
+        'openmmlab-pretrain': ['mmpretrain>=1.2.0', 'torchvision'],
         'tensorboard': ['tensorboard'],
         'safetensors': ['safetensors'],
         'export': ['onnx>=1.23', 'onnxruntime>=1.31', 'onnxscript>=0.7'],

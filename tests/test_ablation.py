@@ -1,4 +1,4 @@
-"""The configs of the papers' ablations differ from the published model in what they are named for."""
+"""The configs of the papers' ablations differ from the published model in what they name."""
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,7 @@
 """The commands of README.md and docs/ run, as they stand, on little data and with small models.
 
-Those of docs/custom_projects.md, which build on each other, are run by test_docs.py, and
-benchmarks/gpu.py by test_gpu_benchmark.py.
+Those of docs/custom_projects.md, which build on each other, are run by test_docs.py,
+benchmarks/gpu.py by test_gpu_benchmark.py and benchmarks/pretraining.py by test_pretraining.py.
 """
 import os
 import re
@@ -23,6 +23,7 @@ from crossformer_mm import CrossFormer
 from .test_docs import EXAMPLES, PAGES, commands
 from .test_predict import run_here
 from .test_ranks import free_port
+from .test_released_files import earlier, imagenet_file
 from .test_zoo_runs import data, shrink  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +38,15 @@ SHORTER = {
     'benchmarks/position_bias/study.py': [
         '--short', '--out', 'work_dirs/short', '--experiments', 'semantic', '--trainings', 'single',
         '--options', 'none', '--seeds', '1', '--workers', '1'],
+    'tools/sweep_groups.py': ['--group-size', '7,7,7,7', '--interval', '8,4,2,1', '--lda',
+                              'interval'],  # the configs' own alone
     'tools/train.py configs/demo/upernet_shapes.py': [
         '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
         'train_dataloader.batch_size=2'],
 }
 EVERY = {command: page.stem for page in PAGES if page != EXAMPLES for command in commands(page)
-         if not command.startswith(('make ', 'pip ', 'tensorboard ', 'python benchmarks/gpu.py'))}
+         if not command.startswith(('make ', 'pip ', 'tensorboard ', 'python benchmarks/gpu.py',
+                                    'python benchmarks/pretraining.py'))}
 
 
 def small_config(name: str) -> Config:
@@ -50,12 +54,22 @@ def small_config(name: str) -> Config:
     cfg = Config.fromfile(ROOT / name)
     if '/demo/' in name:
         return cfg
+    shrink_data(cfg)
+    if cfg.model.backbone.type != 'CrossFormer':  # a baseline
+        return cfg
     cfg.model.backbone.arch = TINY
-    if 'neck' in cfg.model:
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.neck.in_channels = cfg.model.head.in_channels = CHANNELS[-1]
+    elif 'neck' in cfg.model:
         cfg.model.neck.in_channels = CHANNELS[-len(cfg.model.neck.in_channels):]
     else:
         cfg.model.decode_head.update(in_channels=CHANNELS, channels=16)
         cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
+    return cfg
+
+
+def shrink_data(cfg: Config) -> None:
+    """One step an epoch, and images as they are here."""
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
         shrink(cfg[f'{split}_dataloader'].dataset.pipeline)
@@ -63,7 +77,6 @@ def small_config(name: str) -> Config:
     shrink(cfg.get('tta_pipeline') or [])
     cfg.train_cfg.update({'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2},
                          val_interval=2)
-    return cfg
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +93,12 @@ def place(data, tmp_path_factory) -> Path:  # noqa: F811
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         small_config(name).dump(folder / name)
     image = np.random.default_rng(0).integers(0, 256, (72, 88, 3), dtype=np.uint8)
+    for split in ('train', 'val'):
+        (folder / 'data/imagenet' / split).mkdir(parents=True)
+        (folder / 'data/imagenet/meta').mkdir(exist_ok=True)
+        (folder / f'data/imagenet/meta/{split}.txt').write_text('1.JPEG 0\n2.JPEG 999\n')
+        for name in ('1.JPEG', '2.JPEG'):
+            cv2.imwrite(str(folder / 'data/imagenet' / split / name), image)
     (folder / 'photos').mkdir()
     for name in ('photo.jpg', 'photos/1.jpg', 'photos/2.jpg'):
         cv2.imwrite(str(folder / name), image)
@@ -98,8 +117,10 @@ def make_checkpoints(place: Path, words: list) -> None:
             continue
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         if file == 'crossformer-s.pth':  # as the authors' ImageNet files are
-            torch.save(dict(model=CrossFormer(TINY).state_dict()), place / file)
+            torch.save(imagenet_file(CrossFormer(TINY), earlier), place / file)
             continue
+        if f'model.backbone.init_cfg.checkpoint={file}' in words:  # of a pretraining
+            config, = place.glob(f'configs/*/{Path(file).parent.name}.py')
         cfg = Config.fromfile(place / (config or 'configs/mask_rcnn/cf_s_1x.py'))
         if 'model.backbone.arch.depths=(2,2,4,2)' in words:
             cfg.model.backbone.arch.depths = (2, 2, 4, 2)

@@ -7,14 +7,24 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
-ZOO = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name not in ('_base_', 'demo'))
-DEMO = sorted(CONFIGS.glob('demo/*.py'))
+PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())
 
-PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())['models']
+
+def paths_of(names) -> list:
+    return [CONFIGS / f'{name}.py' for name in names]
+
+
+ZOO, IMAGENET = (paths_of(name for name in PUBLISHED['models']
+                          if name.startswith('imagenet/') == classifies)
+                 for classifies in (False, True))
+BASELINES = paths_of(PUBLISHED['baselines'])
+ALL = ZOO + IMAGENET + BASELINES
+DEMO = sorted(CONFIGS.glob('demo/*.py'))
 
 # The published FLOPs of these show other groups than those of all the rest.
 WIDE = {'mask_rcnn/cf_s_3x', 'mask_rcnn/cf_b_3x', 'cascade_mask_rcnn/cf_s_3x',
@@ -28,7 +38,23 @@ def name_of(path: Path) -> str:
 
 
 def test_every_zoo_config_has_published_results():
-    assert {name_of(path) for path in ZOO} == set(PUBLISHED)
+    there = {path for path in CONFIGS.glob('*/*.py')
+             if path.parent.name not in ('_base_', 'demo', 'ablation')}
+    assert there == set(ALL)
+
+
+@pytest.mark.parametrize('path', BASELINES, ids=name_of)
+def test_a_baseline_differs_in_the_backbone_alone(path):
+    """And in the channels of what takes its features."""
+    ours, theirs = (Config.fromfile(file).to_dict()
+                    for file in (path.with_name(f"cf_s_{path.stem.split('_')[-1]}.py"), path))
+    init_default_scope(ours['default_scope'])
+    del ours['model']['backbone']
+    backbone = MODELS.build(theirs['model'].pop('backbone'))
+    assert not isinstance(backbone, CrossFormer)
+    taker = ours['model'].get('neck') or ours['model']['decode_head']
+    taker['in_channels'] = [feature.shape[1] for feature in backbone(torch.zeros(1, 3, 64, 64))]
+    assert ours == theirs
 
 
 @pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
@@ -55,7 +81,7 @@ def test_zoo_uses_the_setting_of_the_published_results(path):
     assert not {'out_norm', 'cooling'} & set(backbone)  # as the architecture has it
 
 
-@pytest.mark.parametrize('path', ZOO + DEMO, ids=name_of)
+@pytest.mark.parametrize('path', ALL + DEMO, ids=name_of)
 def test_configs_stand_on_their_own(path):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports == ['crossformer_mm']
@@ -135,9 +161,48 @@ def test_upernet_recipe(path):
     assert (auxiliary.channels, auxiliary.loss_decode.loss_weight) == (256, 0.4)
 
 
+@pytest.mark.parametrize('path', IMAGENET, ids=name_of)
+def test_imagenet_recipe(path):
+    cfg = Config.fromfile(path)
+    backbone = cfg.model.backbone
+    family, size, _ = path.stem.split('_')
+    assert backbone.arch == FAMILIES[family] + size and backbone.init_cfg is None
+    assert 'drop_path_rate' not in backbone  # as the architecture has it
+    assert (backbone.lda, tuple(backbone.group_size), tuple(backbone.interval)) == dict(
+        cf=('interval', (7, 7, 7, 7), (8, 4, 2, 1)),
+        cfpp=('block', (4, 4, 14, 7), (4, 2, 1, 1)))[family]
+    channels = CrossFormer(**{key: value for key, value in backbone.items()
+                              if key != 'type'}).out_channels
+    assert channels == (cfg.model.neck.in_channels, ) == (cfg.model.head.in_channels, )
+
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05)
+    assert cfg.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0., bias_decay_mult=0.)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 1024
+    assert cfg.train_cfg.max_epochs == 300
+    warmup, cosine = cfg.param_scheduler
+    assert (warmup.type, warmup.start_factor, warmup.end) == ('LinearLR', 1e-3, 20)
+    assert (cosine.type, cosine.begin, cosine.end, cosine.eta_min) == (
+        'CosineAnnealingLR', 20, 300, 1e-5)
+    assert {part.type: part.alpha for part in cfg.model.train_cfg.augments} == dict(
+        Mixup=0.8, CutMix=1.0)
+    assert cfg.model.head.loss == dict(
+        type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')
+    pipeline = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    augment = pipeline['RandAugment']
+    assert (augment.policies, augment.num_policies, augment.magnitude_level,
+            augment.magnitude_std) == ('timm_increasing', 2, 9, 0.5)
+    assert pipeline['RandomErasing'].erase_prob == 0.25
+    assert pipeline['RandomResizedCrop'].scale == 224
+    ema, = cfg.custom_hooks
+    assert (ema.type, ema.momentum) == ('mmengine.EMAHook', 4e-5)
+    test = {step.type: step for step in cfg.test_dataloader.dataset.pipeline}
+    assert (test['ResizeEdge'].scale, test['CenterCrop'].crop_size) == (256, 224)
+
+
 @pytest.mark.parametrize('config, decay, biases', [
-    ('upernet/cf_s_160k', 0.01, 0.01), ('mask_rcnn/cf_s_3x', 0.05, 0.),
-    ('mask_rcnn/cf_s_1x', 1e-4, 1e-4)])
+    ('upernet/cf_s_160k', 0.01, 0.01), ('imagenet/cf_s_300e', 0.05, 0.),
+    ('mask_rcnn/cf_s_3x', 0.05, 0.), ('mask_rcnn/cf_s_1x', 1e-4, 1e-4)])
 def test_weight_decay_of_norms_and_biases(config, decay, biases):
     cfg = Config.fromfile(CONFIGS / f'{config}.py')
     norms = decay if config.endswith('1x') else 0.
@@ -153,7 +218,7 @@ def test_weight_decay_of_norms_and_biases(config, decay, biases):
             assert decays[id(parameter)] == expected
 
 
-@pytest.mark.parametrize('path', ZOO, ids=name_of)
+@pytest.mark.parametrize('path', ALL, ids=name_of)
 def test_every_recipe_stands_once(path):
     names = {node.targets[0].id for node in ast.parse(path.read_text()).body}
     assert names <= {'_base_', 'model'}, f'{path} has more than a model of its own'

@@ -102,7 +102,8 @@ def test_command_names_what_exists(command, examples, monkeypatch):
             inside = inside[int(part) if isinstance(inside, list) else part]
         assert last in inside or inside.get('type') == 'CrossFormer', key
     cfg.merge_from_dict(getattr(args, 'cfg_options', None) or {})
-    CrossFormer(**{key: value for key, value in cfg.model.backbone.items() if key != 'type'})
+    init_default_scope(cfg.default_scope)
+    MODELS.build(cfg.model.backbone)
 
 
 @pytest.mark.parametrize('block', [pytest.param(block, id=f'{page.stem} {i}') for page in PAGES

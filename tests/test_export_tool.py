@@ -233,7 +233,7 @@ TORCH = ('--format', 'torch-export', '--out', 'x.pt2')
     ([*TORCH, '--label-map', '--what', 'backbone'],
      '--label-map is for whole segmentors only.'),
     ([*TORCH, '--cfg-options', 'model.backbone.lda=tiles'],
-     "lda must be 'interval' or 'block', got 'tiles'"),
+     "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'"),
 ])
 def test_what_cannot_work_is_said_in_one_sentence(call, config, arguments, sentence):
     assert sentence in call(config(SEGMENTOR), *arguments, code=2)

@@ -10,6 +10,7 @@ from mmengine.config import Config
 ROOT = Path(__file__).parent.parent
 DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
 SEGMENTOR = 'configs/demo/upernet_shapes.py'
+CLASSIFIER = 'configs/imagenet/cf_t_300e.py'
 
 
 @pytest.fixture
@@ -110,6 +111,15 @@ def test_table_is_for_people(get_flops):
 def test_default_shapes_are_those_of_the_published_tables(get_flops):
     assert json.loads(get_flops(DETECTOR, '--json'))['shape'] == [800, 1280]
     assert json.loads(get_flops(SEGMENTOR, '--json'))['shape'] == [1024, 1024]
+    assert json.loads(get_flops(CLASSIFIER, '--json'))['shape'] == [224, 224]
+
+
+def test_a_classifier_has_its_norm_and_linear_layer_outside_the_backbone(get_flops):
+    counted = json.loads(get_flops(CLASSIFIER, '--json'))
+    assert set(counted['parts']) == {
+        'backbone.patch_embed', *(f'backbone.layers.{i}' for i in range(4)), 'neck', 'head'}
+    assert counted['parts']['neck'] == dict(params=2 * 512, flops=0)
+    assert counted['parts']['head'] == dict(params=513 * 1000, flops=512 * 1000)
 
 
 @pytest.mark.parametrize('arguments, expected', [

@@ -8,6 +8,13 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
+# Of attention at 800 x 1280, in 1e9: of each stage 2 * layers * queries * keys * channels. All of
+# PVT's positions attend to a map of 25 x 40, Swin pads to windows of 7 x 7.
+PRODUCTS = {
+    'PVT-Medium': 2 * 25 * 40 * (3 * 200 * 320 * 64 + 4 * 100 * 160 * 128 + 18 * 50 * 80 * 320
+                                 + 3 * 25 * 40 * 512) / 1e9,
+    'Swin-T': 2 * 7 * 7 * (2 * 203 * 322 * 96 + 2 * 105 * 161 * 192 + 6 * 56 * 84 * 384
+                           + 2 * 28 * 42 * 768) / 1e9}
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +41,28 @@ def test_published_parameters_and_flops(counted, name):
     """The authors' code pads maps to whole groups: what runs here is up to 3 % less."""
     row = PUBLISHED['models'][name]
     assert abs(counted[name]['params'] / 1e6 - row['params']) < 0.06
-    assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+    if row['flops']:
+        assert 0.97 <= counted[name]['flops'] / 1e9 / row['flops'] <= 1.003
+
+
+def test_the_classifier_whose_published_flops_nothing_gives(counted):
+    assert 4.35e9 < counted['imagenet/cfpp_s_300e']['flops'] < 4.5e9
+
+
+@pytest.mark.parametrize('name', [name for name, row in PUBLISHED['baselines'].items()
+                                  if row['params']])
+def test_published_cost_of_baselines(counted, name):
+    """Published are a ResNet without its frozen layers, PVT and Swin on COCO without the
+    products of attention."""
+    row, count = PUBLISHED['baselines'][name], counted[name]
+    params, flops = count['params'] / 1e6, count['flops'] / 1e9
+    if row['backbone'].startswith('ResNet'):
+        params -= sum(count['parts'][f'backbone.{part}']['params']
+                      for part in ('conv1', 'bn1', 'layer1')) / 1e6
+    if not name.startswith('upernet'):
+        flops -= PRODUCTS.get(row['backbone'], 0)
+    assert abs(params - row['params']) < 0.06
+    assert 0.995 <= flops / row['flops'] <= 1.003
 
 
 @pytest.mark.parametrize('size', 'sb')
@@ -65,6 +93,9 @@ def test_published_results_are_in_the_zoo_and_in_the_readme():
         for metric, value in row['results'].items():
             assert f'| {value} |' in line
             assert str(value) in readme
+    for name, row in PUBLISHED['baselines'].items():
+        line, = re.findall(rf'^.*/configs/{name}\.py.*$', zoo, flags=re.MULTILINE)
+        assert all(f'{value} {metric}' in line for metric, value in row['results'].items())
 
 
 def test_metafiles_name_every_config_once():

@@ -2,11 +2,13 @@
 import subprocess
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 
+from .test_predict import run_here
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
 from .trainings import make_data
 
@@ -98,6 +100,33 @@ def test_settings_of_another_type_are_those_of_that_type(monkeypatch):
     check_keys(cfg, {'optim_wrapper.optimizer.type': 'SGD', **momentum})
     with pytest.raises(UserError, match='momentum'):
         check_keys(cfg, momentum)
+
+
+def test_weights_may_be_named_where_a_config_has_none(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from common import load_config, use_safe_loading
+    file, key = tmp_path / 'resnet.pth', 'model.backbone.init_cfg.checkpoint'
+    backbones = []
+    for options in ({}, {key: str(file)}):
+        cfg = load_config('configs/mask_rcnn/r50_1x.py', options)
+        init_default_scope('mmdet')
+        backbones.append(MODELS.build(cfg.model.backbone))
+        if not options:  # as torchvision has it: with a classifier
+            torch.save({**backbones[0].state_dict(), 'fc.weight': torch.ones(1)}, file)
+    use_safe_loading()
+    first, second = backbones
+    assert not torch.equal(first.conv1.weight, second.conv1.weight)
+    second.init_weights()
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+@pytest.mark.parametrize('options, said', [
+    ([], True), (['--cfg-options', 'model.backbone.init_cfg.checkpoint=README.md'], False)])
+def test_training_another_backbone_from_random_weights_is_said(capsys, options, said):
+    assert run_here(ROOT, 'train.py', 'configs/mask_rcnn/r50_1x.py', '--data-root', 'nowhere',
+                    *options) == 2
+    assert ('No pretrained checkpoint is given' in capsys.readouterr().out) == said
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,5 @@
 """Classifiers: trained, tested, loaded from the authors' files, and their weights in detectors."""
+import json
 import pickle
 import re
 import shutil
@@ -26,8 +27,7 @@ from .test_tools import DETECTOR, ROOT, sentence
 
 SMALL = dict(embed_dims=16, depths=(1, 2, 3, 1), num_heads=(1, 1, 2, 2))
 CLASSES = ('ant', 'bee', 'cow')
-SIDE = 96
-KINDS = ('cf_s', 'cfpp_s')  # both definitions of long distance attention
+SIDE = 64
 
 
 def write_config(folder: Path, data: Path, kind: str = 'cf_s') -> Path:
@@ -73,22 +73,18 @@ def data(clean, tmp_path) -> Path:
     return Path(shutil.copytree(clean, tmp_path / 'net'))
 
 
-@pytest.fixture(scope='module', params=KINDS)
-def trained(request, clean, tmp_path_factory) -> Path:
+@pytest.fixture(scope='module')
+def trained(clean, tmp_path_factory) -> Path:
     """The work folder of a classifier trained for 3 epochs of one iteration, with its config."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = write_config(folder, clean, request.param)
+    folder = tmp_path_factory.mktemp('trained')
+    config = write_config(folder, clean, 'cfpp_s')
     assert run_here(folder, 'train.py', config, '--work-dir', folder, '--tensorboard-samples',
                     2) == 0
     return folder
 
 
-def config_in(folder: Path) -> Path:
-    return next(folder.glob('c*.py'))
-
-
 def weights(folder: Path, epoch: int, which: str = 'state_dict') -> dict:
-    checkpoint = torch.load(folder / f'epoch_{epoch}.pth', weights_only=False)
+    checkpoint = read_checkpoint(str(folder / f'epoch_{epoch}.pth'))
     return {key.removeprefix('module.'): value for key, value in checkpoint[which].items()
             if key != 'steps'}
 
@@ -116,15 +112,15 @@ class TestTraining:
         assert len(log.Tags()['images']) == 2 and 'accuracy/top1' in log.Tags()['scalars']
 
     def test_evaluation_is_of_the_averaged_weights(self, trained, capfd, tmp_path):
-        status = run_here(trained, 'test.py', config_in(trained), 'epoch_3.pth', '--work-dir',
+        status = run_here(trained, 'test.py', 'cfpp_s.py', 'epoch_3.pth', '--work-dir',
                           tmp_path, '--out', tmp_path / 'x.pkl', '--show-dir', tmp_path / 'shown')
         assert status == 0
         assert 'accuracy/top1:' in ''.join(capfd.readouterr())
         assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
-        check_scores(tmp_path / 'x.pkl', config_in(trained), weights(trained, 3))
+        check_scores(tmp_path / 'x.pkl', trained / 'cfpp_s.py', weights(trained, 3))
 
     def test_a_resumed_training_ends_with_the_same_weights(self, trained, tmp_path):
-        status = run_here(trained, 'train.py', config_in(trained), '--work-dir', tmp_path,
+        status = run_here(trained, 'train.py', 'cfpp_s.py', '--work-dir', tmp_path,
                           '--resume', trained / 'epoch_2.pth')
         assert status == 0 and not (tmp_path / 'epoch_2.pth').exists()
         for which in 'state_dict', 'ema_state_dict':
@@ -273,7 +269,7 @@ class TestDetectionFromIt:
         cfg = Config.fromfile(ROOT / DETECTOR)
         # G and I of the published detectors, whatever they were in pretraining.
         cfg.merge_from_dict({
-            'model.backbone.arch': dict(SMALL, cooling='cfpp' in config_in(trained).name),
+            'model.backbone.arch': dict(SMALL, cooling=True),
             'model.backbone.out_norm': False, 'model.neck.in_channels': [16, 32, 64, 128],
             'model.backbone.init_cfg.checkpoint': str(source)})
         init_default_scope('mmdet')
@@ -373,6 +369,44 @@ class TestData:
             f"Image '{bad}' is cut short or no image.\n")
 
 
+class TestBenchmark:
+
+    @pytest.fixture
+    def benchmark(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+        import pretraining
+        return pretraining
+
+    def test_a_try_of_it_leaves_figures_and_a_picture(self, benchmark, tmp_path, monkeypatch):
+        ran = []
+
+        def run(log, tool, *arguments):
+            ran.append(' '.join(map(str, arguments)))
+            assert run_here(ROOT, Path(tool).name, *arguments) == 0
+
+        monkeypatch.setattr(benchmark, 'run', run)  # in this process, for speed
+        monkeypatch.setattr(sys, 'argv', ['pretraining.py', '--smoke', '--seeds', '3', '--out',
+                                          str(tmp_path), '--work-dir', str(tmp_path / 'work')])
+        benchmark.main()
+        result = json.loads((tmp_path / 'results.json').read_text())
+        assert len(result['top1']) == 1 and result['seeds'] == [3]
+        for arm in benchmark.ARMS:
+            assert all(np.shape(result[arm][key]) == (1, 1) for key in benchmark.METRICS)
+        # The two differ in the weights that they start from alone.
+        start = f"model.backbone.init_cfg.checkpoint={tmp_path / 'work/classifier/epoch_1.pth'} "
+        pretrained, random = (line.replace(f'/{arm}_', '')
+                              for line, arm in zip(ran[-2:], benchmark.ARMS))
+        assert pretrained.replace(start, '') == random != pretrained
+        assert cv2.imread(str(tmp_path / 'curves.png')).std() > 10
+        assert '| 1 | ' in (tmp_path / 'table.md').read_text()
+
+    def test_every_class_is_drawn_in_its_own_way(self, benchmark):
+        drawn = [benchmark.draw(np.random.default_rng(0), shape, pattern)
+                 for shape in benchmark.CLASSES for pattern in benchmark.PATTERNS]
+        assert len({image.tobytes() for image in drawn}) == 16
+        assert all(image.shape == (64, 64, 3) for image in drawn)
+
+
 IMAGENET = 'configs/imagenet/cf_t_300e.py'
 
 
@@ -396,6 +430,17 @@ def test_a_missing_package_is_named(capsys, monkeypatch, package, expected):
     monkeypatch.setitem(sys.modules, package, None)
     for tool in 'train.py', 'get_flops.py':
         assert expected in sentence(capsys, monkeypatch, tool, IMAGENET)
+
+
+@pytest.mark.parametrize('option, expected', [
+    ('model.head.num_classes=4', 'model.data_preprocessor.num_classes = 3 and model.head.num_class'
+     'es = 4 must be equal.'),
+    ('val_evaluator.topk=(1,5)', 'val_evaluator.topk has 5, but there are 3 classes.')])
+def test_parts_that_disagree_on_the_number_of_classes(clean, tmp_path, capsys, monkeypatch, option,
+                                                      expected):
+    said = sentence(capsys, monkeypatch, 'train.py', write_config(tmp_path, clean), '--work-dir',
+                    tmp_path, '--cfg-options', option)
+    assert said == expected
 
 
 def test_a_misspelt_setting_is_named(capsys, monkeypatch):

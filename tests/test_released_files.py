@@ -109,8 +109,8 @@ HEADS = {
     'configs/mask_rcnn/cf_s_1x.py': NECK + [f'{name}.{p}' for p in BOTH for name in (
         'rpn_head.rpn_conv', 'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
         'roi_head.bbox_head.fc_reg', 'roi_head.bbox_head.shared_fcs.0',
-        'roi_head.bbox_head.shared_fcs.1', *(f'roi_head.mask_head.convs.{i}.conv' for i in range(4)),
-        'roi_head.mask_head.upsample', 'roi_head.mask_head.conv_logits')],
+        'roi_head.bbox_head.shared_fcs.1',
+        *(f'roi_head.mask_head.convs.{i}.conv' for i in range(4)), 'roi_head.mask_head.upsample', 'roi_head.mask_head.conv_logits')],
     'configs/retinanet/cf_s_1x.py': None,
     'configs/upernet/cf_s_160k.py': None,
 }

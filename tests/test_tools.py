@@ -200,6 +200,9 @@ def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
     ('train.py', [DETECTOR, '--resume', 'none.pth'], "--resume: file 'none.pth' does not exist."),
     ('train.py', [DETECTOR, '--cfg-options', 'model.backbone.init_cfg.checkpoint=none.pth'],
      "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist."),
+    ('train.py', ['configs/mask_rcnn/swin_t_1x.py', '--cfg-options',
+                  'model.backbone.init_cfg.checkpoint=none.pth'],
+     "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist."),
     ('train.py', [DETECTOR, '--cfg-options', 'model.neck.in_channels.9=3'], '--cfg-options: '),
     ('train.py', ['configs/mask_rcnn/cf_s_1x.py', '--data-root', 'nowhere'],
      f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
@@ -230,7 +233,7 @@ def test_amp_without_gpu_is_refused(capsys, monkeypatch):
 def test_wrong_backbone_option_is_said_before_training(capsys, monkeypatch, shapes, tmp_path):
     said = sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--work-dir', tmp_path,
                     '--data-root', shapes / 'coco', '--cfg-options', 'model.backbone.lda=tiles')
-    assert "lda must be 'interval' or 'block', got 'tiles'" in said
+    assert "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'" in said
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])

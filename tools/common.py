@@ -20,9 +20,9 @@ from checked_data import image_folders, list_of_images
 from crossformer_mm.checkpoint import (CheckpointError, fit_checkpoint, model_weights,
                                        use_safe_loading)
 from errors import UserError, fail, said
-from options import add_cfg_options, check_keys
+from options import add_cfg_options, check_keys, let_weights_be_named
 
-# The package that each default_scope needs, as a user installs it; those of dense prediction.
+# The package that each default_scope needs, as a user installs it; DENSE: of dense prediction.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
 DENSE = ('mmdet', 'mmseg')
 # What each launcher sets in the processes that it starts.
@@ -56,7 +56,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 
 def load_config(file: str, options: Optional[dict] = None,
-                scopes: Iterable[str] = DENSE) -> Config:
+                scopes: Iterable[str] = tuple(SCOPES)) -> Config:
     """A config with some settings replaced; ends the program where its package is not there.
 
     Args:
@@ -81,6 +81,7 @@ def load_config(file: str, options: Optional[dict] = None,
         check_torchvision(file)
     if not isinstance(cfg.get('model'), dict):
         fail(f"config '{file}' has no model.")
+    let_weights_be_named(cfg, options or {})
     with sentences_for(UserError):
         check_keys(cfg, options or {})
     try:
@@ -103,7 +104,7 @@ def forget_scope(part) -> None:
     """Let what came by ``_base_ = 'crossformer_mm::...'`` be built as if from a file beside.
 
     MMEngine would look it all up in a registry of that name, but models, data sets and metrics are
-    those of MMDetection and MMSegmentation.
+    those of MMDetection, MMSegmentation and MMPretrain.
     """
     if isinstance(part, dict) and part.get('_scope_') == 'crossformer_mm':
         del part['_scope_']
@@ -115,7 +116,7 @@ def forget_scope(part) -> None:
 def read_config(args: argparse.Namespace) -> Config:
     """The config with the arguments applied; ends the program where that cannot work."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options, SCOPES)
+    cfg = load_config(args.config, args.cfg_options)
 
     if args.launcher != 'none' and STARTED[args.launcher] not in os.environ:
         fail(f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
@@ -258,7 +259,8 @@ def bare_model(runner):
 
 
 class NameWeights(Hook):
-    """Give other hooks the weights of any file where and as they expect them."""
+    """Give all other hooks, such as those of averaged weights, a file's weights under
+    ``state_dict`` and as the model names them."""
 
     priority = 'VERY_HIGH'
 

@@ -21,7 +21,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from common import check_file, fail, load_config, run
+from common import DENSE, check_file, fail, load_config, run
 from einops import rearrange
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -558,7 +558,7 @@ def main():
     args = parse_args()
     if find_spec('matplotlib') is None:
         fail('the package matplotlib is needed, which is not installed.')
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, DENSE)
     check_file('checkpoint', args.checkpoint)
     check_file('image', args.image)
     if args.scale and min(args.scale) < 1:

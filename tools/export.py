@@ -28,7 +28,7 @@ from typing import Callable, Dict, Sequence
 
 import torch
 import torch.nn.functional as F
-from common import check_file, fail, load_config, run
+from common import DENSE, check_file, fail, load_config, run
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -284,7 +284,7 @@ def first_line(error: Exception) -> str:
 @torch.no_grad()
 def main():
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, DENSE)
     check_arguments(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import SCOPES, fail, load_config, run
+from common import fail, load_config, run
 from crossformer_mm.attention import GroupAttention
 
 # Of the published tables, by default_scope: height, width.
@@ -106,6 +106,15 @@ class Meter:
             self.flops += self.counter.get_total_flops()
 
 
+def build_empty(model: dict) -> nn.Module:
+    """A model whose tensors have a shape and no content."""
+    try:
+        with torch.device('meta'):
+            return MODELS.build(model)
+    except RuntimeError:  # MMDetection's Swin and PVT read tensors while they are built
+        return MODELS.build(model).to('meta')
+
+
 def count(cfg: Config, shape: Sequence[int]) -> dict:
     """Parameters and multiply-accumulates of the model of a config.
 
@@ -118,9 +127,8 @@ def count(cfg: Config, shape: Sequence[int]) -> dict:
         parameters its ``params`` and ``flops``. The parts add up to the whole.
     """
     init_default_scope(cfg.default_scope)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model).eval()
-        image = torch.empty(1, 3, *shape)
+    model = build_empty(cfg.model).eval()
+    image = torch.empty(1, 3, *shape, device='meta')
     for module in model.modules():
         if isinstance(module, GroupAttention):
             module.path = 'plain'  # the others hide their products, and work on real tensors only
@@ -164,7 +172,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config, scopes=SCOPES)
+    cfg = load_config(args.config)
     shape = args.shape or SHAPES[cfg.default_scope]
     if min(shape) < 1:
         fail(f'--shape must be two numbers of at least 1, got {shape[0]} {shape[1]}.')

@@ -41,6 +41,14 @@ def add_cfg_options(parser: argparse.ArgumentParser, such_as: str = '') -> None:
                         help=f'settings that replace those of the config{such_as}')
 
 
+def let_weights_be_named(cfg, options: dict) -> None:
+    """Let ``model.backbone.init_cfg.checkpoint`` name weights where a config has none."""
+    backbone = cfg.model.get('backbone')
+    if ('model.backbone.init_cfg.checkpoint' in options and isinstance(backbone, dict)
+            and backbone.get('init_cfg') is None):
+        backbone.init_cfg = dict(type='Pretrained', checkpoint=None)
+
+
 def check_keys(cfg, options: dict) -> None:
     """See that settings are there to be replaced, or that what they are given to takes them.
 

@@ -28,7 +28,7 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import check_file, fail, innermost, load_config, run, sentences_for, write_whole
+from common import DENSE, check_file, fail, innermost, load_config, run, sentences_for, write_whole
 from options import add_cfg_options
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
@@ -454,7 +454,7 @@ def check_options(args: argparse.Namespace, cfg: Config) -> torch.device:
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, DENSE)
     device = check_options(args, cfg)
     detection = cfg.default_scope == 'mmdet'
     out = Path(args.out)

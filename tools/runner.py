@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 import randomness
 import whole_files  # noqa: F401  (registers the file backend)
 from checked_data import CountSkipped, DataError
+from common import NameWeights
 from crossformer_mm.checkpoint import CheckpointError
 from errors import UserError, said
 
@@ -42,6 +43,7 @@ class CarefulRunner(Runner):
     - Checkpoints are replaced in one step, see :mod:`whole_files`.
     - What is random depends on the seed and the iteration alone, see :mod:`randomness`.
     - Data are checked, see :mod:`checked_data`.
+    - Weights are found in any file, under any of its names, see :class:`common.NameWeights`.
 
     The configuration that is kept with a training does not show it: any other tool
     can use it.
@@ -50,7 +52,6 @@ class CarefulRunner(Runner):
     skip_to: Optional[str] = None  # where to list training images that are skipped
 
     build_visualizer = says_what('visualizer')(Runner.build_visualizer)
-    build_model = says_what('model')(Runner.build_model)
     build_optim_wrapper = says_what('optim_wrapper')(Runner.build_optim_wrapper)
     build_param_scheduler = says_what('param_scheduler')(Runner.build_param_scheduler)
     build_train_loop = says_what('train_cfg or train_dataloader')(Runner.build_train_loop)
@@ -58,10 +59,16 @@ class CarefulRunner(Runner):
     build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
         Runner.build_test_loop)
 
+    @says_what('model')
+    def build_model(self, model):
+        check_classifier(self.cfg)
+        return super().build_model(model)
+
     @says_what('default_hooks or custom_hooks')
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         super().register_hooks(default_hooks, custom_hooks)
         self.register_hook(randomness.SeedIterations())
+        self.register_hook(NameWeights())
         for hook in self.hooks:
             if (isinstance(hook, CheckpointHook) and '://' not in str(hook.out_dir)
                     and hook.backend_args is None and hook.file_client_args is None):
@@ -88,6 +95,23 @@ class CarefulRunner(Runner):
         loader = super().build_dataloader(dataloader, seed, diff_rank_seed)
         check_number_of_classes(self.cfg.model, loader.dataset)
         return loader
+
+
+def check_classifier(cfg) -> None:
+    """See that all of a classifier and its metrics have the same number of classes."""
+    classes = (cfg.model.get('head') or {}).get('num_classes')
+    mixed = (cfg.model.get('data_preprocessor') or {}).get('num_classes', classes)
+    if classes != mixed:
+        raise ConfigError(f'model.data_preprocessor.num_classes = {mixed} and model.head.'
+                          f'num_classes = {classes} must be equal.')
+    for split in ('val', 'test') if classes else ():
+        evaluator = cfg.get(f'{split}_evaluator') or {}
+        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            best = metric.get('topk') or 1
+            best = best if isinstance(best, int) else max(best)
+            if best > classes:
+                raise ConfigError(f'{split}_evaluator.topk has {best}, but there are '
+                                  f'{classes} classes.')
 
 
 def check_number_of_classes(model: dict, dataset) -> None:

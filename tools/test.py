@@ -4,7 +4,7 @@
 """
 from pathlib import Path
 
-from common import (CheckWeights, NameWeights, argument_parser, check_dataset, check_file, check_writable, fail,
+from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
                     innermost, read_config, run)
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
@@ -69,7 +69,6 @@ def main():
     if args.out and not maps:
         keep = METRICS.get({'mmdet': 'mmdet.DumpDetResults'}.get(scope, 'mmengine.DumpResults'))
         runner.test_evaluator.metrics.append(keep(out_file_path=args.out))
-    runner.register_hook(NameWeights())
     runner.register_hook(CheckWeights(
         'Give the config that it was trained with, or evaluate a partly random model with '
         '--allow-partial.', required=None if args.allow_partial else ''))

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from common import (CheckWeights, NameWeights, argument_parser, check_dataset, check_file, check_writable, fail,
+from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
                     read_config, run, sentences_for)
 from runner import CarefulRunner
 from whole_files import FULL, newest_checkpoint
@@ -70,6 +70,10 @@ def main():
     pretrained = (cfg.model.get('backbone', {}).get('init_cfg') or {}).get('checkpoint')
     if pretrained:
         check_file('model.backbone.init_cfg.checkpoint', pretrained)
+    elif cfg.model.get('backbone', {}).get('type') != 'CrossFormer' and not cfg.get('load_from'):
+        # CrossFormer says so itself.
+        print('No pretrained checkpoint is given, the backbone starts from random weights: name a '
+              'file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.')
     check_dataset(cfg, 'train', 'val')
     if args.tensorboard_samples:
         if not cfg.get('val_dataloader'):
@@ -80,7 +84,6 @@ def main():
     runner = CarefulRunner.from_cfg(cfg)
     if args.skip_bad_images:
         runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not cfg.resume)
-    runner.register_hook(NameWeights())
     runner.register_hook(CheckWeights(
         'Give the config that it was trained with.', resume=bool(cfg.resume),
         # A model may start from one with other heads, for other classes; of another backbone

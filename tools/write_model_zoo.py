@@ -28,17 +28,26 @@ README_TABLE = re.compile(
     flags=re.DOTALL)
 CHINESE = {' epochs ': ' 轮 ', 'k iterations ': 'k 次迭代 ', ' to ': ' 至 ', 'multi-scale': '多尺度'}
 INTRODUCTION = '''\
-Every model here is one for which the authors publish a result on COCO or ADE20K. Results are
-theirs; none was trained anew here. They start from ImageNet weights, for which the authors'
-repository has links. Of the 3x schedule they publish results but no recipe: the configs have
-Swin's.
+Every model here is one for which the authors publish a result. Results are theirs; none was
+trained anew here. Detectors and segmentors start from ImageNet weights, for which the authors'
+repository has links; [pretraining.md](pretraining.md) makes them. Of the 3x schedule they publish
+results but no recipe: the configs have Swin's.
 
 Parameters and FLOPs are beside the published ones. FLOPs are multiply-accumulates of convolutions,
 linear layers and attention products, as `tools/get_flops.py CONFIG` counts them; a detector's
 second stage has 1000 proposals and 100 masks. They are up to 3 % below the published ones, because
 the authors pad the map to whole groups and here nothing is padded. G and I, the group size and the
-interval of each stage, are those that the published FLOPs show; long distance attention always is
-`lda='interval'`.'''
+interval of each stage, are those that the published FLOPs show; long distance attention is
+`lda='interval'` where nothing else is said.'''
+
+BASELINES = '''\
+## Baselines
+
+Backbones of MMDetection and MMSegmentation in the place of CrossFormer-S: these configs differ from
+the `cf_s` config beside them in `model.backbone`, and in the channels that the neck takes, alone.
+Results are those that the papers list for these backbones; the recipes behind them are not always
+this one. Published parameters of a ResNet leave out its frozen layers (0.2 M), published FLOPs of
+PVT and Swin on COCO the products of attention (90.1 G and 3.1 G).'''
 
 
 class Model:
@@ -68,14 +77,17 @@ class Model:
     @property
     def groups(self) -> str:
         backbone = self.cfg.model.backbone
-        return ', '.join('·'.join(map(str, of_stages))
-                         for of_stages in (backbone.group_size, backbone.interval))
+        groups = ', '.join('·'.join(map(str, of_stages))
+                           for of_stages in (backbone.group_size, backbone.interval))
+        return groups if backbone.lda == 'interval' else f'{groups}, {backbone.lda}'
 
     @property
     def recipe(self) -> str:
         """Image size and length of training, read off the config."""
         steps = {step.type: step for step in self.cfg.train_pipeline}
-        if 'RandomCrop' in steps:
+        if 'RandomResizedCrop' in steps:
+            size = '{0}x{0}'.format(steps['RandomResizedCrop'].scale)
+        elif 'RandomCrop' in steps:
             height, width = steps['RandomCrop'].crop_size
             size = f'{width}x{height}'
         elif 'RandomChoiceResize' in steps:
@@ -96,9 +108,10 @@ def read_models(counted: Dict[str, dict]) -> List[Model]:
 
 
 def count_all() -> Dict[str, dict]:
-    """What every model of the zoo costs, at the size of the published tables."""
+    """What all models of the zoo and baselines cost, at the size of the published tables."""
     counted = {}
-    for name in json.loads(PUBLISHED.read_text(encoding='utf-8'))['models']:
+    published = json.loads(PUBLISHED.read_text(encoding='utf-8'))
+    for name in (*published['models'], *published['baselines']):
         cfg = Config.fromfile(CONFIGS / f'{name}.py')
         counted[name] = count(cfg, SHAPES[cfg.default_scope])
     return counted
@@ -112,7 +125,7 @@ def by(models: List[Model], key) -> Dict[object, List[Model]]:
     return groups
 
 
-def model_zoo(models: List[Model]) -> str:
+def model_zoo(models: List[Model], counted: Dict[str, dict]) -> str:
     """The text of docs/model_zoo.md."""
     lines = ['# Model zoo', '',
              f"<!-- {GENERATED}; the papers' figures are in {PUBLISHED.name}. -->", '', INTRODUCTION]
@@ -139,7 +152,20 @@ def model_zoo(models: List[Model]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         for index, note in enumerate(notes, start=1):
             lines += ['', f'[{index}] {note}']
-    return '\n'.join(lines) + '\n'
+    return '\n'.join([*lines, '', *baselines(counted)]) + '\n'
+
+
+def baselines(counted: Dict[str, dict]) -> List[str]:
+    """The lines of docs/model_zoo.md on other backbones."""
+    lines = [BASELINES, '', '| config | backbone | parameters | published | FLOPs | published | '
+             'published result |', '|---' * 7 + '|']
+    for name, row in json.loads(PUBLISHED.read_text(encoding='utf-8'))['baselines'].items():
+        results = ', '.join(f'{value} {metric}' for metric, value in row['results'].items())
+        lines.append(f"| [{name}](../configs/{name}.py) | {row['backbone']} | "
+                     f"{counted[name]['params'] / 1e6:.1f} M | {figure(row['params'], 'M')} | "
+                     f"{counted[name]['flops'] / 1e9:.1f} G | {figure(row['flops'], 'G')} | "
+                     f"{results or figure(None, '')} |")
+    return lines
 
 
 def figure(value, unit: str) -> str:
@@ -204,7 +230,7 @@ def render(counted: Dict[str, dict]) -> Dict[Path, str]:
     translated = rows
     for english, chinese in CHINESE.items():
         translated = translated.replace(english, chinese)
-    files = {ROOT / 'docs' / 'model_zoo.md': model_zoo(models),
+    files = {ROOT / 'docs' / 'model_zoo.md': model_zoo(models, counted),
              **with_table(ROOT / 'README.md', rows),
              **with_table(ROOT / 'README_zh-CN.md', translated),
              ROOT / 'model-index.yml': dump(

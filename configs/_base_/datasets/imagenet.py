@@ -3,7 +3,8 @@
 # classes instead.
 data_root = 'data/imagenet'
 
-mean, std = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]  # BGR, as images are loaded
+mean = [103.53, 116.28, 123.675]  # BGR, as images are loaded
+std = [57.375, 57.12, 58.395]
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation='bicubic'),

@@ -9,7 +9,8 @@ model = dict(
         num_classes=num_classes,
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
-        to_rgb=True),
+        to_rgb=True,
+        to_onehot=True),  # what Mixup and CutMix mix
     backbone=dict(out_indices=(3, ), init_cfg=None),
     neck=dict(type='NormedGlobalAveragePooling', in_channels=768),
     head=dict(

@@ -1,0 +1,269 @@
+"""tools/sweep_groups.py: the metrics of tools/test.py for each setting, what it costs, drawn."""
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import pytest
+from mmengine.config import Config
+
+from .test_predict import CLASSES, random_model, run_here
+from .test_tools import DETECTOR, ROOT, SEGMENTOR, metrics, sentence
+from .trainings import make_data
+
+OTHER = ['--group-size', '3,3,2,2']
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=1, val=3)
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory) -> Path:
+    return random_model(SEGMENTOR, tmp_path_factory.mktemp('segmentor') / 'segmentor.pth', {})
+
+
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory) -> Path:
+    return random_model(DETECTOR, tmp_path_factory.mktemp('detector') / 'detector.pth',
+                        dict(dataset_meta=dict(CLASSES=CLASSES)))
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The tool as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import sweep_groups
+    return sweep_groups
+
+
+def read(out: Path) -> list:
+    return json.loads((out / 'sweep.json').read_text())['settings']
+
+
+@pytest.fixture
+def one_apart(monkeypatch) -> list:
+    """Only the first process is one, the others run here, for speed; their commands."""
+    start, commands = subprocess.run, []
+
+    def run(command, **options):
+        if '--task' not in command:  # of a library
+            return start(command, **options)
+        commands.append(command)
+        if len(commands) == 1:
+            return start(command, **options)
+        return subprocess.CompletedProcess(command, run_here(ROOT, 'sweep_groups.py', *command[4:]))
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    return commands
+
+
+def test_every_setting_has_the_metrics_of_tools_test(shapes, segmentor, one_apart, tmp_path, capfd):
+    out, work = tmp_path / 'sweep', tmp_path / 'test'
+    here = SEGMENTOR, segmentor, '--data-root', shapes / 'ade'
+    assert run_here(ROOT, 'sweep_groups.py', *here, *OTHER, '--out', out) == 0
+    printed = capfd.readouterr().out
+    assert len(one_apart) == 2
+    own, other = read(out)
+    assert own['own'] and (own['group_size'], own['lda']) == ([7, 7, 7, 7], 'interval')
+    assert not other['own'] and other['group_size'] == [3, 3, 2, 2]
+    for setting, options in ((own, []), (other, ['--cfg-options',
+                                                 'model.backbone.group_size=(3,3,2,2)'])):
+        assert run_here(ROOT, 'test.py', *here, '--work-dir', work, *options) == 0
+        expected = metrics(work)
+        assert {'mIoU', 'aAcc'} <= setting['metrics'].keys()
+        for name, value in setting['metrics'].items():
+            assert value == pytest.approx(expected[name], abs=1e-9), name
+        assert 0 < setting['backbone_seconds'] < setting['seconds']
+        assert setting['peak_memory'] > 2**25
+    assert own['metrics'] != other['metrics']
+    assert own['backbone_flops'] > other['backbone_flops'] > 0
+    assert ' 1 * G 7·7·7·7, I 8·4·2·1, interval ' in printed
+    assert ' 2   G 3·3·2·2, I 8·4·2·1, interval ' in printed
+    assert '3/3' in printed  # how far each is
+    assert min(cv2.imread(str(out / 'sweep.png')).shape[:2]) > 300
+
+
+def cut(shapes: Path, folder: Path, images: int) -> Path:
+    """The same data set with some of its validation images alone."""
+    (folder / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (folder / f'{split}2017').symlink_to(shapes / 'coco' / f'{split}2017')
+        name = f'annotations/instances_{split}2017.json'
+        known = json.loads((shapes / 'coco' / name).read_text())
+        kept = {image['id'] for image in known['images'][:images]}
+        known['images'] = known['images'][:images]
+        known['annotations'] = [one for one in known['annotations'] if one['image_id'] in kept]
+        (folder / name).write_text(json.dumps(known))
+    return folder
+
+
+def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
+    """What a process of one setting is told."""
+    folder.mkdir(exist_ok=True)
+    setting = dict(group_size=group_size, interval=[8, 4, 2, 1], lda='interval')
+    return ['--task', json.dumps(dict(setting=setting, images=images, asked=asked,
+                                      folder=str(folder)))]
+
+
+def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_path, tool):
+    assert run_here(ROOT, 'sweep_groups.py', DETECTOR, detector, '--data-root', shapes / 'coco',
+                    *task(tmp_path / 'task', 2)) == 0
+    result = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    assert run_here(ROOT, 'test.py', DETECTOR, detector, '--data-root',
+                    cut(shapes, tmp_path / 'cut', 2), '--work-dir', tmp_path / 'test') == 0
+    expected = metrics(tmp_path / 'test')
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= result['metrics'].keys()
+    for name, value in result['metrics'].items():
+        assert value == pytest.approx(expected[name], abs=1e-9), name
+    # Images are padded to multiples of 32.
+    counted = tool.count(Config.fromfile(ROOT / DETECTOR), (128, 128))['parts']
+    assert result['shape'] == [128, 128] and result['backbone_flops'] == sum(
+        part['flops'] for name, part in counted.items() if name.startswith('backbone.'))
+
+
+def test_a_metric_that_is_not_there_is_said(shapes, segmentor, tmp_path, capsys):
+    assert run_here(ROOT, 'sweep_groups.py', SEGMENTOR, segmentor, '--data-root', shapes / 'ade',
+                    *task(tmp_path / 'task', 2, 'mIoU', 'mDice')) == 2
+    assert "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'" in (
+        capsys.readouterr().err)
+
+
+def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
+    """Its parameters fit the config's own groups alone."""
+    bias = "position_bias='relative'"
+    config = tmp_path / 'relative.py'
+    config.write_text(f'_base_ = {str(ROOT / SEGMENTOR)!r}\nmodel = dict(backbone=dict({bias}))')
+    checkpoint = random_model(config, tmp_path / 'relative.pth', {})
+    folder = tmp_path / 'task'
+    assert run_here(ROOT, 'sweep_groups.py', config, checkpoint, '--data-root', shapes / 'ade',
+                    *task(folder, 1, group_size=(3, 3, 3, 3))) == 0
+    assert 0 <= json.loads((folder / 'result.json').read_text())['metrics']['mIoU'] <= 100
+
+
+class Processes:
+    """In place of ``subprocess.run``: processes that say what they are told to.
+
+    Args:
+        answers: for each in turn a result, an exit status, or an exception.
+    """
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self, command, stderr):
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        status = answer if isinstance(answer, int) else 0
+        if not status:
+            folder = json.loads(command[command.index('--task') + 1])['folder']
+            Path(folder, 'result.json').write_text(json.dumps(answer))
+        else:
+            print('a warning\nerror: the disk is on fire.', file=stderr)
+        return subprocess.CompletedProcess(command, status)
+
+
+@pytest.fixture
+def sweep(monkeypatch, shapes, segmentor, tmp_path):
+    """Runs the tool on settings whose processes give these answers; its exit status."""
+
+    def call(*answers, arguments=()) -> int:
+        processes = Processes(*answers)
+        monkeypatch.setattr(subprocess, 'run', processes)
+        status = run_here(ROOT, 'sweep_groups.py', SEGMENTOR, segmentor, '--data-root',
+                          shapes / 'ade', '--out', tmp_path / 'sweep', *arguments)
+        assert not processes.answers
+        return status
+
+    return call
+
+
+def answer(miou: float, seconds: float, memory=2**30) -> dict:
+    return dict(metrics=dict(aAcc=50., mIoU=miou), seconds=seconds, backbone_seconds=seconds / 2,
+                peak_memory=memory, backbone_flops=10**9, shape=[64, 64])
+
+
+def test_a_setting_that_fails_is_reported_and_the_others_go_on(sweep, tmp_path, capsys):
+    arguments = ['--group-size', '7,7,7,7', '14,14,7,7', '--lda', 'interval', 'block']
+    assert sweep(answer(40, 1), -9, 1, answer(39, 0.5), arguments=arguments) == 1
+    printed = capsys.readouterr().out
+    assert 'failed: it was ended by signal 9, which is what happens when memory is full' in printed
+    assert 'failed: the disk is on fire' in printed and '500.0 ms' in printed
+    assert [list(result)[-1] for result in read(tmp_path / 'sweep')].count('error') == 2
+    assert (tmp_path / 'sweep' / 'sweep.png').is_file()
+    # Only those that failed are tried again.
+    assert sweep(answer(40, 2), answer(41, 3), arguments=arguments) == 0
+    assert [result['metrics']['mIoU'] for result in read(tmp_path / 'sweep')] == [40, 40, 41, 39]
+
+
+def test_an_interrupted_sweep_keeps_what_it_has(sweep, tmp_path, capsys):
+    assert sweep(answer(40, 1), KeyboardInterrupt(), arguments=OTHER) == 2
+    assert 'keeps 1 settings, the same command goes on' in capsys.readouterr().err
+    assert len(read(tmp_path / 'sweep')) == 1
+    assert sweep(answer(39, 1), arguments=OTHER) == 0
+    assert len(read(tmp_path / 'sweep')) == 2
+
+
+def test_a_model_that_is_refused_ends_the_sweep(sweep, tmp_path, capsys):
+    assert sweep(2, arguments=OTHER) == 2
+    assert capsys.readouterr().err.endswith('error: the disk is on fire.\n')
+    assert not (tmp_path / 'sweep' / 'sweep.json').exists()
+
+
+def test_results_of_another_model_or_other_data_are_kept(sweep, tmp_path, capsys):
+    assert sweep(answer(40, 1), arguments=['--lda', 'interval']) == 0
+    before = (tmp_path / 'sweep' / 'sweep.json').read_bytes()
+    assert sweep(arguments=['--lda', 'interval', '--max-images', '2']) == 2
+    assert 'is of another model, other data or another machine' in capsys.readouterr().err
+    assert (tmp_path / 'sweep' / 'sweep.json').read_bytes() == before
+
+
+def test_the_grid_around_the_config(tool, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['sweep_groups.py', SEGMENTOR, 'x.pth'])
+    args, cfg = tool.parse_args(), Config.fromfile(ROOT / SEGMENTOR)
+    settings = tool.settings_of(args, cfg)
+    assert settings[0] == dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
+    assert Counter(setting['group_size'] for setting in settings) == {
+        (7, 7, 7, 7): 3, (14, 14, 7, 7): 3}
+    assert Counter(setting['interval'] for setting in settings) == {
+        (8, 4, 2, 1): 2, (16, 8, 2, 1): 2, (4, 2, 2, 1): 2}
+    args.lda = ['block']  # something is asked for: no more than that
+    assert [setting['lda'] for setting in tool.settings_of(args, cfg)] == ['interval', 'block']
+
+
+def test_pareto_front(tool):
+    points = [(1, 5), (2, 5), (2, 7), (3, 6), (4, 9), (1, 4)]
+    assert tool.pareto(points) == [(1, 5), (2, 7), (4, 9)]
+    assert tool.pareto([]) == []
+
+
+def test_other_position_biases_are_remarked_on(tool):
+    assert tool.caution(dict(type='CrossFormer')) is None
+    assert tool.caution(dict(position_bias='dynamic_residual')) is None
+    for bias in ('relative', 'absolute', 'none'):
+        assert f"position_bias is '{bias}'" in tool.caution(dict(position_bias=bias))
+
+
+@pytest.mark.parametrize('config, arguments, expected', [
+    (SEGMENTOR, ['--group-size', '7,7'],
+     'CrossFormer: group_size must have one number for each of the 4 stages of depths, got (7, 7)'),
+    (SEGMENTOR, ['--interval', '8,4,2,0'], 'interval must be whole numbers of at least 1'),
+    (SEGMENTOR, ['--interval', '8;4'], "'8;4' is not one whole number for each stage"),
+    (SEGMENTOR, ['--lda', 'tiles'], "invalid choice: 'tiles'"),
+    (SEGMENTOR, ['--max-images', '0'], '--max-images must be at least 1, got 0.'),
+    (SEGMENTOR, ['--data-root', 'nowhere'], 'the test dataset is not there'),
+    (SEGMENTOR, ['--cfg-options', 'model.backbone.with_pc=1'], "mean 'model.backbone.with_cp'"),
+    ('configs/mask_rcnn/swin_t_1x.py', [], 'has the backbone SwinTransformer, no CrossFormer.'),
+    ('configs/none.py', [], "config 'configs/none.py' does not exist."),
+])
+def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, config, arguments, expected):
+    assert expected in sentence(capsys, monkeypatch, 'sweep_groups.py', config, 'README.md',
+                                *arguments)
+
+
+def test_a_missing_checkpoint_is_said(capsys, monkeypatch):
+    assert "checkpoint: file 'none.pth' does not exist." in sentence(
+        capsys, monkeypatch, 'sweep_groups.py', SEGMENTOR, 'none.pth')
