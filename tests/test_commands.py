@@ -35,6 +35,9 @@ SHORTER = {
     'tools/make_shapes.py': ['--train', '8', '--val', '8'],
     'benchmarks/backbone.py': ['--sizes', '32x32', '40x40', '--models', 'crossformer_s',
                                '--modes', 'infer', '--repeats', '2'],
+    'benchmarks/position_bias/study.py': [
+        '--short', '--out', 'work_dirs/short', '--experiments', 'semantic', '--trainings', 'single',
+        '--options', 'none', '--seeds', '1', '--workers', '1'],
     'tools/sweep_groups.py': ['--group-size', '7,7,7,7', '--interval', '8,4,2,1', '--lda',
                               'interval'],  # the configs' own alone
     'tools/train.py configs/demo/upernet_shapes.py': [
