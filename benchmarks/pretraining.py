@@ -41,7 +41,7 @@ SMOKE = dict(
 
 def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
     """One shape on clutter, (SIDE, SIDE, 3); its hue, as in detection, is likely for its kind."""
-    image = clutter(rng, SIDE)
+    image = clutter(rng, SIDE, SIDE)
     radius = rng.uniform(0.2, 0.44) * SIDE
     centre = rng.uniform(radius, SIDE - radius, 2)
     angle = rng.uniform(-np.pi, np.pi)
