@@ -10,6 +10,10 @@ VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
+# What each environment depends on besides its own requirements.
+SOURCES := requirements/build.txt requirements/torchvision.txt setup.py \
+    crossformer_mm/kernels/avx512.cpp
+
 OPENMMLAB := .venv-openmmlab
 TESTS ?= tests
 CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
@@ -25,7 +29,7 @@ endef
 .PHONY: demo test soak test-openmmlab test-openmmlab-core setup clean
 setup: $(READY)
 
-$(READY): requirements/build.txt requirements/run.txt requirements/torchvision.txt setup.py
+$(READY): $(SOURCES) requirements/run.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -r requirements/build.txt
@@ -35,7 +39,7 @@ $(READY): requirements/build.txt requirements/run.txt requirements/torchvision.t
 	$(call torchvision,$(RUN))
 	touch $@
 
-$(OPENMMLAB)/ready: requirements/build.txt requirements/openmmlab.txt requirements/torchvision.txt setup.py
+$(OPENMMLAB)/ready: $(SOURCES) requirements/openmmlab.txt
 	$(PYTHON) -m venv $(OPENMMLAB)
 	$(OPENMMLAB)/bin/python -m pip install -r requirements/build.txt
 	$(OPENMMLAB)/bin/python -m pip install --no-build-isolation -r requirements/openmmlab.txt

@@ -1,10 +1,18 @@
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 version = {}
 exec((here / 'crossformer_mm' / 'version.py').read_text(), version)
+
+# Attention in bfloat16 on the CPU. Where it cannot be compiled (no compiler, or not for x86-64) the
+# package is installed without it, and PyTorch's products do its work. It takes addresses of arrays
+# and nothing of PyTorch or of one Python, so that it fits every version of both.
+avx512 = Extension(
+    'crossformer_mm.kernels._avx512', ['crossformer_mm/kernels/avx512.cpp'], optional=True,
+    define_macros=[('Py_LIMITED_API', '0x030A0000')], py_limited_api=True,
+    extra_compile_args=['-std=c++17', '-O3', '-fopenmp'], extra_link_args=['-fopenmp'])
 
 # The maintained and the last OpenMMLab releases install the same import packages,
 # so that requiring one would break an environment with the other: a user names
@@ -21,6 +29,8 @@ setup(
     package_data={'crossformer_mm': ['.mim/model-index.yml', '.mim/configs/**/*.py',
                                      '.mim/configs/*/metafile.yml', '.mim/tools/*.py',
                                      '.mim/tools/*.sh']},
+    ext_modules=[avx512],
+    options=dict(bdist_wheel=dict(py_limited_api='cp310')),
     exclude_package_data={'crossformer_mm': ['.mim/tools/write_model_zoo.py']},
     python_requires='>=3.10',
     install_requires=['torch>=2.6', 'einops>=0.6'],

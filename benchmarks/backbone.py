@@ -228,7 +228,7 @@ def table_of(record: dict) -> str:
     groups = defaultdict(list)
     for result in record['results']:
         groups[tuple(result['size']), result['mode'], result['dtype']].append(result)
-    for ((height, width), mode, dtype), results in groups.items():
+    for ((height, width), mode, dtype), results in sorted(groups.items()):
         base = {r['model']: r for r in results}.get('swin_t')
         lines += [f'**{height}x{width}, {mode}, {dtype}**', '',
                   '| model | median | spread | peak memory | time / Swin-T | memory / Swin-T |',
@@ -239,6 +239,13 @@ def table_of(record: dict) -> str:
             lines.append(f"| {r['model']} | {r['median']:.3f} s | {r['spread']:.3f} s | "
                          f"{r['peak_memory'] / 2**30:.2f} GiB | {ratios} |")
         lines.append('')
+    exact = {(tuple(r['size']), r['mode'], r['model']): r['median'] for r in record['results']
+             if r['dtype'] == 'float32'}
+    for r in record['results']:
+        full = exact.get((tuple(r['size']), r['mode'], r['model']))
+        if full and r['dtype'] != 'float32':
+            lines.append('- {}, {}, {}x{}: {} takes {:.2f} of the time of float32'.format(
+                r['model'], r['mode'], *r['size'], r['dtype'], r['median'] / full))
     for name, mode, dtype, points in series(record, 'median'):
         if len(points) > 1:
             lines.append(f'- {name}, {mode}, {dtype}: time grows with area to the power '
@@ -266,9 +273,10 @@ def draw(record: dict, folder: Path) -> None:
                                         ('peak_memory', 'GiB', 2**-30, 'memory.png')):
         figure, axes = plt.subplots(1, len(modes), figsize=(6 * len(modes), 5), squeeze=False)
         for mode, axis in zip(modes, axes[0]):
-            for name, its_mode, dtype, points in series(record, quantity):
-                if its_mode != mode:
-                    continue
+            lines = [line for line in series(record, quantity) if line[1] == mode]
+            if any(len(points) > 1 for *_, points in lines):  # what has one size is in the table
+                lines = [line for line in lines if len(line[3]) > 1]
+            for name, _, dtype, points in lines:
                 label = name if dtype == 'float32' else f'{name}, {dtype}'
                 if len(points) > 1:
                     label += f'  (slope {slope(points):.2f})'
@@ -283,7 +291,8 @@ def draw(record: dict, folder: Path) -> None:
         figure.savefig(folder / file, dpi=130)
         plt.close(figure)
 
-    parts = [r for r in record['results'] if 'parts' in r and r['dtype'] == 'float32']
+    parts = sorted((r for r in record['results'] if 'parts' in r and r['dtype'] == 'float32'),
+                   key=lambda r: r['size'])
     if parts:
         figure, axis = plt.subplots(figsize=(9, 1.2 + 0.6 * len(parts)))
         names = sorted(parts[-1]['parts'], key=lambda part: -parts[-1]['parts'][part])
@@ -373,16 +382,15 @@ def main() -> None:
             'python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
         for size in args.sizes:
             for mode in args.modes:
-                for dtype in args.dtypes:
-                    print(f'== {size[0]}x{size[1]}, {mode}, {dtype}', flush=True)
-                    measured = measure(
-                        [dict(model=model, mode=mode, dtype=dtype, size=size, batch=args.batch,
-                              threads=args.threads, device=args.device)
-                         for model in args.models
-                         if not (mode == 'infer' and model.endswith('with_cp'))], args.repeats)
-                    record['results'] = [r for r in record['results'] if not any(
-                        same_case(r, new) for new in measured)] + measured
-                    file.write_text(json.dumps(record, indent=1) + '\n')
+                print(f'== {size[0]}x{size[1]}, {mode}', flush=True)
+                measured = measure(
+                    [dict(model=model, mode=mode, dtype=dtype, size=size, batch=args.batch,
+                          threads=args.threads, device=args.device)
+                     for dtype in args.dtypes for model in args.models
+                     if not (mode == 'infer' and model.endswith('with_cp'))], args.repeats)
+                record['results'] = [r for r in record['results'] if not any(
+                    same_case(r, new) for new in measured)] + measured
+                file.write_text(json.dumps(record, indent=1) + '\n')
         if not record['results']:
             sys.exit('error: none of the models could be run.')
     (folder / 'table.md').write_text(table_of(record))

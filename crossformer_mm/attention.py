@@ -6,7 +6,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .grouping import Grouping
-from .kernels import check_path, fused_attention, group_attention, is_fused
+from .kernels import check_path, group_attention, map_attention, works_on_maps
 from .linear import Linear
 from .position_bias import build_position_bias
 
@@ -77,13 +77,14 @@ class GroupAttention(BaseModule):
 
     def works_in_place(self, x: Tensor) -> bool:
         """Whether no token of the map need be moved, so that a grouping without order will do."""
-        return is_fused(x.device, x.dtype, x.shape[-1] // self.num_heads, self.dropout, self.path)
+        return works_on_maps(x.device, x.dtype, x.shape[-1] // self.num_heads, self.dropout,
+                             self.path)
 
     def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
         """(B, H, W, C) to the same, each position attending within its group."""
         if self.works_in_place(x) and not grouping.is_shifted:
-            out = fused_attention(self.qkv(x), self.pos(*grouping.extent), grouping.rows,
-                                  grouping.columns, self.num_heads, self.scale)
+            out = map_attention(self.qkv(x), self.pos(*grouping.extent), grouping.rows,
+                                grouping.columns, self.num_heads, self.scale, self.path)
             return self.proj_drop(self.proj(out))
 
         tokens = reorder(x.flatten(0, 2), grouping.order, grouping.inverse)

@@ -66,9 +66,9 @@ class CrossFormerStage(BaseModule):
         line_up = self.lda == 'shifted' or not all(block.attn.works_in_place(x)
                                                    for block in self.blocks)
         if line_up:
-            # The runs of groups depend on a map's sides in many small ways: torch.compile had
-            # better compile anew for each size (seconds) than for symbolic sides (minutes).
-            # index() says so to it.
+            # The runs of groups depend on a map's sides in many small ways: where torch.compile
+            # has to see them, it had better compile anew for each size (seconds) than for
+            # symbolic sides (minutes). index() says so to it.
             height, width = operator.index(height), operator.index(width)
         short = short_distance(height, width, self.group_size, self.lda)
         long = long_distance(height, width, self.group_size, self.interval, self.lda)
@@ -152,8 +152,9 @@ class CrossFormer(BaseModule):
             reads ImageNet weights or the backbone of a whole model's
             checkpoint. None, or a checkpoint of None: random weights.
         attention_path (str, optional): for study, how attention is computed:
-            ``plain``, ``tiled`` or ``fused`` (:mod:`crossformer_mm.kernels`).
-            The values are the same. None: the fastest that works.
+            ``plain``, ``tiled``, ``avx512`` or ``fused``
+            (:mod:`crossformer_mm.kernels`). The values are the same. None: the
+            fastest that works.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.

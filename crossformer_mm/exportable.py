@@ -15,14 +15,12 @@ from typing import Mapping, NamedTuple, Tuple, Type
 
 import torch
 import torch.fx.experimental._config as symbolic_shapes
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .attention import GroupAttention
 from .backbone import CrossFormerStage
-from .embedding import CrossScaleConvs
 from .grouping import half_lead
 
 
@@ -152,16 +150,6 @@ def take(x: Tensor, dim: int, table: Tensor) -> Tensor:
     return x.index_select(dim, table.flatten()).unflatten(dim, table.shape)
 
 
-class AnySizeConvs(CrossScaleConvs):
-    """Pads without asking whether there is anything to pad."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        missing = [(side + self.stride - 1) // self.stride * self.stride - side
-                   for side in x.shape[-2:]]
-        x = F.pad(x, (0, missing[1], 0, missing[0]))
-        return torch.cat([conv(x) for conv in self], dim=1).permute(0, 2, 3, 1)
-
-
 class AnySizePool(nn.AdaptiveAvgPool2d):
     """Average pooling to a given size as two products with matrices; of pyramid pooling heads."""
 
@@ -186,7 +174,7 @@ class AnySizePool(nn.AdaptiveAvgPool2d):
 
 
 ANY_SIZE = {GroupAttention: AnySizeAttention, CrossFormerStage: AnySizeStage,
-            CrossScaleConvs: AnySizeConvs, nn.AdaptiveAvgPool2d: AnySizePool}
+            nn.AdaptiveAvgPool2d: AnySizePool}
 
 
 def exportable(model: nn.Module, more: Mapping[Type, Type] = {}) -> nn.Module:

@@ -82,8 +82,11 @@ def fit_rule(length: int, rule: AxisRule) -> AxisRule:
 
     Their ``size`` is the number of members of the largest group.
     """
-    interval = min(rule.interval, length)
-    return AxisRule(min(rule.size, -(-length // interval)), interval, rule.lead)
+    # Not min(): of the symbolic lengths of torch.compile it makes ever longer terms, where an
+    # `if` is one condition of the graph.
+    interval = rule.interval if rule.interval <= length else length
+    members = -(-length // interval)
+    return AxisRule(rule.size if rule.size <= members else members, interval, rule.lead)
 
 
 def count_groups(length: int, rule: AxisRule) -> int:
@@ -191,4 +194,4 @@ def half_lead(group_size: int) -> int:
 
 
 def is_small(height: int, width: int, group_size: int) -> bool:
-    return min(height, width) <= group_size
+    return height <= group_size or width <= group_size

@@ -1,5 +1,6 @@
 """The wheel carries configs, tools and metafiles, where OpenMMLab's packages look for them."""
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,23 @@ assert Config.fromfile('mine.py').model.decode_head.type == 'UPerHead'
 print('whole')
 '''
 
+NO_KERNEL = '''
+from pathlib import Path
+import sys
+import torch
+import crossformer_mm
+
+assert Path(sys.argv[1]) in Path(crossformer_mm.__file__).parents, crossformer_mm.__file__
+image = torch.rand(1, 3, 64, 64)
+with torch.autocast('cpu', torch.bfloat16):
+    crossformer_mm.CrossFormer('s')(image)
+    try:
+        crossformer_mm.CrossFormer('s', attention_path='avx512')(image)
+    except ValueError as error:
+        assert 'was not compiled when crossformer_mm was installed' in str(error), error
+        print('whole')
+'''
+
 # And what docs/custom_projects.md shows, on the demo's models with random weights.
 INFERENCERS = '''
 import cv2
@@ -69,9 +87,7 @@ except ValueError as error:
 '''
 
 
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('wheel')
+def build_wheel(folder: Path, **environment) -> Path:
     source = folder / 'source'  # a copy, for a build leaves folders behind
     source.mkdir()
     for name in ('setup.py', 'README.md', 'LICENSE', 'model-index.yml'):
@@ -79,9 +95,14 @@ def wheel(tmp_path_factory) -> Path:
     for name in ('crossformer_mm', 'configs', 'tools'):
         shutil.copytree(ROOT / name, source / name, symlinks=True)
     subprocess.run([*PIP, 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir',
-                    folder, source], check=True)
+                    folder, source], check=True, env={**os.environ, **environment})
     wheel, = folder.glob('crossformer_mm-*.whl')
     return wheel
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp('wheel'))
 
 
 def test_wheel_has_every_config_and_tool(wheel):
@@ -91,6 +112,22 @@ def test_wheel_has_every_config_and_tool(wheel):
              for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'tools/*.py', 'tools/*.sh',
                              'model-index.yml') for path in ROOT.glob(pattern)}
     assert inside == there - {'tools/write_model_zoo.py'}
+
+
+@pytest.mark.skipif(platform.system() != 'Linux' or platform.machine() != 'x86_64',
+                    reason='the kernel is for x86-64, and compiled with options of GCC and Clang')
+def test_wheel_has_the_kernel_for_every_python(wheel):
+    assert '-cp310-abi3-linux_x86_64' in wheel.name
+    assert 'crossformer_mm/kernels/_avx512.abi3.so' in zipfile.ZipFile(wheel).namelist()
+
+
+def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
+    wheel = build_wheel(tmp_path, CC='false', CXX='false')
+    assert not any('_avx512' in name for name in zipfile.ZipFile(wheel).namelist())
+    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', tmp_path / 'site', wheel],
+                   check=True)
+    done = run_installed(tmp_path / 'site', tmp_path, NO_KERNEL)
+    assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
 
 
 @pytest.fixture(scope='module')

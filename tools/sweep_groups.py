@@ -44,7 +44,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
-from common import (CheckWeights, NameWeights, check_dataset, check_file, check_writable, fail,
+from common import (CheckWeights, check_dataset, check_file, check_writable, fail,
                     innermost, load_config, prepare_for_cpu, replace_data_root, run, sentences_for,
                     write_whole)
 from crossformer_mm import CrossFormer
@@ -224,7 +224,6 @@ def measure(cfg: Config, setting: dict, asked: Sequence[str]) -> dict:
     # The libraries' messages go to the log; only the bar is for the terminal.
     with contextlib.redirect_stdout(sys.stderr):
         runner = CarefulRunner.from_cfg(cfg)
-        runner.register_hook(NameWeights())
         runner.register_hook(CheckWeights('Give the config that it was trained with.'))
         watch = Watch(setting, asked)
         runner.register_hook(watch)

@@ -55,7 +55,9 @@ def fused_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRul
     Returns:
         Tensor: (B, H, W, heads*d) in the type of ``qkv``.
     """
-    return _attend(qkv, table, *rows[:2], *columns[:2], num_heads, scale)[0]
+    maps = qkv.shape[:3]
+    out, _ = _attend(qkv.flatten(0, 2), table, *maps, *rows[:2], *columns[:2], num_heads, scale)
+    return out.view(*maps, -1)
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
@@ -141,36 +143,45 @@ agrees_with_plain._dynamo_marked_constant = True
 
 # Operators of PyTorch's own kind, so that torch.compile takes them into its graph without looking
 # inside. (It could look inside a `triton_op`, but there is nothing to fuse with, and Triton's
-# interpreter could not run one.)
+# interpreter could not run one.) They take tokens, not maps: inductor cannot keep maps of symbolic
+# sides for the backward pass.
 @library.custom_op('crossformer_mm::fused_attention', mutates_args=())
-def _attend(qkv: Tensor, table: Tensor, row_size: int, row_interval: int, column_size: int,
-            column_interval: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
-    """Output, and the norms of the softmax, (B, H, W, heads)."""
+def _attend(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
+            row_interval: int, column_size: int, column_interval: int, num_heads: int,
+            scale: float) -> Tuple[Tensor, Tensor]:
+    """Output, and the norms of the softmax, (B*H*W, heads)."""
     from .fused_triton import forward
-    return forward(qkv, table, AxisRule(row_size, row_interval),
-                   AxisRule(column_size, column_interval), num_heads, scale)
+    out, norms = forward(qkv.view(batch, height, width, -1), table,
+                         AxisRule(row_size, row_interval), AxisRule(column_size, column_interval),
+                         num_heads, scale)
+    return out.flatten(0, 2), norms.flatten(0, 2)
 
 
 @_attend.register_fake
-def _(qkv, table, row_size, row_interval, column_size, column_interval, num_heads, scale):
-    batch, height, width, channels = qkv.shape
-    return (qkv.new_empty(batch, height, width, channels // 3),
-            qkv.new_empty(batch, height, width, num_heads, dtype=torch.float32))
+def _(qkv, table, batch, height, width, row_size, row_interval, column_size, column_interval,
+      num_heads, scale):
+    return (qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+            qkv.new_empty(qkv.shape[0], num_heads, dtype=torch.float32))
 
 
 @library.custom_op('crossformer_mm::fused_attention_backward', mutates_args=())
 def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
-                     row_size: int, row_interval: int, column_size: int, column_interval: int,
-                     num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+                     batch: int, height: int, width: int, row_size: int, row_interval: int,
+                     column_size: int, column_interval: int, num_heads: int,
+                     scale: float) -> Tuple[Tensor, Tensor]:
     """Gradients of qkv and table."""
     from .fused_triton import backward
-    return backward(grad_out, qkv, table, out, norms, AxisRule(row_size, row_interval),
-                    AxisRule(column_size, column_interval), num_heads, scale)
+    grad_out, qkv, out, norms = (x.reshape(batch, height, width, -1)
+                                 for x in (grad_out, qkv, out, norms))
+    grad_qkv, grad_table = backward(grad_out, qkv, table, out, norms,
+                                    AxisRule(row_size, row_interval),
+                                    AxisRule(column_size, column_interval), num_heads, scale)
+    return grad_qkv.flatten(0, 2), grad_table
 
 
 @_attend_backward.register_fake
-def _(grad_out, qkv, table, out, norms, row_size, row_interval, column_size, column_interval,
-      num_heads, scale):
+def _(grad_out, qkv, table, out, norms, batch, height, width, row_size, row_interval, column_size,
+      column_interval, num_heads, scale):
     return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
@@ -182,9 +193,9 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_out, grad_norms):
     if grad_out is None:
-        return (None,) * 8
+        return (None,) * 11
     qkv, table, out, norms = ctx.saved_tensors
-    return (*_attend_backward(grad_out, qkv, table, out, norms, *ctx.numbers), *(None,) * 6)
+    return (*_attend_backward(grad_out, qkv, table, out, norms, *ctx.numbers), *(None,) * 9)
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)

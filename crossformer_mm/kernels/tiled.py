@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..grouping import Segment
+from .avx512 import attend_avx512
 from .plain import split_heads
 
 # Pairs in a tile: 4 MB in float32. The backward pass holds four such tiles, which
@@ -34,7 +35,7 @@ SMALL = 200
 
 
 def tiled_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
-                    scale: float) -> Tensor:
+                    scale: float, avx512: bool = False) -> Tensor:
     """Attention inside the groups of a map, in memory linear in its area.
 
     Equals, for the queries, keys, values and bias of each segment,
@@ -51,11 +52,13 @@ def tiled_attention(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num
         segments (Sequence[Segment]): the runs of equally large groups.
         num_heads (int): heads.
         scale (float): factor on ``q @ k``.
+        avx512 (bool): the forward pass is :mod:`.avx512`'s, for which nothing may be
+            in the way.
 
     Returns:
         Tensor: (tokens, heads*d) in the type of ``qkv``.
     """
-    return TiledAttention.apply(qkv, table, tuple(segments), num_heads, scale)
+    return TiledAttention.apply(qkv, table, tuple(segments), num_heads, scale, avx512)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -63,12 +66,8 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, table: Tensor, segments: Tuple[Segment, ...], num_heads: int,
-                scale: float) -> Tensor:
-        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-        for segment, tokens in runs(segments):
-            attend(split_heads(qkv[tokens], segment.groups, 3, num_heads),
-                   split_heads(out[tokens], segment.groups, 1, num_heads)[0],
-                   table, segment, scale)
+                scale: float, avx512: bool) -> Tensor:
+        out = attend_segments(qkv, table, segments, num_heads, scale, avx512)
         ctx.save_for_backward(qkv, table, out)
         ctx.segments, ctx.num_heads, ctx.scale = segments, num_heads, scale
         return out
@@ -76,20 +75,42 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        qkv, table, out = ctx.saved_tensors
-        exact = torch.promote_types(qkv.dtype, torch.float32)
-        grad_qkv = torch.empty_like(qkv, dtype=exact)
-        grad_table = torch.zeros_like(table, dtype=exact)
-        # A caller's autocast would turn the products below to half precision.
-        with torch.autocast('cpu', enabled=False):
-            for segment, tokens in runs(ctx.segments):
-                attend_backward(
-                    split_heads(grad_out[tokens], segment.groups, 1, ctx.num_heads)[0],
-                    split_heads(out[tokens], segment.groups, 1, ctx.num_heads)[0],
-                    split_heads(qkv[tokens], segment.groups, 3, ctx.num_heads),
-                    split_heads(grad_qkv[tokens], segment.groups, 3, ctx.num_heads),
-                    table.to(exact), grad_table, segment, ctx.scale)
-        return grad_qkv.to(qkv.dtype), grad_table.to(table.dtype), None, None, None
+        grads = attend_segments_backward(grad_out, *ctx.saved_tensors, ctx.segments, ctx.num_heads,
+                                         ctx.scale)
+        return (*grads, None, None, None, None)
+
+
+def attend_segments(qkv: Tensor, table: Tensor, segments: Sequence[Segment], num_heads: int,
+                    scale: float, avx512: bool) -> Tensor:
+    """The forward pass of :func:`tiled_attention`."""
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    for segment, tokens in runs(segments):
+        flipped = centre(table, segment).flip(1, 2)
+        if avx512:
+            attend_avx512(qkv[tokens], out[tokens], flipped, segment, num_heads, scale)
+        else:
+            attend(split_heads(qkv[tokens], segment.groups, 3, num_heads),
+                   split_heads(out[tokens], segment.groups, 1, num_heads)[0],
+                   flipped, segment, scale)
+    return out
+
+
+def attend_segments_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor,
+                             segments: Sequence[Segment], num_heads: int,
+                             scale: float) -> Tuple[Tensor, Tensor]:
+    """The backward pass of :func:`tiled_attention`: gradients of ``qkv`` and ``table``."""
+    exact = torch.promote_types(qkv.dtype, torch.float32)
+    grad_qkv = torch.empty_like(qkv, dtype=exact)
+    grad_table = torch.zeros_like(table, dtype=exact)
+    # A caller's autocast would turn the products below to half precision.
+    with torch.autocast('cpu', enabled=False):
+        for segment, tokens in runs(segments):
+            attend_backward(split_heads(grad_out[tokens], segment.groups, 1, num_heads)[0],
+                            split_heads(out[tokens], segment.groups, 1, num_heads)[0],
+                            split_heads(qkv[tokens], segment.groups, 3, num_heads),
+                            split_heads(grad_qkv[tokens], segment.groups, 3, num_heads),
+                            table.to(exact), grad_table, segment, scale)
+    return grad_qkv.to(qkv.dtype), grad_table.to(table.dtype)
 
 
 def runs(segments: Sequence[Segment]) -> Iterator[Tuple[Segment, slice]]:
@@ -107,14 +128,12 @@ def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: flo
     Args:
         qkv (Tensor): (3, groups, heads, N, d), of any strides.
         out (Tensor): (groups, heads, N, d), of any strides.
-        table, segment, scale: see :func:`tiled_attention`.
+        table (Tensor): (heads, 2*height-1, 2*width-1), flipped: of key - query.
+        segment, scale: see :func:`tiled_attention`.
     """
     q, k, v = qkv
     num_groups, num_heads = q.shape[:2]
     multiplied = multiplies(segment, q.dtype)
-    # exp(60) is 1e26, and bfloat16 ends at 3e38
-    bounded = q.dtype == torch.bfloat16 and largest_logit(q, k, table, scale) < 60
-    table = centre(table, segment).flip(1, 2)
     size = tile_size(segment, num_heads)
     step = max(1, TILE // 4 // size) if multiplied else num_groups
     scratch = table.new_empty(size)
@@ -125,7 +144,7 @@ def attend(qkv: Tensor, out: Tensor, table: Tensor, segment: Segment, scale: flo
             tile = slice(first, first + step), heads
             parts = q[tile][:, :, queries].flip(2), k[tile], v[tile]
             if multiplied:
-                attended = multiply(*parts, bias, scale, bounded)
+                attended = multiply(*parts, bias, scale)
             else:
                 attended = F.scaled_dot_product_attention(*parts, attn_mask=bias[None], scale=scale)
             out[tile][:, :, queries] = attended.flip(2)
@@ -140,22 +159,13 @@ def multiplies(segment: Segment, dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 or segment.height * segment.width <= SMALL
 
 
-def largest_logit(q: Tensor, k: Tensor, table: Tensor, scale: float) -> float:
-    """What no logit exceeds in magnitude."""
-    q_length, k_length = (torch.linalg.vector_norm(x, dim=-1).max() for x in (q, k))
-    return float(q_length * k_length * abs(scale) + table.abs().max())
-
-
-def multiply(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float,
-             bounded: bool) -> Tensor:
+def multiply(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """``(q @ k.mT * scale + bias).softmax(-1) @ v``.
 
     Args:
         q, k, v (Tensor): (groups, heads, n, d) each.
         bias (Tensor): (heads, queries, keys).
         scale (float): factor on ``q @ k``.
-        bounded (bool): the logits may be exponentiated as they are. Softmax, most
-            of the time in bfloat16, goes over them three times to prevent an overflow.
     """
     groups, heads = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -165,12 +175,7 @@ def multiply(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float,
         logits = torch.bmm(q, k.mT)
         by_group = logits.view(groups, *bias.shape)
         torch.add(bias, by_group, alpha=scale, out=by_group)
-    if bounded:
-        weights = logits.exp_()
-        attended = torch.bmm(weights, v) / weights.sum(-1, keepdim=True)
-    else:
-        attended = torch.bmm(logits.softmax(-1), v)
-    return attended.view(groups, heads, *attended.shape[1:])
+    return torch.bmm(logits.softmax(-1), v).view(groups, heads, logits.shape[1], -1)
 
 
 def attend_backward(grad_out: Tensor, out: Tensor, qkv: Tensor, grad_qkv: Tensor, table: Tensor,
