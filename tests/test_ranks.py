@@ -1,16 +1,19 @@
 """Two processes (gloo) do what one does with the doubled batch; one that dies ends the job."""
+import logging
 import os
 import pickle
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import LoggerHook
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm.checkpoint import read_checkpoint
@@ -124,6 +127,23 @@ def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, w
             far_above_rounding += bool(step.norm() > 100 * rounding)
         assert far_above_rounding > 0.7 * len(one)
         before = one
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_only_the_first_process_writes_the_results_of_a_test(monkeypatch, tmp_path, rank):
+    """MMEngine's hook lets all of them write the same file."""
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from runner import CarefulRunner
+    monkeypatch.setattr(CarefulRunner, 'rank', rank)
+    runner = CarefulRunner.__new__(CarefulRunner)
+    runner._hooks = []
+    runner.register_hooks()
+    hook, = (hook for hook in runner.hooks if isinstance(hook, LoggerHook))
+    hook.json_log_path = 'results.json'
+    log = SimpleNamespace(get_log_after_epoch=lambda *args, **kwargs: (dict(mIoU=1.), ''))
+    hook.after_test_epoch(SimpleNamespace(log_processor=log, test_dataloader=[],
+                                          logger=logging.getLogger(), log_dir=str(tmp_path)))
+    assert (tmp_path / 'results.json').exists() == (rank == 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='compares processes without a GPU')

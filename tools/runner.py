@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Optional
 
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.runner import Runner
 
 import randomness
@@ -73,6 +73,9 @@ class CarefulRunner(Runner):
             if (isinstance(hook, CheckpointHook) and '://' not in str(hook.out_dir)
                     and hook.backend_args is None and hook.file_client_args is None):
                 hook.backend_args = dict(backend='whole')
+            if isinstance(hook, LoggerHook) and self.rank:
+                # Or every process would write the results of a test to the same file, at once.
+                hook.after_test_epoch = lambda *args, **kwargs: None
 
     def skip_bad_images(self, path: str, anew: bool) -> None:
         """Train on without images that cannot be used; list them in a file, or add to its list."""
