@@ -33,7 +33,7 @@ class CrossScaleConvs(nn.ModuleList):
         height, width = x.shape[-2:]
         missing = (0, -width % self.stride, 0, -height % self.stride)
         if torch.compiler.is_compiling():
-            # What convolutions do not reach changes nothing, and asks nothing about the sides.
+            # As many zeros as are ever needed: more change nothing, and the sides are not asked.
             missing = (0, self.stride - 1) * 2
         if any(missing):
             x = F.pad(x, missing)
