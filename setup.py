@@ -45,6 +45,6 @@ setup(
         'openmmlab-pretrain': ['mmpretrain>=1.2.0', 'torchvision'],
         'tensorboard': ['tensorboard'],
         'safetensors': ['safetensors'],
-        'export': ['onnx>=1.23', 'onnxruntime>=1.31', 'onnxscript>=0.7'],
+        'export': ['onnx>=1.23', 'onnxruntime>=1.23', 'onnxscript>=0.7'],
     },
 )
