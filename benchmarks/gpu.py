@@ -534,7 +534,10 @@ def run_flex(bench: Bench, rows: list) -> None:
 
 # ------------------------------------------------------------------------------- backbone
 def build_swin() -> tuple:
-    """Swin-T without stochastic depth, and where it is from: image to features of 4 stages."""
+    """Swin-T without stochastic depth, and where it is from: image to features of 4 stages.
+
+    Versions that do not fit make an import raise all kinds of errors: then the next is tried.
+    """
     try:
         from mmdet.models.backbones.swin import SwinTransformer
         return SwinTransformer(drop_path_rate=0.), 'mmdet'

@@ -1,6 +1,7 @@
 """The tiled path of attention equals the plain one, and stores less."""
 import pytest
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer
@@ -105,7 +106,7 @@ def test_half_precision_stays_near_double(monkeypatch, dtype, tolerance):
     assert_close([x.double() for x in ours], exact, tolerance)
 
 
-@pytest.mark.parametrize('largest', [5., 3000.])
+@pytest.mark.parametrize('largest', [5., 59., 3000.])
 def test_bfloat16_does_not_overflow(largest):
     """The bias alone makes the logits so large; what is right, float64 says."""
     segments = [Segment(3, 5, 6)]
@@ -148,8 +149,8 @@ def test_compiler_sees_the_plain_path_in_one_graph():
 def test_the_operator_keeps_the_rules_of_operators():
     """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
     qkv, table = torch.randn(2 * 7 * 5, 3 * 16), torch.randn(2, 7, 5)
-    torch.library.opcheck(tiled_op._attend, (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5,
-                                             4, 2, 3, 2, 2, .5, False))
+    library.opcheck(tiled_op._attend, (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5,
+                                       4, 2, 3, 2, 2, .5, False))
 
 
 @pytest.mark.parametrize('rule', [(3, 1), (3, 2), (4, 2)])
@@ -181,7 +182,8 @@ def test_dropout_of_attention_weights_trains_on_the_plain_path():
 
 
 def test_wrong_path_is_refused_by_name():
-    with pytest.raises(ValueError, match="attention_path.*'plain', 'tiled', 'avx512'.*'flash'"):
+    with pytest.raises(ValueError, match="attention_path.*'plain', 'tiled', 'avx512', "
+                       "'fused'.*'flash'"):
         CrossFormer(SMALL, attention_path='flash')
 
 

@@ -100,6 +100,11 @@ def build_wheel(folder: Path, **environment) -> Path:
     return wheel
 
 
+def install(wheel: Path, folder: Path) -> Path:
+    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', folder, wheel], check=True)
+    return folder
+
+
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
     return build_wheel(tmp_path_factory.mktemp('wheel'))
@@ -124,17 +129,13 @@ def test_wheel_has_the_kernel_for_every_python(wheel):
 def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
     wheel = build_wheel(tmp_path, CC='false', CXX='false')
     assert not any('_avx512' in name for name in zipfile.ZipFile(wheel).namelist())
-    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', tmp_path / 'site', wheel],
-                   check=True)
-    done = run_installed(tmp_path / 'site', tmp_path, NO_KERNEL)
+    done = run_installed(install(wheel, tmp_path / 'site'), tmp_path, NO_KERNEL)
     assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
 
 
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('site')
-    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', folder, wheel], check=True)
-    return folder
+    return install(wheel, tmp_path_factory.mktemp('site'))
 
 
 def run_installed(installed: Path, folder: Path, program: str) -> subprocess.CompletedProcess:

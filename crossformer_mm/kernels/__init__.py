@@ -54,7 +54,7 @@ def choose_path(device: torch.device, dropout: float, dtype: torch.dtype = torch
     if torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting():
         return 'plain'
     if device.type == 'cpu' and not dropout:
-        return 'tiled' if why_not_avx512(device, dtype, head_dim, dropout) else 'avx512'
+        return 'tiled' if why_not_avx512(dtype, head_dim) else 'avx512'
     fused = (device.type == 'cuda' and not why_not_fused(device, dtype, head_dim, dropout)
              and agrees_with_plain(device))
     return 'fused' if fused else 'plain'
@@ -70,13 +70,13 @@ def why_not(path: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     """What is in the way of a path, or nothing."""
     if path == 'fused':
         return why_not_fused(device, dtype, head_dim, dropout)
-    if path == 'avx512':
-        return why_not_avx512(device, dtype, head_dim, dropout)
-    if path == 'tiled' and device.type != 'cpu':
+    if path == 'plain':
+        return ''
+    if device.type != 'cpu':
         return f'it works on the CPU, but got tensors on {device}'
-    if path == 'tiled' and dropout:
+    if dropout:
         return f'it has no dropout of attention weights, but attn_drop_rate is {dropout}'
-    return ''
+    return why_not_avx512(dtype, head_dim) if path == 'avx512' else ''
 
 
 def settle_path(path: Optional[str], device: torch.device, dtype: torch.dtype, head_dim: int,

@@ -21,12 +21,8 @@ except ImportError as error:  # there was no compiler, or it is not one for x86-
 HEAD_DIM = 32  # that of every published model
 
 
-def why_not_avx512(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
-    """What is in the way of :func:`attend_avx512`, or nothing."""
-    if device.type != 'cpu':
-        return f'it works on the CPU, but got tensors on {device}'
-    if dropout:
-        return f'it has no dropout of attention weights, but attn_drop_rate is {dropout}'
+def why_not_avx512(dtype: torch.dtype, head_dim: int) -> str:
+    """What is in the way of :func:`attend_avx512` on the CPU, or nothing."""
     if dtype != torch.bfloat16:
         return f'it takes bfloat16, but got {dtype}'
     if head_dim != HEAD_DIM:
