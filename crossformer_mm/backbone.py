@@ -3,7 +3,6 @@ import difflib
 import functools
 import inspect
 import logging
-import operator
 import re
 from typing import Callable, Optional, Sequence, Tuple, Union
 
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .block import CrossFormerBlock
 from .checkpoint import load_backbone
 from .embedding import PatchEmbedding, PatchMerging
-from .grouping import LDA_DEFINITIONS, group_map, long_distance, short_distance
+from .grouping import LDA_DEFINITIONS, Rules, stage_rules
 from .position_bias import POSITION_BIASES, AbsolutePosition
 
 # CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv
@@ -60,28 +59,19 @@ class CrossFormerStage(BaseModule):
         self.lda = lda
         self.with_cp = with_cp
 
+    def rules(self, x: Tensor) -> Tuple[Rules, Rules]:
+        """Of short and of long distance attention on a map (B, H, W, C)."""
+        return stage_rules(*x.shape[1:3], self.group_size, self.interval, self.lda)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
-        batch, height, width, _ = x.shape
-        line_up = self.lda == 'shifted' or not all(block.attn.works_in_place(x)
-                                                   for block in self.blocks)
-        if line_up:
-            # The runs of groups depend on a map's sides in many small ways: where torch.compile
-            # has to see them, it had better compile anew for each size (seconds) than for
-            # symbolic sides (minutes). index() says so to it.
-            height, width = operator.index(height), operator.index(width)
-        short = short_distance(height, width, self.group_size, self.lda)
-        long = long_distance(height, width, self.group_size, self.interval, self.lda)
-        near = group_map(batch, height, width, *short, x.device, line_up)
-        far = near
-        if long != short and len(self.blocks) > 1:
-            far = group_map(batch, height, width, *long, x.device, line_up)
+        short, long = self.rules(x)
         for index, block in enumerate(self.blocks):
-            grouping = far if index % 2 else near
+            rules = long if index % 2 else short
             if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, grouping, use_reentrant=False)
+                x = checkpoint(block, x, *rules, use_reentrant=False)
             else:
-                x = block(x, grouping)
+                x = block(x, *rules)
         return x
 
 
@@ -129,7 +119,13 @@ class CrossFormer(BaseModule):
             every published COCO and ADE20K result). ``block``: inside tiles of
             G*I x G*I positions, so that cost is linear in the image's area
             (the later CrossFormer++ code). At 224x224 with the default G and I
-            they are the same.
+            they are the same. To compare with: ``shifted``, short distance groups
+            moved by half their size (Swin's), and ``none``, short distance again.
+        position_bias (str): what tells attention where a token is: ``dynamic``
+            (an MLP from the offset of two tokens to a bias), ``dynamic_residual``,
+            ``relative`` (a learnt table of G x G groups, resized for others),
+            ``absolute`` (a learnt map on the first embedding) or ``none``, see
+            :mod:`crossformer_mm.position_bias`.
         cooling (bool, optional): amplitude cooling layer after every third
             block of a stage but its last. None: what the architecture says.
         mlp_ratio (float): hidden channels of the MLPs over their input's.
@@ -152,9 +148,9 @@ class CrossFormer(BaseModule):
             reads ImageNet weights or the backbone of a whole model's
             checkpoint. None, or a checkpoint of None: random weights.
         attention_path (str, optional): for study, how attention is computed:
-            ``plain``, ``tiled``, ``avx512`` or ``fused``
-            (:mod:`crossformer_mm.kernels`). The values are the same. None: the
-            fastest that works.
+            ``plain``, ``native`` or ``fused`` (:mod:`crossformer_mm.kernels`). The
+            values are the same. One that cannot serve an image is an error. None:
+            the fastest that can.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.
@@ -406,8 +402,6 @@ def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size,
     check(position_bias in POSITION_BIASES,
           f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, "
           f'got {position_bias!r}')
-    check(lda != 'shifted' or attention_path != 'fused',
-          "attention_path='fused' does not know lda='shifted', leave attention_path out")
     check(number(mlp_ratio) and dims * mlp_ratio >= 1,
           f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}')
     check(qk_scale is None or number(qk_scale),

@@ -6,7 +6,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .attention import GroupAttention
-from .grouping import Grouping
+from .grouping import AxisRule
 from .linear import Mlp
 
 
@@ -22,12 +22,11 @@ class CrossFormerBlock(BaseModule):
         cooling (bool): end with the amplitude cooling layer of CrossFormer++
             (arXiv 2303.06908, section 3.4): depthwise 3x3 convolution and
             LayerNorm with no residual around them.
-        attention_path (str, optional): ``path`` of the attention.
-        position_bias, group_size: of the attention.
+        attention_path, position_bias, group_size: likewise.
     """
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True,
-                 qk_scale=None, drop_rate: float = 0., attn_drop_rate: float = 0.,
+                 qk_scale: Optional[float] = None, drop_rate: float = 0., attn_drop_rate: float = 0.,
                  drop_path_rate: float = 0., cooling: bool = False,
                  attention_path: Optional[str] = None, position_bias: str = 'dynamic',
                  group_size: int = 7):
@@ -43,9 +42,9 @@ class CrossFormerBlock(BaseModule):
             self.ex_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
             self.ex_ln = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
-        """(B, H, W, C) to the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x), grouping))
+    def forward(self, x: Tensor, rows: AxisRule, columns: AxisRule) -> Tensor:
+        """(B, H, W, C) to the same shape; rows and columns as of :class:`GroupAttention`."""
+        x = x + self.drop_path(self.attn(self.norm1(x), rows, columns))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         if self.cooling:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -1,8 +1,8 @@
 """The same function with the image's size left open, for exporters.
 
 The groups of a map depend on its sides, down to how many kinds of ragged groups there are, so an
-exporter that writes down what one image does would write down groups for that one size. Here a
-grouping is arithmetic on sizes that an exported graph repeats for every image: each axis is one
+exporter that writes down what one image does would write down groups for that one size. Here the
+rule of an axis is arithmetic on sizes that an exported graph repeats for every image: one
 rectangular table of positions, filled up at its ragged end with positions that attention masks.
 That is more work than :mod:`.grouping` and :mod:`.kernels` do, and the same result.
 
@@ -11,7 +11,7 @@ That is more work than :mod:`.grouping` and :mod:`.kernels` do, and the same res
     torch.onnx.export(program, f='backbone.onnx')
 """
 import copy
-from typing import Mapping, NamedTuple, Tuple, Type
+from typing import Mapping, NamedTuple, Optional, Tuple, Type
 
 import torch
 import torch.fx.experimental._config as symbolic_shapes
@@ -25,17 +25,23 @@ from .grouping import half_lead
 
 
 class PaddedAxis(NamedTuple):
-    """The groups of one axis as one table; see :func:`crossformer_mm.grouping.group_axis`.
+    """The groups of one axis as one table, in place of an :class:`.grouping.AxisRule`.
 
     Args:
         positions (Tensor): (groups, members), each of ``range(length)``.
         real (Tensor): (groups, members), False where a position is mere filling.
-        group, member (Tensor): (length,) where in the table each position stands.
+        inverse (Tensor): (length,) where in the flat ``positions`` each position stands.
+        offset (Tensor): (members * members,) query - key of each pair, counted from the smallest.
     """
     positions: Tensor
     real: Tensor
-    group: Tensor
-    member: Tensor
+    inverse: Tensor
+    offset: Tensor
+
+    @property
+    def size(self) -> int:
+        """Members of a group."""
+        return self.positions.shape[1]
 
 
 def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, device) -> PaddedAxis:
@@ -54,49 +60,17 @@ def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, devic
     table = first[:, None] + torch.arange(members, device=device) * interval - lead
     position = torch.arange(length, device=device) + lead
     place = position % tile
-    return PaddedAxis(table.clamp(0, length - 1), (table >= 0) & (table < length),
-                      position // tile * interval + place % interval, place // interval)
+    inverse = (position // tile * interval + place % interval) * members + place // interval
+    member = torch.arange(members, device=device)
+    offset = (member[:, None] - member + members - 1).flatten()
+    return PaddedAxis(table.clamp(0, length - 1), (table >= 0) & (table < length), inverse, offset)
 
 
-class PaddedGrouping(NamedTuple):
-    """Equally large groups of a map, some members of which may be filling.
-
-    Args:
-        order (Tensor): (groups, N) positions of the members, row-major in group and map.
-        inverse (Tensor): (H*W,) where in the flat ``order`` each position stands.
-        real (Tensor): (groups, 1, 1, N), False at filling.
-        height, width (int): members of a group, N = height * width.
-        offset (Tensor): (N, N) index of query - key in a flat table of biases.
-    """
-    order: Tensor
-    inverse: Tensor
-    real: Tensor
-    height: int
-    width: int
-    offset: Tensor
+PaddedRules = Tuple[PaddedAxis, PaddedAxis]  # of rows and columns
 
 
-def padded_grouping(rows: PaddedAxis, columns: PaddedAxis) -> PaddedGrouping:
-    """The groups of a map, one for each pair of a row group and a column group."""
-    (column_groups, width), height = columns.real.shape, rows.real.shape[1]
-    map_width = columns.group.shape[0]
-
-    def pairs(row: Tensor, column: Tensor, combine) -> Tensor:
-        """All pairs of two tables: (a, b) and (c, d) to (a*c, b*d)."""
-        return rearrange(combine(row[:, None, :, None], column[:, None]), 'a c b d -> (a c) (b d)')
-
-    order = pairs(rows.positions, columns.positions, lambda r, c: r * map_width + c)
-    real = pairs(rows.real, columns.real, torch.logical_and)
-    group = rows.group[:, None] * column_groups + columns.group
-    inverse = (group * height + rows.member[:, None]) * width + columns.member
-    row, column = (torch.arange(side, device=order.device) for side in (height, width))
-    offset = pairs(row[:, None] - row + height - 1, column[:, None] - column + width - 1,
-                   lambda down, right: down * (2 * width - 1) + right)
-    return PaddedGrouping(order, inverse.flatten(), real[:, None, None], height, width, offset)
-
-
-def padded_groupings(height: int, width: int, group_size: int, interval: int, lda: str,
-                     device) -> Tuple[PaddedGrouping, PaddedGrouping]:
+def padded_rules(height: int, width: int, group_size: int, interval: int, lda: str,
+                 device) -> Tuple[PaddedRules, PaddedRules]:
     """Short and long distance; the rules of :mod:`crossformer_mm.grouping` without an ``if``."""
     sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)]
     shorter, longer = torch.minimum(*sides), torch.maximum(*sides)
@@ -105,49 +79,64 @@ def padded_groupings(height: int, width: int, group_size: int, interval: int, ld
     interval = torch.where(small, 1, interval)
     one, zero = torch.ones_like(interval), torch.zeros_like(interval)
 
-    def grouping(sizes, interval, lead) -> PaddedGrouping:
-        return padded_grouping(*(padded_axis(side, size, interval, lead, device)
-                                 for side, size in zip((height, width), sizes)))
+    def rules(sizes, interval, lead) -> PaddedRules:
+        return tuple(padded_axis(side, size, interval, lead, device)
+                     for side, size in zip((height, width), sizes))
 
-    near = grouping([size, size], one, zero)
+    short = rules([size, size], one, zero)
     if lda == 'none':
-        return near, near
+        return short, short
     if lda == 'shifted':
-        return near, grouping([size, size], one, torch.where(small, 0, half_lead(group_size)))
-    far = [size, size]
+        return short, rules([size, size], one, torch.where(small, 0, half_lead(group_size)))
+    long = [size, size]
     if lda == 'interval':
-        far = [torch.where(small, size, (side + interval - 1) // interval) for side in sides]
-    return near, grouping(far, interval, zero)
+        long = [torch.where(small, size, (side + interval - 1) // interval) for side in sides]
+    return short, rules(long, interval, zero)
 
 
 class AnySizeStage(CrossFormerStage):
-    """Its blocks get a :class:`PaddedGrouping` in place of a Grouping."""
+    """Its blocks get a :class:`PaddedAxis` in place of an AxisRule."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        near, far = padded_groupings(*x.shape[1:3], self.group_size, self.interval, self.lda,
-                                     x.device)
-        for index, block in enumerate(self.blocks):
-            x = block(x, far if index % 2 else near)
-        return x
+    def rules(self, x: Tensor) -> Tuple[PaddedRules, PaddedRules]:
+        return padded_rules(*x.shape[1:3], self.group_size, self.interval, self.lda, x.device)
+
+
+def padded_attention(qkv: Tensor, table: Tensor, rows: PaddedAxis, columns: PaddedAxis,
+                     num_heads: int, scale: float, dropout: float = 0.,
+                     path: Optional[str] = None) -> Tensor:
+    """As the papers write it, with a mask; stores the weights of all groups.
+
+    Args:
+        rows, columns (PaddedAxis): the groups.
+        dropout: not looked at; an exported model is in evaluation mode.
+        path: not looked at; this is the only way to export.
+        others: as of :func:`crossformer_mm.kernels.map_attention`.
+    """
+    height, width = rows.size, columns.size
+    members = select(qkv, rows.positions.flatten(), columns.positions.flatten())
+    q, k, v = rearrange(members, 'b (gr r) (gc c) (three h d) -> three b (gr gc) h (r c) d',
+                        r=height, c=width, three=3, h=num_heads)
+    bias = rearrange(select(table, rows.offset, columns.offset),
+                     'h (rq rk) (cq ck) -> h (rq cq) (rk ck)', rq=height, cq=width)
+    real = rearrange(rows.real[:, None, :, None] & columns.real[:, None],
+                     'gr gc r c -> (gr gc) 1 1 (r c)')
+    logits = q * scale @ k.transpose(-1, -2) + bias
+    # Not -inf: a group may be nothing but filling, and is thrown away, but not as NaN.
+    logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+    out = rearrange(logits.softmax(-1) @ v, 'b (gr gc) h (r c) d -> b (gr r) (gc c) (h d)',
+                    gc=columns.positions.shape[0], r=height)
+    return select(out, rows.inverse, columns.inverse)
+
+
+def select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Take and order the rows and columns, dimensions 1 and 2, of a map."""
+    return x.index_select(1, rows).index_select(2, columns)
 
 
 class AnySizeAttention(GroupAttention):
-    """Attention as the papers write it, with a mask; stores the weights of all groups."""
+    """See :func:`padded_attention`."""
 
-    def forward(self, x: Tensor, grouping: PaddedGrouping) -> Tensor:
-        qkv = take(self.qkv(x.flatten(1, 2)), 1, grouping.order)
-        q, k, v = rearrange(qkv, 'b g n (three h d) -> three b g h n d', three=3, h=self.num_heads)
-        table = self.pos(grouping.height, grouping.width).flatten(1)
-        logits = q * self.scale @ k.transpose(-1, -2) + take(table, 1, grouping.offset)
-        # Not -inf: a group may be nothing but filling, and is thrown away, but not as NaN.
-        logits = logits.masked_fill(~grouping.real, torch.finfo(logits.dtype).min)
-        out = rearrange(logits.softmax(-1) @ v, 'b g h n d -> b (g n) (h d)')
-        return self.proj(out.index_select(1, grouping.inverse)).view_as(x)
-
-
-def take(x: Tensor, dim: int, table: Tensor) -> Tensor:
-    """Replace a dimension by the two of a table of its indices."""
-    return x.index_select(dim, table.flatten()).unflatten(dim, table.shape)
+    attend = staticmethod(padded_attention)
 
 
 class AnySizePool(nn.AdaptiveAvgPool2d):

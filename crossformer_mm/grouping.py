@@ -26,7 +26,7 @@ masked key has no weight and a padded query is thrown away, so both give the
 same output (CrossFormer, arXiv 2108.00154, section 3.2; CrossFormer++, arXiv
 2303.06908, section 3.2).
 """
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -34,47 +34,21 @@ from torch import Tensor
 LDA_DEFINITIONS = ('interval', 'block', 'shifted', 'none')
 
 
-class Segment(NamedTuple):
-    """``groups`` groups of ``height x width`` members that lie one after another."""
-    groups: int
-    height: int
-    width: int
-
-
 class AxisRule(NamedTuple):
-    """The one-dimensional rule above: ``size`` members, ``interval`` apart."""
+    """The one-dimensional rule above.
+
+    Args:
+        size (int): members of a group that is not ragged.
+        interval (int): positions from one member to the next.
+        lead (int): positions by which the first tile begins before the axis does;
+            less than ``size``, and with an interval of 1 only.
+    """
     size: int
     interval: int
     lead: int = 0
 
 
-class Grouping(NamedTuple):
-    """The groups of a batch of maps, and how to line the maps up so that each is a run of tokens.
-
-    Args:
-        rows, columns (AxisRule): which positions of a map form a group, in the
-            smallest numbers.
-        order (Tensor, optional): (B*H*W,) token indices; ``tokens[order]`` is
-            grouped.
-        inverse (Tensor, optional): (B*H*W,) the way back: ``grouped[inverse]``
-            is ``tokens``.
-        segments (tuple[Segment]): the runs of equally large groups, in order.
-            Members of a group are row-major, neighbours ``interval`` apart.
-    """
-    rows: AxisRule
-    columns: AxisRule
-    order: Optional[Tensor] = None
-    inverse: Optional[Tensor] = None
-    segments: Tuple[Segment, ...] = ()
-
-    @property
-    def extent(self) -> Tuple[int, int]:
-        """Height and width, in members, that no group exceeds."""
-        return self.rows.size, self.columns.size
-
-    @property
-    def is_shifted(self) -> bool:
-        return bool(self.rows.lead or self.columns.lead)
+Rules = Tuple[AxisRule, AxisRule]  # of rows and columns
 
 
 def fit_rule(length: int, rule: AxisRule) -> AxisRule:
@@ -131,35 +105,41 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
     return tables
 
 
-def group_map(batch: int, height: int, width: int, rows: AxisRule, columns: AxisRule,
-              device=None, line_up: bool = True) -> Grouping:
-    """The groups of a batch of ``height x width`` maps.
+def group_map(height: int, width: int, rows: AxisRule, columns: AxisRule,
+              device=None) -> List[Tensor]:
+    """The positions, row * width + column, of the members of each group of a map.
 
-    ``line_up=False`` leaves out the order of tokens and its segments, for
-    attention that works on the map as it lies.
+    Args:
+        height, width (int): of the map.
+        rows, columns (AxisRule): which positions of an axis form a group; any is valid.
+        device (torch.device, optional): of the tables.
 
-    Raises nothing: any size and any rule with positive numbers is valid.
+    Returns:
+        list[Tensor]: tables (groups, row members, column members), one for each size of group
+        that occurs, together holding every position once. Members are row-major, neighbours
+        ``interval`` apart.
     """
-    rows, columns = fit_rule(height, rows), fit_rule(width, columns)
-    if not line_up:
-        return Grouping(rows, columns)
-    images = torch.arange(batch, device=device)[:, None, None, None, None] * (height * width)
     column_tables = group_axis(width, columns, device)
-    orders, segments = [], []
-    for r in group_axis(height, rows, device):
-        for c in column_tables:
-            # (image, row group, column group, row member, column member)
-            index = images + r[:, None, :, None] * width + c[None, :, None, :]
-            orders.append(index.flatten())
-            segments.append(Segment(batch * r.shape[0] * c.shape[0], r.shape[1], c.shape[1]))
-    order = torch.cat(orders)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=device)
-    return Grouping(rows, columns, order, inverse, tuple(segments))
+    return [(r[:, None, :, None] * width + c[None, :, None, :]).flatten(0, 1)
+            for r in group_axis(height, rows, device) for c in column_tables]
 
 
-def short_distance(height: int, width: int, group_size: int,
-                   lda: str) -> Tuple[AxisRule, AxisRule]:
+def stage_rules(height: int, width: int, group_size: int, interval: int,
+                lda: str) -> Tuple[Rules, Rules]:
+    """Rules of short and of long distance attention on a map, in the smallest numbers.
+
+    Args:
+        height, width (int): of the map.
+        group_size, interval (int): G and I of the stage.
+        lda (str): how long distance attention groups, see :class:`.backbone.CrossFormer`.
+    """
+    short = short_distance(height, width, group_size, lda)
+    long = long_distance(height, width, group_size, interval, lda)
+    return tuple((fit_rule(height, rows), fit_rule(width, columns))
+                 for rows, columns in (short, long))
+
+
+def short_distance(height: int, width: int, group_size: int, lda: str) -> Rules:
     """Rules for rows and columns of short distance attention.
 
     A map that is not larger than a group on one side is cut into groups of
@@ -172,8 +152,7 @@ def short_distance(height: int, width: int, group_size: int,
     return rule, rule
 
 
-def long_distance(height: int, width: int, group_size: int, interval: int,
-                  lda: str) -> Tuple[AxisRule, AxisRule]:
+def long_distance(height: int, width: int, group_size: int, interval: int, lda: str) -> Rules:
     """Rules for rows and columns of long distance attention.
 
     On a map that is not larger than a group on one side it is short distance

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .backbone import CrossFormer
-from .grouping import Grouping, group_map
+from .grouping import AxisRule, group_map
 from .position_bias import bias_windows
 
 
@@ -112,35 +112,31 @@ class MagnitudeHook(Hook):
 
 
 @torch.no_grad()
-def sample_logits(attention: GroupAttention, x: Tensor, grouping: Grouping, groups: int,
-                  queries: int) -> Tensor:
+def sample_logits(attention: GroupAttention, x: Tensor, rows: AxisRule, columns: AxisRule,
+                  groups: int, queries: int) -> Tensor:
     """Attention logits of some queries in some of the largest groups of a map.
 
     Args:
         attention (GroupAttention): where the map goes.
         x (Tensor): (B, H, W, C), its input.
-        grouping (Grouping): which positions attend to each other.
+        rows, columns (AxisRule): which positions attend to each other.
         groups, queries (int): how many to look at, at most; evenly spaced.
 
     Returns:
         Tensor: (groups, heads, queries, keys), ``scale * q @ k`` plus the position bias.
     """
-    if grouping.order is None:  # attention that works on the map as it lies needs none
-        grouping = group_map(*x.shape[:3], grouping.rows, grouping.columns, x.device)
-    first, largest, start = 0, grouping.segments[0], 0
-    for segment in grouping.segments:
-        if segment.height * segment.width > largest.height * largest.width:
-            first, largest = start, segment
-        start += segment.groups * segment.height * segment.width
-    count, height, width = largest
-    chosen_groups = spread(count, groups, x.device)
+    batch, map_height, map_width, _ = x.shape
+    largest = max(group_map(map_height, map_width, rows, columns, x.device),
+                  key=lambda members: members[0].numel())
+    count, height, width = largest.shape
+    chosen_groups = spread(batch * count, groups, x.device)
     chosen = spread(height * width, queries, x.device)
-    members = grouping.order[first:first + count * height * width].view(count, -1)
-    tokens = x.flatten(0, 2)[members[chosen_groups]]  # (groups, members, C)
+    images, members = chosen_groups // count, largest.flatten(1)[chosen_groups % count]
+    tokens = x.flatten(1, 2)[images[:, None], members]  # (groups, members, C)
 
     q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
     logits = attention.scale * torch.einsum('gqhd,gkhd->ghqk', q[:, chosen], k)
-    windows = bias_windows(attention.pos(*grouping.extent), height, width)
+    windows = bias_windows(attention.pos(rows.size, columns.size), height, width)
     bias = windows[:, chosen // width, chosen % width].flip(2, 3).flatten(2)
     return logits + bias
 

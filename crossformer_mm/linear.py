@@ -3,8 +3,8 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .kernels import is_traced, onednn_linear, onednn_mlp, onednn_suits
-from .kernels.onednn import chunks
+from .kernels import watcher
+from .kernels.onednn import chunks, onednn_linear, onednn_mlp, onednn_suits
 
 
 class Linear(nn.Linear):
@@ -36,7 +36,7 @@ class Mlp(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
-        if x.device.type == 'cpu' and not is_traced() and self.is_plain():
+        if x.device.type == 'cpu' and not watcher() and self.is_plain():
             tokens = x.flatten(0, -2)
             if onednn_suits(x, self.fc1.weight):
                 return onednn_mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,

@@ -28,7 +28,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import load_backbone
-from crossformer_mm.grouping import (AxisRule, Grouping, group_map, is_small, long_distance,
+from crossformer_mm.grouping import (AxisRule, group_map, is_small, long_distance,
                                      short_distance)
 from crossformer_mm.position_bias import bias_of_pairs
 from options import add_cfg_options
@@ -44,11 +44,12 @@ class Attended(NamedTuple):
     Args:
         block (int): its index in the stage.
         x, out (Tensor): (1, H, W, C) what attention took and returned.
-        grouping (Grouping): the groups.
+        rows, columns (AxisRule): the groups.
     """
     block: int
     x: Tensor
-    grouping: Grouping
+    rows: AxisRule
+    columns: AxisRule
     out: Tensor
 
 
@@ -126,33 +127,34 @@ class Weights(NamedTuple):
 
 
 @torch.no_grad()
-def attention_weights(attention: nn.Module, x: Tensor, grouping: Grouping, token: int) -> Weights:
+def attention_weights(attention: nn.Module, attended: Attended, token: int) -> Weights:
     """The attention weights of a token's group, which fast paths never store.
 
     Args:
         attention (GroupAttention): the block's.
-        x (Tensor): (1, H, W, C) what it took.
+        attended (Attended): what it took.
+        token (int): row * W + column of a position.
     """
-    start, place = 0, int(grouping.inverse[token])
-    for segment in grouping.segments:
-        size = segment.height * segment.width
-        if place < start + segment.groups * size:
+    x, rows, columns = attended.x, attended.rows, attended.columns
+    for table in group_map(*x.shape[1:3], rows, columns):
+        at = (table == token).nonzero()
+        if len(at):
+            group, row, column = at[0].tolist()
             break
-        start += segment.groups * size
-    first = start + (place - start) // size * size
-    members = grouping.order[first:first + size]
+    height, width = table.shape[1:]
+    members = table[group].flatten()
     q, k, v = rearrange(attention.qkv(x.flatten(0, 2)[members]), 'n (three h d) -> three h n d',
                         three=3, h=attention.num_heads)
-    bias = bias_of_pairs(attention.pos(*grouping.extent), segment.height, segment.width)
-    return Weights(members, place - first, (q @ k.mT * attention.scale + bias).softmax(-1), v)
+    bias = bias_of_pairs(attention.pos(rows.size, columns.size), height, width)
+    return Weights(members, row * width + column,
+                   (q @ k.mT * attention.scale + bias).softmax(-1), v)
 
 
 def attention_map(attended: Attended, attention: nn.Module, position: Tuple[int, int],
                   head: Optional[int]) -> np.ndarray:
     """(H, W) how much a position (row, column) attends to each other; NaN outside its group."""
     _, height, width, _ = attended.x.shape
-    found = attention_weights(attention, attended.x, attended.grouping,
-                              position[0] * width + position[1])
+    found = attention_weights(attention, attended, position[0] * width + position[1])
     row = found.weights[:, found.query]
     shown = np.full(height * width, np.nan)
     shown[found.members] = row.mean(0) if head is None else row[head]
@@ -161,11 +163,11 @@ def attention_map(attended: Attended, attention: nn.Module, position: Tuple[int,
 
 def group_numbers(height: int, width: int, rules: Tuple[AxisRule, AxisRule]) -> np.ndarray:
     """(H, W) the number of each position's group."""
-    grouping = group_map(1, height, width, *rules)
-    sizes = [segment.height * segment.width for segment in grouping.segments
-             for _ in range(segment.groups)]
-    numbers = np.repeat(np.arange(len(sizes)), sizes)
-    return numbers[grouping.inverse].reshape(height, width)
+    numbers, first = np.empty(height * width, int), 0
+    for table in group_map(height, width, *rules):
+        numbers[table] = np.arange(first, first + len(table))[:, None, None]
+        first += len(table)
+    return numbers.reshape(height, width)
 
 
 def group_colours(height: int, width: int, rules: Tuple[AxisRule, AxisRule],

@@ -4,8 +4,16 @@ Groups are found by arithmetic, from the rules of rows and columns: no token is
 moved, no mask or matrix of all pairs is stored. What is kept for the backward
 pass is input, output and one number per position and head.
 
+Logits, weights and all sums are in float32; weights and their gradients are
+rounded to the type of ``qkv`` to be multiplied, and float32 is multiplied as
+PyTorch multiplies matrices: in full, unless TF32 is allowed (and a head has at
+most 32 channels). Nothing is summed in an order left to chance: on one device
+the same inputs give the same bits, in both passes, whatever
+``torch.use_deterministic_algorithms`` says.
+
 The kernels are in :mod:`.fused_triton`, which is imported when first used:
-this package neither needs Triton nor waits for it.
+this package neither needs Triton nor waits for it. Where Triton's interpreter is
+on (TRITON_INTERPRET=1 in the environment), they run on the CPU, too, for tests.
 """
 import functools
 import importlib.util
@@ -13,62 +21,30 @@ import warnings
 from typing import Tuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from ..grouping import AxisRule, group_map
-from .plain import plain_attention
+from ..grouping import AxisRule
+from . import plain
+from .call import Call
+from .operator import map_operator
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
 
 
-def fused_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
-                    scale: float) -> Tensor:
-    """Attention inside the groups of a batch of maps, each position staying where it is.
-
-    Equals, for ``grouping = group_map(B, H, W, rows, columns)``,
-
-        tokens = qkv.flatten(0, 2)[grouping.order]
-        out = plain_attention(tokens, table, grouping.segments, num_heads, scale)
-        out = out[grouping.inverse].view(B, H, W, -1)
-
-    in value and in the gradients of ``qkv`` and ``table``. Logits, weights and
-    all sums are in float32; weights and their gradients are rounded to the type
-    of ``qkv`` to be multiplied, and float32 is multiplied as PyTorch multiplies
-    matrices: in full, unless TF32 is allowed (and d is at most 32).
-    Differentiable once.
-
-    Nothing is summed in an order left to chance: on one device the same inputs
-    give the same bits, in both passes, whatever
-    ``torch.use_deterministic_algorithms`` says.
-
-    Args:
-        qkv (Tensor): (B, H, W, 3*heads*d) in float32, float16 or bfloat16, with
-            d at most 64, on a CUDA device (or, for tests, on the CPU when
-            TRITON_INTERPRET=1 is in the environment).
-        table (Tensor): (heads, 2*h-1, 2*w-1), the bias of every offset, for
-            groups of at least the members that the rules give.
-        rows, columns (AxisRule): which positions form a group; of no lead.
-        num_heads (int): heads.
-        scale (float): factor on ``q @ k``.
-
-    Returns:
-        Tensor: (B, H, W, heads*d) in the type of ``qkv``.
-    """
-    maps = qkv.shape[:3]
-    out, _ = _attend(qkv.flatten(0, 2), table, *maps, *rows[:2], *columns[:2], num_heads, scale)
-    return out.view(*maps, -1)
-
-
-def why_not_fused(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
-    """What is in the way of :func:`fused_attention`, or nothing."""
-    if dropout:
-        return f'it has no dropout of attention weights, but attn_drop_rate is {dropout}'
-    if head_dim > HEAD_DIM:
-        return f'it takes heads of at most {HEAD_DIM} channels, but they have {head_dim}'
-    if dtype not in DTYPES:
-        return f'it takes float32, float16 and bfloat16, but got {dtype}'
-    return why_no_triton(device)
+def why_not(call: Call) -> str:
+    """What is in the way of this path, or nothing."""
+    if call.watcher == 'exporter':
+        return 'an exporter cannot write Triton kernels down'
+    if call.has_lead:
+        return "it does not know the shifted groups of lda='shifted'"
+    if call.dropout:
+        return f'it has no dropout of attention weights, but attn_drop_rate is {call.dropout}'
+    if call.head_dim > HEAD_DIM:
+        return f'it takes heads of at most {HEAD_DIM} channels, but they have {call.head_dim}'
+    if call.dtype not in DTYPES:
+        return f'it takes float32, float16 and bfloat16, but got {call.dtype}'
+    return why_no_triton(call.device)
 
 
 @functools.lru_cache(maxsize=None)
@@ -117,14 +93,11 @@ def _agrees_with_plain(device: str) -> bool:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(
                 torch.device(device).type, enabled=False):
             qkv, table = leaf(1, *sides, 3 * channels), leaf(heads, 17, 15)
-            grouping = group_map(1, *sides, *rules, device)
-            tokens = qkv.flatten(0, 2)[grouping.order]
-            plain = plain_attention(tokens, table, grouping.segments, heads, 0.2)
-            plain = plain[grouping.inverse].view(1, *sides, channels)
-            fused = fused_attention(qkv, table, grouping.rows, grouping.columns, heads, 0.2)
+            plain_out = plain.attend(qkv, table, *rules, heads, 0.2)
+            fused_out = attend(qkv, table, *rules, heads, 0.2)
             weights = leaf(1, *sides, channels).detach()
             results = [(out, *torch.autograd.grad((out * weights).sum(), (qkv, table)))
-                       for out in (fused, plain)]
+                       for out in (fused_out, plain_out)]
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results))
         fault = '' if worst < 1e-2 else f'it is wrong by {worst:.2g} of the largest value'
     except Exception as error:  # of a compiler, a driver, a launch
@@ -141,61 +114,16 @@ why_no_triton._dynamo_marked_constant = True
 agrees_with_plain._dynamo_marked_constant = True
 
 
-# Operators of PyTorch's own kind, so that torch.compile takes them into its graph without looking
-# inside. (It could look inside a `triton_op`, but there is nothing to fuse with, and Triton's
-# interpreter could not run one.) They take tokens, not maps: inductor cannot keep maps of symbolic
-# sides for the backward pass.
-@library.custom_op('crossformer_mm::fused_attention', mutates_args=())
-def _attend(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
-            row_interval: int, column_size: int, column_interval: int, num_heads: int,
-            scale: float) -> Tuple[Tensor, Tensor]:
-    """Output, and the norms of the softmax, (B*H*W, heads)."""
-    from .fused_triton import forward
-    out, norms = forward(qkv.view(batch, height, width, -1), table,
-                         AxisRule(row_size, row_interval), AxisRule(column_size, column_interval),
-                         num_heads, scale)
-    return out.flatten(0, 2), norms.flatten(0, 2)
+def forward(*arguments) -> Tuple[Tensor, Tensor]:
+    """See :func:`.fused_triton.forward`, which imports Triton."""
+    from . import fused_triton
+    return fused_triton.forward(*arguments)
 
 
-@_attend.register_fake
-def _(qkv, table, batch, height, width, row_size, row_interval, column_size, column_interval,
-      num_heads, scale):
-    return (qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
-            qkv.new_empty(qkv.shape[0], num_heads, dtype=torch.float32))
+def backward(*arguments) -> Tuple[Tensor, Tensor]:
+    """See :func:`.fused_triton.backward`."""
+    from . import fused_triton
+    return fused_triton.backward(*arguments)
 
 
-@library.custom_op('crossformer_mm::fused_attention_backward', mutates_args=())
-def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
-                     batch: int, height: int, width: int, row_size: int, row_interval: int,
-                     column_size: int, column_interval: int, num_heads: int,
-                     scale: float) -> Tuple[Tensor, Tensor]:
-    """Gradients of qkv and table."""
-    from .fused_triton import backward
-    grad_out, qkv, out, norms = (x.reshape(batch, height, width, -1)
-                                 for x in (grad_out, qkv, out, norms))
-    grad_qkv, grad_table = backward(grad_out, qkv, table, out, norms,
-                                    AxisRule(row_size, row_interval),
-                                    AxisRule(column_size, column_interval), num_heads, scale)
-    return grad_qkv.flatten(0, 2), grad_table
-
-
-@_attend_backward.register_fake
-def _(grad_out, qkv, table, out, norms, batch, height, width, row_size, row_interval, column_size,
-      column_interval, num_heads, scale):
-    return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
-
-
-def _keep(ctx, inputs, output) -> None:
-    qkv, table, *ctx.numbers = inputs
-    ctx.save_for_backward(qkv, table, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, grad_norms):
-    if grad_out is None:
-        return (None,) * 11
-    qkv, table, out, norms = ctx.saved_tensors
-    return (*_attend_backward(grad_out, qkv, table, out, norms, *ctx.numbers), *(None,) * 9)
-
-
-_attend.register_autograd(_differentiate, setup_context=_keep)
+attend = map_operator('fused_attention', forward, backward)

@@ -16,8 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..compat import is_autocast_enabled
+from .call import watcher
+
 # Numbers in the part of the hidden layer that is worked on at a time: 4 MB in float32.
 CHUNK = 2**20
+
+
+def onednn_suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are to be used: float32 on the CPU, no autocast, nobody watching.
+
+    Nor for few tokens in training: oneDNN lays the weight out in its own way first,
+    for each of three products. ``torch.backends.mkldnn.flags(enabled=False)`` switches
+    it off, as it does for convolutions.
+    """
+    tokens = x.numel() // x.shape[-1]
+    few = 400 if weight.numel() > 2**20 else 128
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and not watcher()
+            and not is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and (tokens >= few or not torch.is_grad_enabled()))
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

@@ -1,0 +1,44 @@
+"""What a kernel may have to know of a call before it can say whether it serves."""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compat import is_compiling, is_exporting
+from ..grouping import AxisRule
+
+
+class Call(NamedTuple):
+    """One attention over a map.
+
+    Args:
+        device, dtype: of queries, keys and values.
+        head_dim (int): channels of a head.
+        dropout (float): dropout of attention weights.
+        has_lead (bool): whether the first group of an axis begins before the axis does.
+        watcher (str): see :func:`watcher`.
+    """
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 32
+    dropout: float = 0.
+    has_lead: bool = False
+    watcher: str = ''
+
+    @classmethod
+    def of(cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
+           dropout: float) -> 'Call':
+        return cls(qkv.device, qkv.dtype, qkv.shape[-1] // 3 // num_heads, dropout,
+                   bool(rows.lead or columns.lead), watcher())
+
+
+def watcher() -> str:
+    """Who follows what is computed, to do it again later.
+
+    Returns:
+        str: 'exporter' writes it down for other machines, which may have nothing but PyTorch's
+        own operators, or not even those; 'compiler' builds code for this process; '' is nobody.
+    """
+    if torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting():
+        return 'exporter'
+    return 'compiler' if is_compiling() else ''

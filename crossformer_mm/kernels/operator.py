@@ -1,0 +1,79 @@
+"""A kernel for maps as an operator of PyTorch's, so that torch.compile takes it as one node."""
+from typing import Callable, Tuple
+
+import torch
+from torch import Tensor
+
+from ..compat import define_operator
+from ..grouping import AxisRule
+
+
+def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
+    """Attention with a gradient, from a kernel's two passes.
+
+    A compiler does not look into it and keeps the sides of a map symbolic. Differentiable once.
+
+    Args:
+        name (str): of the operator, ``crossformer_mm::NAME``.
+        forward (Callable): ``(qkv, table, rows, columns, num_heads, scale)``, as of
+            :func:`crossformer_mm.kernels.map_attention`, to the output and the norms
+            (B, H, W, heads) of the softmax, in float32.
+        backward (Callable): ``(grad_out, qkv, table, out, norms, rows, columns, num_heads,
+            scale)`` to the gradients of qkv and table.
+
+    Returns:
+        Callable: attention without a ``path``, see
+        :func:`crossformer_mm.kernels.map_attention`.
+    """
+
+    # They take tokens, not maps: inductor cannot keep maps of symbolic sides for the backward pass.
+    def run(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
+            row_interval: int, row_lead: int, column_size: int, column_interval: int,
+            column_lead: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+        out, norms = forward(qkv.reshape(batch, height, width, -1), table,
+                             AxisRule(row_size, row_interval, row_lead),
+                             AxisRule(column_size, column_interval, column_lead), num_heads, scale)
+        return out.flatten(0, 2), norms.flatten(0, 2)
+
+    def fake_run(qkv, table, *numbers):
+        *_, num_heads, _ = numbers
+        return (qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+                table.new_empty(qkv.shape[0], num_heads, dtype=torch.float32))
+
+    def run_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
+                     batch: int, height: int, width: int, row_size: int, row_interval: int,
+                     row_lead: int, column_size: int, column_interval: int, column_lead: int,
+                     num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+        maps = (x.reshape(batch, height, width, -1) for x in (grad_out, qkv, out, norms))
+        grad_out, qkv, out, norms = maps
+        grad_qkv, grad_table = backward(grad_out, qkv, table, out, norms,
+                                        AxisRule(row_size, row_interval, row_lead),
+                                        AxisRule(column_size, column_interval, column_lead),
+                                        num_heads, scale)
+        return grad_qkv.flatten(0, 2), grad_table.to(table.dtype)
+
+    def fake_backward(grad_out, qkv, table, *_):
+        return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
+
+    def keep(ctx, inputs, output) -> None:
+        qkv, table, *ctx.numbers = inputs
+        ctx.save_for_backward(qkv, table, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_out, grad_norms):
+        if grad_out is None:
+            return (None,) * 13
+        grads = operator_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
+        return (*grads, *(None,) * 11)
+
+    operator_backward = define_operator(f'{name}_backward', run_backward, fake_backward)
+    operator = define_operator(name, run, fake_run, setup_context=keep, backward=differentiate)
+
+    def attend(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
+               scale: float, dropout: float = 0.) -> Tensor:
+        maps = qkv.shape[:3]
+        out, _ = operator(qkv.flatten(0, 2), table, *maps, *rows, *columns, num_heads, scale)
+        return out.view(*maps, -1)
+
+    return attend
