@@ -17,6 +17,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")

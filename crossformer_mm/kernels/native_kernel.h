@@ -165,7 +165,7 @@ INLINE void multiply(vec (&sums)[ROWS][COLUMNS], const float *a, int64_t row, in
 // c[i*c_row + j] = c[i*c_row + j] * factors[i] + sum of a[i*row + k*step] * b[k*wide + j], for ROWS
 // rows and all channels j. Where a block is the first, c is taken for zeros.
 template <bool PAIRS, int COLUMNS>
-INLINE void multiply_channels(const float *a, int64_t row, int64_t step, const float *b,
+NOINLINE void multiply_channels(const float *a, int64_t row, int64_t step, const float *b,
                               int64_t wide, int64_t depth, float *c, const float *factors,
                               bool is_first) {
   vec sums[ROWS][COLUMNS];
@@ -391,70 +391,59 @@ template <bool PAIRS, int D> struct Kernel {
     }
   }
 
-  // weights = words of `rows` with `panels`, a product over channels, for keys from `first` on.
-  template <int COLUMNS, class End>
-  INLINE void multiply_tile(const float *rows, const float *panel, int64_t i, int64_t key,
-                            End end) {
+  // Of ROWS queries and COLUMNS registers of keys, in a function of its own: all registers are for
+  // the sums.
+
+  // Logits, times log2(e), to `weights`.
+  template <int COLUMNS> NOINLINE void logits_tile(int64_t i0, int64_t first, int64_t key) {
     vec sums[ROWS][COLUMNS] = {};
-    multiply<PAIRS, COLUMNS>(sums, rows + i * words(), words(), 1, panel, TILE, depth(dim()));
-    end(sums, i, key);
-  }
-
-  template <class End>
-  INLINE void multiply_panels(const float *rows, const float *panels, int64_t tiles, int64_t first,
-                              int64_t count, End end) {
-    for (int64_t key = 0; key < count; key += TILE) {
-      const float *panel = panels + (first + key) * words();
-      if (count - key > LANES)
-        for (int64_t i = 0; i < tiles; i += ROWS) multiply_tile<2>(rows, panel, i, key, end);
-      else
-        for (int64_t i = 0; i < tiles; i += ROWS) multiply_tile<1>(rows, panel, i, key, end);
+    multiply<PAIRS, COLUMNS>(sums, queries + i0 * words(), words(), 1,
+                             key_panels + (first + key) * words(), TILE, depth(dim()));
+    const vec scale = all(call.scale * LOG2_E);
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      const float *from = bias[i0 + i] + first + key;
+      float *to = weights + (i0 + i) * KEYS + key;
+      UNROLL for (int j = 0; j < COLUMNS; j++)
+        store(to + j * LANES, sums[i][j] * scale + load(from + j * LANES));
     }
   }
 
-  struct Logits {  // times log2(e), to `weights`
-    Kernel &kernel;
-    int64_t first;
-    float factor;
-    template <int COLUMNS>
-    INLINE void operator()(vec (&sums)[ROWS][COLUMNS], int64_t i0, int64_t key) const {
-      const vec scale = all(factor);
-      UNROLL for (int i = 0; i < ROWS; i++) {
-        const float *bias = kernel.bias[i0 + i] + first + key;
-        float *to = kernel.weights + (i0 + i) * KEYS + key;
+  // Gradients of logits: weight * (gradient of the weight - their mean).
+  template <int COLUMNS> NOINLINE void slopes_tile(int64_t i0, int64_t first, int64_t key) {
+    vec sums[ROWS][COLUMNS] = {};
+    multiply<PAIRS, COLUMNS>(sums, grads + i0 * words(), words(), 1,
+                             value_panels + (first + key) * words(), TILE, depth(dim()));
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      float *to = grad_bias[i0 + i] + first + key;
+      const int64_t at = (i0 + i) * KEYS + key;
+      const vec mean = all(totals[i0 + i]);
+      UNROLL for (int j = 0; j < COLUMNS; j++) {
+        sums[i][j] = load(weights + at + j * LANES) * (sums[i][j] - mean);
+        store(to + j * LANES, load(to + j * LANES) + sums[i][j]);
+        if constexpr (PAIRS) store_halves(slope_words, at + j * LANES, round_bf16(sums[i][j]));
+        else store(slopes + at + j * LANES, sums[i][j]);
+      }
+    }
+    if constexpr (PAIRS) {
+      UNROLL for (int i = 0; i < ROWS; i += 2)
         UNROLL for (int j = 0; j < COLUMNS; j++)
-          store(to + j * LANES, sums[i][j] * scale + load(bias + j * LANES));
-      }
+          store(slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
+                pair_up(sums[i][j], sums[i + 1][j]));
     }
-  };
+  }
 
-  struct Slopes {  // gradients of logits: weight * (gradient of the weight - their mean)
-    Kernel &kernel;
-    int64_t first;
-    template <int COLUMNS>
-    INLINE void operator()(vec (&sums)[ROWS][COLUMNS], int64_t i0, int64_t key) const {
-      UNROLL for (int i = 0; i < ROWS; i++) {
-        float *bias = kernel.grad_bias[i0 + i] + first + key;
-        const int64_t at = (i0 + i) * KEYS + key;
-        const vec mean = all(kernel.totals[i0 + i]);
-        UNROLL for (int j = 0; j < COLUMNS; j++) {
-          sums[i][j] = load(kernel.weights + at + j * LANES) * (sums[i][j] - mean);
-          store(bias + j * LANES, load(bias + j * LANES) + sums[i][j]);
-          if constexpr (PAIRS) {
-            store_halves(kernel.slope_words, at + j * LANES, round_bf16(sums[i][j]));
-          } else {
-            store(kernel.slopes + at + j * LANES, sums[i][j]);
-          }
-        }
-      }
-      if constexpr (PAIRS) {
-        UNROLL for (int i = 0; i < ROWS; i += 2)
-          UNROLL for (int j = 0; j < COLUMNS; j++)
-            store(kernel.slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
-                  pair_up(sums[i][j], sums[i + 1][j]));
-      }
-    }
-  };
+  template <int COLUMNS, bool SLOPES>
+  INLINE void tile(int64_t i, int64_t first, int64_t key) {
+    if constexpr (SLOPES) slopes_tile<COLUMNS>(i, first, key);
+    else logits_tile<COLUMNS>(i, first, key);
+  }
+
+  // Of `rows` queries and the `count` keys from `first` on.
+  template <bool SLOPES> INLINE void tiles(int64_t rows, int64_t first, int64_t count) {
+    for (int64_t key = 0; key < count; key += TILE)
+      for (int64_t i = 0; i < rows; i += ROWS)
+        count - key > LANES ? tile<2, SLOPES>(i, first, key) : tile<1, SLOPES>(i, first, key);
+  }
 
   INLINE vec weight_at(int64_t i, int64_t key, vec top) {
     float *at = weights + i * KEYS + key;
@@ -499,18 +488,17 @@ template <bool PAIRS, int D> struct Kernel {
     if (PAIRS) interleave(raw, padded, values);
     for (int64_t first = 0; first < members; first += BLOCK) {
       const int64_t count = members - first < BLOCK ? members - first : BLOCK;
-      const int64_t tiles = (count + ROWS - 1) / ROWS * ROWS;
+      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       start_block(first, count, false);
       for (int64_t i = 0; i < count; i++)
         take_row(call.qkv + at(token_of(first + i), head, 0, 3), queries + i * words());
-      std::memset(queries + count * words(), 0, (tiles - count) * words() * 4);
+      std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
-        multiply_panels(queries, key_panels, tiles, key, many,
-                        Logits{*this, key, call.scale * LOG2_E});
-        for (int64_t i = 0; i < tiles; i++) exponentiate(i, many, key == 0);
+        tiles<false>(rows, key, many);
+        for (int64_t i = 0; i < rows; i++) exponentiate(i, many, key == 0);
         const float *left = PAIRS ? slope_words : weights;
-        for (int64_t i = 0; i < tiles; i += ROWS)
+        for (int64_t i = 0; i < rows; i += ROWS)
           multiply_all_channels<PAIRS>(left + i * depth(KEYS), depth(KEYS), 1,
                                        values + depth(key) * wide(), wide(), depth(many),
                                        attended + i * wide(), factors + i, key == 0);
@@ -549,7 +537,7 @@ template <bool PAIRS, int D> struct Kernel {
     if (PAIRS) interleave(raw, padded, keys);
     for (int64_t first = 0; first < members; first += BLOCK) {
       const int64_t count = members - first < BLOCK ? members - first : BLOCK;
-      const int64_t tiles = (count + ROWS - 1) / ROWS * ROWS;
+      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       start_block(first, count, true);
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = token_of(first + i);
@@ -566,17 +554,16 @@ template <bool PAIRS, int D> struct Kernel {
         totals[i] = sum_of(sum);
         tops[i] = call.norms[token * call.heads + head] * LOG2_E;
       }
-      std::memset(queries + count * words(), 0, (tiles - count) * words() * 4);
-      std::memset(grads + count * words(), 0, (tiles - count) * words() * 4);
-      for (int64_t i = count; i < tiles; i++) totals[i] = 0, tops[i] = INFINITY;  // weights of 0
-      if (PAIRS) interleave(queries, tiles, query_pairs), interleave(grads, tiles, grad_pairs);
+      std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
+      std::memset(grads + count * words(), 0, (rows - count) * words() * 4);
+      for (int64_t i = count; i < rows; i++) totals[i] = 0, tops[i] = INFINITY;  // weights of 0
+      if (PAIRS) interleave(queries, rows, query_pairs), interleave(grads, rows, grad_pairs);
 
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
-        multiply_panels(queries, key_panels, tiles, key, many,
-                        Logits{*this, key, call.scale * LOG2_E});
-        for (int64_t i = 0; i < tiles; i += 2) weigh(i, many);
-        multiply_panels(grads, value_panels, tiles, key, many, Slopes{*this, key});
+        tiles<false>(rows, key, many);
+        for (int64_t i = 0; i < rows; i += 2) weigh(i, many);
+        tiles<true>(rows, key, many);
         for (int64_t k = 0; k < many; k += ROWS) {
           const int64_t to = (key + k) * wide();
           multiply_all_channels<PAIRS>(weight_pairs + k, 1, KEYS, grad_pairs, wide(), depth(count),
@@ -584,7 +571,7 @@ template <bool PAIRS, int D> struct Kernel {
           multiply_all_channels<PAIRS>(slope_pairs + k, 1, KEYS, query_pairs, wide(), depth(count),
                                        grad_keys + to, nullptr, first == 0);
         }
-        for (int64_t i = 0; i < tiles; i += ROWS)
+        for (int64_t i = 0; i < rows; i += ROWS)
           multiply_all_channels<PAIRS>(slope_words + i * depth(KEYS), depth(KEYS), 1,
                                        keys + depth(key) * wide(), wide(), depth(many),
                                        attended + i * wide(), nullptr, key == 0);
