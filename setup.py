@@ -6,13 +6,15 @@ here = Path(__file__).parent
 version = {}
 exec((here / 'crossformer_mm' / 'version.py').read_text(), version)
 
-# Attention in bfloat16 on the CPU. Where it cannot be compiled (no compiler, or not for x86-64) the
-# package is installed without it, and PyTorch's products do its work. It takes addresses of arrays
-# and nothing of PyTorch or of one Python, so that it fits every version of both.
-avx512 = Extension(
-    'crossformer_mm.kernels._avx512', ['crossformer_mm/kernels/avx512.cpp'], optional=True,
-    define_macros=[('Py_LIMITED_API', '0x030A0000')], py_limited_api=True,
-    extra_compile_args=['-std=c++17', '-O3', '-fopenmp'], extra_link_args=['-fopenmp'])
+# Attention on the CPU. Where there is no compiler the package is installed without it, and
+# PyTorch does its work. It takes addresses of arrays and nothing of PyTorch or of one Python, so
+# that it fits every version of both.
+native = Extension(
+    'crossformer_mm.kernels._native', ['crossformer_mm/kernels/native.cpp'], optional=True,
+    depends=['crossformer_mm/kernels/native_kernel.h'],
+    define_macros=[('Py_LIMITED_API', '0x03090000')], py_limited_api=True,
+    extra_compile_args=['-std=c++17', '-O3', '-ffp-contract=fast', '-pthread'],
+    extra_link_args=['-pthread'])
 
 # The maintained and the last OpenMMLab releases install the same import packages,
 # so that requiring one would break an environment with the other: a user names
@@ -29,7 +31,7 @@ setup(
     package_data={'crossformer_mm': ['.mim/model-index.yml', '.mim/configs/**/*.py',
                                      '.mim/configs/*/metafile.yml', '.mim/tools/*.py',
                                      '.mim/tools/*.sh']},
-    ext_modules=[avx512],
+    ext_modules=[native],
     options=dict(bdist_wheel=dict(py_limited_api='cp310')),
     exclude_package_data={'crossformer_mm': ['.mim/tools/write_model_zoo.py']},
     python_requires='>=3.10',

@@ -1,0 +1,323 @@
+// Attention inside the groups of a map, forward and backward, for any processor. See native.py;
+// the kernel itself is in native_kernel.h, compiled here for each instruction set.
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define TARGET_TEXT(text) _Pragma(#text)
+#define BEGIN_TARGET(features) \
+  TARGET_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (quad_ints){__VA_ARGS__})
+#define TARGET_TEXT(text) _Pragma(#text)
+#define BEGIN_TARGET(features) _Pragma("GCC push_options") TARGET_TEXT(GCC target(features))
+#define END_TARGET _Pragma("GCC pop_options")
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector is handed from one object file to another
+#endif
+
+// The types of an instruction set with registers of LANES floats.
+#define REGISTERS(lanes)                                                \
+  constexpr int LANES = lanes;                                          \
+  typedef float vec __attribute__((vector_size(4 * lanes)));            \
+  typedef int32_t ints __attribute__((vector_size(4 * lanes)));         \
+  typedef uint16_t halves __attribute__((vector_size(2 * lanes)));
+
+namespace {
+
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t quad_ints __attribute__((vector_size(16)));
+
+enum DType { FLOAT32, BFLOAT16, FLOAT16 };
+
+INLINE int64_t size_of(DType dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// A group of one axis: `count` positions, `step` apart.
+struct Run {
+  int64_t start, step, count;
+};
+
+// A rule of grouping.py, fitted to an axis of `length` positions.
+std::vector<Run> runs_of(int64_t length, int64_t size, int64_t interval, int64_t lead) {
+  interval = std::min(interval, length);
+  size = std::min(size, (length + interval - 1) / interval);
+  std::vector<Run> runs;
+  int64_t start = 0;
+  if (lead) {
+    start = std::min(size - lead, length);
+    runs.push_back({0, 1, start});
+  }
+  for (; start < length; start += size * interval) {
+    const int64_t tile = std::min(size * interval, length - start);
+    for (int64_t i = 0; i < std::min(interval, tile); i++)
+      runs.push_back({start + i, interval, (tile - i + interval - 1) / interval});
+  }
+  return runs;
+}
+
+int64_t longest(const std::vector<Run> &runs) {
+  int64_t count = 0;
+  for (const Run &run : runs) count = std::max(count, run.count);
+  return count;
+}
+
+struct Call {
+  DType dtype;
+  int64_t batch, height, width, heads, dim, table_rows, table_columns;
+  float scale;
+  const char *qkv;
+  const float *table;
+  char *out;
+  float *norms;
+  const char *grad_out;  // none: forward
+  char *grad_qkv;
+  float *grad_table;
+  std::vector<Run> rows, columns;
+
+  // The work is cut up in the same way however many threads there are, so that sums are, too.
+  int64_t largest_rows, largest_columns, chunks, part;
+  float *grad_parts;  // (chunks, heads, part): the table's gradient, flipped
+
+  int64_t groups() const { return batch * rows.size() * columns.size(); }
+};
+
+// Hands out pieces of memory, or only counts them.
+struct Arena {
+  float *memory;
+  int64_t taken = 0;
+
+  float *take(int64_t floats) {
+    float *piece = memory ? memory + taken : nullptr;
+    taken += (floats + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+#ifdef __x86_64__
+
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+namespace avx512bf16 {
+REGISTERS(16)
+constexpr int ROWS = 8;
+INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }
+INLINE vec dot_pairs(vec x, vec y, vec sum) {
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+#define HAS_PAIRS true
+#define EMULATED_PAIRS false
+#include "native_kernel.h"
+}  // namespace avx512bf16
+END_TARGET
+
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
+namespace avx512 {
+REGISTERS(16)
+constexpr int ROWS = 8;
+#undef HAS_PAIRS
+#define HAS_PAIRS false
+#include "native_kernel.h"
+}  // namespace avx512
+END_TARGET
+
+BEGIN_TARGET("avx2,fma")
+namespace avx2 {
+REGISTERS(8)
+constexpr int ROWS = 6;
+#include "native_kernel.h"
+}  // namespace avx2
+namespace avx2_wide {
+REGISTERS(16)
+constexpr int ROWS = 8;
+#undef HAS_PAIRS
+#undef EMULATED_PAIRS
+#define HAS_PAIRS true
+#define EMULATED_PAIRS true
+#include "native_kernel.h"
+}  // namespace avx2_wide
+END_TARGET
+
+#endif
+
+namespace generic {
+REGISTERS(4)
+constexpr int ROWS = 6;
+#undef HAS_PAIRS
+#undef EMULATED_PAIRS
+#define HAS_PAIRS false
+#define EMULATED_PAIRS false
+#include "native_kernel.h"
+}  // namespace generic
+
+typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
+
+struct InstructionSet {
+  const char *name;
+  Work *work;
+  bool supported;
+};
+
+// Best first. The last is that of AVX512_BF16 in other instructions, to be tested without.
+std::vector<InstructionSet> instruction_sets() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  return {{"avx512bf16", avx512bf16::work, avx512 && __builtin_cpu_supports("avx512bf16")},
+          {"avx512", avx512::work, avx512},
+          {"avx2", avx2::work, avx2},
+          {"generic", generic::work, true},
+          {"avx2_wide", avx2_wide::work, avx2}};
+#else
+  return {{"generic", generic::work, true}};
+#endif
+}
+
+struct Team {
+  const Call &call;
+  Work *work;
+  float *memory;
+  int64_t floats;  // of each
+  std::atomic<int64_t> next{0}, members{0};
+};
+
+extern "C" void join(void *data) {
+  Team &team = *static_cast<Team *>(data);
+  Arena arena{team.memory + team.members++ * team.floats};
+  team.work(team.call, arena, &team.next);
+}
+
+typedef void Pool(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
+
+void run_on(Pool *pool, int threads, Team &team) {
+  if (threads == 1) return join(&team);
+  if (pool) return pool(join, &team, threads, 0);
+  std::vector<std::thread> others;
+  try {
+    while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(join, &team);
+  } catch (const std::system_error &) {  // no more threads than these
+  }
+  join(&team);
+  for (std::thread &other : others) other.join();
+}
+
+// The parts of the table's gradient, in one order, and each offset where it belongs.
+void add_parts(const Call &call) {
+  const int64_t rows = 2 * call.largest_rows - 1, across = 2 * call.largest_columns - 1;
+  const int64_t size = call.table_rows * call.table_columns;
+  std::memset(call.grad_table, 0, call.heads * size * 4);
+  for (int64_t chunk = 0; chunk < call.chunks; chunk++)
+    for (int64_t head = 0; head < call.heads; head++) {
+      const float *part = call.grad_parts + (chunk * call.heads + head) * call.part;
+      float *middle = call.grad_table + head * size +
+                      call.table_rows / 2 * call.table_columns + call.table_columns / 2;
+      for (int64_t y = 0; y < rows; y++)
+        for (int64_t x = 0; x < across; x++)
+          middle[(call.largest_rows - 1 - y) * call.table_columns + call.largest_columns - 1 - x] +=
+              part[y * across + x];
+    }
+}
+
+struct Memory {  // aligned to lines of the cache
+  float *floats;
+  explicit Memory(int64_t count)
+      : floats(static_cast<float *>(std::aligned_alloc(64, (count + 16) / 16 * 64))) {}
+  ~Memory() { std::free(floats); }
+};
+
+bool attend(Call &call, Work *work, Pool *pool, int threads) {
+  call.largest_rows = longest(call.rows);
+  call.largest_columns = longest(call.columns);
+  // Enough tasks for many threads and an even end, few enough parts of the table's gradient.
+  constexpr int64_t TASKS = 128;
+  call.chunks = std::min(call.groups(), (TASKS + call.heads - 1) / call.heads);
+  call.part = (2 * call.largest_rows - 1) * (2 * call.largest_columns - 1);
+  threads = static_cast<int>(std::min<int64_t>(threads, call.chunks * call.heads));
+  if (threads < 1) return true;
+
+  Arena size{nullptr};
+  work(call, size, nullptr);
+  const Memory memory(size.taken * threads);
+  const Memory parts(call.grad_out ? call.chunks * call.heads * call.part : 0);
+  if (!memory.floats || !parts.floats) return false;
+  call.grad_parts = parts.floats;
+  Team team{call, work, memory.floats, size.taken};
+  run_on(pool, threads, team);
+  if (call.grad_out) add_parts(call);
+  return true;
+}
+
+PyObject *py_attend(PyObject *, PyObject *args) {
+  const char *name;
+  unsigned long long pool, qkv, table, out, norms, grad_out, grad_qkv, grad_table;
+  int threads, dtype;
+  long long batch, height, width, heads, dim, table_rows, table_columns;
+  long long row[3], column[3];
+  float scale;
+  if (!PyArg_ParseTuple(args, "sKiiKKKKKKKLLLLLLL(LLL)(LLL)f", &name, &pool, &threads, &dtype, &qkv,
+                        &table, &out, &norms, &grad_out, &grad_qkv, &grad_table, &batch, &height,
+                        &width, &heads, &dim, &table_rows, &table_columns, &row[0], &row[1],
+                        &row[2], &column[0], &column[1], &column[2], &scale))
+    return nullptr;
+  Work *work = nullptr;
+  for (const InstructionSet &set : instruction_sets())
+    if (set.supported && !std::strcmp(set.name, name)) work = set.work;
+  if (!work) return PyErr_Format(PyExc_ValueError, "instruction set %s is not supported", name);
+  bool done;
+  Py_BEGIN_ALLOW_THREADS;
+  Call call{static_cast<DType>(dtype), batch, height, width, heads, dim, table_rows, table_columns,
+            scale, reinterpret_cast<const char *>(qkv), reinterpret_cast<const float *>(table),
+            reinterpret_cast<char *>(out), reinterpret_cast<float *>(norms),
+            reinterpret_cast<const char *>(grad_out), reinterpret_cast<char *>(grad_qkv),
+            reinterpret_cast<float *>(grad_table), runs_of(height, row[0], row[1], row[2]),
+            runs_of(width, column[0], column[1], column[2]), 0, 0, 0, 0, nullptr};
+  done = attend(call, work, reinterpret_cast<Pool *>(pool), threads);
+  Py_END_ALLOW_THREADS;
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject *py_supported(PyObject *, PyObject *) {
+  PyObject *names = PyList_New(0);
+  for (const InstructionSet &set : instruction_sets()) {
+    PyObject *name = names && set.supported ? PyUnicode_FromString(set.name) : nullptr;
+    if (name) PyList_Append(names, name);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyMethodDef methods[] = {
+    {"attend", py_attend, METH_VARARGS,
+     "attend(instructions, pool, threads, dtype, qkv, table, out, norms, grad_out, grad_qkv,\n"
+     "grad_table, batch, height, width, heads, dim, table_rows, table_columns, rows, columns,\n"
+     "scale): with addresses of contiguous arrays; those of gradients are 0 in the forward pass."},
+    {"supported", py_supported, METH_NOARGS,
+     "Names of the instruction sets that this processor has, best first."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods,
+                      nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }

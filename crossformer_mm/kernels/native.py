@@ -1,0 +1,166 @@
+"""Attention inside the groups of a map on the CPU, compiled when this package is installed.
+
+The kernel, ``native.cpp``, reads the members of a group where they lie in the map, adds the bias
+from the table of offsets and keeps logits and weights in registers and the first level cache,
+forward and backward. It is compiled for several instruction sets, of which the best that the
+processor has is taken; ``CROSSFORMER_MM_INSTRUCTIONS`` names another:
+
+============== ==================================================================================
+``avx512bf16`` AVX-512 with AVX512_BF16: bfloat16 is multiplied as it is
+``avx512``     AVX-512; as below, bfloat16 and float16 are multiplied in float32
+``avx2``       AVX2 with FMA
+``generic``    what every processor of the kind has (SSE2, NEON)
+``avx2_wide``  the very steps of ``avx512bf16`` in AVX2: for tests, slow
+============== ==================================================================================
+
+The threads are PyTorch's own, as many as ``torch.get_num_threads()`` says; values do not depend
+on their number.
+"""
+import ctypes
+import os
+from pathlib import Path
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+from ..grouping import AxisRule, fit_rule
+
+try:
+    from . import _native
+    MISSING = ''
+except ImportError as error:  # there was no compiler
+    MISSING = f'it was not compiled when crossformer_mm was installed ({error})'
+
+VARIABLE = 'CROSSFORMER_MM_INSTRUCTIONS'
+LARGEST_HEAD = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
+
+
+def find_pool() -> int:
+    """Address of the function of PyTorch's OpenMP that runs another one on its threads, or 0.
+
+    A second pool of threads would wait beside the first, which costs time where both spin.
+    """
+    for library in sorted((Path(torch.__file__).parent / 'lib').glob('libtorch_cpu.*')):
+        try:
+            # Of the libraries that this one depends on: GNU's, LLVM's or Intel's OpenMP.
+            function = ctypes.CDLL(str(library)).GOMP_parallel
+            return ctypes.cast(function, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return 0
+
+
+POOL = find_pool()
+
+
+def leave_pool() -> None:
+    global POOL
+    POOL = 0
+
+
+if hasattr(os, 'register_at_fork'):
+    # The threads of GNU OpenMP do not survive a fork, and it waits for them forever.
+    os.register_at_fork(after_in_child=leave_pool)
+
+
+def instructions() -> str:
+    """The instruction set that is used.
+
+    Raises:
+        ValueError: if the environment names one that this processor does not have.
+    """
+    supported = _native.supported()
+    name = os.environ.get(VARIABLE) or supported[0]
+    if name not in supported:
+        raise ValueError(f'{VARIABLE} is {name!r}, but this processor runs '
+                         f'{", ".join(map(repr, supported))}')
+    return name
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
+    """What is in the way of this kernel, or nothing.
+
+    Args:
+        device (torch.device): where q, k and v are.
+        dtype (torch.dtype): of q, k and v.
+        head_dim (int): channels of a head.
+        dropout (float): dropout of the attention weights.
+    """
+    if device.type != 'cpu':
+        return f'it runs on the CPU, but got tensors on {device.type}'
+    if dtype not in DTYPES:
+        return f'it takes {", ".join(map(str, DTYPES))}, but got {dtype}'
+    if head_dim > LARGEST_HEAD:
+        return f'it takes heads of at most {LARGEST_HEAD} channels, but they have {head_dim}'
+    if dropout:
+        return f'it has no dropout, but attn_drop_rate is {dropout}'
+    return MISSING
+
+
+def forward(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
+            scale: float) -> Tuple[Tensor, Tensor]:
+    """Attention of every position of a map to its group.
+
+    Logits and all sums are in float32.
+
+    Args:
+        qkv (Tensor): (B, H, W, 3*heads*d) on the CPU, in one of ``DTYPES``.
+        table (Tensor): (heads, 2*h-1, 2*w-1), the bias of every offset query - key, 0 in the
+            middle, for groups of at least the size that occurs.
+        rows, columns (AxisRule): which rows and columns form a group.
+        num_heads (int): heads.
+        scale (float): factor on ``q @ k``.
+
+    Returns:
+        tuple[Tensor, Tensor]: (B, H, W, heads*d) in the type of ``qkv``; and (B, H, W, heads) in
+        float32, the logarithm of the sum of the exponentials of each query's logits, for
+        :func:`backward`.
+
+    Raises:
+        ValueError: if the environment names instructions that this processor does not have.
+    """
+    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    norms = qkv.new_empty(*qkv.shape[:3], num_heads, dtype=torch.float32)
+    attend(qkv.contiguous(), table.float().contiguous(), out, norms, None, None, None, rows,
+           columns, scale)
+    return out, norms
+
+
+def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
+             rows: AxisRule, columns: AxisRule, num_heads: int,
+             scale: float) -> Tuple[Tensor, Tensor]:
+    """Gradients of what :func:`forward` takes.
+
+    Args:
+        grad_out (Tensor): (B, H, W, heads*d), the gradient of ``out``.
+        out, norms (Tensor): what :func:`forward` returned.
+        qkv, table, rows, columns, num_heads, scale: as there.
+
+    Returns:
+        tuple[Tensor, Tensor]: the gradients of ``qkv``, in its type, and of ``table``, in
+        float32.
+
+    Raises:
+        ValueError: if the environment names instructions that this processor does not have.
+    """
+    qkv, table = qkv.contiguous(), table.float().contiguous()
+    grad_qkv, grad_table = torch.empty_like(qkv), torch.empty_like(table)
+    attend(qkv, table, out.contiguous(), norms.contiguous(), grad_out.to(qkv.dtype).contiguous(),
+           grad_qkv, grad_table, rows, columns, scale)
+    return grad_qkv, grad_table
+
+
+def attend(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns, scale) -> None:
+    """Call the kernel, which takes addresses; without gradients it is the forward pass."""
+    batch, height, width, heads = norms.shape
+    rows, columns = fit_rule(height, rows), fit_rule(width, columns)
+    if table.shape[1] < 2 * rows.size - 1 or table.shape[2] < 2 * columns.size - 1:
+        raise ValueError(f'a table of {table.shape[1]} x {table.shape[2]} offsets is too small for '
+                         f'groups of {rows.size} x {columns.size} members')
+    tensors = (qkv, table, out, norms, grad_out, grad_qkv, grad_table)
+    _native.attend(instructions(), POOL, torch.get_num_threads(), DTYPES.index(qkv.dtype),
+                   *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+                   batch, height, width, heads, out.shape[3] // heads, *table.shape[1:],
+                   tuple(rows), tuple(columns), scale)

@@ -1,0 +1,619 @@
+// The kernel of native.cpp, included there once for each instruction set, in a namespace that has
+// LANES, ROWS, HAS_PAIRS, vec, ints, halves, round_bf16 and dot_pairs.
+//
+// A task is one head of some groups. Keys and values of a group are packed once. Then BLOCK queries
+// at a time meet KEYS keys at a time: a product of matrices gives their logits, which become
+// weights in place and are multiplied with the values, all in the first level cache. The backward
+// pass computes the weights again, from the logarithms of the sums of exponentials.
+//
+// Queries are taken column by column of the group: the biases of all queries of one column are one
+// strip of the table, of which each query reads a run as long as the group. The gradient of the
+// table is summed in strips, too.
+//
+// Products are of words of 32 bits: of floats or, with PAIRS, of two numbers in bfloat16 each,
+// which are multiplied and added up at once.
+
+constexpr int TILE = 2 * LANES;  // keys of a tile of logits; its queries are ROWS
+constexpr int64_t BLOCK = (49 + ROWS - 1) / ROWS * ROWS;  // all queries of a group of 7 x 7
+constexpr int64_t KEYS = 192;
+static_assert(KEYS % TILE == 0 && KEYS % ROWS == 0, "whole tiles");
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+
+INLINE vec load(const float *from) {
+  vec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+INLINE void store(float *to, vec x) { std::memcpy(to, &x, sizeof x); }
+
+INLINE void store_halves(float *to, int64_t at, halves x) {
+  std::memcpy(reinterpret_cast<char *>(to) + 2 * at, &x, sizeof x);
+}
+
+INLINE vec all(float x) { return x - vec{}; }
+
+INLINE vec larger(vec x, vec y) { return x > y ? x : y; }  // y, if one of them is not a number
+
+INLINE vec lanes() {
+  vec x;
+  for (int lane = 0; lane < LANES; lane++) x[lane] = lane;
+  return x;
+}
+
+// The first `left` lanes of x, and elsewhere y.
+INLINE vec first_lanes(int64_t left, vec x, vec y) {
+  return lanes() < all(static_cast<float>(left)) ? x : y;
+}
+
+INLINE float largest_of(vec x) {
+  quad parts[LANES / 4];
+  std::memcpy(parts, &x, sizeof x);
+  for (int i = 1; i < LANES / 4; i++) parts[0] = parts[0] > parts[i] ? parts[0] : parts[i];
+  const float a = parts[0][0] > parts[0][1] ? parts[0][0] : parts[0][1];
+  const float b = parts[0][2] > parts[0][3] ? parts[0][2] : parts[0][3];
+  return a > b ? a : b;
+}
+
+INLINE float sum_of(vec x) {
+  quad parts[LANES / 4];
+  std::memcpy(parts, &x, sizeof x);
+  for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
+  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+}
+
+// 2^x for x <= 0, to 1e-7 of itself: 2 to the power of the nearest whole number, which is rounded
+// to, and moved to where a float has its exponent, by adding a number so large that what is behind
+// the point is lost; times the polynomial of least relative error for the rest. 0 below 2^-126.5.
+INLINE vec exp2(vec x) {
+  const vec magic = all(12582912.f + 127.f);
+  x = larger(all(-127.f), x);
+  const vec shifted = x + magic, rest = x - (shifted - magic);
+  vec y = all(1.534581e-4f);
+  y = y * rest + all(1.3399931e-3f);
+  y = y * rest + all(9.6184891e-3f);
+  y = y * rest + all(5.5503286e-2f);
+  y = y * rest + all(2.4022646e-1f);
+  y = y * rest + all(6.9314718e-1f);
+  y = y * rest + all(1.f);
+  return y * (vec)((ints)shifted << 23);
+}
+
+#if !HAS_PAIRS || EMULATED_PAIRS
+INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
+  const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
+  return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
+}
+#endif
+
+#if EMULATED_PAIRS
+INLINE vec dot_pairs(vec x, vec y, vec sum) {
+  const ints a = (ints)x, b = (ints)y, high = ints{} - 0x10000;
+  return (vec)(a & high) * (vec)(b & high) + ((vec)(a << 16) * (vec)(b << 16) + sum);
+}
+#endif
+
+// Numbers of a row in memory, of whatever type, to floats and back.
+
+INLINE vec from_bits(DType dtype, halves bits) {
+  const ints wide = __builtin_convertvector(bits, ints);
+  if (dtype == BFLOAT16) return (vec)(wide << 16);
+  const vec finite = (vec)((wide & 0x7fff) << 13) * all(5.1922969e33f);  // 2^112
+  const ints special = (wide & 0x7c00) == 0x7c00;
+  return (vec)((ints)finite | (special & 0x7f800000) | ((wide & 0x8000) << 16));
+}
+
+INLINE halves to_bits(DType dtype, vec x) {
+  if (dtype == BFLOAT16) return round_bf16(x);
+  const ints bits = (ints)x, size = bits & 0x7fffffff;
+  const ints normal = (size + (0xfff - (112 << 23)) + ((size >> 13) & 1)) >> 13;
+  const ints tiny = (ints)((vec)size + all(0.5f)) - 0x3f000000;
+  const ints above = size > 0x7f800000 ? ints{} + 0x7e00 : ints{} + 0x7c00;
+  ints result = size < 0x38800000 ? tiny : normal;
+  result = size >= 0x47800000 ? above : result;
+  return __builtin_convertvector(result | ((bits >> 16) & 0x8000), halves);
+}
+
+INLINE vec load_numbers(DType dtype, const char *from, int64_t left) {
+  if (dtype == FLOAT32) {
+    vec x{};
+    std::memcpy(&x, from, left < LANES ? left * 4 : sizeof x);
+    return x;
+  }
+  halves bits{};
+  std::memcpy(&bits, from, left < LANES ? left * 2 : sizeof bits);
+  return from_bits(dtype, bits);
+}
+
+INLINE void store_numbers(DType dtype, char *to, vec x, int64_t left) {
+  if (dtype == FLOAT32) {
+    std::memcpy(to, &x, left < LANES ? left * 4 : sizeof x);
+    return;
+  }
+  const halves bits = to_bits(dtype, x);
+  std::memcpy(to, &bits, left < LANES ? left * 2 : sizeof bits);
+}
+
+INLINE vec pair_up(vec low, vec high) {
+  const ints one = __builtin_convertvector(round_bf16(low), ints);
+  const ints other = __builtin_convertvector(round_bf16(high), ints);
+  return (vec)(one | (other << 16));
+}
+
+template <bool PAIRS> INLINE vec add_product(vec x, vec y, vec sum) {
+#if HAS_PAIRS
+  if constexpr (PAIRS) return dot_pairs(x, y, sum);
+#endif
+  return x * y + sum;
+}
+
+// sums[i] += a[i*row + k*step] * b[k*b_step...] for all k.
+template <bool PAIRS, int COLUMNS>
+INLINE void multiply(vec (&sums)[ROWS][COLUMNS], const float *a, int64_t row, int64_t step,
+                     const float *b, int64_t b_step, int64_t depth) {
+  for (int64_t k = 0; k < depth; k++, a += step, b += b_step) {
+    vec right[COLUMNS];
+    UNROLL for (int j = 0; j < COLUMNS; j++) right[j] = load(b + j * LANES);
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      const vec left = all(a[i * row]);
+      UNROLL for (int j = 0; j < COLUMNS; j++)
+        sums[i][j] = add_product<PAIRS>(left, right[j], sums[i][j]);
+    }
+  }
+}
+
+// c[i*c_row + j] = c[i*c_row + j] * factors[i] + sum of a[i*row + k*step] * b[k*wide + j], for ROWS
+// rows and all channels j. Where a block is the first, c is taken for zeros.
+template <bool PAIRS, int COLUMNS>
+NOINLINE void multiply_channels(const float *a, int64_t row, int64_t step, const float *b,
+                              int64_t wide, int64_t depth, float *c, const float *factors,
+                              bool is_first) {
+  vec sums[ROWS][COLUMNS];
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < COLUMNS; j++) {
+      sums[i][j] = is_first ? vec{} : load(c + i * wide + j * LANES);
+      if (factors && !is_first) sums[i][j] *= all(factors[i]);
+    }
+  multiply<PAIRS, COLUMNS>(sums, a, row, step, b, wide, depth);
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < COLUMNS; j++) store(c + i * wide + j * LANES, sums[i][j]);
+}
+
+template <bool PAIRS>
+INLINE void multiply_all_channels(const float *a, int64_t row, int64_t step, const float *b,
+                                  int64_t wide, int64_t depth, float *c, const float *factors,
+                                  bool is_first) {
+  int64_t j = 0;
+  for (; j + TILE <= wide; j += TILE)
+    multiply_channels<PAIRS, 2>(a, row, step, b + j, wide, depth, c + j, factors, is_first);
+  if (j < wide)
+    multiply_channels<PAIRS, 1>(a, row, step, b + j, wide, depth, c + j, factors, is_first);
+}
+
+// Rows of `words` words to panels (rows / TILE, words, TILE); both in whole tiles and fours.
+void transpose(const float *rows, int64_t count, int64_t words, float *panels) {
+  for (int64_t row = 0; row < count; row += 4) {
+    const float *from = rows + row * words;
+    float *to = panels + row / TILE * TILE * words + row % TILE;
+    for (int64_t word = 0; word < words; word += 4) {
+      quad a, b, c, d;
+      std::memcpy(&a, from + word, 16);
+      std::memcpy(&b, from + words + word, 16);
+      std::memcpy(&c, from + 2 * words + word, 16);
+      std::memcpy(&d, from + 3 * words + word, 16);
+      const quad ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
+      const quad AB = SHUFFLE(a, b, 2, 6, 3, 7), CD = SHUFFLE(c, d, 2, 6, 3, 7);
+      const quad columns[4] = {SHUFFLE(ab, cd, 0, 1, 4, 5), SHUFFLE(ab, cd, 2, 3, 6, 7),
+                               SHUFFLE(AB, CD, 0, 1, 4, 5), SHUFFLE(AB, CD, 2, 3, 6, 7)};
+      for (int i = 0; i < 4; i++) std::memcpy(to + (word + i) * TILE, &columns[i], 16);
+    }
+  }
+}
+
+// D: the number of channels of a head, or 0 for any.
+template <bool PAIRS, int D> struct Kernel {
+  const Call &call;
+  // Of a group, its rows of numbers one after another (with PAIRS in bfloat16); panels of keys and
+  // values; keys and values as words of a channel.
+  float *raw = nullptr, *key_panels = nullptr, *value_panels = nullptr, *keys = nullptr, *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
+  // Of a block of queries: words along channels, and (PAIRS) along queries; results.
+  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr, *attended = nullptr, *tops = nullptr, *totals = nullptr, *factors = nullptr;
+  // Logits that become weights, their gradients; (PAIRS) the words of both.
+  float *weights = nullptr, *weight_pairs = nullptr, *slopes = nullptr, *slope_words = nullptr, *slope_pairs = nullptr;
+  float *flipped = nullptr, *grad_flipped = nullptr, *strips = nullptr, *grad_strips = nullptr;  // the head's table, and its strips
+  int64_t *tokens = nullptr;  // of the group's members, row by row
+  const float *bias[BLOCK];
+  float *grad_bias[BLOCK];
+
+  // Of the group at hand
+  int64_t group_rows, group_columns, members, strip;
+
+  INLINE int64_t dim() const { return D ? D : call.dim; }
+  INLINE int64_t wide() const { return (dim() + LANES - 1) / LANES * LANES; }
+  INLINE int64_t words() const { return PAIRS ? wide() / 2 : wide(); }  // of a row
+  static INLINE int64_t depth(int64_t numbers) { return PAIRS ? (numbers + 1) / 2 : numbers; }
+  static int64_t strip_size(int64_t rows, int64_t columns) {  // with room for what tiles overlap
+    return (2 * rows - 1) * columns + 2 * TILE;
+  }
+  INLINE int64_t across() const { return 2 * call.largest_columns - 1; }
+
+  Kernel(const Call &call, Arena &arena, bool backward) : call(call) {
+    const int64_t most = call.largest_rows * call.largest_columns;
+    const int64_t padded = (most + TILE - 1) / TILE * TILE + TILE, room = padded * wide();
+    const int64_t block = BLOCK * wide();
+    raw = arena.take(room);
+    key_panels = arena.take(room);
+    values = arena.take(room);
+    queries = arena.take(block);
+    attended = arena.take(block);
+    tops = arena.take(BLOCK);
+    totals = arena.take(BLOCK);
+    factors = arena.take(BLOCK);
+    weights = arena.take(BLOCK * KEYS);
+    slope_words = arena.take(PAIRS ? BLOCK * KEYS / 2 : 0);
+    flipped = arena.take((2 * call.largest_rows - 1) * across() + LANES);
+    int64_t strip_room = 0;
+    for (const Run &rows : call.rows)
+      for (const Run &columns : call.columns)
+        strip_room = std::max(strip_room, std::min(columns.count, (BLOCK - 1) / rows.count + 2) *
+                                              strip_size(rows.count, columns.count));
+    strips = arena.take(strip_room);
+    tokens = reinterpret_cast<int64_t *>(arena.take(2 * most));
+    if (!backward) return;
+    value_panels = arena.take(room);
+    keys = PAIRS ? arena.take(room) : raw;
+    grad_keys = arena.take(room);
+    grad_values = arena.take(room);
+    grads = arena.take(block);
+    query_pairs = PAIRS ? arena.take(block) : queries;
+    grad_pairs = PAIRS ? arena.take(block) : grads;
+    slopes = PAIRS ? weights : arena.take(BLOCK * KEYS);
+    weight_pairs = PAIRS ? arena.take(BLOCK * KEYS / 2) : weights;
+    slope_pairs = PAIRS ? arena.take(BLOCK * KEYS / 2) : slopes;
+    if (!PAIRS) slope_words = slopes;
+    grad_strips = arena.take(strip_room);
+  }
+
+  // Address of `part` (q, k, v: 0, 1, 2) of `parts` of a token's head.
+  INLINE int64_t at(int64_t token, int64_t head, int part, int parts) const {
+    return ((token * parts + part) * call.heads + head) * dim() * size_of(call.dtype);
+  }
+
+  // A row of numbers from memory to `raw`, filled up with zeros.
+  INLINE void take_row(const char *from, float *to) const {
+    const int64_t bytes = size_of(call.dtype);
+    for (int64_t c = 0; c < wide(); c += LANES) {
+      if constexpr (PAIRS) {
+        halves x{};
+        if (c < dim()) std::memcpy(&x, from + c * 2, dim() - c < LANES ? (dim() - c) * 2 : sizeof x);
+        std::memcpy(reinterpret_cast<char *>(to) + c * 2, &x, sizeof x);
+      } else {
+        store(to + c, load_numbers(call.dtype, from + c * bytes, dim() - c));
+      }
+    }
+  }
+
+  INLINE void give_row(const float *from, float factor, char *to) const {
+    for (int64_t c = 0; c < dim(); c += LANES)
+      store_numbers(call.dtype, to + c * size_of(call.dtype), load(from + c) * all(factor),
+                    dim() - c);
+  }
+
+  // Words of two rows in bfloat16, a channel of both side by side.
+  INLINE void interleave(const float *rows, int64_t count, float *to) const {
+    const uint16_t *from = reinterpret_cast<const uint16_t *>(rows);
+    for (int64_t row = 0; row < count; row += 2, from += 2 * wide(), to += wide())
+      for (int64_t c = 0; c < wide(); c += LANES) {
+        halves one, other;
+        std::memcpy(&one, from + c, sizeof one);
+        std::memcpy(&other, from + wide() + c, sizeof other);
+        store(to + c, (vec)(__builtin_convertvector(one, ints) |
+                            (__builtin_convertvector(other, ints) << 16)));
+      }
+  }
+
+  // Rows of keys (part 1) or values (2) of the group to `to`; returns how many with the padding.
+  int64_t take_rows(int64_t head, int part, float *to) const {
+    for (int64_t m = 0; m < members; m++)
+      take_row(call.qkv + at(tokens[m], head, part, 3), to + m * words());
+    const int64_t padded = (members + TILE - 1) / TILE * TILE;
+    std::memset(to + members * words(), 0, (padded - members) * words() * 4);
+    return padded;
+  }
+
+  void start_group(int64_t group) {
+    const int64_t c = group % call.columns.size(), r = group / call.columns.size();
+    const Run &columns = call.columns[c], &rows = call.rows[r % call.rows.size()];
+    const int64_t image = r / call.rows.size();
+    group_rows = rows.count, group_columns = columns.count, members = group_rows * group_columns;
+    strip = strip_size(group_rows, group_columns);
+    int64_t *token = tokens;
+    for (int64_t y = 0; y < group_rows; y++) {
+      const int64_t line = (image * call.height + rows.start + y * rows.step) * call.width;
+      for (int64_t x = 0; x < group_columns; x++)
+        *token++ = line + columns.start + x * columns.step;
+    }
+  }
+
+  // The offsets of key - query, for products with log2(e) at once.
+  void flip_table(int64_t head) {
+    const int64_t rows = 2 * call.largest_rows - 1;
+    const float *middle = call.table + (head * call.table_rows + call.table_rows / 2) *
+                                           call.table_columns + call.table_columns / 2;
+    for (int64_t y = 0; y < rows; y++)
+      for (int64_t x = 0; x < across(); x++)
+        flipped[y * across() + x] =
+            LOG2_E * middle[(call.largest_rows - 1 - y) * call.table_columns +
+                            call.largest_columns - 1 - x];
+    for (int64_t i = 0; i < LANES; i++) flipped[rows * across() + i] = 0;
+  }
+
+  // Where the offsets of a query in this column to the first column of keys begin.
+  INLINE int64_t offset(int64_t column) const {
+    return (call.largest_rows - group_rows) * across() + call.largest_columns - 1 - column;
+  }
+
+  INLINE int64_t token_of(int64_t query) const {
+    return tokens[query % group_rows * group_columns + query / group_rows];
+  }
+
+  // Strips and tokens of the queries from `first` on. A tile beyond the last repeats that one.
+  void start_block(int64_t first, int64_t count, bool backward) {
+    const int64_t column0 = first / group_rows, last = (first + count - 1) / group_rows;
+    for (int64_t column = column0; column <= last; column++) {
+      const float *from = flipped + offset(column);
+      float *to = strips + (column - column0) * strip;
+      for (int64_t y = 0; y < 2 * group_rows - 1; y++, from += across(), to += group_columns)
+        for (int64_t x = 0; x < group_columns; x += LANES) store(to + x, load(from + x));
+      std::memset(to, 0, 2 * TILE * 4);
+    }
+    if (backward) std::memset(grad_strips, 0, (last - column0 + 1) * strip * 4);
+    int64_t column = 0, row = first % group_rows;
+    for (int64_t i = 0; i < BLOCK; i++) {
+      const int64_t from = column * strip + (group_rows - 1 - row) * group_columns;
+      bias[i] = strips + from;
+      grad_bias[i] = grad_strips + from;
+      if (i + 1 < count && ++row == group_rows) row = 0, column++;
+    }
+  }
+
+  // Add the gradients of the strips up in that of the table.
+  void end_block(int64_t first, int64_t count) {
+    const int64_t column0 = first / group_rows, last = (first + count - 1) / group_rows;
+    for (int64_t column = column0; column <= last; column++) {
+      float *to = grad_flipped + offset(column);
+      const float *from = grad_strips + (column - column0) * strip;
+      for (int64_t y = 0; y < 2 * group_rows - 1; y++, to += across(), from += group_columns) {
+        int64_t x = 0;
+        for (; x + LANES <= group_columns; x += LANES) store(to + x, load(to + x) + load(from + x));
+        for (; x < group_columns; x++) to[x] += from[x];
+      }
+    }
+  }
+
+  // Of ROWS queries and COLUMNS registers of keys, in a function of its own: all registers are for
+  // the sums.
+
+  // Logits, times log2(e), to `weights`.
+  template <int COLUMNS> NOINLINE void logits_tile(int64_t i0, int64_t first, int64_t key) {
+    vec sums[ROWS][COLUMNS] = {};
+    multiply<PAIRS, COLUMNS>(sums, queries + i0 * words(), words(), 1,
+                             key_panels + (first + key) * words(), TILE, depth(dim()));
+    const vec scale = all(call.scale * LOG2_E);
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      const float *from = bias[i0 + i] + first + key;
+      float *to = weights + (i0 + i) * KEYS + key;
+      UNROLL for (int j = 0; j < COLUMNS; j++)
+        store(to + j * LANES, sums[i][j] * scale + load(from + j * LANES));
+    }
+  }
+
+  // Gradients of logits: weight * (gradient of the weight - their mean).
+  template <int COLUMNS> NOINLINE void slopes_tile(int64_t i0, int64_t first, int64_t key) {
+    vec sums[ROWS][COLUMNS] = {};
+    multiply<PAIRS, COLUMNS>(sums, grads + i0 * words(), words(), 1,
+                             value_panels + (first + key) * words(), TILE, depth(dim()));
+    UNROLL for (int i = 0; i < ROWS; i++) {
+      float *to = grad_bias[i0 + i] + first + key;
+      const int64_t at = (i0 + i) * KEYS + key;
+      const vec mean = all(totals[i0 + i]);
+      UNROLL for (int j = 0; j < COLUMNS; j++) {
+        sums[i][j] = load(weights + at + j * LANES) * (sums[i][j] - mean);
+        store(to + j * LANES, load(to + j * LANES) + sums[i][j]);
+        if constexpr (PAIRS) store_halves(slope_words, at + j * LANES, round_bf16(sums[i][j]));
+        else store(slopes + at + j * LANES, sums[i][j]);
+      }
+    }
+    if constexpr (PAIRS) {
+      UNROLL for (int i = 0; i < ROWS; i += 2)
+        UNROLL for (int j = 0; j < COLUMNS; j++)
+          store(slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
+                pair_up(sums[i][j], sums[i + 1][j]));
+    }
+  }
+
+  template <int COLUMNS, bool SLOPES>
+  INLINE void tile(int64_t i, int64_t first, int64_t key) {
+    if constexpr (SLOPES) slopes_tile<COLUMNS>(i, first, key);
+    else logits_tile<COLUMNS>(i, first, key);
+  }
+
+  // Of `rows` queries and the `count` keys from `first` on.
+  template <bool SLOPES> INLINE void tiles(int64_t rows, int64_t first, int64_t count) {
+    for (int64_t key = 0; key < count; key += TILE)
+      for (int64_t i = 0; i < rows; i += ROWS)
+        count - key > LANES ? tile<2, SLOPES>(i, first, key) : tile<1, SLOPES>(i, first, key);
+  }
+
+  INLINE vec weight_at(int64_t i, int64_t key, vec top) {
+    float *at = weights + i * KEYS + key;
+    const vec x = exp2(load(at) - top);
+    if constexpr (PAIRS) store_halves(slope_words, i * KEYS + key, round_bf16(x));
+    else store(at, x);
+    return x;
+  }
+
+  // Logits of a row to weights: of a query, with what was its largest logit before.
+  INLINE void exponentiate(int64_t i, int64_t count, bool is_first) {
+    float *row = weights + i * KEYS;
+    const vec lowest = all(-INFINITY);
+    const int64_t whole = count / LANES * LANES;
+    if (whole < count)
+      store(row + whole, first_lanes(count - whole, load(row + whole), lowest));
+    vec top0 = lowest, top1 = lowest;
+    for (int64_t key = 0; key + LANES < count; key += TILE) {
+      top0 = larger(load(row + key), top0);
+      top1 = larger(load(row + key + LANES), top1);
+    }
+    const int64_t padded = (count + LANES - 1) / LANES * LANES;
+    if (padded % TILE) top0 = larger(load(row + padded - LANES), top0);
+    const float largest = largest_of(larger(top0, top1)), before = is_first ? -INFINITY : tops[i];
+    tops[i] = largest > before ? largest : before;
+    factors[i] = exp2(all(before - tops[i]))[0];
+    const vec top = all(tops[i]);
+    vec sum0{}, sum1{};
+    for (int64_t key = 0; key + LANES < count; key += TILE) {
+      sum0 += weight_at(i, key, top);
+      sum1 += weight_at(i, key + LANES, top);
+    }
+    if (padded % TILE) sum0 += weight_at(i, padded - LANES, top);
+    const float sum = sum_of(sum0 + sum1);
+    totals[i] = is_first ? sum : totals[i] * factors[i] + sum;
+  }
+
+  void forward(int64_t head) {
+    const int64_t padded = take_rows(head, 1, raw);
+    transpose(raw, padded, words(), key_panels);
+    take_rows(head, 2, PAIRS ? raw : values);
+    if (PAIRS) interleave(raw, padded, values);
+    for (int64_t first = 0; first < members; first += BLOCK) {
+      const int64_t count = members - first < BLOCK ? members - first : BLOCK;
+      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
+      start_block(first, count, false);
+      for (int64_t i = 0; i < count; i++)
+        take_row(call.qkv + at(token_of(first + i), head, 0, 3), queries + i * words());
+      std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
+      for (int64_t key = 0; key < members; key += KEYS) {
+        const int64_t many = members - key < KEYS ? members - key : KEYS;
+        tiles<false>(rows, key, many);
+        for (int64_t i = 0; i < rows; i++) exponentiate(i, many, key == 0);
+        const float *left = PAIRS ? slope_words : weights;
+        for (int64_t i = 0; i < rows; i += ROWS)
+          multiply_all_channels<PAIRS>(left + i * depth(KEYS), depth(KEYS), 1,
+                                       values + depth(key) * wide(), wide(), depth(many),
+                                       attended + i * wide(), factors + i, key == 0);
+      }
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t token = token_of(first + i);
+        give_row(attended + i * wide(), 1 / totals[i], call.out + at(token, head, 0, 1));
+        call.norms[token * call.heads + head] = LN_2 * tops[i] + std::log(totals[i]);
+      }
+    }
+  }
+
+  // Weights again, from logits and `tops`; of two rows at a time for the pairs of both.
+  INLINE void weigh(int64_t i, int64_t count) {
+    const int64_t whole = count / LANES * LANES;
+    const vec top0 = all(tops[i]), top1 = all(tops[i + 1]);
+    float *row0 = weights + i * KEYS, *row1 = row0 + KEYS;
+    if (whole < count) {
+      const vec lowest = all(-INFINITY);
+      store(row0 + whole, first_lanes(count - whole, load(row0 + whole), lowest));
+      store(row1 + whole, first_lanes(count - whole, load(row1 + whole), lowest));
+    }
+    for (int64_t key = 0; key < count; key += LANES) {
+      const vec x0 = exp2(load(row0 + key) - top0), x1 = exp2(load(row1 + key) - top1);
+      store(row0 + key, x0);
+      store(row1 + key, x1);
+      if constexpr (PAIRS) store(weight_pairs + i / 2 * KEYS + key, pair_up(x0, x1));
+    }
+  }
+
+  void backward(int64_t head) {
+    const int64_t padded = take_rows(head, 2, raw);
+    transpose(raw, padded, words(), value_panels);
+    take_rows(head, 1, raw);
+    transpose(raw, padded, words(), key_panels);
+    if (PAIRS) interleave(raw, padded, keys);
+    for (int64_t first = 0; first < members; first += BLOCK) {
+      const int64_t count = members - first < BLOCK ? members - first : BLOCK;
+      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
+      start_block(first, count, true);
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t token = token_of(first + i);
+        const char *out = call.out + at(token, head, 0, 1);
+        const char *grad = call.grad_out + at(token, head, 0, 1);
+        take_row(call.qkv + at(token, head, 0, 3), queries + i * words());
+        take_row(grad, grads + i * words());
+        vec sum{};
+        for (int64_t c = 0; c < dim(); c += LANES) {
+          const int64_t from = c * size_of(call.dtype);
+          sum += load_numbers(call.dtype, out + from, dim() - c) *
+                 load_numbers(call.dtype, grad + from, dim() - c);
+        }
+        totals[i] = sum_of(sum);
+        tops[i] = call.norms[token * call.heads + head] * LOG2_E;
+      }
+      std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
+      std::memset(grads + count * words(), 0, (rows - count) * words() * 4);
+      for (int64_t i = count; i < rows; i++) totals[i] = 0, tops[i] = INFINITY;  // weights of 0
+      if (PAIRS) interleave(queries, rows, query_pairs), interleave(grads, rows, grad_pairs);
+
+      for (int64_t key = 0; key < members; key += KEYS) {
+        const int64_t many = members - key < KEYS ? members - key : KEYS;
+        tiles<false>(rows, key, many);
+        for (int64_t i = 0; i < rows; i += 2) weigh(i, many);
+        tiles<true>(rows, key, many);
+        for (int64_t k = 0; k < many; k += ROWS) {
+          const int64_t to = (key + k) * wide();
+          multiply_all_channels<PAIRS>(weight_pairs + k, 1, KEYS, grad_pairs, wide(), depth(count),
+                                       grad_values + to, nullptr, first == 0);
+          multiply_all_channels<PAIRS>(slope_pairs + k, 1, KEYS, query_pairs, wide(), depth(count),
+                                       grad_keys + to, nullptr, first == 0);
+        }
+        for (int64_t i = 0; i < rows; i += ROWS)
+          multiply_all_channels<PAIRS>(slope_words + i * depth(KEYS), depth(KEYS), 1,
+                                       keys + depth(key) * wide(), wide(), depth(many),
+                                       attended + i * wide(), nullptr, key == 0);
+      }
+      end_block(first, count);
+      for (int64_t i = 0; i < count; i++)
+        give_row(attended + i * wide(), call.scale,
+                 call.grad_qkv + at(token_of(first + i), head, 0, 3));
+    }
+    for (int64_t m = 0; m < members; m++) {
+      give_row(grad_keys + m * wide(), call.scale, call.grad_qkv + at(tokens[m], head, 1, 3));
+      give_row(grad_values + m * wide(), 1, call.grad_qkv + at(tokens[m], head, 2, 3));
+    }
+  }
+
+  // One head of the groups of one chunk.
+  void run(int64_t task, bool is_backward) {
+    const int64_t head = task % call.heads, chunk = task / call.heads, groups = call.groups();
+    flip_table(head);
+    if (is_backward) {
+      grad_flipped = call.grad_parts + task * call.part;
+      std::memset(grad_flipped, 0, call.part * 4);
+    }
+    const int64_t end = (chunk + 1) * groups / call.chunks;
+    for (int64_t group = chunk * groups / call.chunks; group < end; group++) {
+      start_group(group);
+      is_backward ? backward(head) : forward(head);
+    }
+  }
+};
+
+template <bool PAIRS, int D> void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
+  Kernel<PAIRS, D> kernel(call, arena, call.grad_out);
+  if (!next) return;  // it was only about the size of the arena
+  for (int64_t task; (task = next->fetch_add(1)) < call.heads * call.chunks;)
+    kernel.run(task, call.grad_out);
+}
+
+void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
+  const bool pairs = HAS_PAIRS && call.dtype == BFLOAT16;
+  if (call.dim == 32)
+    pairs ? work<HAS_PAIRS, 32>(call, arena, next) : work<false, 32>(call, arena, next);
+  else
+    pairs ? work<HAS_PAIRS, 0>(call, arena, next) : work<false, 0>(call, arena, next);
+}
