@@ -30,7 +30,6 @@ OURS = {
     'crossformer_s-block': dict(lda='block'),
     'crossformer_s-with_cp': dict(with_cp=True),
     'crossformer_s-plain': dict(attention_path='plain'),
-    'crossformer_s-tiled': dict(attention_path='tiled'),
     'crossformer_s-fused': dict(attention_path='fused'),
 }
 OTHERS = ('mask_and_pad', 'swin_t', 'swin_s', 'resnet_50')

@@ -140,10 +140,9 @@ import triton.testing  # noqa: E402
 from oracle import plain_features  # noqa: E402
 
 from crossformer_mm import CrossFormer  # noqa: E402
-from crossformer_mm.attention import reorder  # noqa: E402
 from crossformer_mm.grouping import (AxisRule, fit_rule, group_map, long_distance,  # noqa: E402
                                      short_distance)
-from crossformer_mm.kernels import fused_attention, fused_triton, plain_attention  # noqa: E402
+from crossformer_mm.kernels import fused, fused_triton, plain  # noqa: E402
 from crossformer_mm.position_bias import bias_of_pairs  # noqa: E402
 
 Tile = fused_triton.Tile
@@ -214,15 +213,6 @@ def add(table: list, **figures) -> None:
                             for key, value in figures.items() if value is not None), flush=True)
 
 
-def plain_on_map(qkv, table, rows, columns, heads, scale, grouping=None):
-    """The plain path as GroupAttention takes it, without the linear layers."""
-    batch, height, width, _ = qkv.shape
-    grouping = grouping or group_map(batch, height, width, rows, columns, qkv.device)
-    tokens = reorder(qkv.flatten(0, 2), grouping.order, grouping.inverse)
-    out = plain_attention(tokens, table, grouping.segments, heads, scale)
-    return reorder(out, grouping.inverse, grouping.order).view(batch, height, width, -1)
-
-
 def value_and_gradients(attention, qkv, table, grad, *arguments):
     qkv, table = qkv.detach().requires_grad_(), table.detach().requires_grad_()
     out = attention(qkv, table, *arguments)
@@ -262,9 +252,9 @@ def run_check(bench: Bench, rows: list) -> None:
             grad = bench.randn(*shape, heads * dim, dtype=DTYPES[name])
             table = table_for(bench, *shape[1:], row_rule, column_rule, heads)
             arguments = row_rule, column_rule, heads, dim**-0.5
-            ours = value_and_gradients(fused_attention, qkv, table, grad, *arguments)
-            again = value_and_gradients(fused_attention, qkv, table, grad, *arguments)
-            exact = value_and_gradients(plain_on_map, qkv.double(), table.double(), grad.double(),
+            ours = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
+            again = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
+            exact = value_and_gradients(plain.attend, qkv.double(), table.double(), grad.double(),
                                         *arguments)
             found = errors(ours, exact)
             add(rows, map='x'.join(map(str, shape)), rows=tuple(row_rule),
@@ -287,8 +277,8 @@ def check_large_map(bench: Bench, rows: list) -> None:
     qkv[corner], grad[corner] = (bench.randn(*x[corner].shape) for x in (qkv, grad))
     table = bench.randn(2, 13, 13)
     arguments = rule, rule, 2, .2
-    out, grad_qkv, grad_table = value_and_gradients(fused_attention, qkv, table, grad, *arguments)
-    exact = value_and_gradients(plain_on_map, qkv[corner].double(), table.double(),
+    out, grad_qkv, grad_table = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
+    exact = value_and_gradients(plain.attend, qkv[corner].double(), table.double(),
                                 grad[corner].double(), *arguments)
     found = errors((out[corner], grad_qkv[corner], grad_table), exact)
     add(rows, map=f'1x{side}x{side}', numbers=qkv.numel(), dtype='bf16', **found,
@@ -426,7 +416,8 @@ def needs(bench: Bench, layer: dict, groups) -> tuple:
     gradient are read, the gradient of qkv written; five products. Whichever takes longer.
     """
     qkv, grad = layer['qkv'], layer['grad']
-    pairs = sum(count * (height * width)**2 for count, height, width in groups.segments)
+    batch = len(qkv)
+    pairs = batch * sum(table.shape[0] * table[0].numel()**2 for table in groups)
     product = 2 * pairs * layer['heads'] * HEAD_DIM
     return tuple(1e3 * max(size / bench.options.bandwidth, products * product / bench.options.flops)
                  for size, products in ((qkv.nbytes + grad.nbytes, 2),
@@ -441,32 +432,33 @@ def run_attention(bench: Bench, rows: list) -> None:
         if not bench.in_time(name):
             return
         qkv, table, grad, arguments = (layer[key] for key in ('qkv', 'table', 'grad', 'arguments'))
-        grouping = group_map(*qkv.shape[:3], *arguments[:2], qkv.device)
+        groups = group_map(*qkv.shape[1:3], *arguments[:2], qkv.device)
         heads, scale = arguments[2:]
-        segment = max(grouping.segments, key=lambda s: s.groups * s.height * s.width)
+        count, height, width = max(groups, key=torch.numel).shape
+        count *= len(qkv)
 
         def on_full_groups(qkv, table):
             """Bare scaled_dot_product_attention, on groups lined up before and of one size."""
-            tokens = segment.groups * segment.height * segment.width
-            q, k, v = (qkv.flatten(0, 2)[:tokens].view(segment.groups, -1, 3, heads, HEAD_DIM)
+            tokens = count * height * width
+            q, k, v = (qkv.flatten(0, 2)[:tokens].view(count, -1, 3, heads, HEAD_DIM)
                        .permute(2, 0, 3, 1, 4))
-            bias = bias_of_pairs(table, segment.height, segment.width)[None].to(q.dtype)
+            bias = bias_of_pairs(table, height, width)[None].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
-        tokens = segment.groups * segment.height * segment.width
-        grad_of_full = grad.flatten(0, 2)[:tokens].view(segment.groups, -1, heads, HEAD_DIM
+        tokens = count * height * width
+        grad_of_full = grad.flatten(0, 2)[:tokens].view(count, -1, heads, HEAD_DIM
                                                         ).transpose(1, 2).contiguous()
-        ideal = needs(bench, layer, grouping)
+        ideal = needs(bench, layer, groups)
         for way, attention, grads in (
-                ('fused', lambda q, t: fused_attention(q, t, *arguments), grad),
-                ('plain', lambda q, t: plain_on_map(q, t, *arguments, grouping), grad),
+                ('fused', lambda q, t: fused.attend(q, t, *arguments), grad),
+                ('plain', lambda q, t: plain.attend(q, t, *arguments), grad),
                 ('sdpa', on_full_groups, grad_of_full)):
             try:
                 forward, backward = forward_and_backward(bench, attention, qkv, table, grads)
             except torch.OutOfMemoryError as error:
                 print(f'   {name} {way}: {error}'.split('\n')[0], flush=True)
                 continue
-            add(rows, layer=name, way=way, members=segment.height * segment.width,
+            add(rows, layer=name, way=way, members=height * width,
                 forward_ms=forward, backward_ms=backward, needed_forward_ms=ideal[0],
                 needed_backward_ms=ideal[1], ratio=(forward + backward) / sum(ideal))
             total = totals.setdefault(way, [0., 0., 0., 0.])
@@ -511,12 +503,12 @@ def run_flex(bench: Bench, rows: list) -> None:
                            scale=scale)
             return out.transpose(1, 2).reshape(groups, height, width, -1)
 
-        def fused(qkv, table):
-            return fused_attention(qkv, table, *rules, heads, scale)
+        def fused_of_map(qkv, table):
+            return fused.attend(qkv, table, *rules, heads, scale)
 
-        exact = value_and_gradients(plain_on_map, qkv[:2].double(), table.double(),
+        exact = value_and_gradients(plain.attend, qkv[:2].double(), table.double(),
                                     grad[:2].double(), *rules, heads, scale)
-        for way, attention in (('fused', fused), ('flex', flex)):
+        for way, attention in (('fused', fused_of_map), ('flex', flex)):
             row = dict(way=way, groups=groups, members=members, heads=heads)
             try:
                 began = time.perf_counter()

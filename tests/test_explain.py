@@ -40,7 +40,7 @@ def test_recomputed_attention_is_what_the_blocks_return(tool, small, lda):
             attention = layer.blocks[attended.block].attn
             _, height, width, channels = attended.out.shape
             for token in (0, height * width // 2, height * width - 1):  # ragged groups at the end
-                found = tool['attention_weights'](attention, attended.x, attended.grouping, token)
+                found = tool['attention_weights'](attention, attended, token)
                 assert found.members[found.query] == token
                 assert (found.weights.sum(-1) - 1).abs().max() < 1e-5
                 out = rearrange(found.weights @ found.values, 'h n d -> n (h d)')

@@ -14,10 +14,9 @@ from torch import library
 
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.grouping import (AxisRule, count_groups, fit_rule, group_axis, group_map,
+from crossformer_mm.grouping import (AxisRule, count_groups, fit_rule, group_axis,
                                      long_distance, short_distance)
-from crossformer_mm.kernels import (choose_path, fused, fused_attention, plain_attention,
-                                    works_on_maps)
+from crossformer_mm.kernels import Call, choose_path, fused, plain
 
 pytest.importorskip('triton', reason='fused attention needs the package triton')
 from crossformer_mm.kernels import fused_triton  # noqa: E402
@@ -27,14 +26,6 @@ DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 SMALL_BLOCKS = {(kernel, size): fused_triton.Tile(16, 32, 1, 1) if 'keys' not in kernel else
                 fused_triton.Tile(32, 16, 1, 1)
                 for kernel, size in fused_triton.TILES}
-
-
-def plain_on_map(qkv, table, rows, columns, heads, scale):
-    """The plain lines that fused_attention names."""
-    batch, height, width, _ = qkv.shape
-    grouping = group_map(batch, height, width, rows, columns, qkv.device)
-    out = plain_attention(qkv.flatten(0, 2)[grouping.order], table, grouping.segments, heads, scale)
-    return out[grouping.inverse].view(batch, height, width, -1)
 
 
 def values_and_gradients(attention, qkv, table, *arguments):
@@ -60,9 +51,9 @@ def assert_equals_plain(shape, rows, columns, heads=2, dim=16, dtype=torch.float
     """In value and gradients, up to rounding in the dtype; float64 is the judge."""
     rows, columns = AxisRule(*rows), AxisRule(*columns)
     inputs = random_inputs(shape, rows, columns, heads, dim, dtype)
-    ours = values_and_gradients(fused_attention, *inputs, rows, columns, heads, scale)
+    ours = values_and_gradients(fused.attend, *inputs, rows, columns, heads, scale)
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
-    exact = values_and_gradients(plain_on_map, *(x.double() for x in inputs), rows, columns, heads,
+    exact = values_and_gradients(plain.attend, *(x.double() for x in inputs), rows, columns, heads,
                                  scale)
     tolerance = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     for name, one, other in zip(('out', 'grad of qkv', 'grad of table'), ours, exact):
@@ -142,8 +133,8 @@ def test_logits_far_from_zero_overflow_nothing(monkeypatch, members):
     qkv[..., :16] = 5 + 0.1 * qkv[..., :16]
     qkv[..., 16:32] = -5 + 0.1 * qkv[..., 16:32]
     inputs = qkv, table, rows, columns, 1, 1.
-    ours = values_and_gradients(fused_attention, *inputs)
-    exact = values_and_gradients(plain_on_map, qkv.double(), table.double(), *inputs[2:])
+    ours = values_and_gradients(fused.attend, *inputs)
+    exact = values_and_gradients(plain.attend, qkv.double(), table.double(), *inputs[2:])
     for one, other in zip(ours, exact):
         assert one.isfinite().all()
         assert (one - other).abs().max() <= 1e-3 * other.abs().max().clamp_min(1)
@@ -153,7 +144,7 @@ def test_same_inputs_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
     rule = AxisRule(9, 1)
     inputs = random_inputs((1, 9, 8), rule, rule, 1, 16, torch.float32)
-    first, second = (values_and_gradients(fused_attention, *inputs, rule, rule, 1, 1.)
+    first, second = (values_and_gradients(fused.attend, *inputs, rule, rule, 1, 1.)
                      for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
@@ -162,19 +153,19 @@ def test_the_operator_keeps_the_rules_of_operators():
     """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
     rule = AxisRule(3, 1)
     qkv, table = random_inputs((1, 3, 3), rule, rule, 1, 8, torch.float32)
-    library.opcheck(fused._attend, (qkv.flatten(0, 2).requires_grad_(), table.requires_grad_(),
-                                    1, 3, 3, 3, 1, 3, 1, 1, .5))
+    library.opcheck(torch.ops.crossformer_mm.fused_attention.default,
+                    (qkv.flatten(0, 2).requires_grad_(), table.requires_grad_(), 1, 3, 3, 3, 1, 0,
+                     3, 1, 0, 1, .5))
 
 
 def test_compiler_takes_it_into_one_graph():
     """The choice of the path included."""
-    attention = GroupAttention(16, 1, path='fused').to(DEVICE)
+    attention = GroupAttention(16, 1, attention_path='fused').to(DEVICE)
     compiled = torch.compile(attention, backend='aot_eager', fullgraph=True)
     x, grads = torch.randn(1, 5, 6, 16).to(DEVICE), []
     for model in (attention, compiled):
         attention.zero_grad()
-        grouping = group_map(1, 5, 6, AxisRule(3, 2), AxisRule(3, 2), DEVICE)
-        model(x, grouping).square().sum().backward()
+        model(x, AxisRule(3, 2), AxisRule(3, 2)).square().sum().backward()
         grads.append([parameter.grad.clone() for parameter in attention.parameters()])
     for one, other in zip(*grads):
         torch.testing.assert_close(one, other)
@@ -183,9 +174,9 @@ def test_compiler_takes_it_into_one_graph():
 def test_second_derivative_is_refused():
     rule = AxisRule(2, 1)
     qkv, table = random_inputs((1, 2, 2), rule, rule, 1, 8, torch.float32)
-    out = fused_attention(qkv.requires_grad_(), table, rule, rule, 1, 1.)
+    out = fused.attend(qkv.requires_grad_(), table, rule, rule, 1, 1.)
     grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match='no autograd formula'):
+    with pytest.raises(RuntimeError):
         grad.sum().backward()
 
 
@@ -238,13 +229,12 @@ def test_backbone_is_the_same_on_both_paths(lda, size, with_cp):
 @pytest.mark.parametrize('position_bias', ['relative', 'none'])
 def test_other_position_biases_are_the_same_on_both_paths(position_bias):
     """A table that is resized, and one that is a single 0 seen everywhere."""
-    grouping = group_map(1, 7, 10, AxisRule(4, 2), AxisRule(5, 2), DEVICE)
     x, found = torch.randn(1, 7, 10, 32).to(DEVICE), []
     for path in ('fused', 'plain'):
         torch.manual_seed(0)
-        attention = GroupAttention(32, 2, path=path, position_bias=position_bias, group_size=3)
+        attention = GroupAttention(32, 2, attention_path=path, position_bias=position_bias, group_size=3)
         attention = attention.to(DEVICE)
-        out = attention(x, grouping)
+        out = attention(x, AxisRule(4, 2), AxisRule(5, 2))
         out.square().sum().backward()
         found.append([out, *(parameter.grad for parameter in attention.parameters())])
     for ours, reference in zip(*found, strict=True):
@@ -252,8 +242,7 @@ def test_other_position_biases_are_the_same_on_both_paths(position_bias):
 
 
 def test_no_token_is_moved(monkeypatch):
-    """Neither does attention line tokens up, nor is an order for it made."""
-    monkeypatch.setattr('crossformer_mm.attention.reorder', None)
+    """No table of groups is made."""
     monkeypatch.setattr('crossformer_mm.grouping.group_axis', None)
     with torch.no_grad():
         CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), merge_sizes=(),
@@ -263,14 +252,13 @@ def test_no_token_is_moved(monkeypatch):
 
 def test_autocast_trains_in_bfloat16_near_float32():
     torch.manual_seed(0)
-    attention = GroupAttention(32, 2, path='fused').to(DEVICE)
-    grouping = group_map(1, 6, 5, AxisRule(3, 2), AxisRule(3, 2), DEVICE, line_up=False)
+    attention = GroupAttention(32, 2, attention_path='fused').to(DEVICE)
     x = torch.randn(1, 6, 5, 32).to(DEVICE)
     grads = []
     for enabled in (False, True):
         attention.zero_grad()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
-            out = attention(x, grouping)
+            out = attention(x, AxisRule(3, 2), AxisRule(3, 2))
             assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
             out.float().square().sum().backward()
         grads.append([p.grad.clone() for p in attention.parameters()])
@@ -289,7 +277,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
         monkeypatch.setattr(torch.version, 'hip', hip)
-        monkeypatch.setattr(kernels, 'agrees_with_plain', lambda device: agrees)
+        monkeypatch.setitem(kernels.PATHS, 'fused', kernels.PATHS['fused']._replace(
+            is_trusted=lambda device: agrees))
         if not triton:
             monkeypatch.setattr(fused, 'has_triton', lambda: False)
         return torch.device('cuda', 0)
@@ -299,20 +288,21 @@ def gpu(monkeypatch):
 
 def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
     device = gpu((9, 0))
-    assert choose_path(device, dropout=0.) == 'fused'
-    assert choose_path(device, dropout=.1) == 'plain'
-    assert choose_path(device, 0., torch.float64) == 'plain'
-    assert choose_path(device, 0., head_dim=fused.HEAD_DIM + 1) == 'plain'
-    assert choose_path(torch.device('meta'), 0.) == 'plain'
-    assert choose_path(torch.device('cpu'), 0.) == 'tiled'  # even where the interpreter is on
-    assert not works_on_maps(device, torch.float32, 32, 0., path='plain')
+    assert choose_path(Call(device)) == 'fused'
+    assert choose_path(Call(device, watcher='compiler')) == 'fused'
+    assert choose_path(Call(device, dropout=.1)) == 'plain'
+    assert choose_path(Call(device, torch.float64)) == 'plain'
+    assert choose_path(Call(device, has_lead=True)) == 'plain'
+    assert choose_path(Call(device, watcher='exporter')) == 'plain'
+    assert choose_path(Call(device, head_dim=fused.HEAD_DIM + 1)) == 'plain'
+    assert choose_path(Call(device), 'plain') == 'plain'
 
 
 @pytest.mark.parametrize('machine', [dict(capability=(7, 5)), dict(capability=(9, 4), hip='6.0'),
                                      dict(capability=(9, 0), triton=False),
                                      dict(capability=(9, 0), agrees=False)])
 def test_rule_takes_plain_on_other_gpus(gpu, machine):
-    assert choose_path(gpu(**machine), 0.) == 'plain'
+    assert choose_path(Call(gpu(**machine))) == 'plain'
 
 
 def test_kernels_agree_with_plain_before_they_are_used():
@@ -330,19 +320,11 @@ def test_kernels_that_do_not_agree_are_not_used(fault, monkeypatch):
             raise RuntimeError('no kernel image')
         return qkv[..., :64] + table.sum()
 
-    monkeypatch.setattr(fused, 'fused_attention', broken)
+    monkeypatch.setattr(fused, 'attend', broken)
     fused._agrees_with_plain.cache_clear()
     with pytest.warns(UserWarning, match='no kernel image|wrong by'):
         assert not fused.agrees_with_plain(torch.device('cpu'))
     fused._agrees_with_plain.cache_clear()
-
-
-def test_rule_takes_plain_for_tracers_and_exporters(gpu, monkeypatch):
-    device, paths = gpu((9, 0)), []
-    torch.jit.trace(lambda x: (paths.append(choose_path(device, 0.)), x + 1)[1], torch.ones(1),
-                    check_trace=False)
-    monkeypatch.setattr(kernels, 'is_exporting', lambda: True)
-    assert [*paths, choose_path(device, 0.)] == ['plain', 'plain']
 
 
 @pytest.mark.parametrize('machine, options, reason', [
@@ -353,21 +335,14 @@ def test_rule_takes_plain_for_tracers_and_exporters(gpu, monkeypatch):
     (dict(capability=(9, 0)), dict(dtype=torch.float64), 'got torch.float64'),
 ])
 def test_fused_is_refused_where_it_cannot_work(gpu, machine, options, reason):
-    options = dict(dtype=torch.float32, head_dim=32, dropout=0.) | options
     with pytest.raises(ValueError, match=f"attention_path='fused'.*{reason}.*'plain'"):
-        works_on_maps(gpu(**machine), path='fused', **options)
+        choose_path(Call(gpu(**machine), **options), 'fused')
 
 
 def test_fused_is_refused_on_the_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(fused_triton, 'INTERPRETED', False)
     with pytest.raises(ValueError, match='works on CUDA devices.*TRITON_INTERPRET=1.*got.*cpu'):
-        works_on_maps(torch.device('cpu'), torch.float32, 32, 0., path='fused')
-
-
-def test_tokens_that_are_lined_up_are_refused():
-    qkv, table = torch.rand(4, 24), torch.rand(1, 3, 3)
-    with pytest.raises(ValueError, match='call fused_attention'):
-        kernels.group_attention(qkv, table, [(1, 2, 2)], 1, 1., path='fused')
+        choose_path(Call(torch.device('cpu')), 'fused')
 
 
 def test_groups_beyond_what_numbers_are_exact_for_are_refused():

@@ -74,7 +74,7 @@ def test_one_block_costs_what_its_definition_says(get_flops, config):
 def test_parts_add_up_and_the_attention_path_makes_no_difference(get_flops, config, base):
     said = {path: get_flops(config(base, **{'model.backbone.attention_path': path}), '--shape',
                             100, 130, '--json')
-            for path in (None, 'plain', 'tiled')}
+            for path in (None, 'plain', 'native')}
     assert len(set(said.values())) == 1
     counted = json.loads(said[None])
     assert set(counted) == {'params', 'flops', 'shape', 'parts'} and counted['shape'] == [100, 130]

@@ -5,7 +5,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from crossformer_mm.grouping import group_map, long_distance, short_distance
+from crossformer_mm.grouping import (LDA_DEFINITIONS, group_map, long_distance, short_distance,
+                                     stage_rules)
 
 
 def random_cases(count):
@@ -21,28 +22,24 @@ every_case = pytest.mark.parametrize('height, width, group_size, interval', CASE
 every_lda = pytest.mark.parametrize('lda', ['interval', 'block'])
 
 
-def runs(grouping):
-    """(tokens of one group in order, its height, its width) for every group."""
-    start = 0
-    for groups, height, width in grouping.segments:
-        for _ in range(groups):
-            yield grouping.order[start:start + height * width].tolist(), height, width
-            start += height * width
-    assert start == grouping.order.numel()
+def runs(tables):
+    """(positions of one group in order, its height, its width) for every group."""
+    for table in tables:
+        for members in table:
+            yield members.flatten().tolist(), *members.shape
 
 
-def groups_by(label, batch, height, width):
-    """The definition: tokens of one image belong together where ``label(row, column)`` agrees."""
+def groups_by(label, height, width):
+    """The definition: positions belong together where ``label(row, column)`` agrees."""
     members = defaultdict(set)
-    for image in range(batch):
-        for row in range(height):
-            for column in range(width):
-                members[image, label(row, column)].add((image * height + row) * width + column)
+    for row in range(height):
+        for column in range(width):
+            members[label(row, column)].add(row * width + column)
     return {frozenset(tokens) for tokens in members.values()}
 
 
-def as_sets(grouping):
-    return {frozenset(tokens) for tokens, _, _ in runs(grouping)}
+def as_sets(tables):
+    return {frozenset(tokens) for tokens, _, _ in runs(tables)}
 
 
 def adjacent(size):
@@ -52,17 +49,17 @@ def adjacent(size):
 @every_lda
 @every_case
 def test_short_distance_groups_are_adjacent_squares(height, width, group_size, interval, lda):
-    grouping = group_map(2, height, width, *short_distance(height, width, group_size, lda))
+    grouping = group_map(height, width, *short_distance(height, width, group_size, lda))
     if min(height, width) <= group_size:
         group_size = min(height, width) if lda == 'interval' else max(height, width)
-    assert as_sets(grouping) == groups_by(adjacent(group_size), 2, height, width)
+    assert as_sets(grouping) == groups_by(adjacent(group_size), height, width)
 
 
 @every_lda
 @every_case
 def test_long_distance_groups_are_every_interval_th_position(height, width, group_size, interval,
                                                              lda):
-    grouping = group_map(2, height, width,
+    grouping = group_map(height, width,
                          *long_distance(height, width, group_size, interval, lda))
     tile = group_size * interval
 
@@ -72,19 +69,31 @@ def test_long_distance_groups_are_every_interval_th_position(height, width, grou
 
     if min(height, width) <= group_size:  # small maps: short distance, whatever the block
         label = adjacent(min(height, width) if lda == 'interval' else max(height, width))
-    assert as_sets(grouping) == groups_by(label, 2, height, width)
+    assert as_sets(grouping) == groups_by(label, height, width)
 
 
 @every_lda
 @every_case
-def test_order_is_a_permutation_and_inverse_undoes_it(height, width, group_size, interval, lda):
+def test_every_position_is_in_one_group(height, width, group_size, interval, lda):
     for rules in (short_distance(height, width, group_size, lda),
-                  long_distance(height, width, group_size, interval, lda)):
-        grouping = group_map(3, height, width, *rules)
-        tokens = torch.arange(3 * height * width)
-        assert torch.equal(grouping.order.sort().values, tokens)
-        assert torch.equal(grouping.order[grouping.inverse], tokens)
-        assert torch.equal(grouping.inverse[grouping.order], tokens)
+                  long_distance(height, width, group_size, interval, lda),
+                  *stage_rules(height, width, group_size, interval, lda)):
+        positions = torch.cat([table.flatten() for table in group_map(height, width, *rules)])
+        assert torch.equal(positions.sort().values, torch.arange(height * width))
+
+
+@every_case
+@pytest.mark.parametrize('lda', LDA_DEFINITIONS)
+def test_rules_of_a_stage_are_the_same_groups_in_the_smallest_numbers(height, width, group_size,
+                                                                      interval, lda):
+    found = stage_rules(height, width, group_size, interval, lda)
+    for (rows, columns), rules in zip(found, (
+            short_distance(height, width, group_size, lda),
+            long_distance(height, width, group_size, interval, lda))):
+        tables = group_map(height, width, rows, columns)
+        assert as_sets(tables) == as_sets(group_map(height, width, *rules))
+        assert not rows.lead <= 0 or rows.size == max(table.shape[1] for table in tables)
+        assert not columns.lead <= 0 or columns.size == max(table.shape[2] for table in tables)
 
 
 @every_lda
@@ -92,11 +101,11 @@ def test_order_is_a_permutation_and_inverse_undoes_it(height, width, group_size,
 def test_members_are_row_major_and_as_many_as_the_segment_says(height, width, group_size,
                                                                interval, lda):
     rules = long_distance(height, width, group_size, interval, lda)
-    grouping = group_map(1, height, width, *rules)
-    for tokens, rows, columns in runs(grouping):
+    (tall, _, _), (wide, _, _) = stage_rules(height, width, group_size, interval, lda)[1]
+    for tokens, rows, columns in runs(group_map(height, width, *rules)):
         assert tokens == sorted(tokens)
-        assert len({token // width for token in tokens}) == rows <= grouping.extent[0]
-        assert len({token % width for token in tokens}) == columns <= grouping.extent[1]
+        assert len({token // width for token in tokens}) == rows <= tall
+        assert len({token % width for token in tokens}) == columns <= wide
         row_members = [token // width for token in tokens[::columns]]
         steps = {b - a for a, b in zip(row_members, row_members[1:])}
         assert steps <= {rules[0].interval}
@@ -104,10 +113,10 @@ def test_members_are_row_major_and_as_many_as_the_segment_says(height, width, gr
 
 @every_lda
 @pytest.mark.parametrize('side', [56, 100, 199, 331])
-def test_segments_stay_few_however_large_the_map(side, lda):
+def test_sizes_of_groups_stay_few_however_large_the_map(side, lda):
     rules = long_distance(side, side + 1, 7, 8, lda)
     # At most three lengths of group on an axis: whole, and two in the ragged tile.
-    assert len(group_map(4, side, side + 1, *rules).segments) <= 9
+    assert len(group_map(side, side + 1, *rules)) <= 9
 
 
 def test_one_side_at_group_size_makes_the_whole_map_small():
@@ -119,16 +128,13 @@ def test_one_side_at_group_size_makes_the_whole_map_small():
 
 @every_case
 def test_shifted_groups_are_squares_moved_by_half_a_group(height, width, group_size, interval):
-    grouping = group_map(2, height, width,
+    grouping = group_map(height, width,
                          *long_distance(height, width, group_size, interval, 'shifted'))
     shift, size = -(group_size // 2), group_size  # of a window's start, as Swin counts
     if min(height, width) <= group_size:
         shift, size = 0, min(height, width)
     assert as_sets(grouping) == groups_by(
-        lambda row, column: ((row + shift) // size, (column + shift) // size), 2, height, width)
-    tokens = torch.arange(2 * height * width)
-    assert torch.equal(grouping.order.sort().values, tokens)
-    assert torch.equal(grouping.order[grouping.inverse], tokens)
+        lambda row, column: ((row + shift) // size, (column + shift) // size), height, width)
 
 
 @every_case
@@ -140,6 +146,6 @@ def test_without_long_distance_every_block_is_short_distance(height, width, grou
 
 def test_both_definitions_agree_at_the_training_size_of_imagenet():
     for side, interval in ((56, 8), (28, 4), (14, 2)):
-        assert (as_sets(group_map(1, side, side, *long_distance(side, side, 7, interval, 'block')))
-                == as_sets(group_map(1, side, side,
+        assert (as_sets(group_map(side, side, *long_distance(side, side, 7, interval, 'block')))
+                == as_sets(group_map(side, side,
                                      *long_distance(side, side, 7, interval, 'interval'))))

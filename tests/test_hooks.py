@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from crossformer_mm import CrossFormer, MagnitudeHook
-from crossformer_mm.grouping import group_map, long_distance, short_distance
+from crossformer_mm.grouping import stage_rules
 from crossformer_mm.hooks import sample_logits
 
 TINY = dict(embed_dims=16, depths=(1, 2, 3, 2), num_heads=(1, 2, 2, 4))
@@ -44,30 +44,26 @@ def logits_by_definition(attention, x, rows, columns):
 def test_logits_are_those_of_the_definition(small, kind):
     attention = small().layers[1].blocks[1].attn
     x = torch.randn(1, 17, 13, 64)
-    rules = (short_distance(17, 13, 5, 'interval') if kind == 'short'
-             else long_distance(17, 13, 4, 2, kind))
-    grouping = group_map(1, 17, 13, *rules)
+    rules = (stage_rules(17, 13, 5, 2, 'interval')[0] if kind == 'short' else
+             stage_rules(17, 13, 4, 2, kind)[1])
     with torch.no_grad():
         expected = logits_by_definition(attention, x, *rules)
-    every = sample_logits(attention, x, grouping, 1000, 1000)
+    every = sample_logits(attention, x, *rules, 1000, 1000)
     assert every.shape == expected.shape
     torch.testing.assert_close(every.std(), expected.std())
     torch.testing.assert_close(every.abs().max(), expected.abs().max())
     for group in every:  # the order of groups is the grouping's own
         assert any(torch.allclose(group, other, atol=1e-5) for other in expected)
-    some = sample_logits(attention, x, grouping, 2, 3)
+    some = sample_logits(attention, x, *rules, 2, 3)
     assert some.shape[0] == min(2, len(expected)) and some.shape[2] == 3
     assert every.abs().max() >= some.abs().max()
 
 
-def test_logits_are_the_same_of_a_grouping_without_order(small):
-    """Which is what attention that moves no token gets."""
+def test_logits_are_of_all_images_of_a_batch(small):
     attention, x = small().layers[1].blocks[1].attn, torch.randn(2, 17, 13, 64)
-    rules = long_distance(17, 13, 4, 2, 'interval')
-    bare = group_map(2, 17, 13, *rules, line_up=False)
-    assert bare.order is None
-    torch.testing.assert_close(sample_logits(attention, x, bare, 3, 4),
-                               sample_logits(attention, x, group_map(2, 17, 13, *rules), 3, 4))
+    rules = stage_rules(17, 13, 4, 2, 'interval')[1]
+    each = [sample_logits(attention, image[None], *rules, 1000, 4) for image in x]
+    torch.testing.assert_close(sample_logits(attention, x, *rules, 1000, 4), torch.cat(each))
 
 
 class Trained(BaseModel):

@@ -1,240 +1,237 @@
-"""The tiled path of attention equals the plain one, and stores less."""
+"""Every way to compute attention equals the definition; one table chooses among them."""
+import numpy as np
 import pytest
 import torch
-from torch import library
+from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossformer_mm import CrossFormer
+from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.grouping import AxisRule, Segment, group_map
-from crossformer_mm.kernels import (choose_path, group_attention, plain_attention, tiled,
-                                    tiled_attention, tiled_op)
+from crossformer_mm.grouping import LDA_DEFINITIONS, AxisRule, fit_rule, stage_rules
+from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native, plain
 
-SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 4))
 CPU = torch.device('cpu')
+SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+RULE = AxisRule(3, 1), AxisRule(3, 1)
 
 
-def values_and_gradients(attention, qkv, table, segments, heads, seed=1):
+def values_and_gradients(qkv, table, *arguments, **options):
     """Output and the gradients of qkv and table, for the same random output gradient."""
     qkv, table = qkv.clone().requires_grad_(), table.clone().requires_grad_()
-    out = attention(qkv, table, segments, heads, 0.3)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
-    out.backward(weight.to(out.dtype))
+    out = map_attention(qkv, table, *arguments, **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(weight.to(out))
     return out.detach(), qkv.grad, table.grad
 
 
-def random_inputs(segments, heads, dim, dtype, spare=0):
+def random_inputs(shape, rows, columns, heads, dim, dtype=torch.float32, spare=0):
+    """A map of queries, keys and values; biases for ``spare`` members more than there are."""
+    batch, height, width = shape
     generator = torch.Generator().manual_seed(0)
-    tokens = sum(groups * height * width for groups, height, width in segments)
-    height = max(segment.height for segment in segments) + spare
-    width = max(segment.width for segment in segments) + spare
-    qkv = torch.randn(tokens, 3 * heads * dim, generator=generator).to(dtype)
-    table = torch.randn(heads, 2 * height - 1, 2 * width - 1, generator=generator).to(dtype)
-    return qkv, table
+    sides = [2 * (fit_rule(side, rule).size + spare) - 1
+             for side, rule in ((height, rows), (width, columns))]
+    qkv = torch.randn(batch, height, width, 3 * heads * dim, generator=generator)
+    return qkv.to(dtype), torch.randn(heads, *sides, generator=generator)
 
 
-def assert_close(ours, reference, tolerance):
-    """Every pair of tensors; the tolerance is relative for values above 1."""
-    for one, other in zip(ours, reference, strict=True):
-        assert one.shape == other.shape and one.dtype == other.dtype
-        scale = other.abs().max().clamp_min(1)
-        assert (one - other).abs().max() <= tolerance * scale
+def by_loops(qkv, table, rows, columns, heads, scale):
+    """The definition once more, one query at a time, with nothing of the package."""
+    batch, height, width, channels = qkv.shape
+    q, k, v = np.split(qkv.numpy().reshape(batch, height, width, 3, heads, -1), 3, 3)
+    out = np.zeros((batch, height, width, heads, q.shape[-1]))
+
+    def group(position, rule):
+        tile = (position + rule.lead) // (rule.size * rule.interval)
+        return tile, (position + rule.lead) % rule.interval
+
+    centre = table.shape[1] // 2, table.shape[2] // 2
+    for r, c in np.ndindex(height, width):
+        members = [(y, x) for y, x in np.ndindex(height, width)
+                   if group(y, rows) == group(r, rows) and group(x, columns) == group(c, columns)]
+        for image, head in np.ndindex(batch, heads):
+            logits = np.array([scale * (q[image, r, c, 0, head] * k[image, y, x, 0, head]).sum()
+                               + float(table[head, centre[0] + (r - y) // rows.interval,
+                                             centre[1] + (c - x) // columns.interval])
+                               for y, x in members])
+            weights = np.exp(logits - logits.max())
+            out[image, r, c, head] = sum(
+                weight * v[image, y, x, 0, head] for weight, (y, x) in zip(weights, members)
+            ) / weights.sum()
+    return torch.from_numpy(out.reshape(batch, height, width, -1))
 
 
-SEGMENTS = {
-    'one member': [(3, 1, 1)],
-    'one row': [(2, 1, 9)],
-    'one column': [(2, 9, 1)],
-    'ragged': [(4, 7, 7), (2, 7, 3), (2, 4, 7), (1, 4, 3)],
-    'many groups': [(20, 4, 4)],
-    'wide': [(2, 6, 13)],
-}
+@pytest.mark.parametrize('rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)), ((4, 1, 2), (3, 1, 2)),
+                                           ((9, 3), (1, 1))])
+def test_definition_is_that_of_loops_over_positions(rows, columns):
+    rows, columns = AxisRule(*rows), AxisRule(*columns)
+    inputs = random_inputs((2, 5, 7), rows, columns, 2, 3, torch.float64, spare=1)
+    torch.testing.assert_close(plain.attend(*inputs, rows, columns, 2, .7),
+                               by_loops(*inputs, rows, columns, 2, .7), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize('tile', [1, 700, 2**20])
-@pytest.mark.parametrize('case', SEGMENTS)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 5e-6)])
-@pytest.mark.parametrize('small', [0, 1000], ids=['fused', 'products'])
-def test_tiled_equals_plain(monkeypatch, case, tile, dtype, tolerance, small):
-    """Whatever fits a tile: a row of queries of one head, some rows, or all of it."""
-    monkeypatch.setattr(tiled, 'TILE', tile)
-    monkeypatch.setattr(tiled, 'SMALL', small)
-    segments = [Segment(*segment) for segment in SEGMENTS[case]]
-    inputs = random_inputs(segments, heads=3, dim=5, dtype=dtype, spare=1)
-    assert_close(values_and_gradients(tiled_attention, *inputs, segments, 3),
-                 values_and_gradients(plain_attention, *inputs, segments, 3), tolerance)
+SERVED = [name for name in kernels.ATTENTION_PATHS
+          if name != 'fused' and not kernels.PATHS[name].why_not(Call(CPU))]
 
 
-def test_a_large_group_takes_several_tiles_as_they_are():
-    segments = [Segment(2, 28, 38)]
-    assert len(list(tiled.query_tiles(segments[0], 2))) > 2
-    inputs = random_inputs(segments, heads=2, dim=8, dtype=torch.float32)
-    assert_close(values_and_gradients(tiled_attention, *inputs, segments, 2),
-                 values_and_gradients(plain_attention, *inputs, segments, 2), 5e-6)
-
-
-@pytest.mark.parametrize('tile', [1, 300, 2**20])
-@pytest.mark.parametrize('segment', [(1, 1, 1), (2, 7, 7), (3, 13, 9), (1, 2, 40), (900, 3, 3)])
-def test_tiles_cover_every_query_once_within_the_limit(monkeypatch, segment, tile):
-    monkeypatch.setattr(tiled, 'TILE', tile)
-    segment = Segment(*segment)
-    seen = torch.zeros(4, segment.height, dtype=torch.int)
-    for heads, rows in tiled.query_tiles(segment, 4):
-        seen[heads, rows] += 1
-        pairs = seen[heads, rows].numel() * segment.width * segment.height * segment.width
-        assert pairs <= max(tile, segment.width * segment.height * segment.width)
-    assert (seen == 1).all()
-
-
-def test_gradients_are_those_of_finite_differences(monkeypatch):
-    monkeypatch.setattr(tiled, 'TILE', 40)
-    segments = (Segment(2, 2, 3), Segment(1, 2, 1))
-    qkv, table = random_inputs(segments, heads=2, dim=3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda *inputs: tiled_attention(*inputs, segments, 2, 0.5),
-        (qkv.requires_grad_(), table.requires_grad_()))
-
-
-@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_half_precision_stays_near_double(monkeypatch, dtype, tolerance):
-    monkeypatch.setattr(tiled, 'TILE', 2000)
-    segments = [Segment(5, 7, 7), Segment(2, 3, 7)]
-    qkv, table = random_inputs(segments, heads=2, dim=16, dtype=dtype)
-    ours = values_and_gradients(tiled_attention, qkv, table.float(), segments, 2)
+@pytest.mark.parametrize('path', SERVED)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 4e-6), (torch.bfloat16, 2e-2)])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
+    number = st.integers
+    height, width = data.draw(number(1, 23)), data.draw(number(1, 23))
+    size, interval = data.draw(number(1, 8)), data.draw(number(1, 5))
+    lda = data.draw(st.sampled_from(LDA_DEFINITIONS))
+    rules = stage_rules(height, width, size, interval, lda)[data.draw(number(0, 1))]
+    heads, dim = data.draw(number(1, 3)), data.draw(st.sampled_from((1, 5, 16, 32, 40)))
+    inputs = random_inputs((data.draw(number(1, 2)), height, width), *rules, heads, dim, dtype,
+                           spare=data.draw(number(0, 2)))
+    ours = values_and_gradients(*inputs, *rules, heads, .3, path=path)
+    exact = values_and_gradients(*(x.double() for x in inputs), *rules, heads, .3, path='plain')
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
-    exact = values_and_gradients(plain_attention, qkv.double(), table.double(), segments, 2)
-    assert_close([x.double() for x in ours], exact, tolerance)
+    for one, other in zip(ours, exact):
+        assert (one - other).abs().max() <= tolerance * max(other.abs().max(), 1)
 
 
-@pytest.mark.parametrize('largest', [5., 59., 3000.])
-def test_bfloat16_does_not_overflow(largest):
-    """The bias alone makes the logits so large; what is right, float64 says."""
-    segments = [Segment(3, 5, 6)]
-    qkv, table = random_inputs(segments, heads=2, dim=16, dtype=torch.bfloat16)
-    qkv, table = qkv * .01, table.float() * largest / table.float().abs().max()
-    out = tiled_attention(qkv, table, segments, 2, 1.)
-    assert out.isfinite().all()
-    # The bias is rounded to bfloat16 as it is added; near ties of weights show that.
-    exact = plain_attention(qkv.double(), table.bfloat16().double(), segments, 2, 1.)
-    assert (out - exact).norm() < 3e-2 * exact.norm()
+@pytest.mark.parametrize('call, path', [
+    (Call(CPU), 'native'), (Call(CPU, has_lead=True), 'native'),
+    (Call(CPU, watcher='compiler'), 'native'), (Call(CPU, torch.bfloat16, 40), 'native'),
+    (Call(CPU, dropout=.1), 'plain'), (Call(CPU, torch.float64), 'plain'),
+    (Call(CPU, head_dim=129), 'plain'), (Call(CPU, watcher='exporter'), 'plain'),
+    (Call(torch.device('meta')), 'plain')])
+def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
+    monkeypatch.setattr(native, 'MISSING', '')  # as where there is a compiler
+    assert choose_path(call) == path
+    monkeypatch.setattr(native, 'MISSING', 'it was not compiled')
+    assert choose_path(call) == 'plain'
 
 
-def test_second_derivative_is_refused():
-    segments = [Segment(1, 2, 2)]
-    qkv, table = random_inputs(segments, heads=1, dim=2, dtype=torch.float32)
-    out = tiled_attention(qkv.requires_grad_(), table, segments, 1, 1.)
-    grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
-
-
-def test_rule_takes_tiled_on_the_cpu_only_without_dropout_and_tracing():
-    assert choose_path(CPU, dropout=0.) == 'tiled'
-    assert choose_path(CPU, dropout=.1) == 'plain'
-    assert choose_path(torch.device('meta'), dropout=0.) == 'plain'
+def test_tracers_get_the_definition():
     paths = []
-    torch.jit.trace(lambda x: (paths.append(choose_path(CPU, 0.)), x + 1)[1], torch.ones(1),
-                    check_trace=False)
+
+    def forward(qkv):
+        paths.append(choose_path(Call.of(qkv, *RULE, 1, 0.)))
+        return qkv + 1
+
+    torch.jit.trace(forward, torch.ones(1, 2, 2, 3), check_trace=False)
     assert paths == ['plain']
 
 
-def test_compiler_sees_the_plain_path_in_one_graph():
-    segments = [Segment(2, 3, 3), Segment(1, 2, 3)]
-    qkv, table = random_inputs(segments, heads=2, dim=4, dtype=torch.float32)
-    compiled = torch.compile(group_attention, backend='eager', fullgraph=True)
-    ours = values_and_gradients(compiled, qkv, table, segments, 2)
-    assert_close(ours, values_and_gradients(plain_attention, qkv, table, segments, 2), 0.)
-
-
-def test_the_operator_keeps_the_rules_of_operators():
-    """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
-    qkv, table = torch.randn(2 * 7 * 5, 3 * 16), torch.randn(2, 7, 5)
-    library.opcheck(tiled_op._attend, (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5,
-                                       4, 2, 3, 2, 2, .5, False))
-
-
-@pytest.mark.parametrize('rule', [(3, 1), (3, 2), (4, 2)])
-def test_the_operator_equals_plain_attention_of_lined_up_tokens(rule):
-    rule, heads, sides = AxisRule(*rule), 2, (7, 9)
-    qkv = torch.randn(2, *sides, 3 * 10, dtype=torch.float64)
-    grouping = group_map(2, *sides, rule, rule)
-    table = torch.randn(heads, *(2 * side - 1 for side in grouping.extent), dtype=torch.float64)
-
-    def plain(qkv, table, segments, heads, scale):
-        out = plain_attention(qkv.flatten(0, 2)[grouping.order], table, segments, heads, scale)
-        return out[grouping.inverse].view(*qkv.shape[:3], -1)
-
-    def operator(qkv, table, segments, heads, scale):
-        return tiled_op.tiled_map_attention(qkv, table, grouping.rows, grouping.columns, heads,
-                                            scale, avx512=False)
-
-    assert_close(values_and_gradients(operator, qkv, table, grouping.segments, heads),
-                 values_and_gradients(plain, qkv, table, grouping.segments, heads), 1e-12)
-
-
-def test_dropout_of_attention_weights_trains_on_the_plain_path():
-    attention = GroupAttention(16, 2, attn_drop_rate=.5).train()
-    grouping = group_map(1, 6, 6, AxisRule(3, 1), AxisRule(3, 1))
-    x = torch.rand(1, 6, 6, 16)
-    assert not torch.equal(attention(x, grouping), attention(x, grouping))
-    attention.eval()
-    assert torch.equal(attention(x, grouping), attention(x, grouping))
+@pytest.mark.parametrize('option, reason', [
+    (dict(dropout=.5), 'attn_drop_rate is 0.5'), (dict(dtype=torch.float64), 'got torch.float64'),
+    (dict(head_dim=129), 'at most 128 channels, but they have 129'),
+    (dict(watcher='exporter'), 'an exporter'), (dict(device=torch.device('meta')), 'got .* meta')])
+def test_a_path_that_cannot_serve_is_refused_not_replaced(option, reason):
+    with pytest.raises(ValueError, match=f"attention_path='native'.*{reason}.*'plain'"):
+        choose_path(Call(**{'device': CPU, **option}), 'native')
 
 
 def test_wrong_path_is_refused_by_name():
-    with pytest.raises(ValueError, match="attention_path.*'plain', 'tiled', 'avx512', "
-                       "'fused'.*'flash'"):
+    with pytest.raises(ValueError, match="attention_path.*'fused', 'native', 'plain'.*'flash'"):
         CrossFormer(SMALL, attention_path='flash')
 
 
-def test_tiled_is_refused_where_it_cannot_work():
-    attention = GroupAttention(16, 2, attn_drop_rate=.5, path='tiled').train()
-    grouping = group_map(1, 6, 6, AxisRule(3, 1), AxisRule(3, 1))
-    with pytest.raises(ValueError, match="attention_path='tiled'.*attn_drop_rate is 0.5"):
-        attention(torch.rand(1, 6, 6, 16), grouping)
+def test_definition_compiles_to_one_graph():
+    inputs = random_inputs((1, 5, 4), *RULE, 2, 4)
+    compiled = torch.compile(map_attention, backend='eager', fullgraph=True)
+    out = compiled(*inputs, *RULE, 2, .3, path='plain')
+    torch.testing.assert_close(out, map_attention(*inputs, *RULE, 2, .3, path='plain'))
+
+
+needs_native = pytest.mark.skipif(bool(native.why_not(Call(CPU))),
+                                  reason=f'native attention: {native.why_not(Call(CPU))}')
+
+
+@needs_native
+def test_the_operator_keeps_the_rules_of_operators():
+    """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
+    if not hasattr(torch.library, 'opcheck'):
+        pytest.skip('torch.library.opcheck is of PyTorch 2.4')
+    qkv, table = torch.randn(2 * 7 * 5, 3 * 16), torch.randn(2, 7, 5)
+    torch.library.opcheck(torch.ops.crossformer_mm.native_attention.default,
+                          (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5, 4, 2, 0, 3, 2, 0,
+                           2, .5))
+
+
+@needs_native
+def test_second_derivative_is_refused():
+    qkv, table = random_inputs((1, 2, 2), *RULE, 1, 8)
+    out = native.attend(qkv.requires_grad_(), table, *RULE, 1, 1.)
+    grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@needs_native
+@pytest.mark.parametrize('lda', ['interval', 'shifted'])
+def test_compiler_makes_one_graph_for_images_of_many_sizes(lda):
+    if not hasattr(torch.library, 'register_fake'):
+        pytest.skip('torch.compile of the operators needs torch.library.register_fake of 2.4')
+    backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), group_size=(3,),
+                           interval=(2,), merge_sizes=(), out_indices=(0,), lda=lda).eval()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(backbone, backend=count, dynamic=True, fullgraph=True)
+    for height, width in ((64, 80), (57, 131), (90, 44)):
+        image = torch.rand(1, 3, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image), backbone(image))
+    assert len(graphs) == 1
+
+
+def test_dropout_of_attention_weights_trains_on_the_plain_path():
+    attention, x = GroupAttention(16, 2, attn_drop_rate=.5).train(), torch.rand(1, 6, 6, 16)
+    assert not torch.equal(attention(x, *RULE), attention(x, *RULE))
+    attention.eval()
+    assert torch.equal(attention(x, *RULE), attention(x, *RULE))
 
 
 def features_and_gradients(path, lda, image, with_cp=False):
     torch.manual_seed(0)
     model = CrossFormer(SMALL, group_size=(4, 4, 3, 3), interval=(4, 2, 2, 1), lda=lda,
-                        with_cp=with_cp, attention_path=path).double()
-    features = model(image.double())
+                        with_cp=with_cp, attention_path=path)
+    features = model(image)
     generator = torch.Generator().manual_seed(1)
     sum((f * torch.randn(f.shape, generator=generator)).sum() for f in features).backward()
     return [f.detach() for f in features], {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize('lda', ['interval', 'block'])
+@needs_native
+@pytest.mark.parametrize('lda', LDA_DEFINITIONS)
 @pytest.mark.parametrize('size', [(2, 3, 48, 64), (1, 3, 73, 118), (1, 3, 16, 150), (1, 3, 5, 7)])
 def test_backbone_is_the_same_on_both_paths(lda, size):
     image = torch.rand(size, generator=torch.Generator().manual_seed(2))
-    ours, ours_grads = features_and_gradients('tiled', lda, image)
+    ours, ours_grads = features_and_gradients('native', lda, image)
     reference, reference_grads = features_and_gradients('plain', lda, image)
-    assert_close(ours, reference, 1e-10)
+    for one, other in zip(ours, reference):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
     assert all(grad is not None for grad in ours_grads.values())
     largest = max(grad.abs().max() for grad in reference_grads.values())
     for name, grad in reference_grads.items():
-        assert (ours_grads[name] - grad).abs().max() <= 1e-10 * largest, name
+        assert (ours_grads[name] - grad).abs().max() <= 1e-5 * largest, name
 
 
 def test_recomputed_blocks_give_the_same_gradients():
     image = torch.rand(1, 3, 40, 70, generator=torch.Generator().manual_seed(2))
-    _, stored = features_and_gradients('tiled', 'interval', image)
-    _, recomputed = features_and_gradients('tiled', 'interval', image, with_cp=True)
+    _, stored = features_and_gradients(None, 'interval', image)
+    _, recomputed = features_and_gradients(None, 'interval', image, with_cp=True)
     for name, grad in stored.items():
-        torch.testing.assert_close(recomputed[name], grad, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(recomputed[name], grad, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_trains_in_bfloat16_near_float32():
     torch.manual_seed(0)
-    attention = GroupAttention(32, 2)
-    grouping = group_map(1, 12, 12, AxisRule(3, 4), AxisRule(3, 4))
-    x = torch.randn(1, 12, 12, 32)
-    grads = []
+    attention, rules = GroupAttention(32, 2), (AxisRule(3, 4), AxisRule(3, 4))
+    x, grads = torch.randn(1, 12, 12, 32), []
     for enabled in (False, True):
         attention.zero_grad()
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            out = attention(x, grouping)
+            out = attention(x, *rules)
             assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
             out.float().square().sum().backward()
         grads.append([p.grad.clone() for p in attention.parameters()])
@@ -257,13 +254,14 @@ def stored_for_backward(path, side):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         features = model(torch.rand(1, 3, side, side))
     assert all(f.requires_grad for f in features)
-    return sum(storages.values()) - sum(p.nbytes for p in model.parameters())
+    return sum(storages.values()) - sum(p.numel() * 4 for p in model.parameters())
 
 
+@needs_native
 def test_what_training_stores_grows_no_faster_than_the_area():
     stored = {(path, side): stored_for_backward(path, side)
-              for path in ('plain', 'tiled') for side in (224, 448)}
-    assert stored['tiled', 448] < 4.05 * stored['tiled', 224]
+              for path in ('plain', 'native') for side in (224, 448)}
+    assert stored['native', 448] < 4.05 * stored['native', 224]
     assert stored['plain', 448] > 6 * stored['plain', 224]  # so the test can tell
 
 
@@ -282,15 +280,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_all_pairs_exists(monkeypatch):
+@needs_native
+def test_no_tensor_of_all_pairs_exists():
     """Not even of one group and head, in either pass; plain has them of all groups."""
-    monkeypatch.setattr(tiled, 'TILE', 2**12)
-    segments = [Segment(4, 12, 12)]
-    inputs = random_inputs(segments, heads=4, dim=4, dtype=torch.float32)
-    largest = {}
-    for attention in (tiled_attention, plain_attention):
+    rules = AxisRule(12, 1), AxisRule(12, 1)
+    inputs, largest = random_inputs((1, 24, 24), *rules, 4, 4), {}
+    for path in ('native', 'plain'):
         with LargestTensor() as mode:
-            values_and_gradients(attention, *inputs, segments, 4)
-        largest[attention] = mode.numel
-    assert largest[plain_attention] >= 4 * 4 * 144**2
-    assert largest[tiled_attention] < 2 * 144**2
+            values_and_gradients(*inputs, *rules, 4, .3, path=path)
+        largest[path] = mode.numel
+    assert largest['plain'] >= 4 * 4 * 144**2
+    assert largest['native'] < 2 * 144**2

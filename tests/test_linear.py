@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crossformer_mm.kernels import onednn, onednn_suits
+from crossformer_mm.kernels import onednn
+from crossformer_mm.kernels.onednn import onednn_suits
 from crossformer_mm.linear import Linear, Mlp
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),

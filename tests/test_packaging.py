@@ -48,7 +48,7 @@ image = torch.rand(1, 3, 64, 64)
 with torch.autocast('cpu', torch.bfloat16):
     crossformer_mm.CrossFormer('s')(image)
     try:
-        crossformer_mm.CrossFormer('s', attention_path='avx512')(image)
+        crossformer_mm.CrossFormer('s', attention_path='native')(image)
     except ValueError as error:
         assert 'was not compiled when crossformer_mm was installed' in str(error), error
         print('whole')
@@ -123,12 +123,12 @@ def test_wheel_has_every_config_and_tool(wheel):
                     reason='the kernel is for x86-64, and compiled with options of GCC and Clang')
 def test_wheel_has_the_kernel_for_every_python(wheel):
     assert '-cp310-abi3-linux_x86_64' in wheel.name
-    assert 'crossformer_mm/kernels/_avx512.abi3.so' in zipfile.ZipFile(wheel).namelist()
+    assert 'crossformer_mm/kernels/_native.abi3.so' in zipfile.ZipFile(wheel).namelist()
 
 
 def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
     wheel = build_wheel(tmp_path, CC='false', CXX='false')
-    assert not any('_avx512' in name for name in zipfile.ZipFile(wheel).namelist())
+    assert not any('_native' in name for name in zipfile.ZipFile(wheel).namelist())
     done = run_installed(install(wheel, tmp_path / 'site'), tmp_path, NO_KERNEL)
     assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.grouping import AxisRule, group_map, long_distance, short_distance
+from crossformer_mm.grouping import AxisRule, long_distance, short_distance
 from crossformer_mm.position_bias import (POSITION_BIASES, AbsolutePosition, DynamicPositionBias,
                                           NoPositionBias, RelativePositionBias, bias_of_pairs,
                                           build_position_bias)
@@ -120,15 +120,15 @@ def test_absolute_position_adds_its_map_resized(height, width):
 def test_without_bias_attention_does_not_see_where_tokens_are():
     """Members of a group in another order give the same results in that order."""
     attention = build_attention('none')
-    grouping = group_map(1, 6, 6, AxisRule(6, 1), AxisRule(6, 1))
+    rules = AxisRule(6, 1), AxisRule(6, 1)
     x, order = torch.randn(1, 6, 6, 32), torch.randperm(36)
 
     def shuffled(m):
         return m.flatten(0, 2)[order].view_as(m)
 
-    torch.testing.assert_close(attention(shuffled(x), grouping), shuffled(attention(x, grouping)))
+    torch.testing.assert_close(attention(shuffled(x), *rules), shuffled(attention(x, *rules)))
     told = build_attention('relative')
-    assert not torch.allclose(told(shuffled(x), grouping), shuffled(told(x, grouping)), atol=1e-4)
+    assert not torch.allclose(told(shuffled(x), *rules), shuffled(told(x, *rules)), atol=1e-4)
 
 
 def build_attention(position_bias, num_heads=2, group_size=6):
@@ -154,7 +154,7 @@ def test_with_a_learnt_table_and_shifted_groups_it_is_attention_of_swin(height, 
     rules = (long_distance(height, width, 7, 1, 'shifted') if shifted else
              short_distance(height, width, 7, 'shifted'))
     x = torch.randn(2, height, width, 32, requires_grad=True)
-    ours_out = ours(x, group_map(2, height, width, *rules))
+    ours_out = ours(x, *rules)
     theirs_out = theirs(x.flatten(1, 2), (height, width)).view_as(x)
     torch.testing.assert_close(ours_out, theirs_out, atol=2e-5, rtol=1e-4)
     weights = torch.randn_like(x)

@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer
-from crossformer_mm.grouping import group_map, short_distance
+from crossformer_mm.grouping import stage_rules
 
 from .conftest import SMALL
 
@@ -98,11 +98,10 @@ def test_each_rate_acts_in_training_alone(small, rate):
 
 def test_attention_dropout_keeps_the_expected_value(small):
     attention = small(attn_drop_rate=0.5).layers[0].blocks[0].attn
-    x, rules = torch.randn(1, 5, 4, 32).expand(2000, -1, -1, -1), short_distance(5, 4, 7, 'block')
-    grouping = group_map(2000, 5, 4, *rules)
+    x, rules = torch.randn(1, 5, 4, 32).expand(2000, -1, -1, -1), stage_rules(5, 4, 7, 1, 'block')[0]
     with torch.no_grad():
-        expected = attention(x, grouping)[0]
-        dropped = attention.train()(x, grouping)
+        expected = attention(x, *rules)[0]
+        dropped = attention.train()(x, *rules)
     assert dropped.std(0).min() > 0
     assert (dropped.mean(0) - expected).norm() < 0.1 * expected.norm()
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from ..grouping import AxisRule, fit_rule
+from .call import Call
+from .operator import map_operator
 
 try:
     from . import _native
@@ -79,23 +81,18 @@ def instructions() -> str:
     return name
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str:
-    """What is in the way of this kernel, or nothing.
-
-    Args:
-        device (torch.device): where q, k and v are.
-        dtype (torch.dtype): of q, k and v.
-        head_dim (int): channels of a head.
-        dropout (float): dropout of the attention weights.
-    """
-    if device.type != 'cpu':
-        return f'it runs on the CPU, but got tensors on {device.type}'
-    if dtype not in DTYPES:
-        return f'it takes {", ".join(map(str, DTYPES))}, but got {dtype}'
-    if head_dim > LARGEST_HEAD:
-        return f'it takes heads of at most {LARGEST_HEAD} channels, but they have {head_dim}'
-    if dropout:
-        return f'it has no dropout, but attn_drop_rate is {dropout}'
+def why_not(call: Call) -> str:
+    """What is in the way of this path, or nothing."""
+    if call.watcher == 'exporter':
+        return 'an exporter cannot write it down'
+    if call.device.type != 'cpu':
+        return f'it works on the CPU, but got tensors on {call.device}'
+    if call.dtype not in DTYPES:
+        return f'it takes {", ".join(map(str, DTYPES))}, but got {call.dtype}'
+    if call.head_dim > LARGEST_HEAD:
+        return f'it takes heads of at most {LARGEST_HEAD} channels, but they have {call.head_dim}'
+    if call.dropout:
+        return f'it has no dropout of attention weights, but attn_drop_rate is {call.dropout}'
     return MISSING
 
 
@@ -123,8 +120,8 @@ def forward(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_h
     """
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     norms = qkv.new_empty(*qkv.shape[:3], num_heads, dtype=torch.float32)
-    attend(qkv.contiguous(), table.float().contiguous(), out, norms, None, None, None, rows,
-           columns, scale)
+    call_kernel(qkv.contiguous(), table.float().contiguous(), out, norms, None, None, None, rows,
+                columns, scale)
     return out, norms
 
 
@@ -147,12 +144,12 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
     """
     qkv, table = qkv.contiguous(), table.float().contiguous()
     grad_qkv, grad_table = torch.empty_like(qkv), torch.empty_like(table)
-    attend(qkv, table, out.contiguous(), norms.contiguous(), grad_out.to(qkv.dtype).contiguous(),
-           grad_qkv, grad_table, rows, columns, scale)
+    call_kernel(qkv, table, out.contiguous(), norms.contiguous(), grad_out.to(qkv.dtype).contiguous(),
+                grad_qkv, grad_table, rows, columns, scale)
     return grad_qkv, grad_table
 
 
-def attend(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns, scale) -> None:
+def call_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns, scale) -> None:
     """Call the kernel, which takes addresses; without gradients it is the forward pass."""
     batch, height, width, heads = norms.shape
     rows, columns = fit_rule(height, rows), fit_rule(width, columns)
@@ -164,3 +161,6 @@ def attend(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns
                    *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
                    batch, height, width, heads, out.shape[3] // heads, *table.shape[1:],
                    tuple(rows), tuple(columns), scale)
+
+
+attend = map_operator('native_attention', forward, backward)
