@@ -74,7 +74,7 @@ SERVED = [name for name in kernels.ATTENTION_PATHS
 
 
 @pytest.mark.parametrize('path', SERVED)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 4e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
@@ -89,8 +89,9 @@ def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
     ours = values_and_gradients(*inputs, *rules, heads, .3, path=path)
     exact = values_and_gradients(*(x.double() for x in inputs), *rules, heads, .3, path='plain')
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
-    for one, other in zip(ours, exact):
-        assert (one - other).abs().max() <= tolerance * max(other.abs().max(), 1)
+    # A gradient of the table is a sum over all positions, in which rounding adds up.
+    for one, other, least in zip(ours, exact, (1, 1, (height * width)**.5)):
+        assert (one - other).abs().max() <= tolerance * max(other.abs().max(), least)
 
 
 @pytest.mark.parametrize('call, path', [
@@ -127,7 +128,7 @@ def test_a_path_that_cannot_serve_is_refused_not_replaced(option, reason):
 
 
 def test_wrong_path_is_refused_by_name():
-    with pytest.raises(ValueError, match="attention_path.*'fused', 'native', 'plain'.*'flash'"):
+    with pytest.raises(ValueError, match="attention_path.*'native', 'fused', 'plain'.*'flash'"):
         CrossFormer(SMALL, attention_path='flash')
 
 
@@ -158,7 +159,7 @@ def test_second_derivative_is_refused():
     qkv, table = random_inputs((1, 2, 2), *RULE, 1, 8)
     out = native.attend(qkv.requires_grad_(), table, *RULE, 1, 1.)
     grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match='once, not twice'):
         grad.sum().backward()
 
 

@@ -3,9 +3,9 @@
 ======= =============== ====================================================================
 path    where           what
 ======= =============== ====================================================================
-fused   CUDA, Triton    :mod:`.fused`: one kernel that leaves tokens where they are; memory
-                        linear in the image's area
-native  CPU             :mod:`.native`: the same in compiled C++
+native  CPU             :mod:`.native`: one compiled kernel that leaves tokens where they are;
+                        memory linear in the image's area
+fused   CUDA, Triton    :mod:`.fused`: the same in Triton
 plain   anywhere        :mod:`.plain`: the definition, in PyTorch; stores all weights in training
 ======= =============== ====================================================================
 
@@ -42,8 +42,8 @@ class Path(NamedTuple):
 
 
 PATHS = {  # the best first
-    'fused': Path(fused.attend, fused.why_not, fused.agrees_with_plain),
     'native': Path(native.attend, native.why_not),
+    'fused': Path(fused.attend, fused.why_not, fused.agrees_with_plain),
     'plain': Path(plain.attend, plain.why_not),
 }
 ATTENTION_PATHS = tuple(PATHS)
