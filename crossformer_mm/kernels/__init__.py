@@ -23,6 +23,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
+from ..compat import is_autocast_enabled, is_compiling, is_exporting
 from ..grouping import AxisRule, Segment
 from .avx512 import why_not_avx512
 from .fused import agrees_with_plain, fused_attention, why_not_fused
@@ -58,11 +59,6 @@ def choose_path(device: torch.device, dropout: float, dtype: torch.dtype = torch
     fused = (device.type == 'cuda' and not why_not_fused(device, dtype, head_dim, dropout)
              and agrees_with_plain(device))
     return 'fused' if fused else 'plain'
-
-
-def is_exporting() -> bool:
-    # Before PyTorch 2.7 it cannot be told from compiling.
-    return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
 
 
 def why_not(path: str, device: torch.device, dtype: torch.dtype, head_dim: int,
@@ -108,12 +104,12 @@ def works_on_maps(device: torch.device, dtype: torch.dtype, head_dim: int, dropo
     if path == 'fused' or (path is None and device.type == 'cuda'):
         return settle_path(path, device, dtype, head_dim, dropout) == 'fused'
     return (path != 'plain' and device.type == 'cpu' and not dropout
-            and torch.compiler.is_compiling() and not is_exporting())
+            and is_compiling() and not is_exporting())
 
 
 def is_traced() -> bool:
     """Whether a compiler or tracer follows what is computed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
+    return is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting()
 
 
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
@@ -126,7 +122,7 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     tokens = x.numel() // x.shape[-1]
     few = 400 if weight.numel() > 2**20 else 128
     return (x.device.type == 'cpu' and x.dtype == torch.float32 and not is_traced()
-            and not torch.is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
+            and not is_autocast_enabled('cpu') and torch.backends.mkldnn.is_available()
             and torch.backends.mkldnn.enabled
             and (tokens >= few or not torch.is_grad_enabled()))
 

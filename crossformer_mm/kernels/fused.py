@@ -13,8 +13,9 @@ import warnings
 from typing import Tuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
+from ..compat import define_operator, missing_torch
 from ..grouping import AxisRule, group_map
 from .plain import plain_attention
 
@@ -81,6 +82,8 @@ def why_no_triton(device: torch.device) -> str:
     """What is in the way of running Triton kernels on a device, or nothing."""
     if not has_triton():
         return 'it needs the package triton, which is not installed'
+    if missing_torch('2.4'):  # whose Triton is the first to have all that the kernels use
+        return missing_torch('2.4')
     if device.type == 'cuda' and torch.cuda.is_available():
         if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
             return ''
@@ -145,10 +148,9 @@ agrees_with_plain._dynamo_marked_constant = True
 # inside. (It could look inside a `triton_op`, but there is nothing to fuse with, and Triton's
 # interpreter could not run one.) They take tokens, not maps: inductor cannot keep maps of symbolic
 # sides for the backward pass.
-@library.custom_op('crossformer_mm::fused_attention', mutates_args=())
-def _attend(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
-            row_interval: int, column_size: int, column_interval: int, num_heads: int,
-            scale: float) -> Tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
+             row_interval: int, column_size: int, column_interval: int, num_heads: int,
+             scale: float) -> Tuple[Tensor, Tensor]:
     """Output, and the norms of the softmax, (B*H*W, heads)."""
     from .fused_triton import forward
     out, norms = forward(qkv.view(batch, height, width, -1), table,
@@ -157,18 +159,16 @@ def _attend(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row
     return out.flatten(0, 2), norms.flatten(0, 2)
 
 
-@_attend.register_fake
-def _(qkv, table, batch, height, width, row_size, row_interval, column_size, column_interval,
-      num_heads, scale):
+def _fake_forward(qkv, table, batch, height, width, row_size, row_interval, column_size,
+                  column_interval, num_heads, scale):
     return (qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
             qkv.new_empty(qkv.shape[0], num_heads, dtype=torch.float32))
 
 
-@library.custom_op('crossformer_mm::fused_attention_backward', mutates_args=())
-def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
-                     batch: int, height: int, width: int, row_size: int, row_interval: int,
-                     column_size: int, column_interval: int, num_heads: int,
-                     scale: float) -> Tuple[Tensor, Tensor]:
+def _backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
+              batch: int, height: int, width: int, row_size: int, row_interval: int,
+              column_size: int, column_interval: int, num_heads: int,
+              scale: float) -> Tuple[Tensor, Tensor]:
     """Gradients of qkv and table."""
     from .fused_triton import backward
     grad_out, qkv, out, norms = (x.reshape(batch, height, width, -1)
@@ -179,9 +179,8 @@ def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, 
     return grad_qkv.flatten(0, 2), grad_table
 
 
-@_attend_backward.register_fake
-def _(grad_out, qkv, table, out, norms, batch, height, width, row_size, row_interval, column_size,
-      column_interval, num_heads, scale):
+def _fake_backward(grad_out, qkv, table, out, norms, batch, height, width, row_size,
+                   row_interval, column_size, column_interval, num_heads, scale):
     return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
@@ -198,4 +197,6 @@ def _differentiate(ctx, grad_out, grad_norms):
     return (*_attend_backward(grad_out, qkv, table, out, norms, *ctx.numbers), *(None,) * 9)
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend_backward = define_operator('fused_attention_backward', _backward, _fake_backward)
+_attend = define_operator('fused_attention', _forward, _fake_forward,
+                          setup_context=_keep, backward=_differentiate)

@@ -6,8 +6,9 @@ PyTorch's own kind both are left to the moment of running, and the sides stay sy
 """
 from typing import Tuple
 
-from torch import Tensor, library
+from torch import Tensor
 
+from ..compat import define_operator
 from ..grouping import AxisRule, group_map
 from .tiled import attend_segments, attend_segments_backward
 
@@ -26,10 +27,9 @@ def tiled_map_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: Axi
 
 
 # It takes tokens, not maps: inductor cannot keep maps of symbolic sides for the backward pass.
-@library.custom_op('crossformer_mm::tiled_attention', mutates_args=())
-def _attend(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
-            row_interval: int, column_size: int, column_interval: int, num_heads: int,
-            scale: float, avx512: bool) -> Tensor:
+def _forward(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
+             row_interval: int, column_size: int, column_interval: int, num_heads: int,
+             scale: float, avx512: bool) -> Tensor:
     grouping = group_map(batch, height, width, AxisRule(row_size, row_interval),
                          AxisRule(column_size, column_interval))
     out = attend_segments(qkv.index_select(0, grouping.order), table, grouping.segments, num_heads,
@@ -37,16 +37,14 @@ def _attend(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row
     return out.index_select(0, grouping.inverse)
 
 
-@_attend.register_fake
-def _(qkv, table, batch, height, width, row_size, row_interval, column_size, column_interval,
-      num_heads, scale, avx512):
+def _fake_forward(qkv, table, batch, height, width, row_size, row_interval, column_size,
+                  column_interval, num_heads, scale, avx512):
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
 
 
-@library.custom_op('crossformer_mm::tiled_attention_backward', mutates_args=())
-def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, batch: int,
-                     height: int, width: int, row_size: int, row_interval: int, column_size: int,
-                     column_interval: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+def _backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, batch: int,
+              height: int, width: int, row_size: int, row_interval: int, column_size: int,
+              column_interval: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
     """Gradients of qkv and table."""
     grouping = group_map(batch, height, width, AxisRule(row_size, row_interval),
                          AxisRule(column_size, column_interval))
@@ -56,9 +54,8 @@ def _attend_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, 
     return grad_qkv.index_select(0, grouping.inverse), grad_table.contiguous()
 
 
-@_attend_backward.register_fake
-def _(grad_out, qkv, table, out, batch, height, width, row_size, row_interval, column_size,
-      column_interval, num_heads, scale):
+def _fake_backward(grad_out, qkv, table, out, batch, height, width, row_size,
+                   row_interval, column_size, column_interval, num_heads, scale):
     return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
@@ -72,4 +69,6 @@ def _differentiate(ctx, grad_out):
     return (*_attend_backward(grad_out, qkv, table, out, *ctx.numbers), *(None,) * 10)
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend_backward = define_operator('tiled_attention_backward', _backward, _fake_backward)
+_attend = define_operator('tiled_attention', _forward, _fake_forward,
+                          setup_context=_keep, backward=_differentiate)

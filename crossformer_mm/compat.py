@@ -1,0 +1,216 @@
+"""What newer releases of PyTorch have, for all from 2.1 on; nothing here is needed for ever.
+
+Each entry names the release that makes it unnecessary: once that is the oldest one allowed, put
+what it stands for in its place.
+"""
+import _compat_pickle
+import codecs
+import collections
+import pickle
+import tarfile
+from types import SimpleNamespace
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
+
+
+def missing_torch(needed: str) -> str:
+    """A clause if this PyTorch is older than ``needed``, such as '2.4', or nothing."""
+    if TORCH >= tuple(map(int, needed.split('.'))):
+        return ''
+    return f'it needs PyTorch {needed} or newer, this is {torch.__version__}'
+
+
+# 2.3: torch.compiler.is_compiling. The compilers before know this to be true inside a graph.
+is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling',
+                                           getattr(torch._utils, 'is_compiling', None))
+
+# 2.7: torch.compiler.is_exporting. Before, it cannot be told from compiling.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', is_compiling)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """2.4: ``torch.is_autocast_enabled(device_type)``; before, for 'cpu' and 'cuda' alone."""
+    if TORCH >= (2, 4):
+        return torch.is_autocast_enabled(device_type)
+    return (torch.is_autocast_cpu_enabled() if device_type == 'cpu' else
+            torch.is_autocast_enabled())
+
+
+# 2.4: torch.library.custom_op --------------------------------------------------------------------
+
+NAMESPACE = 'crossformer_mm'
+# Operators are gone with the library that defines them.
+_library = torch.library.Library(NAMESPACE, 'FRAGMENT')
+_TYPES = {Tensor: 'Tensor', Optional[Tensor]: 'Tensor?', int: 'SymInt', float: 'float',
+          bool: 'bool', str: 'str'}
+
+
+def define_operator(name: str, function: Callable, fake: Callable, *,
+                    schema: Optional[str] = None, setup_context: Optional[Callable] = None,
+                    backward: Optional[Callable] = None) -> Callable:
+    """A function as an operator of PyTorch's, ``torch.ops.crossformer_mm.NAME``.
+
+    Tracers and compilers take it as one node and do not look inside. Without ``backward`` asking
+    for a gradient raises a RuntimeError: call it, and another for the gradient, from a
+    ``torch.autograd.Function``.
+
+    Args:
+        name (str): of the operator, without namespace.
+        function (Callable): takes and returns what ``schema`` says. It is called below
+            autograd, and must not return one of its arguments or a view of one.
+        fake (Callable): the same without data: takes the same arguments, with shapes alone, and
+            returns empty tensors of the right shapes, types and strides.
+        schema (str, optional): arguments and results, such as ``(Tensor x, SymInt n) -> Tensor``.
+            None: from the annotations of ``function``.
+        setup_context, backward (Callable, optional): as of
+            ``torch.library.register_autograd``.
+
+    Returns:
+        Callable: the operator; takes what ``function`` takes, by position.
+    """
+    schema = schema or schema_of(function)
+    tags = [getattr(torch.Tag, tag) for tag in ('pt2_compliant_tag', 'needs_fixed_stride_order')
+            if hasattr(torch.Tag, tag)]
+    # Strides matter to a function that works on addresses; tags: 2.2.
+    _library.define(name + schema, **(dict(tags=tags) if tags else {}))
+    _library.impl(name, function, 'CompositeExplicitAutograd')
+    register_fake(name, fake)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(f'{NAMESPACE}::{name} has no autograd formula.')
+
+    register_autograd(name, operator, backward or refuse, setup_context)
+    return operator
+
+
+def schema_of(function: Callable) -> str:
+    """The schema that a function's annotations say."""
+    types = dict(function.__annotations__)
+    result = types.pop('return')
+    parts = getattr(result, '__args__', None)
+    returns = f"({', '.join(_TYPES[part] for part in parts)})" if parts else _TYPES[result]
+    return f"({', '.join(f'{_TYPES[kind]} {name}' for name, kind in types.items())}) -> {returns}"
+
+
+def register_fake(name: str, fake: Callable) -> None:
+    """2.4: ``torch.library.register_fake``."""
+    if TORCH >= (2, 4):
+        torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=_library)
+    else:
+        _library.impl(name, fake, 'Meta')
+
+
+def register_autograd(name: str, operator: Callable, backward: Callable,
+                      setup_context: Optional[Callable]) -> None:
+    """2.4: ``torch.library.register_autograd``."""
+    if TORCH >= (2, 4):
+        torch.library.register_autograd(f'{NAMESPACE}::{name}', backward,
+                                        setup_context=setup_context, lib=_library)
+        return
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    function = type(name, (torch.autograd.Function,), dict(
+        forward=staticmethod(forward), backward=staticmethod(once_differentiable(backward)),
+        setup_context=staticmethod(setup_context or (lambda ctx, inputs, output: None))))
+    _library.impl(name, lambda *args: function.apply(*args), 'Autograd')
+
+
+# 2.6: torch.serialization.safe_globals with pairs ------------------------------------------------
+
+def load_plain(file, map_location, allowed: list) -> Any:
+    """``torch.load(file, weights_only=True)`` that also takes what is allowed.
+
+    Before 2.6 nothing can be allowed, or not under another name, and an archive of TorchScript
+    would be run; there the file is read here, by rules at least as narrow.
+
+    Args:
+        file: open for reading, at its beginning.
+        map_location: as of ``torch.load``.
+        allowed (list): as of ``torch.serialization.safe_globals``.
+
+    Raises:
+        Exception: the file holds anything else, is damaged, or is an archive of TorchScript;
+            nothing of it was run.
+    """
+    if TORCH >= (2, 6):
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    # What torch.load does, by its own parts: it asks the environment whether a reader may be
+    # given, and another reader of archives might see other things in the same file.
+    theirs, reader = torch.serialization, plain_pickle(allowed)
+    if tarfile.is_tarfile(file):
+        raise pickle.UnpicklingError('of a release before PyTorch 0.1.10')
+    file.seek(0)
+    if not theirs._is_zipfile(file):
+        return theirs._legacy_load(file, map_location, reader, encoding='utf-8')
+    with theirs._open_zipfile_reader(file) as archive:
+        if theirs._is_torchscript_zip(archive):
+            raise pickle.UnpicklingError('a TorchScript archive')
+        return theirs._load(archive, map_location, reader, encoding='utf-8')
+
+
+# What every release since 2.6 allows by itself.
+ALLOWED_SINCE = {'_codecs.encode': codecs.encode, 'torch.device': torch.device,
+                 'builtins.set': set, 'builtins.bytearray': bytearray,
+                 'collections.Counter': collections.Counter,
+                 **{str(value): value for value in vars(torch).values()
+                    if isinstance(value, torch.dtype)}}
+
+
+def plain_pickle(allowed: list) -> SimpleNamespace:
+    """The module ``pickle`` as far as ``torch.load`` asks for it, for plain data and tensors."""
+    from torch._weights_only_unpickler import _get_allowed_globals
+    named = {**_get_allowed_globals(), **ALLOWED_SINCE}
+    named.update(entry[::-1] if isinstance(entry, tuple) else
+                 (f'{entry.__module__}.{entry.__qualname__}', entry) for entry in allowed)
+
+    def check(value, what: str) -> None:
+        if not any(value is one for one in named.values()):
+            raise pickle.UnpicklingError(f'{what} {value}')
+
+    class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be replaced
+
+        def find_class(self, module: str, name: str):
+            module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+            if f'{module}.{name}' not in named:
+                raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+            return named[f'{module}.{name}']
+
+        def reduce(self):
+            check(self.stack[-2], 'call of')
+            self.load_reduce()
+
+        def new(self):
+            check(self.stack[-2], 'instance of')
+            self.load_newobj()
+
+        def build(self):
+            check(type(self.stack[-2]), 'state of')
+            self.load_build()
+
+        def storage(self):
+            if not isinstance(self.stack[-1], tuple) or self.stack[-1][0] not in ('storage',
+                                                                                  b'storage'):
+                raise pickle.UnpicklingError('a module with its source')
+            self.load_binpersid()
+
+        dispatch = {
+            **pickle._Unpickler.dispatch, pickle.REDUCE[0]: reduce, pickle.NEWOBJ[0]: new,
+            pickle.BUILD[0]: build, pickle.BINPERSID[0]: storage}
+        for code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1,
+                     pickle.EXT2, pickle.EXT4):
+            del dispatch[code[0]]
+
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(Unpickler=Unpickler, load=load, __name__='plain_pickle')
