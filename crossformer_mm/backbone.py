@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import CrossFormerBlock
 from .checkpoint import load_backbone
+from .compat import compiled_since_2_4
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, group_map, long_distance, short_distance
 from .position_bias import POSITION_BIASES, AbsolutePosition
@@ -249,6 +250,7 @@ class CrossFormer(BaseModule):
                 self.add_module(f'norm{stage}', nn.LayerNorm(channels[stage]))
         self._freeze_stages()
 
+    @compiled_since_2_4
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
         """Features of the chosen stages.
 

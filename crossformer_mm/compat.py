@@ -6,8 +6,10 @@ what it stands for in its place.
 import _compat_pickle
 import codecs
 import collections
+import functools
 import pickle
 import tarfile
+import warnings
 from types import SimpleNamespace
 from typing import Any, Callable, Optional
 
@@ -122,6 +124,31 @@ def register_autograd(name: str, operator: Callable, backward: Callable,
         forward=staticmethod(forward), backward=staticmethod(once_differentiable(backward)),
         setup_context=staticmethod(setup_context or (lambda ctx, inputs, output: None))))
     _library.impl(name, lambda *args: function.apply(*args), 'Autograd')
+
+
+# 2.4: compilers that take operators ---------------------------------------------------------------
+
+def compiled_since_2_4(forward: Callable) -> Callable:
+    """A method that older compilers run as it is, and say so; they take minutes to fail on it."""
+    if TORCH >= (2, 4):
+        return forward
+    import torch._dynamo
+
+    @functools.lru_cache(maxsize=None)  # once
+    def say() -> None:
+        warnings.warn(f'CrossFormer is not compiled: {missing_torch("2.4")}. The rest of the model '
+                      'is.')
+
+    # Compilers know a call of theirs by its wrapper, and cannot look into it.
+    say, as_it_is = torch._dynamo.disable(say), torch._dynamo.disable(forward)
+
+    @functools.wraps(forward)
+    def run(*args, **kwargs):
+        if is_compiling():
+            say()
+        return as_it_is(*args, **kwargs)
+
+    return run
 
 
 # 2.6: torch.serialization.safe_globals with pairs ------------------------------------------------
