@@ -1,52 +1,95 @@
+"""The parts of a build that pyproject.toml cannot say: the kernel in C++ and what is put into
+``crossformer_mm/.mim``."""
+import os
+import shutil
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
-here = Path(__file__).parent
-version = {}
-exec((here / 'crossformer_mm' / 'version.py').read_text(), version)
+HERE = Path(__file__).resolve().parent
+NO_EXTENSION = 'CROSSFORMER_MM_NO_EXTENSION'
 
 # Attention on the CPU. Where there is no compiler the package is installed without it, and
 # PyTorch does its work. It takes addresses of arrays and nothing of PyTorch or of one Python, so
 # that it fits every version of both.
-native = Extension(
+kernel = Extension(
     'crossformer_mm.kernels._native', ['crossformer_mm/kernels/native.cpp'], optional=True,
     depends=['crossformer_mm/kernels/native_kernel.h'],
-    define_macros=[('Py_LIMITED_API', '0x03090000')], py_limited_api=True,
-    extra_compile_args=['-std=c++17', '-O3', '-ffp-contract=fast', '-pthread'],
-    extra_link_args=['-pthread'])
+    define_macros=[('Py_LIMITED_API', '0x03090000')], py_limited_api=True)
 
-# The maintained and the last OpenMMLab releases install the same import packages,
-# so that requiring one would break an environment with the other: a user names
-# the family by an extra, or has one already.
+# Where mmengine.hub and mim look for what is beside the package here.
+MIM = 'crossformer_mm/.mim'
+BESIDE = {'configs': ('**/*.py', '**/metafile.yml'), 'tools': ('*.py', '*.sh')}
+NOT_FOR_USERS = ('tools/write_model_zoo.py',)
+
+
+class BuildKernel(build_ext):
+    """Flags in the words of the compiler that is there."""
+
+    def build_extension(self, ext) -> None:
+        if self.compiler.compiler_type == 'msvc':
+            raise CompileError("the kernel is written in vectors of GCC's and Clang's, which this "
+                               'compiler does not have')
+        ext.extra_compile_args = ['-std=c++17', '-O3', '-ffp-contract=fast', '-pthread']
+        ext.extra_link_args = ['-pthread']
+        super().build_extension(ext)
+
+
+class BuildWithConfigs(build_py):
+    """Adds configs, tools and the model index; for an editable install as links, where the system
+    has links for everybody, or else as copies that the next install renews."""
+
+    def run(self) -> None:
+        super().run()
+        folder = (HERE if self.editable_mode else Path(self.build_lib)) / MIM
+        remove(folder)
+        folder.mkdir(parents=True)
+        for name in ('model-index.yml', *BESIDE):
+            if self.editable_mode and link(folder / name, HERE / name):
+                continue
+            for path in self.files_of(name):
+                target = folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(HERE / path, target)
+
+    @staticmethod
+    def files_of(name: str) -> list:
+        """The files of a folder of the checkout that users get, as paths from the checkout."""
+        found = {path.relative_to(HERE) for pattern in BESIDE.get(name, ())
+                 for path in (HERE / name).glob(pattern)} or {Path(name)}
+        return sorted(found - set(map(Path, NOT_FOR_USERS)))
+
+    def get_outputs(self, include_bytecode=True) -> list:
+        copies = [] if self.editable_mode else [
+            str(Path(self.build_lib) / MIM / path)
+            for name in ('model-index.yml', *BESIDE) for path in self.files_of(name)]
+        return super().get_outputs(include_bytecode) + copies
+
+
+def remove(folder: Path) -> None:
+    """A folder of links and copies, but never what a link leads to."""
+    for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.is_dir():
+        folder.rmdir()
+
+
+def link(path: Path, target: Path) -> bool:
+    try:
+        path.symlink_to(os.path.relpath(target, path.parent), target.is_dir())
+        return True
+    except OSError:  # Windows: only for developers
+        return False
+
+
+extensions = [] if os.environ.get(NO_EXTENSION) else [kernel]
 setup(
-    name='crossformer-mm',
-    version=version['__version__'],
-    description='CrossFormer and CrossFormer++ backbones for MMDetection and MMSegmentation',
-    long_description=(here / 'README.md').read_text(encoding='utf-8'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    packages=find_packages(include=['crossformer_mm', 'crossformer_mm.*']),
-    # Where mmengine.hub and mim look for what is beside the package here: .mim holds links.
-    package_data={'crossformer_mm': ['.mim/model-index.yml', '.mim/configs/**/*.py',
-                                     '.mim/configs/*/metafile.yml', '.mim/tools/*.py',
-                                     '.mim/tools/*.sh']},
-    ext_modules=[native],
-    options=dict(bdist_wheel=dict(py_limited_api='cp310')),
-    exclude_package_data={'crossformer_mm': ['.mim/tools/write_model_zoo.py']},
-    python_requires='>=3.10',
-    install_requires=['torch>=2.6', 'einops>=0.6'],
-    extras_require={
-        'onedl': ['onedl-mmengine>=0.10.12', 'onedl-mmcv>=2.3.6', 'onedl-mmdetection>=3.5.1',
-                  'onedl-mmsegmentation>=1.4.2', 'ftfy', 'regex'],
-        'openmmlab': ['mmengine>=0.10.7', 'mmcv>=2.1.0', 'mmdet>=3.3.0', 'mmsegmentation>=1.2.2',
-                      'ftfy', 'regex'],
-        # To pretrain. The torchvision that pip chooses fits a torch from the same index; beside
-        # others see requirements/torchvision.txt.
-        'onedl-pretrain': ['onedl-mmpretrain>=1.3.6', 'torchvision'],
-        'openmmlab-pretrain': ['mmpretrain>=1.2.0', 'torchvision'],
-        'tensorboard': ['tensorboard'],
-        'safetensors': ['safetensors'],
-        'export': ['onnx>=1.23', 'onnxruntime>=1.23', 'onnxscript>=0.7'],
-    },
+    ext_modules=extensions,
+    cmdclass=dict(build_ext=BuildKernel, build_py=BuildWithConfigs),
+    options=dict(bdist_wheel=dict(py_limited_api='cp39')) if extensions else {},
 )

@@ -4,12 +4,16 @@
 backbone, the hooks and what a classifier needs besides; ``type='CrossFormer'`` builds the
 backbone.
 """
-from mmengine.config.utils import MODULE2PACKAGE
+from .installed import check_installed
 
-from .backbone import ARCHITECTURES, CrossFormer
-from .classification import NormedGlobalAveragePooling
-from .hooks import MagnitudeHook, ValidationSamplesHook
-from .version import __version__
+check_installed()
+
+from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
+
+from .backbone import ARCHITECTURES, CrossFormer  # noqa: E402
+from .classification import NormedGlobalAveragePooling  # noqa: E402
+from .hooks import MagnitudeHook, ValidationSamplesHook  # noqa: E402
+from .version import __version__  # noqa: E402
 
 __all__ = ['ARCHITECTURES', 'CrossFormer', 'MagnitudeHook', 'NormedGlobalAveragePooling',
            'ValidationSamplesHook', '__version__']

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import CrossFormerBlock
 from .checkpoint import load_backbone
+from .compat import compiled_since_2_4
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, Rules, stage_rules
 from .position_bias import POSITION_BIASES, AbsolutePosition
@@ -245,6 +246,7 @@ class CrossFormer(BaseModule):
                 self.add_module(f'norm{stage}', nn.LayerNorm(channels[stage]))
         self._freeze_stages()
 
+    @compiled_since_2_4
     def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
         """Features of the chosen stages.
 

@@ -13,6 +13,8 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from .compat import load_plain
+
 # What the authors' ImageNet files hold besides the backbone: the classifier's
 # final norm and linear layer, with their names in a classifier here
 # (configs/_base_/models/classifier.py), and buffers that their code recomputes anyway.
@@ -98,13 +100,13 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
 def read_plain(file, map_location) -> dict:
     """Unpickle an open file, plain data alone; a CheckpointError says in a clause why not."""
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(file, map_location=map_location, weights_only=True)
+        return load_plain(file, map_location, SAFE_GLOBALS)
     except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
         foreign = re.search(r'GLOBAL (\S+)', str(error))
         raise CheckpointError(
             f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
-            'it is cut short or no file of plain weights') from None
+            'it is a TorchScript archive, a program that was not run' if 'TorchScript' in str(error)
+            else 'it is cut short or no file of plain weights') from None
 
 
 def is_safetensors(file) -> bool:

@@ -6,26 +6,25 @@ what it stands for in its place.
 import _compat_pickle
 import codecs
 import collections
+import functools
 import pickle
 import tarfile
+import warnings
 from types import SimpleNamespace
 from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 
-def missing_torch(what: str, needed: str) -> str:
-    """A sentence if this PyTorch is older than ``needed``, such as '2.4', or nothing.
-
-    Args:
-        what (str): the first words, such as 'The fused attention'.
-    """
+def missing_torch(needed: str) -> str:
+    """A clause if this PyTorch is older than ``needed``, such as '2.4', or nothing."""
     if TORCH >= tuple(map(int, needed.split('.'))):
         return ''
-    return f'{what} needs PyTorch {needed} or newer, this is {torch.__version__}.'
+    return f'it needs PyTorch {needed} or newer, this is {torch.__version__}'
 
 
 # 2.3: torch.compiler.is_compiling. The compilers before know this to be true inside a graph.
@@ -58,8 +57,9 @@ def define_operator(name: str, function: Callable, fake: Callable, *,
                     backward: Optional[Callable] = None) -> Callable:
     """A function as an operator of PyTorch's, ``torch.ops.crossformer_mm.NAME``.
 
-    Tracers and compilers take it as one node and do not look inside. Without ``backward`` it has
-    no gradient: call it, and another for the gradient, from a ``torch.autograd.Function``.
+    Tracers and compilers take it as one node and do not look inside. Without ``backward`` asking
+    for a gradient raises a RuntimeError: call it, and another for the gradient, from a
+    ``torch.autograd.Function``.
 
     Args:
         name (str): of the operator, without namespace.
@@ -83,8 +83,11 @@ def define_operator(name: str, function: Callable, fake: Callable, *,
     _library.impl(name, function, 'CompositeExplicitAutograd')
     register_fake(name, fake)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if backward is not None:
-        register_autograd(name, operator, backward, setup_context)
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(f'{NAMESPACE}::{name} has no autograd formula.')
+
+    register_autograd(name, operator, backward or refuse, setup_context)
     return operator
 
 
@@ -106,7 +109,7 @@ def register_fake(name: str, fake: Callable) -> None:
 
 
 def register_autograd(name: str, operator: Callable, backward: Callable,
-                      setup_context: Callable) -> None:
+                      setup_context: Optional[Callable]) -> None:
     """2.4: ``torch.library.register_autograd``."""
     if TORCH >= (2, 4):
         torch.library.register_autograd(f'{NAMESPACE}::{name}', backward,
@@ -118,9 +121,34 @@ def register_autograd(name: str, operator: Callable, backward: Callable,
             return operator(*args)
 
     function = type(name, (torch.autograd.Function,), dict(
-        forward=staticmethod(forward), setup_context=staticmethod(setup_context),
-        backward=staticmethod(backward)))
+        forward=staticmethod(forward), backward=staticmethod(once_differentiable(backward)),
+        setup_context=staticmethod(setup_context or (lambda ctx, inputs, output: None))))
     _library.impl(name, lambda *args: function.apply(*args), 'Autograd')
+
+
+# 2.4: compilers that take operators ---------------------------------------------------------------
+
+def compiled_since_2_4(forward: Callable) -> Callable:
+    """A method that older compilers run as it is, and say so; they take minutes to fail on it."""
+    if TORCH >= (2, 4):
+        return forward
+    import torch._dynamo
+
+    @functools.lru_cache(maxsize=None)  # once
+    def say() -> None:
+        warnings.warn(f'CrossFormer is not compiled: {missing_torch("2.4")}. The rest of the model '
+                      'is.')
+
+    # Compilers know a call of theirs by its wrapper, and cannot look into it.
+    say, as_it_is = torch._dynamo.disable(say), torch._dynamo.disable(forward)
+
+    @functools.wraps(forward)
+    def run(*args, **kwargs):
+        if is_compiling():
+            say()
+        return as_it_is(*args, **kwargs)
+
+    return run
 
 
 # 2.6: torch.serialization.safe_globals with pairs ------------------------------------------------
@@ -213,3 +241,19 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
         return Unpickler(file, **options).load()
 
     return SimpleNamespace(Unpickler=Unpickler, load=load, __name__='plain_pickle')
+
+
+# OpenCV 4.12: None for a JPEG that is cut short; before, an image that is grey where data ends. ---
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether the bytes of an image are those of a JPEG that ends before its end marker."""
+    if not data.startswith(b'\xff\xd8'):
+        return False
+    place = 2
+    # A preview in the head has an end marker of its own: to the first scan, from part to part.
+    while data[place:place + 1] == b'\xff' and data[place + 1:place + 2] != b'\xda':
+        if data[place + 1:place + 2] == b'\xff':  # filling
+            place += 1
+        else:
+            place += 2 + int.from_bytes(data[place + 2:place + 4], 'big')
+    return b'\xff\xd9' not in data[place:]

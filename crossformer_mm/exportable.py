@@ -14,14 +14,19 @@ import copy
 from typing import Mapping, NamedTuple, Optional, Tuple, Type
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes
 from einops import rearrange
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from .attention import GroupAttention
 from .backbone import CrossFormerStage
+from .compat import missing_torch
 from .grouping import half_lead
+
+if missing_torch('2.6'):
+    raise ImportError(f'Export of a CrossFormer: {missing_torch("2.6")}.')
+
+import torch.fx.experimental._config as symbolic_shapes  # noqa: E402
+from torch.export import Dim, ExportedProgram  # noqa: E402
 
 
 class PaddedAxis(NamedTuple):

@@ -1,7 +1,7 @@
 """Data sets that say what is wrong with their files, in one sentence that names the file."""
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, Optional
 
@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 from torch.utils.data import Dataset
 
+from crossformer_mm.compat import is_cut_short
 from errors import UserError, said
 
 EMPTY = ('{} leaves no image to use: there is none, or filter_cfg drops all, for they are small or '
@@ -112,6 +113,7 @@ class CheckedDataset(DatasetWrapper):
     def __getitem__(self, index: int) -> dict:
         for _ in range(MOST_IN_A_ROW):
             try:
+                self.check_whole(index)
                 item = self.dataset[index]
                 self.check_labels(item, index)
                 return item
@@ -123,6 +125,13 @@ class CheckedDataset(DatasetWrapper):
             index = np.random.randint(len(self))
         raise DataError(f'{MOST_IN_A_ROW} images in a row could not be used, the last of them: '
                         f'{problem}')
+
+    def check_whole(self, index: int) -> None:
+        """See that no JPEG is cut short, which older releases of OpenCV fill with grey."""
+        for what, path in files_of(self.get_data_info(index)).items():
+            with suppress(OSError):  # of which the data set itself says more
+                if is_cut_short(Path(path).read_bytes()):
+                    raise DataError(f"{what} '{path}' is cut short or no image.")
 
     def check_labels(self, item: dict, index: int) -> None:
         """See that a label map has no label but the classes and the ignored one."""

@@ -28,6 +28,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import load_backbone
+from crossformer_mm.compat import is_cut_short
 from crossformer_mm.grouping import (AxisRule, group_map, is_small, long_distance,
                                      short_distance)
 from crossformer_mm.position_bias import bias_of_pairs
@@ -514,7 +515,7 @@ def read_image(cfg: Config, path: str, sides: Optional[Sequence[int]]) -> Tuple[
     """The image as (H, W, 3) in BGR, resized as the config tests it, or to ``sides``."""
     import mmcv
     try:
-        image = mmcv.imread(path)
+        image = None if is_cut_short(Path(path).read_bytes()) else mmcv.imread(path)
     except Exception:
         image = None
     if image is None:

@@ -35,8 +35,13 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
-from crossformer_mm.exportable import export_any_size, exportable
+from crossformer_mm.compat import missing_torch
 from options import add_cfg_options
+
+if missing_torch('2.6'):
+    fail(f'export: {missing_torch("2.6")}.')
+
+from crossformer_mm.exportable import export_any_size, exportable  # noqa: E402
 
 # Batch, height, width: odd sides, sides smaller than the largest stride and than a group, multiples
 # of 32. None is the one that was traced.

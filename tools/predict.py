@@ -38,6 +38,7 @@ from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
+from crossformer_mm.compat import is_cut_short
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -273,6 +274,8 @@ def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress:
         if source.video is None:
             image = None
             try:
+                if is_cut_short(source.path.read_bytes()):
+                    raise EOFError
                 image = pipeline(source, dict(id=ids.of(source), file_name=source.name), None)
             except OSError as error:
                 skip(source, f'it could not be opened: {error.strerror or error}')

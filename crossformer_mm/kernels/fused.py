@@ -23,6 +23,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from ..compat import missing_torch
 from ..grouping import AxisRule
 from . import plain
 from .call import Call
@@ -36,6 +37,8 @@ def why_not(call: Call) -> str:
     """What is in the way of this path, or nothing."""
     if call.watcher == 'exporter':
         return 'an exporter cannot write Triton kernels down'
+    if missing_torch('2.4'):  # whose Triton is the first to have all that the kernels use
+        return missing_torch('2.4')
     if call.has_lead:
         return "it does not know the shifted groups of lda='shifted'"
     if call.dropout:

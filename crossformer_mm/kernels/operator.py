@@ -67,12 +67,7 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
         grads = operator_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
         return (*grads, *(None,) * 11)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(f'crossformer_mm::{name} can be differentiated once, not twice.')
-
-    operator_backward = define_operator(f'{name}_backward', run_backward, fake_backward,
-                                        setup_context=lambda ctx, inputs, output: None,
-                                        backward=refuse)
+    operator_backward = define_operator(f'{name}_backward', run_backward, fake_backward)
     operator = define_operator(name, run, fake_run, setup_context=keep, backward=differentiate)
 
     def attend(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
