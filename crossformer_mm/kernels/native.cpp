@@ -122,6 +122,8 @@ INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); 
 INLINE vec dot_pairs(vec x, vec y, vec sum) {
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 }
+#define NATIVE_LARGER
+INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
 #define HAS_PAIRS true
 #define EMULATED_PAIRS false
 #include "native_kernel.h"
@@ -132,6 +134,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 REGISTERS(16)
 constexpr int ROWS = 8;
+INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
 #undef HAS_PAIRS
 #define HAS_PAIRS false
 #include "native_kernel.h"
@@ -142,8 +145,10 @@ BEGIN_TARGET("avx2,fma")
 namespace avx2 {
 REGISTERS(8)
 constexpr int ROWS = 6;
+INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
 #include "native_kernel.h"
 }  // namespace avx2
+#undef NATIVE_LARGER
 namespace avx2_wide {
 REGISTERS(16)
 constexpr int ROWS = 8;
