@@ -1,6 +1,8 @@
 // Attention inside the groups of a map, forward and backward, for any processor. See native.py;
 // the kernel itself is in native_kernel.h, compiled here for each instruction set.
+#ifndef WITHOUT_PYTHON  // for tests/native_driver.cpp
 #include <Python.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +22,7 @@
 #define NOINLINE __attribute__((noinline))
 
 #ifdef __clang__
+#pragma clang diagnostic ignored "-Wpsabi"  // no vector is handed to another object file
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #define TARGET_TEXT(text) _Pragma(#text)
@@ -32,7 +35,7 @@
 #define TARGET_TEXT(text) _Pragma(#text)
 #define BEGIN_TARGET(features) _Pragma("GCC push_options") TARGET_TEXT(GCC target(features))
 #define END_TARGET _Pragma("GCC pop_options")
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector is handed from one object file to another
+#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
 // The types of an instruction set with registers of LANES floats.
@@ -272,6 +275,8 @@ bool attend(Call &call, Work *work, Pool *pool, int threads) {
   return true;
 }
 
+#ifndef WITHOUT_PYTHON
+
 PyObject *py_attend(PyObject *, PyObject *args) {
   const char *name;
   unsigned long long pool, qkv, table, out, norms, grad_out, grad_qkv, grad_table;
@@ -323,6 +328,10 @@ PyMethodDef methods[] = {
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods,
                       nullptr, nullptr, nullptr, nullptr};
 
+#endif
+
 }  // namespace
 
+#ifndef WITHOUT_PYTHON
 PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+#endif
