@@ -1,6 +1,8 @@
 // Attention inside the groups of a map, forward and backward, for any processor. See native.py;
 // the kernel itself is in native_kernel.h, compiled here for each instruction set.
+#ifndef WITHOUT_PYTHON  // for tests/native_driver.cpp
 #include <Python.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +22,7 @@
 #define NOINLINE __attribute__((noinline))
 
 #ifdef __clang__
+#pragma clang diagnostic ignored "-Wpsabi"  // no vector is handed to another object file
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #define TARGET_TEXT(text) _Pragma(#text)
@@ -32,7 +35,7 @@
 #define TARGET_TEXT(text) _Pragma(#text)
 #define BEGIN_TARGET(features) _Pragma("GCC push_options") TARGET_TEXT(GCC target(features))
 #define END_TARGET _Pragma("GCC pop_options")
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector is handed from one object file to another
+#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
 // The types of an instruction set with registers of LANES floats.
@@ -122,6 +125,8 @@ INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); 
 INLINE vec dot_pairs(vec x, vec y, vec sum) {
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 }
+#define NATIVE_LARGER
+INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
 #define HAS_PAIRS true
 #define EMULATED_PAIRS false
 #include "native_kernel.h"
@@ -132,6 +137,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 REGISTERS(16)
 constexpr int ROWS = 8;
+INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
 #undef HAS_PAIRS
 #define HAS_PAIRS false
 #include "native_kernel.h"
@@ -142,8 +148,10 @@ BEGIN_TARGET("avx2,fma")
 namespace avx2 {
 REGISTERS(8)
 constexpr int ROWS = 6;
+INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
 #include "native_kernel.h"
 }  // namespace avx2
+#undef NATIVE_LARGER
 namespace avx2_wide {
 REGISTERS(16)
 constexpr int ROWS = 8;
@@ -267,6 +275,8 @@ bool attend(Call &call, Work *work, Pool *pool, int threads) {
   return true;
 }
 
+#ifndef WITHOUT_PYTHON
+
 PyObject *py_attend(PyObject *, PyObject *args) {
   const char *name;
   unsigned long long pool, qkv, table, out, norms, grad_out, grad_qkv, grad_table;
@@ -318,6 +328,10 @@ PyMethodDef methods[] = {
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods,
                       nullptr, nullptr, nullptr, nullptr};
 
+#endif
+
 }  // namespace
 
+#ifndef WITHOUT_PYTHON
 PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+#endif

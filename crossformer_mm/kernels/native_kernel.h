@@ -33,7 +33,9 @@ INLINE void store_halves(float *to, int64_t at, halves x) {
 
 INLINE vec all(float x) { return x - vec{}; }
 
+#ifndef NATIVE_LARGER
 INLINE vec larger(vec x, vec y) { return x > y ? x : y; }  // y, if one of them is not a number
+#endif
 
 INLINE vec lanes() {
   vec x;
@@ -224,6 +226,7 @@ template <bool PAIRS, int D> struct Kernel {
   int64_t *tokens = nullptr;  // of the group's members, row by row
   const float *bias[BLOCK];
   float *grad_bias[BLOCK];
+  int64_t query_tokens[BLOCK];
 
   // Of the group at hand
   int64_t group_rows, group_columns, members, strip;
@@ -279,24 +282,37 @@ template <bool PAIRS, int D> struct Kernel {
     return ((token * parts + part) * call.heads + head) * dim() * size_of(call.dtype);
   }
 
-  // A row of numbers from memory to `raw`, filled up with zeros.
+  // A row of numbers from memory to words along channels, filled up with zeros.
   INLINE void take_row(const char *from, float *to) const {
-    const int64_t bytes = size_of(call.dtype);
-    for (int64_t c = 0; c < wide(); c += LANES) {
-      if constexpr (PAIRS) {
+    if (PAIRS) {
+      for (int64_t c = 0; c < wide(); c += LANES) {
         halves x{};
-        if (c < dim()) std::memcpy(&x, from + c * 2, dim() - c < LANES ? (dim() - c) * 2 : sizeof x);
-        std::memcpy(reinterpret_cast<char *>(to) + c * 2, &x, sizeof x);
-      } else {
-        store(to + c, load_numbers(call.dtype, from + c * bytes, dim() - c));
+        std::memcpy(&x, from + c * 2, dim() - c < LANES ? (dim() - c) * 2 : sizeof x);
+        store_halves(to, c, x);
       }
+    } else if (call.dtype == FLOAT32) {
+      take_row_of<FLOAT32>(from, to);
+    } else if (call.dtype == BFLOAT16) {
+      take_row_of<BFLOAT16>(from, to);
+    } else {
+      take_row_of<FLOAT16>(from, to);
     }
   }
 
+  template <DType DTYPE> INLINE void take_row_of(const char *from, float *to) const {
+    for (int64_t c = 0; c < wide(); c += LANES)
+      store(to + c, load_numbers(DTYPE, from + c * size_of(DTYPE), dim() - c));
+  }
+
   INLINE void give_row(const float *from, float factor, char *to) const {
-    for (int64_t c = 0; c < dim(); c += LANES)
-      store_numbers(call.dtype, to + c * size_of(call.dtype), load(from + c) * all(factor),
-                    dim() - c);
+    if (call.dtype == FLOAT32) give_row_of<FLOAT32>(from, factor, to);
+    else if (call.dtype == BFLOAT16) give_row_of<BFLOAT16>(from, factor, to);
+    else give_row_of<FLOAT16>(from, factor, to);
+  }
+
+  template <DType DTYPE> INLINE void give_row_of(const float *from, float factor, char *to) const {
+    for (int64_t c = 0; c < wide(); c += LANES)
+      store_numbers(DTYPE, to + c * size_of(DTYPE), load(from + c) * all(factor), dim() - c);
   }
 
   // Words of two rows in bfloat16, a channel of both side by side.
@@ -353,10 +369,6 @@ template <bool PAIRS, int D> struct Kernel {
     return (call.largest_rows - group_rows) * across() + call.largest_columns - 1 - column;
   }
 
-  INLINE int64_t token_of(int64_t query) const {
-    return tokens[query % group_rows * group_columns + query / group_rows];
-  }
-
   // Strips and tokens of the queries from `first` on. A tile beyond the last repeats that one.
   void start_block(int64_t first, int64_t count, bool backward) {
     const int64_t column0 = first / group_rows, last = (first + count - 1) / group_rows;
@@ -373,6 +385,7 @@ template <bool PAIRS, int D> struct Kernel {
       const int64_t from = column * strip + (group_rows - 1 - row) * group_columns;
       bias[i] = strips + from;
       grad_bias[i] = grad_strips + from;
+      query_tokens[i] = tokens[row * group_columns + column0 + column];
       if (i + 1 < count && ++row == group_rows) row = 0, column++;
     }
   }
@@ -491,7 +504,7 @@ template <bool PAIRS, int D> struct Kernel {
       const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       start_block(first, count, false);
       for (int64_t i = 0; i < count; i++)
-        take_row(call.qkv + at(token_of(first + i), head, 0, 3), queries + i * words());
+        take_row(call.qkv + at(query_tokens[i], head, 0, 3), queries + i * words());
       std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
@@ -504,7 +517,7 @@ template <bool PAIRS, int D> struct Kernel {
                                        attended + i * wide(), factors + i, key == 0);
       }
       for (int64_t i = 0; i < count; i++) {
-        const int64_t token = token_of(first + i);
+        const int64_t token = query_tokens[i];
         give_row(attended + i * wide(), 1 / totals[i], call.out + at(token, head, 0, 1));
         call.norms[token * call.heads + head] = LN_2 * tops[i] + std::log(totals[i]);
       }
@@ -540,7 +553,7 @@ template <bool PAIRS, int D> struct Kernel {
       const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       start_block(first, count, true);
       for (int64_t i = 0; i < count; i++) {
-        const int64_t token = token_of(first + i);
+        const int64_t token = query_tokens[i];
         const char *out = call.out + at(token, head, 0, 1);
         const char *grad = call.grad_out + at(token, head, 0, 1);
         take_row(call.qkv + at(token, head, 0, 3), queries + i * words());
@@ -579,7 +592,7 @@ template <bool PAIRS, int D> struct Kernel {
       end_block(first, count);
       for (int64_t i = 0; i < count; i++)
         give_row(attended + i * wide(), call.scale,
-                 call.grad_qkv + at(token_of(first + i), head, 0, 3));
+                 call.grad_qkv + at(query_tokens[i], head, 0, 3));
     }
     for (int64_t m = 0; m < members; m++) {
       give_row(grad_keys + m * wide(), call.scale, call.grad_qkv + at(tokens[m], head, 1, 3));

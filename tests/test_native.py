@@ -1,0 +1,267 @@
+"""The compiled kernel equals sums in float64, in value and gradient, on every instruction set."""
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossformer_mm.grouping import AxisRule, fit_rule, group_axis
+from crossformer_mm.kernels import native
+from crossformer_mm.position_bias import bias_of_pairs
+
+NAMES = ('avx512bf16', 'avx512', 'avx2', 'generic', 'avx2_wide')
+# Of the value, of its gradients: relative errors in the norm.
+LIMITS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING or 'compiled')
+
+
+@pytest.fixture(params=NAMES)
+def instructions(request, monkeypatch):
+    if request.param not in native._native.supported():
+        pytest.skip(f'this processor has no {request.param}')
+    monkeypatch.setenv(native.VARIABLE, request.param)
+    return request.param
+
+
+def attention(qkv, table, rows, columns, heads, scale):
+    """Output and log-sum-exp of (B, H, W, 3*heads*d), group by group, as it is defined."""
+    batch, height, width, channels = qkv.shape
+    outs, norms = [], []
+    order = []
+    positions = torch.arange(height * width).view(height, width)
+    for r in group_axis(height, fit_rule(height, rows)):
+        for c in group_axis(width, fit_rule(width, columns)):
+            for group_rows in r:
+                for group_columns in c:
+                    index = positions[group_rows][:, group_columns].flatten()
+                    q, k, v = qkv.flatten(1, 2)[:, index].unflatten(2, (3, heads, -1)).permute(
+                        2, 0, 3, 1, 4)
+                    logits = scale * q @ k.transpose(2, 3) + bias_of_pairs(
+                        table, len(group_rows), len(group_columns))
+                    outs.append((logits.softmax(3) @ v).transpose(1, 2).flatten(2))
+                    norms.append(logits.logsumexp(3).transpose(1, 2))
+                    order.append(index)
+    inverse = torch.cat(order).argsort()
+    assert len(inverse) == height * width
+    return tuple(torch.cat(x, 1)[:, inverse].unflatten(1, (height, width)) for x in (outs, norms))
+
+
+def error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def random_case(batch, height, width, rows, columns, heads, dim, dtype, spare=0):
+    generator = torch.Generator().manual_seed(0)
+    sides = [2 * (fit_rule(n, rule).size + spare) - 1
+             for n, rule in ((height, rows), (width, columns))]
+    qkv = torch.randn(batch, height, width, 3 * heads * dim, generator=generator)
+    grad = torch.randn(batch, height, width, heads * dim, generator=generator)
+    return qkv.to(dtype), torch.randn(heads, *sides, generator=generator), grad.to(dtype)
+
+
+def run(qkv, table, grad, rules):
+    out, norms = native.forward(qkv, table, *rules)
+    return (out, norms, *native.backward(grad, qkv, table, out, norms, *rules))
+
+
+def check(qkv, table, grad, rules):
+    dtype = qkv.dtype
+    ours = run(qkv, table, grad, rules)
+    qkv, table = qkv.double().requires_grad_(), table.double().requires_grad_()
+    exact = attention(qkv, table, *rules)
+    exact += torch.autograd.grad(exact[0], (qkv, table), grad.double())
+    assert [x.dtype for x in ours] == [dtype, torch.float32, dtype, torch.float32]
+    for mine, true in zip(ours, exact):
+        assert mine.shape == true.shape
+        # What is 0 but for rounding (groups of one member) has no relative error.
+        assert error(mine, true) < LIMITS[dtype] or (mine.double() - true).abs().max() < 1e-6
+
+
+CASES = {
+    'one position': (1, 1, 1, AxisRule(1, 1), AxisRule(1, 1), 1, 32),
+    'short distance': (2, 14, 15, AxisRule(7, 1), AxisRule(7, 1), 3, 32),
+    'interval': (1, 20, 31, AxisRule(7, 3), AxisRule(8, 4), 2, 32),
+    'a large group': (1, 25, 38, AxisRule(25, 1), AxisRule(40, 1), 2, 32),
+    'block': (2, 17, 20, AxisRule(3, 2), AxisRule(3, 2), 2, 16),
+    'shifted': (2, 10, 13, AxisRule(7, 1, 4), AxisRule(7, 1, 4), 1, 48),
+    'one row': (1, 1, 300, AxisRule(7, 8), AxisRule(300, 1), 1, 5),
+    'one column': (1, 300, 1, AxisRule(300, 1), AxisRule(3, 1), 2, 64),
+    'the largest head': (1, 30, 13, AxisRule(4, 8), AxisRule(2, 8), 1, 128),
+}
+
+
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+@pytest.mark.parametrize('case', CASES)
+def test_equals_float64(instructions, case, dtype):
+    rows, columns, heads, dim = CASES[case][3:]
+    check(*random_case(*CASES[case], dtype, spare=1), (rows, columns, heads, 0.3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equals_float64_whatever_the_sizes(data):
+    def rule(length):
+        size = data.draw(st.integers(1, 12))
+        shifted = size > 1 and data.draw(st.booleans())
+        if shifted and length > size:
+            return AxisRule(size, 1, data.draw(st.integers(1, size - 1)))
+        return AxisRule(size, data.draw(st.integers(1, 9)))
+
+    height, width = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
+    rows, columns = rule(height), rule(width)
+    heads, dim = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    case = random_case(data.draw(st.integers(1, 2)), height, width, rows, columns, heads, dim,
+                       data.draw(st.sampled_from(native.DTYPES)), data.draw(st.integers(0, 3)))
+    name = data.draw(st.sampled_from(native._native.supported()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.VARIABLE, name)
+        check(*case, (rows, columns, heads, 0.3))
+
+
+@pytest.mark.parametrize('largest', [80., 3000., 1e30])
+def test_large_logits_do_not_overflow(instructions, largest):
+    rules = (AxisRule(5, 1), AxisRule(6, 1), 2, 1.)
+    qkv, table, grad = random_case(3, 5, 6, *rules[:2], 2, 32, torch.float32)
+    qkv, table = qkv * .01, table * largest / table.abs().max()
+    out, norms = native.forward(qkv, table, *rules)
+    exact, exact_norms = attention(qkv.double(), table.double(), *rules)
+    assert error(out, exact) < 1e-4 and error(norms, exact_norms) < 1e-6
+    assert all(x.isfinite().all() for x in native.backward(grad, qkv, table, out, norms, *rules))
+
+
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+def test_what_is_not_finite_shows(instructions, dtype):
+    rules = (AxisRule(3, 1), AxisRule(4, 1), 1, 1.)
+    qkv, table, _ = random_case(2, 3, 4, *rules[:2], 1, 32, dtype)
+    qkv[0, 1, 2, 40] = float('nan')  # of a key of the first group
+    out = native.forward(qkv, table, *rules)[0]
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads(instructions, dtype):
+    rules = (AxisRule(3, 5), AxisRule(7, 2), 3, 0.3)
+    case = random_case(2, 19, 23, *rules[:2], 3, 32, dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(run(*case, rules))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others))
+
+
+@pytest.mark.parametrize('pool', [True, False])
+def test_several_python_threads_at_once(monkeypatch, pool):
+    if not pool:  # then each call starts threads of its own
+        monkeypatch.setattr(native, 'POOL', 0)
+    rules = (AxisRule(5, 4), AxisRule(5, 4), 2, 0.3)
+    cases = [random_case(1, 20, n, *rules[:2], 2, 32, torch.float32) for n in (17, 20, 23, 31)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = [run(*case, rules) for case in cases]
+        with ThreadPoolExecutor(4) as executor:
+            for _ in range(5):
+                results = list(executor.map(lambda case: run(*case, rules), cases))
+                for ours, theirs in zip(expected, results):
+                    assert all(torch.equal(one, other) for one, other in zip(ours, theirs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pytorchs_own_threads_are_used():
+    assert native.POOL or not sys.platform.startswith('linux')
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
+@pytest.mark.parametrize('threads', [1, 2])
+def test_processes_that_fork_can_use_it_too(threads):
+    """As the workers of a data loader do, with PyTorch's threads already running."""
+    program = f'''
+import os, sys, torch
+from crossformer_mm.grouping import AxisRule
+from crossformer_mm.kernels import native
+torch.set_num_threads(2)
+qkv, table = torch.ones(1, 50, 50, 96) / 7, torch.ones(1, 49, 49)
+run = lambda: native.forward(qkv, table, AxisRule(25, 2), AxisRule(25, 2), 1, 1.)[0]
+expected = run()
+(torch.ones(1000, 1000) @ torch.ones(1000, 1000)).relu_()
+child = os.fork()
+if not child:
+    torch.set_num_threads({threads})
+    os._exit(0 if bytes(run().untyped_storage()) == bytes(expected.untyped_storage()) else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+'''
+    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_strides_and_offsets_make_no_difference():
+    rules = (AxisRule(4, 1), AxisRule(5, 1), 2, 0.3)
+    qkv, table, grad = random_case(2, 4, 5, *rules[:2], 2, 32, torch.float32)
+    expected = run(qkv, table, grad, rules)
+
+    def strided(x):
+        return torch.stack([-x, x], -1)[..., 1]
+
+    def moved(x):  # to an address that is a multiple of 4 alone
+        return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+
+    for change in (strided, moved):
+        ours = run(change(qkv), change(table), change(grad), rules)
+        assert all(torch.equal(one, other) for one, other in zip(ours, expected))
+
+
+def test_inputs_stay_as_they_are():
+    rules = (AxisRule(4, 1), AxisRule(5, 1), 2, 0.3)
+    case = random_case(2, 4, 5, *rules[:2], 2, 32, torch.float32)
+    copies = [x.clone() for x in case]
+    run(*case, rules)
+    assert all(torch.equal(one, other) for one, other in zip(case, copies))
+
+
+def test_an_empty_batch_is_one():
+    rules = (AxisRule(4, 1), AxisRule(5, 1), 2, 0.3)
+    qkv, table, grad = random_case(0, 4, 5, *rules[:2], 2, 32, torch.float32)
+    out, _, grad_qkv, grad_table = run(qkv, table, grad, rules)
+    assert out.shape == grad.shape and grad_qkv.shape == qkv.shape and not grad_table.any()
+
+
+@pytest.mark.parametrize('name', ['avx3', 'AVX2'])
+def test_instructions_that_there_are_not_are_refused_in_one_sentence(monkeypatch, name):
+    monkeypatch.setenv(native.VARIABLE, name)
+    with pytest.raises(ValueError, match=f"{native.VARIABLE} is '{name}', but .*'generic'"):
+        native.forward(torch.ones(1, 2, 2, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(2, 1),
+                       1, 1.)
+
+
+def test_the_best_instructions_are_taken(monkeypatch):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    supported = native._native.supported()
+    assert native.instructions() == min(supported, key=NAMES.index)
+
+
+def test_a_table_too_small_for_the_group_is_refused():
+    with pytest.raises(ValueError, match='3 x 3 offsets is too small for groups of 2 x 3 members'):
+        native.forward(torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(3, 1),
+                       1, 1.)
+
+
+@pytest.mark.parametrize('options, reason', [
+    (dict(device=torch.device('cuda')), 'got tensors on cuda'),
+    (dict(dtype=torch.float64), 'but got torch.float64'),
+    (dict(head_dim=160), 'it takes heads of at most 128 channels, but they have 160'),
+    (dict(dropout=.5), 'attn_drop_rate is 0.5'),
+    ({}, '')])
+def test_what_is_in_the_way_is_said(options, reason):
+    given = dict(device=torch.device('cpu'), dtype=torch.float32, head_dim=32, dropout=0.)
+    said = native.why_not(**{**given, **options})
+    assert reason in said and bool(reason) == bool(said)
