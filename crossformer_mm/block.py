@@ -26,8 +26,8 @@ class CrossFormerBlock(BaseModule):
     """
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True,
-                 qk_scale: Optional[float] = None, drop_rate: float = 0., attn_drop_rate: float = 0.,
-                 drop_path_rate: float = 0., cooling: bool = False,
+                 qk_scale: Optional[float] = None, drop_rate: float = 0.,
+                 attn_drop_rate: float = 0., drop_path_rate: float = 0., cooling: bool = False,
                  attention_path: Optional[str] = None, position_bias: str = 'dynamic',
                  group_size: int = 7):
         super().__init__()

@@ -232,7 +232,8 @@ def test_other_position_biases_are_the_same_on_both_paths(position_bias):
     x, found = torch.randn(1, 7, 10, 32).to(DEVICE), []
     for path in ('fused', 'plain'):
         torch.manual_seed(0)
-        attention = GroupAttention(32, 2, attention_path=path, position_bias=position_bias, group_size=3)
+        attention = GroupAttention(32, 2, attention_path=path, position_bias=position_bias,
+                                   group_size=3)
         attention = attention.to(DEVICE)
         out = attention(x, AxisRule(4, 2), AxisRule(5, 2))
         out.square().sum().backward()

@@ -60,8 +60,8 @@ def by_loops(qkv, table, rows, columns, heads, scale):
     return torch.from_numpy(out.reshape(batch, height, width, -1))
 
 
-@pytest.mark.parametrize('rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)), ((4, 1, 2), (3, 1, 2)),
-                                           ((9, 3), (1, 1))])
+@pytest.mark.parametrize('rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)),
+                                           ((4, 1, 2), (3, 1, 2)), ((9, 3), (1, 1))])
 def test_definition_is_that_of_loops_over_positions(rows, columns):
     rows, columns = AxisRule(*rows), AxisRule(*columns)
     inputs = random_inputs((2, 5, 7), rows, columns, 2, 3, torch.float64, spare=1)

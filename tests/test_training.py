@@ -98,7 +98,8 @@ def test_each_rate_acts_in_training_alone(small, rate):
 
 def test_attention_dropout_keeps_the_expected_value(small):
     attention = small(attn_drop_rate=0.5).layers[0].blocks[0].attn
-    x, rules = torch.randn(1, 5, 4, 32).expand(2000, -1, -1, -1), stage_rules(5, 4, 7, 1, 'block')[0]
+    x = torch.randn(1, 5, 4, 32).expand(2000, -1, -1, -1)
+    rules = stage_rules(5, 4, 7, 1, 'block')[0]
     with torch.no_grad():
         expected = attention(x, *rules)[0]
         dropped = attention.train()(x, *rules)

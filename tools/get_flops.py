@@ -131,7 +131,8 @@ def count(cfg: Config, shape: Sequence[int]) -> dict:
     image = torch.empty(1, 3, *shape, device='meta')
     for module in model.modules():
         if isinstance(module, GroupAttention):
-            module.attention_path = 'plain'  # the others hide their products, and work on real tensors only
+            # The others hide their products, and work on real tensors only.
+            module.attention_path = 'plain'
     counter = FlopCounterMode(display=False)
     meters = {name: Meter(part, counter) for name, part in parts_of(model)}
     with torch.no_grad(), counter:

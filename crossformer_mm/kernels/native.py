@@ -144,12 +144,14 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
     """
     qkv, table = qkv.contiguous(), table.float().contiguous()
     grad_qkv, grad_table = torch.empty_like(qkv), torch.empty_like(table)
-    call_kernel(qkv, table, out.contiguous(), norms.contiguous(), grad_out.to(qkv.dtype).contiguous(),
-                grad_qkv, grad_table, rows, columns, scale)
+    grad_out = grad_out.to(qkv.dtype).contiguous()
+    call_kernel(qkv, table, out.contiguous(), norms.contiguous(), grad_out, grad_qkv, grad_table,
+                rows, columns, scale)
     return grad_qkv, grad_table
 
 
-def call_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns, scale) -> None:
+def call_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns,
+                scale) -> None:
     """Call the kernel, which takes addresses; without gradients it is the forward pass."""
     batch, height, width, heads = norms.shape
     rows, columns = fit_rule(height, rows), fit_rule(width, columns)
