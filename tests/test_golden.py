@@ -8,6 +8,8 @@ import torch
 
 from crossformer_mm import CrossFormer
 
+from .older_torch import needs_torch
+
 SIZES = {
     'interval_g7': ('2x224x224', '1x256x352', '1x64x96', '1x160x416'),
     'interval_g14': ('1x256x352', '1x480x288'),
@@ -59,6 +61,7 @@ def test_features_and_gradients_are_those_of_the_authors(golden, probe, name, si
     check(golden[name], golden[name].build(), size, probe)
 
 
+@needs_torch('2.4', 'the Triton that has all that the kernels use')
 def test_fused_attention_gives_them_too(golden, probe):
     pytest.importorskip('triton', reason='fused attention needs the package triton')
     if torch.cuda.is_available():

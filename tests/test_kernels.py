@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.grouping import LDA_DEFINITIONS, AxisRule, fit_rule, stage_rules
-from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native, plain
+from crossformer_mm.kernels import Call, choose_path, map_attention, native, plain
+
+from .older_torch import needs_torch
 
 CPU = torch.device('cpu')
 SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
@@ -132,6 +134,7 @@ def test_wrong_path_is_refused_by_name():
         CrossFormer(SMALL, attention_path='flash')
 
 
+@needs_torch('2.4', 'torch.compiler.is_compiling inside of a graph')
 def test_definition_compiles_to_one_graph():
     inputs = random_inputs((1, 5, 4), *RULE, 2, 4)
     compiled = torch.compile(map_attention, backend='eager', fullgraph=True)
@@ -144,10 +147,9 @@ needs_native = pytest.mark.skipif(bool(native.why_not(Call(CPU))),
 
 
 @needs_native
+@needs_torch('2.4', 'torch.library.opcheck')
 def test_the_operator_keeps_the_rules_of_operators():
     """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
-    if not hasattr(torch.library, 'opcheck'):
-        pytest.skip('torch.library.opcheck is of PyTorch 2.4')
     qkv, table = torch.randn(2 * 7 * 5, 3 * 16), torch.randn(2, 7, 5)
     torch.library.opcheck(torch.ops.crossformer_mm.native_attention.default,
                           (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5, 4, 2, 0, 3, 2, 0,
@@ -164,10 +166,9 @@ def test_second_derivative_is_refused():
 
 
 @needs_native
+@needs_torch('2.4', 'torch.library.register_fake')
 @pytest.mark.parametrize('lda', ['interval', 'shifted'])
 def test_compiler_makes_one_graph_for_images_of_many_sizes(lda):
-    if not hasattr(torch.library, 'register_fake'):
-        pytest.skip('torch.compile of the operators needs torch.library.register_fake of 2.4')
     backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), group_size=(3,),
                            interval=(2,), merge_sizes=(), out_indices=(0,), lda=lda).eval()
     graphs = []

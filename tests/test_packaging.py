@@ -1,13 +1,20 @@
 """The wheel carries configs, tools and metafiles, where OpenMMLab's packages look for them."""
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.parser import Parser
+from importlib.metadata import distribution
 from pathlib import Path
+from typing import Dict
 
 import pytest
+
+from crossformer_mm import __version__
 
 from .test_docs import blocks
 
@@ -87,13 +94,21 @@ except ValueError as error:
 '''
 
 
+def copy_of_the_project(folder: Path) -> Path:
+    """The files of a checkout, for a build leaves folders behind; links become files."""
+    ignored = shutil.ignore_patterns('.mim', '*.so', '__pycache__')
+    folder.mkdir()
+    for name in ('pyproject.toml', 'setup.py', 'MANIFEST.in', 'README.md', 'README_zh-CN.md',
+                 'LICENSE', 'Makefile', 'model-index.yml'):
+        shutil.copy(ROOT / name, folder)
+    for name in ('crossformer_mm', 'configs', 'tools', 'tests', 'requirements', 'docs',
+                 'benchmarks'):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
 def build_wheel(folder: Path, **environment) -> Path:
-    source = folder / 'source'  # a copy, for a build leaves folders behind
-    source.mkdir()
-    for name in ('pyproject.toml', 'setup.py', 'README.md', 'LICENSE', 'model-index.yml'):
-        shutil.copy(ROOT / name, source)
-    for name in ('crossformer_mm', 'configs', 'tools'):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('.mim', '*.so'))
+    source = copy_of_the_project(folder / 'source')
     subprocess.run([*PIP, 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir',
                     folder, source], check=True, env={**os.environ, **environment})
     wheel, = folder.glob('crossformer_mm-*.whl')
@@ -131,6 +146,142 @@ def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
     assert not any('_native' in name for name in zipfile.ZipFile(wheel).namelist())
     done = run_installed(install(wheel, tmp_path / 'site'), tmp_path, NO_KERNEL)
     assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
+
+
+def test_wheel_without_the_kernel_is_for_every_machine(tmp_path):
+    wheel = build_wheel(tmp_path, CROSSFORMER_MM_NO_EXTENSION='1')
+    assert wheel.name.endswith('-py3-none-any.whl')
+
+
+@pytest.fixture(scope='module')
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('sdist')
+    source = copy_of_the_project(folder / 'source')
+    program = f'from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})'
+    subprocess.run([sys.executable, '-c', program], cwd=source, check=True, capture_output=True)
+    archive, = folder.glob('crossformer_mm-*.tar.gz')
+    return archive
+
+
+def test_sdist_is_complete_and_has_no_links(sdist):
+    with tarfile.open(sdist) as archive:
+        assert all(member.isfile() or member.isdir() for member in archive.getmembers())
+        inside = {name.split('/', 1)[-1] for name in archive.getnames()}
+    for pattern in ('tests/*.py', 'configs/**/*.py', 'tools/*', 'docs/*.md', 'requirements/*.txt',
+                    'crossformer_mm/**/*.py', 'crossformer_mm/**/*.cpp', 'crossformer_mm/**/*.h',
+                    '*.toml', '*.md', 'Makefile'):
+        missing = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)
+                   if path.is_file() and '.mim' not in path.parts} - inside
+        assert not missing
+    assert not any('.mim' in name or name.endswith('.so') for name in inside)
+
+
+def test_metadata_lets_pip_replace_nothing(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name, = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata['Version'] == __version__
+    assert metadata['Requires-Python'] == '>=3.9'
+    required = metadata.get_all('Requires-Dist')
+    assert [line for line in required if 'extra ==' not in line] == ['einops>=0.6']
+    extras = {}
+    for line in required:
+        match = re.fullmatch(r'([\w-]+)(\S*); extra == ["\'](.+)["\']', line)
+        if match:
+            extras.setdefault(match[3], {})[match[1]] = ','.join(sorted(match[2].split(',')))
+    assert extras['openmmlab']['mmcv'] == '<2.2.0,>=2.1.0'
+    # Of these every release is compiled against, or asks for, one other release of the rest.
+    assert not {'torch', 'torchvision', 'triton', 'numpy', 'opencv-python'} & {
+        name for needed in extras.values() for name in needed}
+    assert not any(name.startswith('onedl-') != extra.startswith('onedl')
+                   for extra, needed in extras.items() for name in needed if 'mm' in name)
+
+
+OLD = {'torch': '2.1.2', 'torchvision': '0.16.2', 'triton': '2.1.0', 'numpy': '1.26.4',
+       'opencv-python': '4.10.0.84', 'einops': '0.8.0', 'ftfy': '6.0', 'regex': '2024.1.1'}
+FAMILIES = {
+    'openmmlab': {'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0',
+                  'mmsegmentation': '1.2.2'},
+    'onedl': {'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1',
+              'onedl-mmsegmentation': '1.4.2'}}
+
+
+def write_stub(folder: Path, name: str, version: str) -> None:
+    """A wheel with a name and a version, and nothing in it."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    info = f'{stem}.dist-info'
+    with zipfile.ZipFile(folder / f'{stem}-py3-none-any.whl', 'w') as file:
+        file.writestr(f'{info}/METADATA',
+                      f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+        file.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\n'
+                      'Tag: py3-none-any\n')
+        file.writestr(f'{info}/RECORD', '')
+
+
+@pytest.fixture(scope='module')
+def stubs(tmp_path_factory) -> Dict[str, Path]:
+    """Wheels of what users have, and an index of the newest of the same."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ('old', 'new')}
+    for name, version in {**OLD, **FAMILIES['openmmlab'], **FAMILIES['onedl']}.items():
+        write_stub(folders['old'], name, version)
+        write_stub(folders['new'], name, '99.0')
+    return folders
+
+
+@pytest.mark.parametrize('extra', ['', '[family]'])
+@pytest.mark.parametrize('kind', ['wheel', 'sdist', 'editable'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_pip_replaces_nothing(family, kind, extra, stubs, wheel, sdist, tmp_path):
+    subprocess.run([sys.executable, '-m', 'venv', tmp_path / 'venv'], check=True)
+    python = tmp_path / 'venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
+
+    def pip(*arguments) -> str:
+        return subprocess.run(
+            [python, '-m', 'pip', '--disable-pip-version-check', *arguments], check=True, text=True,
+            stdout=subprocess.PIPE, env={**environment, 'CROSSFORMER_MM_NO_EXTENSION': '1'}).stdout
+
+    def versions() -> dict:
+        frozen = [line.split('==') for line in pip('freeze').splitlines() if '==' in line]
+        return {name: version for name, version in frozen if name in {**OLD, **FAMILIES[family]}}
+
+    # What pip is told here, by the machine, about indexes; and what builds, from this environment.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
+    environment.update(PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX='1')
+    site, = (tmp_path / 'venv').rglob('site-packages')
+    for path in map(Path, ('setuptools', '_distutils_hack', 'pkg_resources')):
+        shutil.rmtree(site / path, ignore_errors=True)
+    for old in site.glob('setuptools-*'):
+        shutil.rmtree(old)
+    for top in {Path(str(file)).parts[0] for file in distribution('setuptools').files}:
+        there = Path(distribution('setuptools').locate_file(top))
+        if there.is_dir():
+            shutil.copytree(there, site / top)
+    pip('install', '--no-deps', '--find-links', stubs['old'],
+        *(f'{name}=={version}' for name, version in {**OLD, **FAMILIES[family]}.items()))
+    before = versions()
+    assert before == {**OLD, **FAMILIES[family]}
+    what = {'wheel': wheel, 'sdist': sdist}.get(kind) or copy_of_the_project(tmp_path / 'source')
+    what = f"{what}{extra.replace('family', family)}"
+    pip('install', '--no-build-isolation', '--find-links', stubs['new'],
+        *(['--editable'] if kind == 'editable' else []), what)
+    assert versions() == before
+    assert __version__ in pip('show', 'crossformer-mm')
+
+
+def test_editable_install_needs_no_links(tmp_path):
+    """On Windows they are for developers alone."""
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import os\ndef refuse(*args, **kwargs):\n    raise OSError("no privilege")\n'
+        'os.symlink = refuse\n')
+    source = copy_of_the_project(tmp_path / 'source')
+    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--no-build-isolation', '--target',
+                    tmp_path / 'site', '--editable', source], check=True,
+                   env={**os.environ, 'PYTHONPATH': str(tmp_path),
+                        'CROSSFORMER_MM_NO_EXTENSION': '1'})
+    folder = source / 'crossformer_mm' / '.mim'
+    assert sorted(path.name for path in folder.iterdir()) == ['configs', 'model-index.yml', 'tools']
+    assert not any(path.is_symlink() for path in folder.rglob('*'))
+    assert (folder / 'configs/mask_rcnn/cf_s_1x.py').is_file()
 
 
 @pytest.fixture(scope='module')

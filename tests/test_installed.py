@@ -1,0 +1,77 @@
+"""Where something is missing or too old, importing the package says so in one sentence."""
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+
+from crossformer_mm import installed
+from crossformer_mm.installed import OLDEST, check_installed, installed_family, numbers
+
+COMMANDS = {'onedl-': "pip install 'crossformer-mm[onedl]'",
+            '': "pip install mmengine 'mmcv>=2.1.0,<2.2.0'"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets what is installed: versions of import packages, and names of distributions."""
+
+    def set_to(versions: dict, distributions: tuple) -> None:
+        def distribution(name):
+            if name not in distributions:
+                raise PackageNotFoundError(name)
+
+        monkeypatch.setattr(installed, 'distribution', distribution)
+        monkeypatch.setattr(importlib.util, 'find_spec', versions.get)
+        monkeypatch.setattr(importlib, 'import_module',
+                            lambda name: SimpleNamespace(__version__=versions[name]))
+
+    return set_to
+
+
+def test_versions_are_compared_as_numbers():
+    assert numbers('2.10.0a0+git1') > numbers('2.9.1') > numbers('2.1.2+cu121') >= (2, 1)
+    assert numbers('2.13.0rc1') == (2, 13)
+
+
+def test_all_is_there(environment):
+    environment(dict(torch='2.1.2+cu121', mmengine='0.10.7', mmcv='2.1.0', einops='0.8.2'), ())
+    check_installed()
+
+
+@pytest.mark.parametrize('package', OLDEST)
+@pytest.mark.parametrize('version', [None, '0.5.0'])
+@pytest.mark.parametrize('family', ['onedl-', '', None])
+def test_one_sentence_says_what_to_install(environment, package, version, family):
+    versions = {**dict.fromkeys(OLDEST, '9.9.9'), package: version}
+    environment({name: value for name, value in versions.items() if value},
+                () if family is None else (f'{family}mmengine',))
+    with pytest.raises(ImportError) as error:
+        check_installed()
+    said = str(error.value)
+    state = f'this is {version}' if version else 'which is not installed'
+    assert said.startswith(f'crossformer_mm needs {package} {OLDEST[package]} or newer, {state}: ')
+    assert said.endswith('.') and '\n' not in said
+    if package in ('mmengine', 'mmcv'):
+        assert [command in said for command in COMMANDS.values()] == [
+            family in (name, None) for name in COMMANDS]
+    else:
+        assert ('pip install einops' if package == 'einops' else 'pytorch.org') in said
+
+
+def test_family_of_this_environment():
+    family = installed_family()
+    assert family in COMMANDS
+    import mmcv
+    assert numbers(mmcv.__version__) >= ((2, 3) if family else (2, 0))
+
+
+def test_import_ends_in_the_sentence():
+    program = ('import sys, importlib.util\nfind = importlib.util.find_spec\n'
+               "importlib.util.find_spec = lambda name: None if name == 'mmcv' else find(name)\n"
+               'import crossformer_mm')
+    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True)
+    assert done.stderr.strip().splitlines()[-1].startswith(
+        'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install')
