@@ -288,7 +288,8 @@ def test_memory_format_of_the_image_does_not_matter(small):
     backbone, image = small(), torch.randn(2, 3, 61, 83)
     for given in (image.to(memory_format=torch.channels_last), image.mT.contiguous().mT):
         for feature, reference in zip(backbone(given), backbone(image)):
-            torch.testing.assert_close(feature, reference, rtol=1e-4, atol=1e-5)
+            # Convolutions sum in another order in each format; how far apart, is the processor's.
+            assert (feature - reference).abs().max() <= 2e-5 * reference.abs().max()
 
 
 def test_copies_give_the_same_features(small):
@@ -403,7 +404,6 @@ def arch(**changes):
     (dict(interval=(8, 4, 2)), 'interval must have one number for each of the 4 stages'),
     (dict(lda='dilated'), "lda must be one of 'interval', 'block', 'shifted', 'none', got"),
     (dict(position_bias='fixed'), "position_bias must be one of 'dynamic', 'dynamic_residual', "),
-    (dict(lda='shifted', attention_path='fused'), "does not know lda='shifted'"),
     (dict(mlp_ratio=0), 'mlp_ratio must be'),
     (dict(mlp_ratio=0.01), 'mlp_ratio must be'),
     (dict(mlp_ratio='4'), 'mlp_ratio must be'),

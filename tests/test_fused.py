@@ -176,7 +176,7 @@ def test_second_derivative_is_refused():
     qkv, table = random_inputs((1, 2, 2), rule, rule, 1, 8, torch.float32)
     out = fused.attend(qkv.requires_grad_(), table, rule, rule, 1, 1.)
     grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match='no autograd formula'):
+    with pytest.raises(RuntimeError, match='no autograd formula|once_differentiable'):
         grad.sum().backward()
 
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.grouping import LDA_DEFINITIONS, AxisRule, fit_rule, stage_rules
-from crossformer_mm.kernels import Call, choose_path, map_attention, native, plain
+from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native, plain
 
 from .older_torch import needs_torch
 
@@ -103,6 +103,7 @@ def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
     (Call(CPU, head_dim=129), 'plain'), (Call(CPU, watcher='exporter'), 'plain'),
     (Call(torch.device('meta')), 'plain')])
 def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
+    monkeypatch.setattr(fused, 'has_triton', lambda: False)  # whose interpreter tests turn on
     monkeypatch.setattr(native, 'MISSING', '')  # as where there is a compiler
     assert choose_path(call) == path
     monkeypatch.setattr(native, 'MISSING', 'it was not compiled')
@@ -161,7 +162,7 @@ def test_second_derivative_is_refused():
     qkv, table = random_inputs((1, 2, 2), *RULE, 1, 8)
     out = native.attend(qkv.requires_grad_(), table, *RULE, 1, 1.)
     grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
-    with pytest.raises(RuntimeError, match='no autograd formula'):
+    with pytest.raises(RuntimeError, match='no autograd formula|once_differentiable'):
         grad.sum().backward()
 
 

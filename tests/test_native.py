@@ -75,10 +75,13 @@ def check(qkv, table, grad, rules):
     exact = attention(qkv, table, *rules)
     exact += torch.autograd.grad(exact[0], (qkv, table), grad.double())
     assert [x.dtype for x in ours] == [dtype, torch.float32, dtype, torch.float32]
-    for mine, true in zip(ours, exact):
+    positions = qkv[..., 0].numel()
+    for mine, true, summed in zip(ours, exact, (1, 1, 1, positions)):
         assert mine.shape == true.shape
-        # What is 0 but for rounding (groups of one member) has no relative error.
-        assert error(mine, true) < LIMITS[dtype] or (mine.double() - true).abs().max() < 1e-6
+        # What is 0 but for rounding (groups of one member) has no relative error; the gradient of
+        # the table is a sum over all positions, in which rounding adds up.
+        assert (error(mine, true) < LIMITS[dtype]
+                or (mine.double() - true).abs().max() < LIMITS[dtype] * summed**.5)
 
 
 CASES = {
@@ -253,15 +256,3 @@ def test_a_table_too_small_for_the_group_is_refused():
     with pytest.raises(ValueError, match='3 x 3 offsets is too small for groups of 2 x 3 members'):
         native.forward(torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(3, 1),
                        1, 1.)
-
-
-@pytest.mark.parametrize('options, reason', [
-    (dict(device=torch.device('cuda')), 'got tensors on cuda'),
-    (dict(dtype=torch.float64), 'but got torch.float64'),
-    (dict(head_dim=160), 'it takes heads of at most 128 channels, but they have 160'),
-    (dict(dropout=.5), 'attn_drop_rate is 0.5'),
-    ({}, '')])
-def test_what_is_in_the_way_is_said(options, reason):
-    given = dict(device=torch.device('cpu'), dtype=torch.float32, head_dim=32, dropout=0.)
-    said = native.why_not(**{**given, **options})
-    assert reason in said and bool(reason) == bool(said)

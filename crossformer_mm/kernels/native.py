@@ -143,7 +143,7 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
         ValueError: if the environment names instructions that this processor does not have.
     """
     qkv, table = qkv.contiguous(), table.float().contiguous()
-    grad_qkv, grad_table = torch.empty_like(qkv), torch.empty_like(table)
+    grad_qkv, grad_table = torch.empty_like(qkv), torch.zeros_like(table)
     grad_out = grad_out.to(qkv.dtype).contiguous()
     call_kernel(qkv, table, out.contiguous(), norms.contiguous(), grad_out, grad_qkv, grad_table,
                 rows, columns, scale)
