@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import mmcv
 import numpy as np
@@ -187,21 +187,25 @@ def check_number_of_classes(runner, mode: str) -> None:
         small = [(name, module) for name, module in small
                  if name.rstrip('.0123456789').endswith('decode_head')]
     elif small and type(runner.model).__module__.startswith('mmdet') or scope == 'mmdet':
-        hook = HOOKS.get('mmdet.NumClassCheckHook')()
-        try:
-            hook.before_val_epoch(SimpleNamespace(
-                model=SimpleNamespace(named_modules=lambda: small), logger=runner.logger,
-                val_dataloader=SimpleNamespace(dataset=dataset)))
-        except AssertionError:
-            pass
-        else:
-            small = []
+        small = [part for part in small if not passes_in_mmdet(runner, part, dataset)]
     else:
         small = []
     if small:
         name, module = small[0]
         raise ConfigError(f'model.{name}.num_classes = {module.num_classes} is too small for the '
                           f'{len(classes)} classes of the data set, {classes[0]} to {classes[-1]}.')
+
+
+def passes_in_mmdet(runner, part: Tuple[str, Any], dataset) -> bool:
+    """Whether MMDetection's own hook lets a module have another number of classes."""
+    hook = HOOKS.get('mmdet.NumClassCheckHook')()
+    try:
+        hook.before_val_epoch(SimpleNamespace(
+            model=SimpleNamespace(named_modules=lambda: [part]), logger=runner.logger,
+            val_dataloader=SimpleNamespace(dataset=dataset)))
+    except AssertionError:
+        return False
+    return True
 
 
 @contextmanager

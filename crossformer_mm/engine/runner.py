@@ -19,7 +19,7 @@ from .data_checks import CheckDataHook, categories_checked, explained_data
 from .errors import ConfigError, UserError, said
 from .randomness import COUNTED, SeedHook
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
-from .whole_files import WholeFileBackend, WholeFilesHook, newest_checkpoint
+from .whole_files import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 
 # In this order, after those of the config. What a config names itself stays as it is there.
 HOOKS_OF_ALL = (SafeLoadingHook, SeedHook, CheckDataHook, WholeFilesHook, CheckWeightsHook)
@@ -135,8 +135,9 @@ class Careful:
             result = run()
         except (UserError, CheckpointError):
             raise
-        except Exception:
-            self.logger.error(traceback.format_exc())
+        except Exception as error:
+            if getattr(error, 'errno', None) not in FULL:  # a disk that could not keep the log
+                self.logger.error(traceback.format_exc())
             raise
         # A process that leaves while others still talk to it ends a job that has done its work.
         barrier()
