@@ -1,6 +1,6 @@
 """Predict the objects or the label maps of images and videos, with pictures of them.
 
-    python tools/predict.py configs/mask_rcnn/cf_s_1x.py work_dirs/cf_s_1x/epoch_12.pth photos
+    python tools/predict.py configs/mask_rcnn/cf_s_1x.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth photos
 
 writes into the folder of --out:
 

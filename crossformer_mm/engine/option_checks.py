@@ -66,7 +66,8 @@ def check_names(cfg, file: str) -> None:
 
 def is_own_name(name: str, read: str) -> bool:
     """Whether a variable is named after a setting, as ``train_dataloader_1``, and no slip of it."""
-    return re.fullmatch(rf'\w*_{read}|_*{read}_\w+|_*{read}_?\d+|_+{read}', name) is not None
+    own = rf'\w*_{read}|_*{read}_\w+|_*{read}_?\d+|_+{read}|{read}s'
+    return re.fullmatch(own, name) is not None
 
 
 def uses_of(cfg, name: str, value) -> List[str]:
