@@ -69,9 +69,7 @@ UPERNET = '''
 _base_ = {base!r}
 crop_size = ({crop}, {crop})
 scale = {scale}
-model = dict(backbone=''' + BACKBONE + ''', data_preprocessor=dict(size=crop_size),
-             # The crops are smaller than the images: evaluated as it is trained.
-             test_cfg=dict(mode='slide', crop_size=crop_size, stride=({stride}, {stride})))
+model = dict(backbone=''' + BACKBONE + ''', data_preprocessor=dict(size=crop_size))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
@@ -131,7 +129,7 @@ def train(args) -> None:
                                 batch=args.batch_size)
     else:
         text = UPERNET.format(base=str(ROOT / 'configs/upernet/cf_s_160k.py'), root=root,
-                              crop=args.crop, stride=args.crop * 3 // 4, scale=(4 * args.size, args.size),
+                              crop=args.size, scale=(4 * args.size, args.size),
                               batch=args.batch_size)
     text += SCHEDULE.format(iterations=args.iterations, interval=args.interval, lr=args.lr,
                             norm=args.max_norm)
@@ -188,9 +186,9 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('benchmarks/real_input_learnt.png'))
     parser.add_argument('--iterations', type=int, default=1000)
     parser.add_argument('--interval', type=int, default=100, help='of validation and checkpoints')
-    parser.add_argument('--size', type=int, default=240, help='shorter side of the images')
+    parser.add_argument('--size', type=int, default=240, help='shorter side of the images, and side of '
+                        'the crops of upernet')
     parser.add_argument('--long-side', type=int, default=360, help='longer side, of mask_rcnn')
-    parser.add_argument('--crop', type=int, default=128, help='of upernet')
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--lr', type=float, default=2e-4)
     parser.add_argument('--max-norm', type=float, default=5.)
