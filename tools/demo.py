@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common import check_writable
+from crossformer_mm.engine.command_line import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path('work_dirs/demo')

@@ -28,15 +28,15 @@ from typing import Callable, Dict, Sequence
 
 import torch
 import torch.nn.functional as F
-from common import DENSE, check_file, fail, load_config, run
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
+from crossformer_mm.engine.command_line import DENSE, check_file, fail, load_config, run
+from crossformer_mm.engine.option_checks import add_cfg_options
 from crossformer_mm.exportable import export_any_size, exportable
-from options import add_cfg_options
 
 # Batch, height, width: odd sides, sides smaller than the largest stride and than a group, multiples
 # of 32. None is the one that was traced.

@@ -12,10 +12,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from common import check_file, fail, run, write_whole
 
 from crossformer_mm.checkpoint import (CheckpointError, read_checkpoint, require_safetensors,
                                        weights_in)
+from crossformer_mm.engine.command_line import check_file, fail, run, write_whole
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
 # What inferencers and readers of today and of the authors' days look for in `meta`.

@@ -44,15 +44,16 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
-from common import (CheckWeights, check_dataset, check_file, check_writable, fail,
-                    innermost, load_config, prepare_for_cpu, replace_data_root, run, sentences_for,
-                    write_whole)
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import use_safe_loading
+from crossformer_mm.engine.command_line import (CheckWeights, check_dataset, check_file,
+                                                check_writable, fail, innermost, load_config,
+                                                prepare_for_cpu, replace_data_root, run,
+                                                sentences_for, write_whole)
+from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.engine.runner import CarefulRunner
+from crossformer_mm.flops import count
 from crossformer_mm.grouping import LDA_DEFINITIONS
-from get_flops import count
-from options import add_cfg_options
-from runner import CarefulRunner
 
 # Shown without --metric, as far as the evaluator has them.
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')

@@ -4,11 +4,13 @@
 """
 from pathlib import Path
 
-from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
-                    innermost, read_config, run)
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
-from runner import CarefulRunner
+
+from crossformer_mm.engine.command_line import (CheckWeights, argument_parser, check_dataset,
+                                                check_file, check_writable, fail, innermost,
+                                                read_config, run)
+from crossformer_mm.engine.runner import CarefulRunner
 
 
 def parse_args():

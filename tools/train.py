@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 
 import torch
-from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
-                    read_config, run, sentences_for)
-from runner import CarefulRunner
-from whole_files import FULL, newest_checkpoint
 
 from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine.command_line import (CheckWeights, argument_parser, check_dataset,
+                                                check_file, check_writable, fail, read_config, run,
+                                                sentences_for)
+from crossformer_mm.engine.runner import CarefulRunner
+from crossformer_mm.engine.whole_files import FULL, newest_checkpoint
 
 SKIPPED = 'skipped_images.txt'
 

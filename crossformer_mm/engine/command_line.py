@@ -16,11 +16,11 @@ from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import find_latest_checkpoint
 
-from checked_data import image_folders, list_of_images
-from crossformer_mm.checkpoint import (CheckpointError, fit_checkpoint, model_weights,
-                                       use_safe_loading)
-from errors import UserError, fail, said
-from options import add_cfg_options, check_keys, let_weights_be_named
+from ..checkpoint import (CheckpointError, fit_checkpoint, model_weights,
+                          use_safe_loading)
+from .data_checks import image_folders, list_of_images
+from .errors import UserError, fail, said
+from .option_checks import add_cfg_options, check_keys, let_weights_be_named
 
 # The package that each default_scope needs, as a user installs it; DENSE: of dense prediction.
 SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}

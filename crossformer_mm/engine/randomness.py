@@ -23,7 +23,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 
-from checked_data import DatasetWrapper
+from .data_checks import DatasetWrapper
 
 DRAW, ITERATION = range(2)  # tell the two kinds of seeds apart
 

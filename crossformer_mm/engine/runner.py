@@ -7,12 +7,12 @@ from typing import Optional
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.runner import Runner
 
-import randomness
-import whole_files  # noqa: F401  (registers the file backend)
-from checked_data import CountSkipped, DataError
-from common import NameWeights
-from crossformer_mm.checkpoint import CheckpointError
-from errors import UserError, said
+from ..checkpoint import CheckpointError
+from . import randomness
+from . import whole_files  # noqa: F401  (registers the file backend)
+from .command_line import NameWeights
+from .data_checks import CountSkipped, DataError
+from .errors import UserError, said
 
 
 class ConfigError(UserError):

@@ -10,7 +10,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch import nn
 
-from errors import UserError
+from .errors import UserError
 
 # What is read besides the arguments of what is built: at the top of a config, by mmengine's Runner
 # and by the tools; of the optimizer, by what constructs it, and by --amp.

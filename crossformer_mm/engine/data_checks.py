@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 from torch.utils.data import Dataset
 
-from errors import UserError, said
+from .errors import UserError, said
 
 EMPTY = ('{} leaves no image to use: there is none, or filter_cfg drops all, for they are small or '
          'have no objects of the classes.')

@@ -11,7 +11,7 @@ from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.logging import print_log
 
-from crossformer_mm.checkpoint import CheckpointError, read_checkpoint
+from ..checkpoint import CheckpointError, read_checkpoint
 
 CHECKPOINT = re.compile(r'(epoch|iter)_\d+\.pth')  # mmengine's names of what can be resumed
 
