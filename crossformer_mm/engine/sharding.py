@@ -4,6 +4,7 @@ A config names it by ``custom_imports = dict(imports=['crossformer_mm',
 'crossformer_mm.engine.sharding'])``, see ``configs/mask_rcnn/cfpp_b_1x_fsdp.py``.
 """
 from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
 from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -31,11 +32,26 @@ def wrap_crossformer_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: 
 
 @STRATEGIES.register_module()
 class ShardedStrategy(FSDPStrategy):
-    """MMEngine's FSDPStrategy, which goes on from a checkpoint with PyTorch 2.1 and newer, too.
+    """MMEngine's FSDPStrategy, with two repairs; its arguments are the same.
 
-    Since then ``optim_state_dict_to_load`` takes its arguments in another order than the one in
-    which MMEngine gives them: every ``--resume`` would end in an error.
+    - Since PyTorch 2.1 ``optim_state_dict_to_load`` takes its arguments in another order than the
+      one in which MMEngine gives them: every resumed training would end in an error.
+    - Without a GPU (gloo) the device is named, as FSDP asks for, and whole parameters are not
+      moved to where they are already, which would read memory that is freed.
     """
+
+    def _init_state_dict_cfg(self, state_dict_cfg) -> None:
+        super()._init_state_dict_cfg(state_dict_cfg)
+        if get_device() == 'cpu':
+            for config in (self.state_dict_config, self.optim_state_dict_config):
+                config.offload_to_cpu = False
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        if get_device() == 'cpu':
+            self.model_wrapper = dict(self.model_wrapper or dict(type='MMFullyShardedDataParallel'))
+            if self.model_wrapper.get('device_id') is None:
+                self.model_wrapper['device_id'] = 'cpu'
+        return super()._wrap_model(model)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         self.optim_wrapper.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(
