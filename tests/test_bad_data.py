@@ -10,7 +10,9 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
-from crossformer_mm.engine.data_checks import DataError
+from crossformer_mm.engine.data_checks import (categories_checked, check_files, explained_data,
+                                               guard)
+from crossformer_mm.engine.errors import DataError
 
 from .tool_process import ROOT, ToolProcess
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
@@ -37,12 +39,15 @@ def change(path: Path, edit) -> None:
     path.write_text(json.dumps(content))
 
 
-def build(kind, data: Path, split: str, tmp_path: Path, **options):
+def build(kind, data: Path, split: str, tmp_path: Path, skip_to: str = None):
     """The data set that the tools train on or test on."""
     cfg = Config.fromfile(write_config(kind, tmp_path / 'config.py', data))
     init_default_scope(cfg.default_scope)
-    return DATASETS.build(dict(type='CheckedDataset', dataset=cfg[f'{split}_dataloader'].dataset,
-                               **options))
+    with explained_data(), categories_checked():
+        dataset = DATASETS.build(cfg[f'{split}_dataloader'].dataset)
+    check_files(dataset, skip_to)
+    guard(dataset, skip_to)
+    return dataset
 
 
 def refusal(build_or_load) -> str:

@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
-import crossformer_mm.engine.data_checks  # noqa: F401  (registers the class)
+from crossformer_mm.engine.data_checks import check_files
 
 from .oracle import plain_features
 from .test_golden import Golden
@@ -351,7 +351,8 @@ class TestData:
         (data / 'train' / 'none').mkdir()  # a folder that no list names does not count
         cfg = Config.fromfile(write_config(tmp_path, data))
         init_default_scope('mmpretrain')
-        dataset = DATASETS.build(dict(type='CheckedDataset', dataset=cfg.train_dataloader.dataset))
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        check_files(dataset)
         assert [(Path(info['img_path']).name, info['gt_label'])
                 for info in map(dataset.get_data_info, range(len(dataset)))] == [
             ('train_0.JPEG', 2), ('train_2.JPEG', 0)]

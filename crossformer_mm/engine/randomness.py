@@ -11,19 +11,21 @@ anew
 So a resumed training repeats what an uninterrupted one does, with any number of
 workers, and no state of a generator has to be kept. Where in the data it goes on
 follows from epoch and iteration.
+
+The runner of this package does it by itself. With any other, a config has it by
+``sampler=dict(type='CountedSampler')`` (``'CountedInfiniteSampler'``) in the training's data loader
+and ``custom_hooks = [dict(type='SeedHook')]``.
 """
 import itertools
 import random
-from typing import Iterator
+from typing import Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.registry import DATA_SAMPLERS, DATASETS
-
-from .data_checks import DatasetWrapper
+from mmengine.registry import DATA_SAMPLERS, HOOKS
 
 DRAW, ITERATION = range(2)  # tell the two kinds of seeds apart
 
@@ -36,62 +38,117 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-class SeedIterations(Hook):
-    """Random numbers of an iteration (stochastic depth, sampled boxes) from its number."""
-
-    priority = 'VERY_HIGH'
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        seed_all(runner.seed, ITERATION, runner.iter, get_rank())
-
-
-@DATASETS.register_module()
-class SeededDataset(DatasetWrapper):
-    """A data set without end: item ``p * len(dataset) + i`` is image i drawn in pass p.
+class Draw(int):
+    """The index of an image, that knows which draw of the whole training it is.
 
     Args:
-        dataset: see :class:`DatasetWrapper`.
-        seed (int): with an item's number, what its augmentation is made of.
+        index (int): the image.
+        number (int): of draw ``p`` of image ``i`` of ``n``: ``p * n + i``.
     """
 
-    def __init__(self, dataset, seed: int):
-        super().__init__(dataset)
-        self.seed = seed
+    number: Optional[int]
 
-    def __getitem__(self, number: int) -> dict:
-        seed_all(self.seed, DRAW, number)
-        return self.dataset[number % len(self)]
-
-    def get_data_info(self, number: int) -> dict:
-        return self.dataset.get_data_info(number % len(self))
+    def __new__(cls, index: int, number: Optional[int] = None) -> 'Draw':
+        draw = super().__new__(cls, index)
+        draw.number = number
+        return draw
 
 
 @DATA_SAMPLERS.register_module()
 class CountedSampler(DefaultSampler):
-    """MMEngine's sampler of epochs, for a :class:`SeededDataset`."""
+    """MMEngine's sampler of epochs, whose indices are of type :class:`Draw`."""
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
         start = self.epoch * len(self.dataset)
-        return (start + index for index in super().__iter__())
+        return (Draw(index, start + index) for index in super().__iter__())
+
+    def start_anew(self, seed: int) -> None:
+        self.seed = seed
 
 
 @DATA_SAMPLERS.register_module()
 class CountedInfiniteSampler(InfiniteSampler):
-    """MMEngine's sampler without end, for a :class:`SeededDataset`."""
+    """MMEngine's sampler without end, whose indices are of type :class:`Draw`."""
 
     drawn = 0
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
         for index in super().__iter__():
             passes = (self.rank + self.drawn * self.world_size) // self.size
             self.drawn += 1
-            yield passes * self.size + index
+            yield Draw(index, passes * self.size + index)
 
     def skip(self, num_samples: int) -> None:
         """Go to where this rank has drawn ``num_samples`` images."""
         self.indices = itertools.islice(self._indices_of_rank(), num_samples, None)
         self.drawn = num_samples
 
+    def start_anew(self, seed: int) -> None:
+        self.seed = seed
+        self.skip(0)
+
 
 # Which sampler takes the place of which. With any other, images are augmented as MMEngine says.
-COUNTED = {'DefaultSampler': 'CountedSampler', 'InfiniteSampler': 'CountedInfiniteSampler'}
+COUNTED = {DefaultSampler: 'CountedSampler', InfiniteSampler: 'CountedInfiniteSampler'}
+
+
+class SeededItems:
+    """``__getitems__`` of a data set, by which PyTorch loads a batch: each image from its own seed.
+
+    Args:
+        dataset (Dataset): what is loaded from.
+        seed (int): with the number of a draw, what its augmentation is made of.
+    """
+
+    def __init__(self, dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __call__(self, indices: Sequence[int]) -> List:
+        items = []
+        for index in indices:
+            if getattr(index, 'number', None) is not None:
+                seed_all(self.seed, DRAW, index.number)
+            items.append(self.dataset[int(index)])
+        return items
+
+
+@HOOKS.register_module()
+class SeedHook(Hook):
+    """Random numbers of an iteration (stochastic depth, sampled boxes) from its number, those of an
+    image from the number of its draw, if the data loader's sampler counts draws."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner) -> None:
+        loader, seed = runner.train_dataloader, seed_of(runner)
+        sampler = counting_sampler(loader)
+        if sampler is not None:
+            sampler.start_anew(seed)
+            loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
+            restart_workers(runner.train_loop)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        seed_all(seed_of(runner), ITERATION, runner.iter, get_rank())
+
+
+def seed_of(runner) -> int:
+    """The seed that all ranks share."""
+    apart = runner.rank if runner._randomness_cfg.get('diff_rank_seed') else 0
+    return runner.seed - apart
+
+
+def counting_sampler(loader):
+    """The sampler of a data loader, beneath one of batches too, if it counts."""
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if hasattr(sampler, 'start_anew'):
+            return sampler
+    return None
+
+
+def restart_workers(loop) -> None:
+    """Take back what a loop's workers have begun to load before the training, as those of MMEngine
+    up to 0.10.7 do in a loop of iterations."""
+    iterator = getattr(loop, 'dataloader_iterator', None)
+    if getattr(iterator, '_iterator', None) is not None:
+        loop.dataloader.__dict__['_iterator'] = None  # of workers that persist
+        loop.dataloader_iterator = type(iterator)(loop.dataloader)
