@@ -3,6 +3,7 @@
     python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
 """
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from crossformer_mm.engine.runner import Careful
 from crossformer_mm.engine.whole_files import FULL, newest_checkpoint
 
 SKIPPED = 'skipped_images.txt'
+PRECISIONS = ('float16', 'bfloat16')
 
 
 def parse_args():
     parser = argument_parser('Train a detector, a segmentor or a classifier')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
+    parser.add_argument('--amp', nargs='?', const='float16', choices=PRECISIONS,
+                        help='automatic mixed precision, in float16 (default; GPU) or bfloat16 '
+                        '(GPU or CPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by the actual total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
@@ -29,12 +33,33 @@ def parse_args():
     parser.add_argument('--skip-bad-images', action='store_true',
                         help='train on without images that cannot be used, and list them in '
                         f'WORK_DIR/{SKIPPED} (default: stop at the first)')
-    args = parser.parse_args()
+    # --amp alone may stand before the config.
+    args = parser.parse_args([
+        '--amp=float16' if word == '--amp' and following not in PRECISIONS else word
+        for word, following in zip(sys.argv[1:], [*sys.argv[2:], None])])
     if args.tensorboard_samples is not None:
         if args.tensorboard_samples < 1:
             fail(f'--tensorboard-samples must be at least 1, got {args.tensorboard_samples}.')
         args.tensorboard = True
     return args
+
+
+def use_mixed_precision(cfg, precision: str) -> None:
+    """Let a configuration train in it; end the program with a sentence where that cannot work."""
+    if precision == 'float16':
+        if not torch.cuda.is_available():
+            fail('--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
+                 'train in bfloat16 with --amp bfloat16.')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        return
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        fail('--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.')
+    for name in ('loss_scale', 'dtype'):  # of a config that trains in float16
+        cfg.optim_wrapper.pop(name, None)
+    cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+    imports = cfg.setdefault('custom_imports', dict(imports=[]))
+    imports['imports'] = [*imports['imports'], 'crossformer_mm.engine']  # for any other tool
 
 
 def check_weights(cfg, args) -> None:
@@ -59,10 +84,7 @@ def main():
     args = parse_args()
     cfg = read_config(args)
     if args.amp:
-        if not torch.cuda.is_available():
-            fail('--amp needs a GPU, and PyTorch sees none: leave it out to train in float32.')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        use_mixed_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             fail(f"--auto-scale-lr: config '{args.config}' names no auto_scale_lr.base_batch_size.")

@@ -12,11 +12,12 @@ MMPretrain all of it. For single pieces, name in ``custom_hooks``:
 """
 from .data_checks import CheckDataHook
 from .errors import ConfigError, DataError, UserError
+from .mixed_precision import BFloat16OptimWrapper
 from .randomness import CountedInfiniteSampler, CountedSampler, SeedHook
 from .runner import CarefulFlexibleRunner, CarefulRunner
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 from .whole_files import WholeFilesHook
 
-__all__ = ['CarefulFlexibleRunner', 'CarefulRunner', 'CheckDataHook', 'CheckWeightsHook',
-           'ConfigError', 'CountedInfiniteSampler', 'CountedSampler', 'DataError',
-           'SafeLoadingHook', 'SeedHook', 'UserError', 'WholeFilesHook']
+__all__ = ['BFloat16OptimWrapper', 'CarefulFlexibleRunner', 'CarefulRunner', 'CheckDataHook',
+           'CheckWeightsHook', 'ConfigError', 'CountedInfiniteSampler', 'CountedSampler',
+           'DataError', 'SafeLoadingHook', 'SeedHook', 'UserError', 'WholeFilesHook']
