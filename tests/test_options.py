@@ -7,6 +7,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.checkpoint import use_safe_loading
+from crossformer_mm.engine.command_line import load_config
+from crossformer_mm.engine.errors import UserError
+from crossformer_mm.engine.option_checks import check_keys
 
 from .test_predict import run_here
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
@@ -85,16 +89,11 @@ def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arg
     (SEGMENTOR, 'model.test_cfg.stride'), (SEGMENTOR, 'train_dataloader.dataset.pipeline.2.scale'),
     (ONE_STAGE, 'model.bbox_head.loss_cls.alpha'),
 ])
-def test_settings_that_are_read_may_be_new_to_the_config(monkeypatch, config, key):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from options import check_keys
+def test_settings_that_are_read_may_be_new_to_the_config(config, key):
     check_keys(Config.fromfile(ROOT / config), {key: 1})
 
 
-def test_settings_of_another_type_are_those_of_that_type(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from errors import UserError
-    from options import check_keys
+def test_settings_of_another_type_are_those_of_that_type():
     cfg = Config.fromfile(ROOT / DETECTOR)
     momentum = {'optim_wrapper.optimizer.momentum': 0.9}
     check_keys(cfg, {'optim_wrapper.optimizer.type': 'SGD', **momentum})
@@ -102,9 +101,7 @@ def test_settings_of_another_type_are_those_of_that_type(monkeypatch):
         check_keys(cfg, momentum)
 
 
-def test_weights_may_be_named_where_a_config_has_none(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from common import load_config, use_safe_loading
+def test_weights_may_be_named_where_a_config_has_none(tmp_path):
     file, key = tmp_path / 'resnet.pth', 'model.backbone.init_cfg.checkpoint'
     backbones = []
     for options in ({}, {key: str(file)}):

@@ -28,7 +28,6 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
     """Run a tool in a folder, in this process for speed; its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(str(ROOT / 'tools'))
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
         for kind in (Visualizer, *Visualizer.__subclasses__()):
             kind._instance_dict.clear()  # a new process would have none

@@ -17,6 +17,7 @@ from mmengine.hooks import LoggerHook
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine.runner import CarefulRunner
 
 from .test_tools import metrics
 from .tool_process import ROOT, ToolProcess
@@ -132,8 +133,6 @@ def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, w
 @pytest.mark.parametrize('rank', [0, 1])
 def test_only_the_first_process_writes_the_results_of_a_test(monkeypatch, tmp_path, rank):
     """MMEngine's hook lets all of them write the same file."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from runner import CarefulRunner
     monkeypatch.setattr(CarefulRunner, 'rank', rank)
     runner = CarefulRunner.__new__(CarefulRunner)
     runner._hooks = []

@@ -1,4 +1,5 @@
 """Tools in processes of their own that can be killed, without importing everything each time."""
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,14 @@ PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdet.datasets', 'mmseg.datasets',
                                   'mmdet.evaluation', 'mmseg.evaluation', 'mmdet.visualization',
                                   'mmseg.visualization', 'crossformer_mm'])
+
+
+def load_script(file: Path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class ToolProcess:
@@ -67,6 +76,5 @@ def run_tool(log: str, environment: dict, tool: str, *arguments: str) -> None:
     os.chdir(ROOT)
     import torch
     torch.set_num_threads(1)
-    sys.path.insert(0, str((ROOT / tool).parent))
     sys.argv = [tool, *arguments]
     runpy.run_path(tool, run_name='__main__')

@@ -1,6 +1,6 @@
 """Predict the objects or the label maps of images and videos, with pictures of them.
 
-    python tools/predict.py configs/mask_rcnn/cf_s_1x.py work_dirs/cf_s_1x/epoch_12.pth photos
+    python tools/predict.py configs/mask_rcnn/cf_s_1x.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth photos
 
 writes into the folder of --out:
 
@@ -28,8 +28,6 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import DENSE, check_file, fail, innermost, load_config, run, sentences_for, write_whole
-from options import add_cfg_options
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
@@ -39,6 +37,9 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import is_cut_short
+from crossformer_mm.engine.command_line import (DENSE, check_file, fail, innermost, load_config,
+                                                run, sentences_for, write_whole)
+from crossformer_mm.engine.option_checks import add_cfg_options
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
