@@ -186,7 +186,7 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('benchmarks/real_input_learnt.png'))
     parser.add_argument('--iterations', type=int, default=1000)
     parser.add_argument('--interval', type=int, default=100, help='of validation and checkpoints')
-    parser.add_argument('--size', type=int, default=240, help='shorter side of the images, and side of '
+    parser.add_argument('--size', type=int, default=240, help='shorter side of the images, and '
                         'the crops of upernet')
     parser.add_argument('--long-side', type=int, default=360, help='longer side, of mask_rcnn')
     parser.add_argument('--batch-size', type=int, default=2)

@@ -14,7 +14,7 @@ from crossformer_mm.engine.data_checks import (categories_checked, check_files, 
                                                guard)
 from crossformer_mm.engine.errors import DataError
 
-from .tool_process import ROOT, ToolProcess
+from .tool_process import ToolProcess
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 TRAIN_JSON = 'coco/annotations/instances_train2017.json'

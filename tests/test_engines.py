@@ -1,20 +1,17 @@
 """MMEngine's other ways to train: strategies of its FlexibleRunner, in two processes by gloo."""
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS, init_default_scope
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine.sharding import is_crossformer_block, wrap_crossformer_blocks
 
 from .test_ranks import two
-from .tool_process import ROOT, ToolProcess
-from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
+from .tool_process import ROOT
+from .trainings import SEGMENTOR, make_data, write_config
 
 FSDP = Config.fromfile(ROOT / 'configs' / '_base_' / 'fsdp.py').strategy.to_dict()
 SHARDED = ['configs/mask_rcnn/cfpp_b_1x_fsdp.py', 'configs/upernet/cf_l_160k_fsdp.py']
@@ -58,7 +55,8 @@ def test_configs_shard_and_recompute_by_block(config):
     model = CrossFormer(dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)))
     blocks = [module for module in model.modules() if is_crossformer_block(module)]
     assert len(blocks) == 5
-    assert [module for module in model.modules() if wrap_crossformer_blocks(module, False)] == blocks
+    assert [module for module in model.modules()
+            if wrap_crossformer_blocks(module, False)] == blocks
     assert all(wrap_crossformer_blocks(module, True) for module in model.modules())
 
 

@@ -21,8 +21,8 @@ def data(tmp_path_factory) -> Path:
 
 def train(folder: Path, config: Path, *options) -> list:
     """Train; the losses of each iteration."""
-    process = ToolProcess(folder.with_suffix('.log'), 'tools/train.py', config, '--work-dir', folder,
-                          *options)
+    process = ToolProcess(folder.with_suffix('.log'), 'tools/train.py', config, '--work-dir',
+                          folder, *options)
     assert process.wait() == 0, process.output[-3000:]
     log, = folder.glob('*/vis_data/scalars.json')
     rows = [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,6 +1,4 @@
 """Half precision with weights that have been trained: finite, and near float32 at every stage."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch

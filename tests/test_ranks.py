@@ -197,5 +197,5 @@ def test_a_process_that_dies_ends_the_job(data, tmp_path):
     output, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert output.strip().splitlines()[-1] == (
-        'error: a process of the job failed, see above; go on with --resume.')
+        'error: a process of the job failed, see above; --resume goes on from a checkpoint.')
     assert not ranks['0'].is_running() or ranks['0'].status() == psutil.STATUS_ZOMBIE

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One process per GPU (or CPU share) by torchrun:  tools/dist_test.sh CONFIG CHECKPOINT GPUS [OPTIONS of tools/test.py]
+# One process per GPU (or CPU share):
+#   tools/dist_test.sh CONFIG CHECKPOINT GPUS [OPTIONS of tools/test.py]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, see docs/distributed.md.
 # PYTHON: another one than that of the environment in use or of .venv.
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One process per GPU (or CPU share) by torchrun:  tools/dist_train.sh CONFIG GPUS [OPTIONS of tools/train.py]
+# One process per GPU (or CPU share):
+#   tools/dist_train.sh CONFIG GPUS [OPTIONS of tools/train.py]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, see docs/distributed.md.
 # PYTHON: another one than that of the environment in use or of .venv.
 set -euo pipefail
@@ -21,6 +22,6 @@ fi
     --nproc-per-node="$2" \
     "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}" || {
     status=$?
-    echo "error: a process of the job failed, see above; go on with --resume." >&2
+    echo "error: a process of the job failed, see above; --resume goes on from a checkpoint." >&2
     exit $status
 }

@@ -1,7 +1,7 @@
 """Export a backbone or a whole model, for images of any size, and check what was written.
 
-    python tools/export.py configs/upernet/cf_s_160k.py work_dirs/upernet/cf_s_160k/iter_160000.pth \
-        --out upernet.onnx
+    python tools/export.py configs/upernet/cf_s_160k.py \\
+        work_dirs/upernet/cf_s_160k/iter_160000.pth --out upernet.onnx
 
 The file takes a normalised image (batch, 3, height, width), every one of the three sizes open, and
 returns

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Slurm job:  tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [OPTIONS of tools/train.py]
-# Set GPUS, GPUS_PER_NODE, CPUS_PER_TASK, SRUN_ARGS for more than 8 GPUs of one node with 5 CPUs each;
-# PYTHON for another Python than the first on the path.
+# Set GPUS, GPUS_PER_NODE, CPUS_PER_TASK, SRUN_ARGS for another job than 8 GPUs of one node with 5
+# CPUs each, PYTHON for another Python than the first on the path.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [OPTIONS of tools/train.py]" >&2

@@ -1,7 +1,8 @@
 """Evaluate a trained model at other group sizes and intervals, beside what they cost.
 
-    python tools/sweep_groups.py configs/mask_rcnn/cf_s_1x.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth \\
-        --group-size 7,7,7,7 14,14,7,7 --interval 8,4,2,1 16,8,2,1 --max-images 500
+    python tools/sweep_groups.py configs/mask_rcnn/cf_s_1x.py \\
+        work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth --group-size 7,7,7,7 14,14,7,7 \\
+        --interval 8,4,2,1 16,8,2,1 --max-images 500
 
 No weight depends on the group size, the interval or the definition of long distance attention, for
 the dynamic position bias is a function of offsets of any length. So one checkpoint gives a model

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint of a detector, a segmentor or a classifier.
 
-    python tools/test.py configs/upernet/cf_s_160k.py work_dirs/upernet/cf_s_160k/iter_160000.pth --tta
+    python tools/test.py configs/upernet/cf_s_160k.py \\
+        work_dirs/upernet/cf_s_160k/iter_160000.pth --tta
 """
 from pathlib import Path
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from mmengine.device import get_device
 
 from crossformer_mm.engine.command_line import (argument_parser, build_runner, check_dataset,
                                                 check_file, check_writable, fail, kind_of,
@@ -47,7 +48,7 @@ def parse_args():
 def use_mixed_precision(cfg, precision: str) -> None:
     """Let a configuration train in it; end the program with a sentence where that cannot work."""
     if precision == 'float16':
-        if not torch.cuda.is_available():
+        if get_device() in ('cpu', 'mps'):
             fail('--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
                  'train in bfloat16 with --amp bfloat16.')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'

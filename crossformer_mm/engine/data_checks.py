@@ -1,11 +1,12 @@
 """Data sets that say what is wrong with their files, in one sentence that names the file."""
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import cv2
 import mmcv
 import numpy as np
 from mmengine.fileio import get
@@ -14,6 +15,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
 
+from ..compat import is_cut_short
 from .errors import ConfigError, DataError, frames_of, said
 from .randomness import restart_workers
 
@@ -22,6 +24,8 @@ EMPTY = ('{} leaves no image to use: there is none, or filter_cfg drops all, for
 MOST_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
 # What OpenCV reads; of files with other names nothing is said but that they cannot be opened.
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+# Before, it fills with grey what a JPEG that is cut short does not have, and says nothing.
+SAYS_WHAT_IS_CUT_SHORT = tuple(map(int, cv2.__version__.split('.')[:2])) >= (4, 12)
 
 
 @HOOKS.register_module()
@@ -287,6 +291,8 @@ class Guard:
             DataError: the image's files cannot be used.
         """
         try:
+            if not SAYS_WHAT_IS_CUT_SHORT:
+                self.check_whole(index)
             item = type(self.dataset).prepare_data(self.dataset, index)
             if item is not None:
                 self.check_labels(item, index)
@@ -297,7 +303,8 @@ class Guard:
         except Exception as error:
             problem = self.problem(index)
             if problem is None:
-                names = ' and '.join(map(repr, files_of(self.dataset.get_data_info(index)).values()))
+                files = files_of(self.dataset.get_data_info(index)).values()
+                names = ' and '.join(map(repr, files))
                 print_log(f'{names} can be read, but preparing it ended in {said(error)}: a '
                           "transform or the image's annotation is at fault.", 'current',
                           logging.ERROR)
@@ -312,6 +319,13 @@ class Guard:
                             f'{problem}')
         self.skip(problem)
         return None
+
+    def check_whole(self, index: int) -> None:
+        """See that no JPEG of an image is cut short."""
+        for what, path in files_of(self.dataset.get_data_info(index)).items():
+            with suppress(OSError):  # of which the data set itself says more
+                if is_cut_short(get(path, backend_args=backend_of(self.dataset))):
+                    raise DataError(f"{what} '{path}' is cut short or no image.")
 
     def check_labels(self, item: dict, index: int) -> None:
         """See that a label map has no label but the classes and the ignored one."""

@@ -1,4 +1,4 @@
-"""Errors that say all that a user needs, in one sentence; what is not recognised keeps its cause."""
+"""Errors that say all a user needs in one sentence; what is not recognised keeps its cause."""
 import site
 import sys
 import sysconfig

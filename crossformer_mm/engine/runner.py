@@ -52,8 +52,8 @@ class Careful:
       training that is resumed is the one that was not interrupted.
     - Data are checked, see :mod:`.data_checks`.
 
-    Each is a hook, which a config can name for any other runner. The configuration that is kept with
-    a training does not show them: any other tool can use it.
+    Each is a hook, which a config can name for any other runner. The configuration that is kept
+    with a training does not show them: any other tool can use it.
     """
 
     resume_newest = False  # whether to go on from the newest checkpoint, if there is any

@@ -121,8 +121,8 @@ def go_on_after_whole_epoch(runner, checkpoint: dict, name: str) -> None:
     if epoch and epoch * length != meta['iter']:
         print_log(f"Checkpoint '{name}' was written when an epoch had {meta['iter'] / epoch:g} "
                   f'iterations, now it has {length}: with other processes or another batch the '
-                  'learning rate, whose schedule counts iterations, is not what it would have been.',
-                  'current', logging.WARNING)
+                  'learning rate, whose schedule counts iterations, is not what it would have '
+                  'been.', 'current', logging.WARNING)
     meta.update(epoch=epoch, iter=epoch * length)
 
 

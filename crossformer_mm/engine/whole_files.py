@@ -144,8 +144,8 @@ def numbered(folder: str, template: str, backend: Optional[dict] = None):
 
 
 def newest_checkpoint(runner) -> Optional[str]:
-    """The newest whole checkpoint of a training, by the numbers in names: times do not outlive every
-    copy. Warns of each newer one that cannot be gone on from.
+    """The newest whole checkpoint of a training, by the numbers in names: times do not outlive
+    every copy. Warns of each newer one that cannot be gone on from.
 
     ``last_checkpoint`` is not asked: it may itself be half-written, or be older than
     what it should name.
