@@ -23,6 +23,13 @@ def load_script(file: Path):
     return module
 
 
+def leave_configs_unformatted() -> None:
+    """Let MMEngine keep configs as one line for each setting: to lay them out, which it does five
+    times in a training, takes longer than a training of the tests."""
+    from yapf.yapflib import yapf_api
+    yapf_api.FormatCode = lambda text, **options: (text, True)
+
+
 class ToolProcess:
     """A tool at work.
 
@@ -76,5 +83,6 @@ def run_tool(log: str, environment: dict, tool: str, *arguments: str) -> None:
     os.chdir(ROOT)
     import torch
     torch.set_num_threads(1)
+    leave_configs_unformatted()
     sys.argv = [tool, *arguments]
     runpy.run_path(tool, run_name='__main__')

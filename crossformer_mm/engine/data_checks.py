@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import cv2
 import mmcv
@@ -91,17 +91,29 @@ def source_of(dataset) -> str:
 
 def backend_of(dataset) -> Optional[dict]:
     """How the files of a data set are reached; None: they are files of this machine."""
-    pipeline = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
-    for part in (dataset, *pipeline):
+    for part in (dataset, *steps_of(dataset)):
         if getattr(part, 'backend_args', None):
             return part.backend_args
     return None
 
 
-def files_of(info: dict) -> Dict[str, str]:
-    """The files of one image, by what they are."""
-    files = {'Image': info.get('img_path'), 'Label map': info.get('seg_map_path')}
+def files_of(dataset, info: dict) -> Dict[str, str]:
+    """The files of one image that a data set loads, by what they are.
+
+    Args:
+        dataset (BaseDataset): the data set.
+        info (dict): what it knows of the image.
+    """
+    files = {'Image': info.get('img_path')}
+    # MMDetection names a label map for images whose pipeline loads none.
+    if any(getattr(step, 'with_seg', False) for step in steps_of(dataset)):
+        files['Label map'] = info.get('seg_map_path')
     return {what: str(path) for what, path in files.items() if path}
+
+
+def steps_of(dataset) -> Sequence:
+    """The transforms of a data set's pipeline."""
+    return getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
 
 
 # Before a run
@@ -132,7 +144,7 @@ def check_files(dataset, skip_to: Optional[str] = None) -> None:
             if classes and label not in range(len(classes)):
                 raise DataError(f"Image '{info['img_path']}' has label {label} in {source}, "
                                 f'allowed are 0 to {len(classes) - 1}, the classes.')
-        for path in files_of(info).values() if local else ():
+        for path in files_of(dataset, info).values() if local else ():
             folder, name = os.path.split(path)
             if '://' in path:
                 continue
@@ -303,7 +315,7 @@ class Guard:
         except Exception as error:
             problem = self.problem(index)
             if problem is None:
-                files = files_of(self.dataset.get_data_info(index)).values()
+                files = files_of(self.dataset, self.dataset.get_data_info(index)).values()
                 names = ' and '.join(map(repr, files))
                 print_log(f'{names} can be read, but preparing it ended in {said(error)}: a '
                           "transform or the image's annotation is at fault.", 'current',
@@ -322,7 +334,7 @@ class Guard:
 
     def check_whole(self, index: int) -> None:
         """See that no JPEG of an image is cut short."""
-        for what, path in files_of(self.dataset.get_data_info(index)).items():
+        for what, path in files_of(self.dataset, self.dataset.get_data_info(index)).items():
             with suppress(OSError):  # of which the data set itself says more
                 if is_cut_short(get(path, backend_args=backend_of(self.dataset))):
                     raise DataError(f"{what} '{path}' is cut short or no image.")
@@ -362,7 +374,7 @@ class Guard:
 
     def problem(self, index: int) -> Optional[DataError]:
         """What is wrong with the files of an image that could not be prepared; None: nothing."""
-        for what, path in files_of(self.dataset.get_data_info(index)).items():
+        for what, path in files_of(self.dataset, self.dataset.get_data_info(index)).items():
             try:
                 content = get(path, backend_args=backend_of(self.dataset))
             except OSError as fault:
