@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+sys.path.insert(0, str(ROOT))
 
 PAGE = 4096
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -71,7 +71,7 @@ def growth(used: list) -> float:
 
 def newest(folder: Path) -> int:
     """Number of the newest whole checkpoint, 0 for none."""
-    from whole_files import newest_checkpoint
+    from crossformer_mm.engine.whole_files import newest_checkpoint
     path = newest_checkpoint(str(folder))
     return int(re.search(r'\d+', Path(path).name)[0]) if path else 0
 

@@ -1,8 +1,8 @@
 """CrossFormer and CrossFormer++ backbones for the OpenMMLab libraries.
 
 ``custom_imports = dict(imports=['crossformer_mm'])`` in a config registers the
-backbone, the hooks and what a classifier needs besides; ``type='CrossFormer'`` builds the
-backbone.
+backbone, the hooks, the runners of ``engine`` and what a classifier needs besides;
+``type='CrossFormer'`` builds the backbone.
 """
 from .installed import check_installed
 
@@ -10,13 +10,14 @@ check_installed()
 
 from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 
+from . import engine  # noqa: E402
 from .backbone import ARCHITECTURES, CrossFormer  # noqa: E402
 from .classification import NormedGlobalAveragePooling  # noqa: E402
 from .hooks import MagnitudeHook, ValidationSamplesHook  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = ['ARCHITECTURES', 'CrossFormer', 'MagnitudeHook', 'NormedGlobalAveragePooling',
-           'ValidationSamplesHook', '__version__']
+           'ValidationSamplesHook', '__version__', 'engine']
 
 # Packages whose configs mmengine finds by name: mmengine.hub.get_config('crossformer_mm::...')
 # and _base_ = 'crossformer_mm::...' in a config read only those of this table.

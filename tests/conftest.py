@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
 
 from crossformer_mm import CrossFormer  # noqa: E402
 
+from .tool_process import leave_configs_unformatted  # noqa: E402
+
+leave_configs_unformatted()
+
 # Every kind of block (short, long, before and after a merging) in 1.5 M parameters.
 SMALL = dict(embed_dims=32, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8))
 

@@ -10,7 +10,11 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
-from .tool_process import ROOT, ToolProcess
+from crossformer_mm.engine.data_checks import (categories_checked, check_files, explained_data,
+                                               guard)
+from crossformer_mm.engine.errors import DataError
+
+from .tool_process import ToolProcess
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 TRAIN_JSON = 'coco/annotations/instances_train2017.json'
@@ -28,14 +32,6 @@ def data(clean, tmp_path) -> Path:
     return Path(shutil.copytree(clean, tmp_path / 'shapes'))
 
 
-@pytest.fixture
-def tools(monkeypatch):
-    """The modules of tools/, importable."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    import checked_data
-    return checked_data
-
-
 def change(path: Path, edit) -> None:
     """Edit an annotation file, given as a dict."""
     content = json.loads(path.read_text())
@@ -43,17 +39,20 @@ def change(path: Path, edit) -> None:
     path.write_text(json.dumps(content))
 
 
-def build(kind, data: Path, split: str, tmp_path: Path, **options):
+def build(kind, data: Path, split: str, tmp_path: Path, skip_to: str = None):
     """The data set that the tools train on or test on."""
     cfg = Config.fromfile(write_config(kind, tmp_path / 'config.py', data))
     init_default_scope(cfg.default_scope)
-    return DATASETS.build(dict(type='CheckedDataset', dataset=cfg[f'{split}_dataloader'].dataset,
-                               **options))
+    with explained_data(), categories_checked():
+        dataset = DATASETS.build(cfg[f'{split}_dataloader'].dataset)
+    check_files(dataset, skip_to)
+    guard(dataset, skip_to)
+    return dataset
 
 
-def refusal(tools, build_or_load) -> str:
+def refusal(build_or_load) -> str:
     """The sentence of the error."""
-    with pytest.raises(tools.DataError) as refused:
+    with pytest.raises(DataError) as refused:
         build_or_load()
     said = str(refused.value)
     assert '\n' not in said and said.endswith('.')
@@ -68,57 +67,57 @@ def refusal(tools, build_or_load) -> str:
         "images": [{"id": 1, "file_name": "1.png", "height": 9, "width": 9}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": ["a", 0, 1, 1]}],
         "categories": [{"id": 1, "name": "disk"}]}"""])
-def test_annotation_file_that_cannot_be_read(tools, data, tmp_path, content):
+def test_annotation_file_that_cannot_be_read(data, tmp_path, content):
     (data / TRAIN_JSON).write_text(content)
-    said = refusal(tools, lambda: build(DETECTOR, data, 'train', tmp_path))
+    said = refusal(lambda: build(DETECTOR, data, 'train', tmp_path))
     assert said.startswith(f"annotation file '{data / TRAIN_JSON}' ")
 
 
 @pytest.mark.parametrize('split, file', [('train', TRAIN_JSON), ('val', VAL_JSON)])
-def test_annotated_image_that_is_not_there(tools, data, tmp_path, split, file):
+def test_annotated_image_that_is_not_there(data, tmp_path, split, file):
     change(data / file, lambda content: content['images'][1].update(file_name='none.png'))
     missing = data / 'coco' / f'{split}2017' / 'none.png'
-    said = refusal(tools, lambda: build(DETECTOR, data, split, tmp_path))
+    said = refusal(lambda: build(DETECTOR, data, split, tmp_path))
     assert said == f"File '{missing}', which annotation file '{data / file}' names, does not exist."
 
 
-def test_label_map_that_is_not_there(tools, data, tmp_path):
+def test_label_map_that_is_not_there(data, tmp_path):
     missing = data / 'ade/annotations/training/000000000003.png'
     missing.unlink()
-    assert str(missing) in refusal(tools, lambda: build(SEGMENTOR, data, 'train', tmp_path))
+    assert str(missing) in refusal(lambda: build(SEGMENTOR, data, 'train', tmp_path))
 
 
-def test_empty_annotations(tools, data, tmp_path):
+def test_empty_annotations(data, tmp_path):
     change(data / TRAIN_JSON, lambda content: content.update(annotations=[]))
-    said = refusal(tools, lambda: build(DETECTOR, data, 'train', tmp_path))
+    said = refusal(lambda: build(DETECTOR, data, 'train', tmp_path))
     assert said.startswith(f"annotation file '{data / TRAIN_JSON}' leaves no image to use")
 
 
-def test_folder_without_images(tools, data, tmp_path):
+def test_folder_without_images(data, tmp_path):
     for image in (data / 'ade/images/training').iterdir():
         image.unlink()
-    said = refusal(tools, lambda: build(SEGMENTOR, data, 'train', tmp_path))
+    said = refusal(lambda: build(SEGMENTOR, data, 'train', tmp_path))
     assert said.startswith(f"image folder '{data / 'ade/images/training'}' leaves no image to use")
 
 
-def test_class_of_the_config_that_the_file_does_not_have(tools, data, tmp_path):
+def test_class_of_the_config_that_the_file_does_not_have(data, tmp_path):
     def rename(content):
         content['categories'][1]['name'] = 'box'
 
     change(data / TRAIN_JSON, rename)
-    said = refusal(tools, lambda: build(DETECTOR, data, 'train', tmp_path))
+    said = refusal(lambda: build(DETECTOR, data, 'train', tmp_path))
     assert said.startswith("Class 'square' of the config's metainfo.classes is no category of "
                            f"annotation file '{data / TRAIN_JSON}', which has 'disk', 'box'")
 
 
-def test_classes_in_another_order_than_in_the_file(tools, data, tmp_path):
+def test_classes_in_another_order_than_in_the_file(data, tmp_path):
     # MMDetection would call a star a disk, and say nothing.
     change(data / TRAIN_JSON, lambda content: content['categories'].reverse())
-    said = refusal(tools, lambda: build(DETECTOR, data, 'train', tmp_path))
+    said = refusal(lambda: build(DETECTOR, data, 'train', tmp_path))
     assert "give them as 'star', 'triangle', 'square', 'disk'." in said
 
 
-def test_class_of_the_file_that_the_config_does_not_have(tools, data, tmp_path, caplog):
+def test_class_of_the_file_that_the_config_does_not_have(data, tmp_path, caplog):
     def add(content):
         content['categories'].append(dict(id=9, name='ring'))
         content['annotations'][0]['category_id'] = 9
@@ -144,44 +143,44 @@ def truncate(path: Path) -> None:
     (SEGMENTOR, 'val', 'ade/images/validation/000000000001.jpg', 'Image'),
     (SEGMENTOR, 'train', 'ade/annotations/training/000000000001.png', 'Label map'),
 ])
-def test_truncated_file(tools, data, tmp_path, kind, split, file, what):
+def test_truncated_file(data, tmp_path, kind, split, file, what):
     truncate(data / file)
     dataset = build(kind, data, split, tmp_path)
     assert dataset[1] is not None
-    assert refusal(tools, lambda: dataset[0]) == f"{what} '{data / file}' is cut short or no image."
+    assert refusal(lambda: dataset[0]) == f"{what} '{data / file}' is cut short or no image."
 
 
 @pytest.mark.parametrize('split, folder', [('train', 'training'), ('val', 'validation')])
-def test_labels_out_of_range(tools, data, tmp_path, split, folder):
+def test_labels_out_of_range(data, tmp_path, split, folder):
     path = data / 'ade/annotations' / folder / '000000000001.png'
     labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     labels[:] = 7  # 5 classes; 1 is taken from each label
     cv2.imwrite(str(path), labels)
     dataset = build(SEGMENTOR, data, split, tmp_path)
-    said = refusal(tools, lambda: dataset[0])
+    said = refusal(lambda: dataset[0])
     assert said.startswith(f"Label map '{path}' has label 6") and 'allowed are 0 to 4' in said
 
 
-def test_label_map_of_another_size(tools, data, tmp_path):
+def test_label_map_of_another_size(data, tmp_path):
     path = data / 'ade/annotations/training/000000000001.png'
     cv2.imwrite(str(path), np.ones((40, 48), np.uint8))
     dataset = build(SEGMENTOR, data, 'val', tmp_path)
     assert dataset[0] is not None
     dataset = build(SEGMENTOR, data, 'train', tmp_path)
-    said = refusal(tools, lambda: [dataset[0] for _ in range(20)])  # some crops are of one size
+    said = refusal(lambda: [dataset[0] for _ in range(20)])  # some crops are of one size
     assert said == f"Label map '{path}' is of another size than its image."
 
 
 @pytest.mark.parametrize('split, folder', [('train', 'training'), ('val', 'validation')])
-def test_label_map_of_one_pixel(tools, data, tmp_path, split, folder):
+def test_label_map_of_one_pixel(data, tmp_path, split, folder):
     path = data / 'ade/annotations' / folder / '000000000001.png'
     cv2.imwrite(str(path), np.ones((1, 1), np.uint8))
     dataset = build(SEGMENTOR, data, split, tmp_path)
-    said = refusal(tools, lambda: dataset[0])
+    said = refusal(lambda: dataset[0])
     assert said.startswith(f"Label map '{path}' has 1 x 1 pixels, MMSegmentation needs 2 or more")
 
 
-def test_skipping_takes_another_image_and_lists_each_once(data, tmp_path, tools):
+def test_skipping_takes_another_image_and_lists_each_once(data, tmp_path):
     bad = [data / f'ade/images/training/00000000000{i}.jpg' for i in (1, 4)]
     for path in bad:
         truncate(path)
@@ -193,11 +192,11 @@ def test_skipping_takes_another_image_and_lists_each_once(data, tmp_path, tools)
         f"Image '{path}' is cut short or no image." for path in bad]
 
 
-def test_skipping_ends_where_nothing_works(data, tmp_path, tools):
+def test_skipping_ends_where_nothing_works(data, tmp_path):
     for path in (data / 'ade/images/training').iterdir():
         truncate(path)
     dataset = build(SEGMENTOR, data, 'train', tmp_path, skip_to=str(tmp_path / 'skipped.txt'))
-    assert '20 images in a row could not be used' in refusal(tools, lambda: dataset[0])
+    assert '20 images in a row could not be used' in refusal(lambda: dataset[0])
 
 
 # The tools, whole

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.engine.command_line import load_config
 
 from .test_predict import run_here
 
@@ -62,7 +63,6 @@ def examples(tmp_path) -> Path:
 
 def arguments_of(monkeypatch, tool: str, words: List[str]):
     """What a tool makes of its arguments; it ends the test where it does not take them."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.setattr(sys, 'argv', [tool, *words])
     return runpy.run_path(str(ROOT / tool))['parse_args']()
 
@@ -110,9 +110,7 @@ def test_command_names_what_exists(command, examples, monkeypatch):
                                    for i, block in enumerate(configs_of(page))])
 def test_config_builds_a_model(block, tmp_path, monkeypatch):
     (tmp_path / 'mine.py').write_text(block)
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     if 'crossformer_mm::' in block:
-        from common import load_config
         cfg = load_config(tmp_path / 'mine.py')
     else:
         cfg = Config.fromfile(tmp_path / 'mine.py')

@@ -1,7 +1,6 @@
 """tools/explain.py: its pictures show what the backbone computes, and grouping.py says."""
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import cv2
@@ -18,11 +17,7 @@ ARCH = dict(embed_dims=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8))
 
 @pytest.fixture(scope='module')
 def tool():
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        return runpy.run_path(str(ROOT / 'tools/explain.py'))
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
+    return runpy.run_path(str(ROOT / 'tools/explain.py'))
 
 
 def seen_by(tool, backbone, sides=(90, 133)):

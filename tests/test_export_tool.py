@@ -1,5 +1,4 @@
 """Exports of any batch and size: crossformer_mm/exportable.py, and tools/export.py around it."""
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from torch import nn
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.exportable import AnySizePool, export_any_size, exportable
+
+from .tool_process import load_script
 
 ROOT = Path(__file__).parent.parent
 # Odd sides, sides below every stride, batches; none is that of export_any_size.
@@ -82,14 +83,7 @@ def test_one_export_serves_all_sizes(options):
 
 @pytest.fixture(scope='module')
 def tool():
-    sys.path.insert(0, str(ROOT / 'tools'))
-    spec = importlib.util.spec_from_file_location('export_tool', ROOT / 'tools/export.py')
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-    return module
+    return load_script(ROOT / 'tools/export.py')
 
 
 @pytest.fixture

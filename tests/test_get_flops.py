@@ -19,7 +19,6 @@ def get_flops(capsys, monkeypatch):
 
     def call(*arguments, code=0) -> str:
         monkeypatch.chdir(ROOT)
-        monkeypatch.syspath_prepend(str(ROOT / 'tools'))
         monkeypatch.setattr(sys, 'argv', ['get_flops.py', *map(str, arguments)])
         try:
             runpy.run_path('tools/get_flops.py', run_name='__main__')

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from .tool_process import load_script
+
 ROOT = Path(__file__).parent.parent
 PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
 # Of attention at 800 x 1280, in 1e9: of each stage 2 * layers * queries * keys * channels. All of
@@ -19,10 +21,7 @@ PRODUCTS = {
 
 @pytest.fixture(scope='module')
 def zoo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / 'tools'))
-        import write_model_zoo
-    return write_model_zoo
+    return load_script(ROOT / 'tools/write_model_zoo.py')
 
 
 @pytest.fixture(scope='module')

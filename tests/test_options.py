@@ -1,5 +1,9 @@
 """Foolish arguments: every tool ends with one sentence that says what was wrong."""
+import argparse
+import pickle
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +11,17 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.checkpoint import read_checkpoint, use_safe_loading
+from crossformer_mm.engine import command_line
+from crossformer_mm.engine.command_line import load_config
+from crossformer_mm.engine.errors import UserError
+from crossformer_mm.engine.option_checks import check_keys
 
+from .test_predict import predict as run_tool
 from .test_predict import run_here
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
-from .trainings import make_data
+from .tool_process import load_script
+from .trainings import ONE_STAGE, make_data, write_config
 
 ONE_STAGE = 'configs/retinanet/cf_s_1x.py'
 
@@ -85,16 +96,11 @@ def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arg
     (SEGMENTOR, 'model.test_cfg.stride'), (SEGMENTOR, 'train_dataloader.dataset.pipeline.2.scale'),
     (ONE_STAGE, 'model.bbox_head.loss_cls.alpha'),
 ])
-def test_settings_that_are_read_may_be_new_to_the_config(monkeypatch, config, key):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from options import check_keys
+def test_settings_that_are_read_may_be_new_to_the_config(config, key):
     check_keys(Config.fromfile(ROOT / config), {key: 1})
 
 
-def test_settings_of_another_type_are_those_of_that_type(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from errors import UserError
-    from options import check_keys
+def test_settings_of_another_type_are_those_of_that_type():
     cfg = Config.fromfile(ROOT / DETECTOR)
     momentum = {'optim_wrapper.optimizer.momentum': 0.9}
     check_keys(cfg, {'optim_wrapper.optimizer.type': 'SGD', **momentum})
@@ -102,9 +108,7 @@ def test_settings_of_another_type_are_those_of_that_type(monkeypatch):
         check_keys(cfg, momentum)
 
 
-def test_weights_may_be_named_where_a_config_has_none(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from common import load_config, use_safe_loading
+def test_weights_may_be_named_where_a_config_has_none(tmp_path):
     file, key = tmp_path / 'resnet.pth', 'model.backbone.init_cfg.checkpoint'
     backbones = []
     for options in ({}, {key: str(file)}):
@@ -177,3 +181,103 @@ def test_a_misspelt_option_in_a_config_names_the_nearest():
     init_default_scope('mmdet')
     with pytest.raises(TypeError, match="did you mean 'interval'"):
         MODELS.build(dict(type='CrossFormer', intervals=(1, 1, 1, 1)))
+
+
+# Variables of a config, which its settings have been made of by the time when options are read
+
+
+@pytest.mark.parametrize('config, option, used', [
+    (DETECTOR, 'data_root=elsewhere', 'train_dataloader.dataset.data_root'),
+    (SEGMENTOR, 'num_classes=9', 'model.decode_head.num_classes'),
+    ('configs/upernet/cf_s_160k.py', 'crop_size=(64,64)', 'model.data_preprocessor.size'),
+    (DETECTOR, 'train_pipeline.0.imdecode_backend=pillow', 'train_dataloader.dataset.pipeline'),
+])
+def test_a_variable_of_the_config_is_refused_with_where_it_is_used(capsys, monkeypatch, config,
+                                                                   option, used):
+    said = sentence(capsys, monkeypatch, 'train.py', config, '--cfg-options', option)
+    assert 'is a variable of the config file, which has been used by then' in said and used in said
+
+
+def test_a_slip_at_the_top_of_a_config_is_refused(capsys, monkeypatch, tmp_path):
+    (tmp_path / 'slip.py').write_text(
+        f'_base_ = {str(ROOT / DETECTOR)!r}\ntrain_dataloder = dict(batch_size=1)\n')
+    assert "nothing reads 'train_dataloder', did you mean 'train_dataloader'?" in sentence(
+        capsys, monkeypatch, 'train.py', tmp_path / 'slip.py')
+
+
+# What MMDetection's and MMSegmentation's own tools take
+
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data') / 'few', train=4, val=2, size=48)
+
+
+def test_settings_may_be_lists_or_none(capfd, few, tmp_path):
+    """No visualizer and no hook for pictures, evaluators and weights as lists, data in parts."""
+    base = write_config(ONE_STAGE, tmp_path / 'base_of_lists.py', few)
+    config = tmp_path / 'lists.py'
+    config.write_text(f'''
+_base_ = {str(base)!r}
+visualizer = auto_scale_lr = custom_hooks = None
+default_hooks = dict(visualization=None)
+val_evaluator = test_evaluator = [dict(_base_.val_evaluator)]
+model = dict(backbone=dict(init_cfg=[]))
+parts = [dict(_base_.train_dataloader.dataset), dict(_base_.train_dataloader.dataset)]
+train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=parts))
+train_cfg = dict(max_epochs=1, val_interval=1)
+''')
+    data = Path(shutil.copytree(few / 'coco', tmp_path / 'moved'))
+    options = ['--data-root', data, '--work-dir', tmp_path / 'work']
+    said = run_tool(capfd, config, *options, tool='train.py')
+    assert 'Epoch(train) [1][4/4]' in said and 'coco/bbox_mAP' in said
+    run_tool(capfd, config, tmp_path / 'work' / 'epoch_1.pth', *options, '--out',
+             tmp_path / 'kept.pkl', '--show-dir', tmp_path / 'pictures', tool='test.py')
+    kept = pickle.loads((tmp_path / 'kept.pkl').read_bytes())
+    assert [image['img_path'].startswith(str(data)) for image in kept] == [True, True]
+    assert len(list((tmp_path / 'pictures').iterdir())) == 2
+
+
+@pytest.mark.parametrize('lines, expected', [
+    ("runner_type = 'FlexibleRunner'\nstrategy = dict(type='DeepSpeedStrategy')",
+     "config's strategy cannot be built: AssertionError: DeepSpeed is not installed"),
+    ("runner_type = 'MyRunner'", "runner_type: there is no runner 'MyRunner'."),
+    ("strategy = dict(type='MyStrategy')", "config's strategy cannot be built: "),
+])
+def test_runners_and_strategies_are_not_ignored(capsys, monkeypatch, few, tmp_path, lines,
+                                                expected):
+    config = write_config(ONE_STAGE, tmp_path / 'strategy.py', few)
+    config.write_text(f'{config.read_text()}{lines}\n')
+    assert expected in sentence(capsys, monkeypatch, 'train.py', config, '--work-dir', tmp_path)
+
+
+def test_a_strategy_trains_by_mmengines_other_runner(capfd, few, tmp_path):
+    config = write_config(ONE_STAGE, tmp_path / 'single_device.py', few, val_cfg=None,
+                          val_dataloader=None, val_evaluator=None, train_cfg=dict(max_epochs=1),
+                          strategy=dict(type='SingleDeviceStrategy'))
+    run_tool(capfd, config, '--work-dir', tmp_path, tool='train.py')
+    kept = read_checkpoint(str(tmp_path / 'epoch_1.pth'))
+    assert {'state_dict', 'optimizer'} <= kept.keys()
+
+
+# Devices
+
+
+@pytest.mark.parametrize('device, said', [('cpu', True), ('npu', False), ('mlu', False)])
+def test_other_accelerators_are_not_taken_for_a_cpu(monkeypatch, capsys, device, said):
+    train = load_script(ROOT / 'tools' / 'train.py')
+    monkeypatch.setattr(train, 'get_device', lambda: device)
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    if said:
+        with pytest.raises(SystemExit):
+            train.use_mixed_precision(cfg, 'float16')
+        assert '--amp needs a GPU' in capsys.readouterr().err
+    else:
+        train.use_mixed_precision(cfg, 'float16')
+        assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    monkeypatch.setattr(command_line, 'get_device', lambda: device)
+    arguments = argparse.Namespace(config=DETECTOR, cfg_options={}, launcher='none', local_rank=0,
+                                   work_dir='x', tensorboard=False, data_root=None)
+    monkeypatch.chdir(ROOT)
+    cfg = command_line.read_config(arguments)
+    assert (cfg.train_dataloader.get('pin_memory') is False) == (device == 'cpu')

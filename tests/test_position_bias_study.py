@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from .tool_process import load_script
+
 FOLDER = Path(__file__).parents[1] / 'benchmarks/position_bias'
 
 
 @pytest.fixture(scope='module', autouse=True)
 def importable():
-    with pytest.MonkeyPatch.context() as patch:
-        for folder in (FOLDER, FOLDER.parents[1] / 'tools'):
-            patch.syspath_prepend(str(folder))
-        yield
+    load_script(FOLDER / 'study.py')  # which finds what lies beside it
 
 
 def areas_and_counts(draw, size: int):

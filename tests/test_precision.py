@@ -1,6 +1,4 @@
 """Half precision with weights that have been trained: finite, and near float32 at every stage."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,8 @@ from torch import nn
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.position_bias import DynamicPositionBias
+
+from .tool_process import ROOT, load_script
 
 DEMO = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))  # of configs/demo
 
@@ -31,9 +31,7 @@ class Segmentor(nn.Module):
 @pytest.fixture(scope='module')
 def scenes():
     """Images of the demo's data set, normalised, and their label maps: 16 of 48x48."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / 'tools'))
-        from make_shapes import scene
+    scene = load_script(ROOT / 'tools/make_shapes.py').scene
     rng = np.random.default_rng(0)
     images, labels = [], []
     for _ in range(16):

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import BaseTransform
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -28,7 +29,6 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
     """Run a tool in a folder, in this process for speed; its exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.syspath_prepend(str(ROOT / 'tools'))
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
         for kind in (Visualizer, *Visualizer.__subclasses__()):
             kind._instance_dict.clear()  # a new process would have none
@@ -289,6 +289,29 @@ def test_names_must_be_known_for_every_class(capsys, monkeypatch, shapes, tmp_pa
     assert 'the model has 4 classes, but the names of 2 are known' in sentence(
         capsys, monkeypatch, 'predict.py', DETECTOR, checkpoint,
         shapes / 'coco/val2017/000000000001.png')
+
+
+@TRANSFORMS.register_module()
+class MistakenTransform(BaseTransform):
+    """A user's own, of a test pipeline."""
+
+    def transform(self, results: dict) -> dict:
+        raise ZeroDivisionError('a mistake of mine')
+
+
+def test_a_transform_that_fails_is_not_taken_for_a_broken_image(capfd, shapes, segmentor, tmp_path):
+    (tmp_path / 'config.py').write_text(f"""
+_base_ = {str(ROOT / SEGMENTOR)!r}
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='mmengine.MistakenTransform'),
+                 dict(type='PackSegInputs')]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+""")
+    image = shapes / 'ade/images/validation/000000000001.jpg'
+    said = predict(capfd, tmp_path / 'config.py', segmentor, image, '--out', tmp_path / 'out',
+                   expect=1)
+    assert f"'{image.name}' can be read, but the config's test pipeline could not" in said
+    assert said.strip().splitlines()[-1] == 'ZeroDivisionError: a mistake of mine'
+    assert 'Traceback' in said and 'cut short' not in said
 
 
 def test_no_input_is_overwritten(capsys, monkeypatch, shapes, detector, tmp_path):

@@ -17,6 +17,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
+from crossformer_mm.engine.data_checks import check_files
 
 from .oracle import plain_features
 from .test_golden import Golden
@@ -24,6 +25,7 @@ from .test_predict import run_here
 from .test_released_files import (earlier, imagenet_file, later, no_buffers,
                                   own_loaders)  # noqa: F401
 from .test_tools import DETECTOR, ROOT, sentence
+from .tool_process import load_script
 
 SMALL = dict(embed_dims=16, depths=(1, 2, 3, 1), num_heads=(1, 1, 2, 2))
 CLASSES = ('ant', 'bee', 'cow')
@@ -347,11 +349,10 @@ class TestData:
     def test_lists_name_images_and_their_classes(self, data, tmp_path, monkeypatch):
         listed('ant/train_0.JPEG 2', 'cow/train_2.JPEG 0')(data)
         (data / 'train' / 'none').mkdir()  # a folder that no list names does not count
-        monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-        import checked_data  # noqa: F401  (registers the class)
         cfg = Config.fromfile(write_config(tmp_path, data))
         init_default_scope('mmpretrain')
-        dataset = DATASETS.build(dict(type='CheckedDataset', dataset=cfg.train_dataloader.dataset))
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        check_files(dataset)
         assert [(Path(info['img_path']).name, info['gt_label'])
                 for info in map(dataset.get_data_info, range(len(dataset)))] == [
             ('train_0.JPEG', 2), ('train_2.JPEG', 0)]
@@ -372,10 +373,8 @@ class TestData:
 class TestBenchmark:
 
     @pytest.fixture
-    def benchmark(self, monkeypatch):
-        monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
-        import pretraining
-        return pretraining
+    def benchmark(self):
+        return load_script(ROOT / 'benchmarks/pretraining.py')
 
     def test_a_try_of_it_leaves_figures_and_a_picture(self, benchmark, tmp_path, monkeypatch):
         ran = []

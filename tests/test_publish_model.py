@@ -56,7 +56,6 @@ def file(tmp_path, trained) -> Path:
 
 def publish(monkeypatch, capsys, *arguments) -> Path:
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.setattr(sys, 'argv', ['publish_model.py', *map(str, arguments)])
     runpy.run_path('tools/publish_model.py', run_name='__main__')
     return Path(capsys.readouterr().out.splitlines()[-1])

@@ -13,10 +13,12 @@ import psutil
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import LoggerHook
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 
 from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine import command_line
+from crossformer_mm.engine.runner import CarefulRunner
 
 from .test_tools import metrics
 from .tool_process import ROOT, ToolProcess
@@ -41,6 +43,15 @@ default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 val_cfg = val_dataloader = val_evaluator = None
 MORE
 '''
+
+
+@HOOKS.register_module()
+class FailsInOne(Hook):
+    """A user's own hook, with a mistake that one process of two makes."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.rank == 1 and runner.iter == 1:
+            raise LookupError('a mistake of mine')
 
 
 @pytest.fixture(scope='module')
@@ -132,8 +143,6 @@ def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, w
 @pytest.mark.parametrize('rank', [0, 1])
 def test_only_the_first_process_writes_the_results_of_a_test(monkeypatch, tmp_path, rank):
     """MMEngine's hook lets all of them write the same file."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    from runner import CarefulRunner
     monkeypatch.setattr(CarefulRunner, 'rank', rank)
     runner = CarefulRunner.__new__(CarefulRunner)
     runner._hooks = []
@@ -198,5 +207,34 @@ def test_a_process_that_dies_ends_the_job(data, tmp_path):
     output, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert output.strip().splitlines()[-1] == (
-        'error: a process of the job failed, see above; go on with --resume.')
+        'error: a process of the job failed, see above; --resume goes on from a checkpoint.')
     assert not ranks['0'].is_running() or ranks['0'].status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_process_that_fails_says_so_last_and_nobody_waits_for_it(data, tmp_path):
+    """One process raises amid the second iteration; the other waits for its gradients."""
+    config = comparable(tmp_path / 'config.py', data, batch=2, more=(
+        "custom_hooks = [dict(type='FailsInOne')]\n"
+        "custom_imports = dict(imports=['crossformer_mm', 'tests.test_ranks'])"))
+    job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    processes = [
+        ToolProcess(tmp_path / f'log{rank}', 'tools/train.py', config, '--work-dir',
+                    tmp_path / 'work', '--launcher', 'pytorch',
+                    environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in (0, 1)]
+    statuses = [process.wait() for process in processes]
+    assert statuses[1] == 1 and statuses[0] != 0
+    assert processes[1].output.strip().splitlines()[-1] == 'LookupError: a mistake of mine'
+
+
+def test_a_job_that_is_done_leaves_its_process_group():
+    """Or another process's end may abort it, its work done."""
+    main = SimpleNamespace(done=False)
+
+    def work():
+        torch.distributed.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{free_port()}',
+                                             rank=0, world_size=1)
+        main.done = True
+
+    command_line.run(work)
+    assert main.done and not torch.distributed.is_initialized()

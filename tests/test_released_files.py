@@ -179,7 +179,6 @@ def evaluate(monkeypatch, config, checkpoint, data, work, *options) -> list:
     arguments = [config, checkpoint, '--data-root', data, '--work-dir', work, '--out', out,
                  *options, '--cfg-options', *PUBLISHED, 'test_dataloader.batch_size=2']
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.setattr(sys, 'argv', ['test.py', *map(str, arguments)])
     runpy.run_path('tools/test.py', run_name='__main__')
     if config == SEGMENTOR:

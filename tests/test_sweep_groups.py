@@ -10,6 +10,7 @@ from mmengine.config import Config
 
 from .test_predict import CLASSES, random_model, run_here
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, metrics, sentence
+from .tool_process import load_script
 from .trainings import make_data
 
 OTHER = ['--group-size', '3,3,2,2']
@@ -32,11 +33,9 @@ def detector(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     """The tool as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    import sweep_groups
-    return sweep_groups
+    return load_script(ROOT / 'tools/sweep_groups.py')
 
 
 def read(out: Path) -> list:

@@ -184,7 +184,6 @@ class Marker:
 def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
     """The one sentence with which a tool refuses; in this process, for speed."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(f'tools/{tool}', run_name='__main__')

@@ -2,7 +2,6 @@
 small. Classifiers are in test_pretraining.py.
 """
 import json
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,9 +12,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from crossformer_mm.engine.command_line import innermost, prepare_for_cpu, replace_data_root
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
-from common import innermost, prepare_for_cpu, replace_data_root  # noqa: E402
 
 CONFIGS = ROOT / 'configs'
 PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())

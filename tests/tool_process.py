@@ -1,4 +1,5 @@
 """Tools in processes of their own that can be killed, without importing everything each time."""
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,21 @@ PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdet.datasets', 'mmseg.datasets',
                                   'mmdet.evaluation', 'mmseg.evaluation', 'mmdet.visualization',
                                   'mmseg.visualization', 'crossformer_mm'])
+
+
+def load_script(file: Path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leave_configs_unformatted() -> None:
+    """Let MMEngine keep configs as one line for each setting: to lay them out, which it does five
+    times in a training, takes longer than a training of the tests."""
+    from yapf.yapflib import yapf_api
+    yapf_api.FormatCode = lambda text, **options: (text, True)
 
 
 class ToolProcess:
@@ -67,6 +83,6 @@ def run_tool(log: str, environment: dict, tool: str, *arguments: str) -> None:
     os.chdir(ROOT)
     import torch
     torch.set_num_threads(1)
-    sys.path.insert(0, str((ROOT / tool).parent))
+    leave_configs_unformatted()
     sys.argv = [tool, *arguments]
     runpy.run_path(tool, run_name='__main__')

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common import check_writable
+from crossformer_mm.engine.command_line import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path('work_dirs/demo')
@@ -76,7 +76,7 @@ def main():
         checkpoint = (WORK / name / 'last_checkpoint').read_text().strip()
         run(f'Evaluating {name} on the held-out images', str(ROOT / 'tools/test.py'), config,
             checkpoint, '--show-dir', str(WORK / name / 'pictures'))
-        measured = json.loads(newest(f'{name}/*/*.json').read_text())
+        measured = json.loads(newest(f'{name}/test/*/*.json').read_text())
         for key, (label, mark) in metrics.items():
             value = measured[key] * (100 if key.startswith('coco/') else 1)
             report.append((f'{name}: {label}', value, mark))

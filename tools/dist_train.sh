@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# One process per GPU (or CPU share) by torchrun:  tools/dist_train.sh CONFIG GPUS [OPTIONS of tools/train.py]
-# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+# One process per GPU (or CPU share):
+#   tools/dist_train.sh CONFIG GPUS [OPTIONS of tools/train.py]
+# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, see docs/distributed.md.
+# PYTHON: another one than that of the environment in use or of .venv.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 CONFIG GPUS [OPTIONS of tools/train.py]" >&2
@@ -10,11 +12,16 @@ if ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
     echo "error: GPUS must be a whole number of at least 1, got '$2'." >&2
     exit 2
 fi
-torchrun --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    python=$(dirname "$0")/../.venv/bin/python
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! [ -x "$python" ]; then python=python; fi
+fi
+"$python" -m torch.distributed.run --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
     --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" \
     --nproc-per-node="$2" \
     "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}" || {
     status=$?
-    echo "error: a process of the job failed, see above; go on with --resume." >&2
+    echo "error: a process of the job failed, see above; --resume goes on from a checkpoint." >&2
     exit $status
 }

@@ -21,7 +21,6 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from common import DENSE, check_file, fail, load_config, run
 from einops import rearrange
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -29,10 +28,11 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import load_backbone
 from crossformer_mm.compat import is_cut_short
+from crossformer_mm.engine.command_line import DENSE, check_file, fail, load_config, run
+from crossformer_mm.engine.option_checks import add_cfg_options
 from crossformer_mm.grouping import (AxisRule, group_map, is_small, long_distance,
                                      short_distance)
 from crossformer_mm.position_bias import bias_of_pairs
-from options import add_cfg_options
 
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
 KERNELS = ('#1b4965', '#2a9d8f', '#e9c46a', '#e76f51', '#9b5de5', '#8d99ae')

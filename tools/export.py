@@ -1,7 +1,7 @@
 """Export a backbone or a whole model, for images of any size, and check what was written.
 
-    python tools/export.py configs/upernet/cf_s_160k.py work_dirs/cf_s_160k/iter_160000.pth \
-        --out upernet.onnx
+    python tools/export.py configs/upernet/cf_s_160k.py \\
+        work_dirs/upernet/cf_s_160k/iter_160000.pth --out upernet.onnx
 
 The file takes a normalised image (batch, 3, height, width), every one of the three sizes open, and
 returns
@@ -28,7 +28,6 @@ from typing import Callable, Dict, Sequence
 
 import torch
 import torch.nn.functional as F
-from common import DENSE, check_file, fail, load_config, run
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -36,7 +35,8 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
 from crossformer_mm.compat import missing_torch
-from options import add_cfg_options
+from crossformer_mm.engine.command_line import DENSE, check_file, fail, load_config, run
+from crossformer_mm.engine.option_checks import add_cfg_options
 
 if missing_torch('2.6'):
     fail(f'export: {missing_torch("2.6")}.')

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from errors import fail
+from crossformer_mm.engine.errors import fail
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
 MIN_VISIBLE = 0.4  # a shape hidden more than this is no object

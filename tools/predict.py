@@ -1,6 +1,7 @@
 """Predict the objects or the label maps of images and videos, with pictures of them.
 
-    python tools/predict.py configs/mask_rcnn/cf_s_1x.py work_dirs/cf_s_1x/epoch_12.pth photos
+    python tools/predict.py configs/mask_rcnn/cf_s_1x.py \\
+        work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth photos
 
 writes into the folder of --out:
 
@@ -28,10 +29,9 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import DENSE, check_file, fail, innermost, load_config, run, sentences_for, write_whole
-from options import add_cfg_options
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.device import get_device
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
 from mmengine.utils import ProgressBar
@@ -39,6 +39,9 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import is_cut_short
+from crossformer_mm.engine.command_line import (DENSE, check_file, fail, innermost, kind_of,
+                                                load_config, run, sentences_for, write_whole)
+from crossformer_mm.engine.option_checks import add_cfg_options
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -212,20 +215,30 @@ class Pipeline:
 
     def __init__(self, cfg: Config, config: str):
         steps = copy.deepcopy(innermost(cfg.test_dataloader.dataset).pipeline)
-        steps = [step for step in steps if 'Annotation' not in step.type]
-        if steps[0].type.rpartition('.')[2] != 'LoadImageFromFile':
+        steps = [step for step in steps if 'Annotation' not in kind_of(step)]
+        if kind_of(steps[0]) != 'LoadImageFromFile':
             fail(f"config '{config}': its test pipeline must begin with LoadImageFromFile, found "
-                 f"'{steps[0].type}'.")
+                 f"'{kind_of(steps[0])}'.")
         steps[0].type = f'{cfg.default_scope}.InferencerLoader'  # takes arrays as well as files
-        self.load = TRANSFORMS.build(steps[0])
-        self.prepare = Compose(steps[1:])
+        self.loader = TRANSFORMS.build(steps[0])
+        self.steps = Compose(steps[1:])
 
-    def __call__(self, source: Source, entry: dict, frame: Optional[np.ndarray]) -> Image:
-        inputs = dict(img_path=str(source.path)) if frame is None else dict(img=frame)
-        loaded = self.load({**inputs, 'img_id': entry['id']})
+    def load(self, image) -> dict:
+        """An image, by its path or as an array."""
+        return self.loader(dict(img_path=str(image)) if isinstance(image, Path) else
+                           dict(img=image))
+
+    def prepare(self, source: Source, entry: dict, loaded: dict) -> Image:
+        """What the model takes; an error names the image and goes on its way."""
         pixels = loaded['img']
         entry.update(height=pixels.shape[0], width=pixels.shape[1])
-        return Image(source, entry, np.uint8(pixels), self.prepare(loaded))
+        try:
+            inputs = self.steps({**loaded, 'img_id': entry['id']})
+        except Exception:
+            print(f"'{entry['file_name']}' can be read, but the config's test pipeline could not "
+                  'prepare it:', file=sys.stderr)
+            raise
+        return Image(source, entry, np.uint8(pixels), inputs)
 
 
 class Ids:
@@ -272,25 +285,25 @@ def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress:
 
     for source in sources:
         if source.video is None:
-            image = None
             try:
                 if is_cut_short(source.path.read_bytes()):
                     raise EOFError
-                image = pipeline(source, dict(id=ids.of(source), file_name=source.name), None)
+                loaded = pipeline.load(source.path)
             except OSError as error:
                 skip(source, f'it could not be opened: {error.strerror or error}')
+                progress.update()
             except Exception:  # broken bytes fail in any way in a decoder
                 skip(source, 'it is cut short or no image that OpenCV reads')
-            if image is not None:
-                yield image
-            else:
                 progress.update()
+            else:
+                yield pipeline.prepare(source, dict(id=ids.of(source), file_name=source.name),
+                                       loaded)
             ids.leave(1)
             continue
         read = 0
         for frame in source.video:
-            yield pipeline(source, dict(id=ids.next + read, file_name=f'{source.name}#{read + 1}',
-                                        frame=read + 1), frame)
+            entry = dict(id=ids.next + read, file_name=f'{source.name}#{read + 1}', frame=read + 1)
+            yield pipeline.prepare(source, entry, pipeline.load(frame))
             read += 1
         # What a video says of its length may be an estimate from its duration.
         if read < 0.98 * source.frames or not read:
@@ -448,7 +461,7 @@ def check_options(args: argparse.Namespace, cfg: Config) -> torch.device:
     check_file('checkpoint', args.checkpoint)
     if Path(args.out).exists() and not Path(args.out).is_dir():
         fail(f"--out: '{args.out}' is a file.")
-    name = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    name = args.device or get_device().replace('mps', 'cpu')  # which MMCV has no operators for
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -1,6 +1,6 @@
 """Make a checkpoint fit to be published: weights and what names their meaning, no training state.
 
-    python tools/publish_model.py work_dirs/cf_s_1x/epoch_12.pth mask_rcnn_cf_s_1x.pth
+    python tools/publish_model.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth mask_rcnn_cf_s_1x.pth
 
 writes mask_rcnn_cf_s_1x-1a2b3c4d.pth, with the first 8 digits of the file's sha256 in its name.
 """
@@ -12,10 +12,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from common import check_file, fail, run, write_whole
 
 from crossformer_mm.checkpoint import (CheckpointError, read_checkpoint, require_safetensors,
                                        weights_in)
+from crossformer_mm.engine.command_line import check_file, fail, run, write_whole
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
 # What inferencers and readers of today and of the authors' days look for in `meta`.

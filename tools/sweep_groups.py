@@ -1,12 +1,13 @@
 """Evaluate a trained model at other group sizes and intervals, beside what they cost.
 
-    python tools/sweep_groups.py configs/mask_rcnn/cf_s_1x.py work_dirs/cf_s_1x/epoch_12.pth \\
-        --group-size 7,7,7,7 14,14,7,7 --interval 8,4,2,1 16,8,2,1 --max-images 500
+    python tools/sweep_groups.py configs/mask_rcnn/cf_s_1x.py \\
+        work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth --group-size 7,7,7,7 14,14,7,7 \\
+        --interval 8,4,2,1 16,8,2,1 --max-images 500
 
 No weight depends on the group size, the interval or the definition of long distance attention, for
 the dynamic position bias is a function of offsets of any length. So one checkpoint gives a model
 for each setting, without training: this tool measures all combinations of those given, and the
-config's own, and writes into the folder of --out (default: work_dirs/NAME_OF_CONFIG/sweep):
+config's own, and writes into the folder of --out (default: sweep in the folder of a training):
 
     sweep.json    for each setting all metrics, time, memory and FLOPs
     sweep.png     the metrics against time and against memory
@@ -44,15 +45,18 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
-from common import (CheckWeights, check_dataset, check_file, check_writable, fail,
-                    innermost, load_config, prepare_for_cpu, replace_data_root, run, sentences_for,
-                    write_whole)
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import use_safe_loading
+from crossformer_mm.engine.command_line import (build_runner, check_dataset, check_file,
+                                                check_writable, fail, innermost, kind_of,
+                                                load_config,
+                                                prepare_for_cpu, replace_data_root, run,
+                                                sentences_for, write_whole)
+from crossformer_mm.engine.data_checks import categories_checked, check_files, explained_data
+from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.engine.whole_files import name_of_config
+from crossformer_mm.flops import count
 from crossformer_mm.grouping import LDA_DEFINITIONS
-from get_flops import count
-from options import add_cfg_options
-from runner import CarefulRunner
 
 # Shown without --metric, as far as the evaluator has them.
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
@@ -223,8 +227,7 @@ def measure(cfg: Config, setting: dict, asked: Sequence[str]) -> dict:
     """Metrics and costs of the trained model of a config, at a setting, on its test data."""
     # The libraries' messages go to the log; only the bar is for the terminal.
     with contextlib.redirect_stdout(sys.stderr):
-        runner = CarefulRunner.from_cfg(cfg)
-        runner.register_hook(CheckWeights('Give the config that it was trained with.'))
+        runner = build_runner(cfg)
         watch = Watch(setting, asked)
         runner.register_hook(watch)
         metrics = runner.test()
@@ -388,7 +391,7 @@ def parse_args():
                         help='evaluate on the first N images alone (default: all)')
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
     parser.add_argument('--out', metavar='DIR',
-                        help='folder to write (default: work_dirs/NAME_OF_CONFIG/sweep)')
+                        help='folder to write (default: sweep in the folder of a training)')
     add_cfg_options(parser)
     parser.add_argument('--task', help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -404,8 +407,8 @@ def read_config(args: argparse.Namespace) -> Config:
         fail(f"config '{args.config}' has no test_dataloader.")
     if args.data_root:
         replace_data_root(cfg, args.data_root)
-    kind = cfg.model.get('backbone', {}).get('type', 'none')
-    if kind.split('.')[-1] != 'CrossFormer':
+    kind = kind_of(cfg.model.get('backbone') or {}) or 'none'
+    if kind != 'CrossFormer':
         fail(f"config '{args.config}' has the backbone {kind}, no CrossFormer.")
     return cfg
 
@@ -424,9 +427,11 @@ def work(args: argparse.Namespace, task: dict) -> None:
 def number_of_images(cfg: Config) -> int:
     """How many there are; ends the program if the data cannot be used."""
     init_default_scope(cfg.default_scope)
-    dataset = dict(type='CheckedDataset', dataset=innermost(cfg.test_dataloader.dataset))
-    with contextlib.redirect_stdout(sys.stderr):  # pycocotools is talkative
-        return len(DATASETS.build(dataset))
+    # pycocotools is talkative
+    with contextlib.redirect_stdout(sys.stderr), explained_data(), categories_checked():
+        dataset = DATASETS.build(innermost(cfg.test_dataloader.dataset))
+    check_files(dataset)
+    return len(dataset)
 
 
 def main():
@@ -442,7 +447,7 @@ def main():
         fail(f'--max-images must be at least 1, got {args.max_images}.')
     settings = settings_of(args, cfg)
     check_dataset(cfg, 'test')
-    out = Path(args.out or Path('work_dirs') / Path(args.config).stem / 'sweep')
+    out = Path(args.out or Path('work_dirs') / name_of_config(args.config) / 'sweep')
     check_writable('--out', out)
     there = number_of_images(cfg)
     images = min(args.max_images or there, there)

@@ -1,14 +1,17 @@
 """Evaluate a checkpoint of a detector, a segmentor or a classifier.
 
-    python tools/test.py configs/upernet/cf_s_160k.py work_dirs/cf_s_160k/iter_160000.pth --tta
+    python tools/test.py configs/upernet/cf_s_160k.py \\
+        work_dirs/upernet/cf_s_160k/iter_160000.pth --tta
 """
 from pathlib import Path
 
-from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
-                    innermost, read_config, run)
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
-from runner import CarefulRunner
+
+from crossformer_mm.engine.command_line import (argument_parser, build_runner, check_dataset,
+                                                check_file, check_writable, data_sets, fail,
+                                                kind_of, let_draw, metrics_of, read_config, run)
+from crossformer_mm.engine.weight_checks import CheckWeightsHook
 
 
 def parse_args():
@@ -28,13 +31,40 @@ def use_test_time_augmentation(cfg, config_file):
     if not cfg.get('tta_model') or not cfg.get('tta_pipeline'):
         fail(f"--tta: config '{config_file}' defines no test-time augmentation "
              '(tta_model and tta_pipeline).')
-    innermost(cfg.test_dataloader.dataset).pipeline = cfg.tta_pipeline
+    for dataset in data_sets(cfg.test_dataloader.dataset):
+        dataset['pipeline'] = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def show_predictions(cfg, folder: str) -> None:
+    """Let the library's own hook draw all that is tested into a folder."""
+    kind, switched = {
+        'mmdet': ('DetVisualizationHook', dict(draw=True, test_out_dir=folder)),
+        'mmseg': ('SegVisualizationHook', dict(draw=True)),
+        'mmpretrain': ('VisualizationHook', dict(enable=True, out_dir=folder))}[cfg.default_scope]
+    hooks = cfg.get('default_hooks') or {}
+    hook = dict(hooks.get('visualization') or dict(type=kind), interval=1,
+                **switched)  # mmsegmentation 1.2 would skip images
+    cfg.default_hooks = {**hooks, 'visualization': hook}
+    visualizer = let_draw(cfg)
+    if cfg.default_scope == 'mmseg':
+        visualizer.save_dir = folder
+
+
+def keep_label_maps(cfg, folder: str) -> None:
+    """Let the metric that compares label maps keep them."""
+    metrics = [metric for metric in metrics_of(cfg, 'test') if 'IoU' in kind_of(metric)]
+    if not metrics:
+        fail('--out: the config has no IoUMetric in test_evaluator, which keeps label maps.')
+    metrics[0].update(output_dir=folder, keep_results=True)
 
 
 def main():
     args = parse_args()
     cfg = read_config(args)
+    if not args.work_dir or (Path(args.work_dir) / 'last_checkpoint').exists():
+        # The config that a training keeps stays as it is.
+        cfg.work_dir = str(Path(cfg.work_dir) / 'test')
     check_file('checkpoint', args.checkpoint)
     cfg.load_from = args.checkpoint
     scope = cfg.default_scope
@@ -45,33 +75,25 @@ def main():
     if args.show_dir:
         # Absolute: the hook would put a relative one below the work folder.
         folder = str(Path(args.show_dir).absolute())
-        hook = cfg.default_hooks.visualization
-        hook.interval = 1  # mmsegmentation 1.2 would skip images
-        if scope == 'mmpretrain':
-            hook.update(enable=True, out_dir=folder)
-        elif scope == 'mmdet':
-            hook.update(draw=True, test_out_dir=folder)
-        else:
-            hook.draw = True
-            cfg.visualizer.save_dir = folder
+        show_predictions(cfg, folder)
     if args.tta:
         use_test_time_augmentation(cfg, args.config)
     if args.out and maps:
-        cfg.test_evaluator.output_dir = args.out
-        cfg.test_evaluator.keep_results = True
+        keep_label_maps(cfg, args.out)
     check_dataset(cfg, 'test')
     check_writable('--work-dir', cfg.work_dir)
     if args.show_dir:
         check_writable('--show-dir', args.show_dir)
     if args.out:
         check_writable('--out', args.out if maps else Path(args.out).parent)
-    runner = CarefulRunner.from_cfg(cfg)
+    runner = build_runner(cfg)
     if args.out and not maps:
         keep = METRICS.get({'mmdet': 'mmdet.DumpDetResults'}.get(scope, 'mmengine.DumpResults'))
         runner.test_evaluator.metrics.append(keep(out_file_path=args.out))
-    runner.register_hook(CheckWeights(
-        'Give the config that it was trained with, or evaluate a partly random model with '
-        '--allow-partial.', required=None if args.allow_partial else ''))
+    if args.allow_partial:
+        for hook in runner.hooks:
+            if isinstance(hook, CheckWeightsHook):
+                hook.allow_partial = True
     runner.test()
 
 

@@ -3,22 +3,27 @@
     python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
 """
 import logging
+import sys
 from pathlib import Path
 
 import torch
-from common import (CheckWeights, argument_parser, check_dataset, check_file, check_writable, fail,
-                    read_config, run, sentences_for)
-from runner import CarefulRunner
-from whole_files import FULL, newest_checkpoint
+from mmengine.device import get_device
 
-from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine.command_line import (argument_parser, build_runner, check_dataset,
+                                                check_file, check_writable, fail, kind_of,
+                                                let_draw, read_config, run)
+from crossformer_mm.engine.runner import Careful
+from crossformer_mm.engine.whole_files import FULL, newest_checkpoint
 
 SKIPPED = 'skipped_images.txt'
+PRECISIONS = ('float16', 'bfloat16')
 
 
 def parse_args():
     parser = argument_parser('Train a detector, a segmentor or a classifier')
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
+    parser.add_argument('--amp', nargs='?', const='float16', choices=PRECISIONS,
+                        help='automatic mixed precision, in float16 (default; GPU) or bfloat16 '
+                        '(GPU or CPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by the actual total batch size')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
@@ -29,7 +34,10 @@ def parse_args():
     parser.add_argument('--skip-bad-images', action='store_true',
                         help='train on without images that cannot be used, and list them in '
                         f'WORK_DIR/{SKIPPED} (default: stop at the first)')
-    args = parser.parse_args()
+    # --amp alone may stand before the config.
+    args = parser.parse_args([
+        '--amp=float16' if word == '--amp' and following not in PRECISIONS else word
+        for word, following in zip(sys.argv[1:], [*sys.argv[2:], None])])
     if args.tensorboard_samples is not None:
         if args.tensorboard_samples < 1:
             fail(f'--tensorboard-samples must be at least 1, got {args.tensorboard_samples}.')
@@ -37,65 +45,75 @@ def parse_args():
     return args
 
 
-def choose_checkpoint(cfg, given: str) -> None:
-    """Let the configuration say where to go on; without a whole checkpoint, at the start."""
-    checkpoint = newest_checkpoint(cfg.work_dir) if given == 'auto' else given
-    if checkpoint is None:
-        print(f"--resume: '{cfg.work_dir}' has no whole checkpoint, training starts anew.")
+def use_mixed_precision(cfg, precision: str) -> None:
+    """Let a configuration train in it; end the program with a sentence where that cannot work."""
+    if precision == 'float16':
+        if get_device() in ('cpu', 'mps'):
+            fail('--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
+                 'train in bfloat16 with --amp bfloat16.')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
         return
-    check_file('--resume', checkpoint)
-    cfg.resume, cfg.load_from = True, checkpoint
-    meta = read_checkpoint(checkpoint).get('meta') or {}
-    if cfg.setdefault('randomness', {}).get('seed') is None:
-        cfg.randomness.seed = meta.get('seed')  # of the data's order, which is settled early
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        fail('--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.')
+    for name in ('loss_scale', 'dtype'):  # of a config that trains in float16
+        cfg.optim_wrapper.pop(name, None)
+    cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+    imports = cfg.setdefault('custom_imports', dict(imports=[]))
+    imports['imports'] = [*imports['imports'], 'crossformer_mm.engine']  # for any other tool
+
+
+def check_weights(cfg, args) -> None:
+    """See that the files of weights are there; say it where there is none."""
+    if args.resume and args.resume != 'auto':
+        check_file('--resume', args.resume)
+        cfg.resume, cfg.load_from = True, args.resume
+    elif cfg.get('load_from'):
+        check_file('load_from', cfg.load_from)
+    backbone = cfg.model.get('backbone') or {}
+    given = backbone.get('init_cfg') or {}
+    files = [one.get('checkpoint') for one in (given if isinstance(given, list) else [given])]
+    for file in filter(None, files):
+        check_file('model.backbone.init_cfg.checkpoint', file)
+    if not any(files) and not cfg.get('load_from') and not args.resume:
+        if backbone and kind_of(backbone) != 'CrossFormer':  # which says so itself
+            print('No pretrained checkpoint is given, the backbone starts from random weights: '
+                  'name a file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.')
 
 
 def main():
     args = parse_args()
     cfg = read_config(args)
     if args.amp:
-        if not torch.cuda.is_available():
-            fail('--amp needs a GPU, and PyTorch sees none: leave it out to train in float32.')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        use_mixed_precision(cfg, args.amp)
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             fail(f"--auto-scale-lr: config '{args.config}' names no auto_scale_lr.base_batch_size.")
         cfg.auto_scale_lr.enable = True
-    if args.resume:
-        with sentences_for(ValueError, FileNotFoundError):
-            choose_checkpoint(cfg, args.resume)
-    if cfg.get('load_from'):
-        check_file('load_from', cfg.load_from)
-    pretrained = (cfg.model.get('backbone', {}).get('init_cfg') or {}).get('checkpoint')
-    if pretrained:
-        check_file('model.backbone.init_cfg.checkpoint', pretrained)
-    elif cfg.model.get('backbone', {}).get('type') != 'CrossFormer' and not cfg.get('load_from'):
-        # CrossFormer says so itself.
-        print('No pretrained checkpoint is given, the backbone starts from random weights: name a '
-              'file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.')
+    check_weights(cfg, args)
     check_dataset(cfg, 'train', 'val')
     if args.tensorboard_samples:
         if not cfg.get('val_dataloader'):
             fail(f"--tensorboard-samples: config '{args.config}' has no val_dataloader.")
-        cfg.custom_hooks = [*cfg.get('custom_hooks', []),
+        let_draw(cfg)
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []),
                             dict(type='ValidationSamplesHook', count=args.tensorboard_samples)]
     check_writable('--work-dir', cfg.work_dir)
-    runner = CarefulRunner.from_cfg(cfg)
-    if args.skip_bad_images:
-        runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not cfg.resume)
-    runner.register_hook(CheckWeights(
-        'Give the config that it was trained with.', resume=bool(cfg.resume),
-        # A model may start from one with other heads, for other classes; of another backbone
-        # nothing is of use.
-        required='' if cfg.resume else 'backbone.'))
+    runner = build_runner(cfg)
+    if isinstance(runner, Careful):
+        runner.resume_newest = args.resume == 'auto'
+        if args.skip_bad_images:
+            runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not args.resume)
+    elif args.resume or args.skip_bad_images:
+        fail(f'--resume and --skip-bad-images need a runner of MMEngine, config '
+             f"'{args.config}' has runner_type {cfg.runner_type!r}.")
     logging.raiseExceptions = False  # a full disk ends the run below, not with each line of the log
     try:
         runner.train()
     except OSError as error:
         if error.errno not in FULL:
             raise
-        newest = newest_checkpoint(cfg.work_dir)
+        newest = newest_checkpoint(runner)
         fail(f"'{error.filename or cfg.work_dir}' could not be written: {error.strerror}; "
              + (f"once it can, go on from '{newest}' with --resume." if newest else
                 'there is no checkpoint yet.'))

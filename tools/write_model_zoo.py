@@ -16,8 +16,8 @@ from typing import Dict, List
 import yaml
 from mmengine.config import Config
 
-from common import fail, run
-from get_flops import SHAPES, count
+from crossformer_mm.engine.command_line import fail, run
+from crossformer_mm.flops import SHAPES, count
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'

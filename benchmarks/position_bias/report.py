@@ -6,7 +6,7 @@ from typing import Dict, List
 import numpy as np
 from scipy import stats
 
-from errors import fail
+from crossformer_mm.engine.errors import fail
 from study import EXPERIMENTS, OPTIONS, TRAININGS, Test
 
 BASE = 'dynamic'  # what the others are compared with
@@ -205,7 +205,7 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
 
 def write(out: Path, folder: Path) -> None:
     """results.json, table.md and pictures from what the trainings have left in ``out``."""
-    from common import check_writable, write_whole
+    from crossformer_mm.engine.command_line import check_writable, write_whole
     results = gather(out)
     check_writable('--report-to', folder)
     lines = ',\n'.join(json.dumps(run) for run in results['runs'])

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools'), str(HERE)]
 
-from errors import fail  # noqa: E402
+from crossformer_mm.engine.errors import fail  # noqa: E402
 
 SIDE = 64  # of the images in training, as in the configs
 OPTIONS = ('dynamic', 'dynamic_residual', 'relative', 'absolute', 'none')
@@ -136,7 +136,7 @@ def make_data(out: Path, plan: Plan, images: str) -> None:
 
 def read_config(out: Path, plan: Plan, job: Job):
     """The config of a training."""
-    from common import prepare_for_cpu
+    from crossformer_mm.engine.command_line import prepare_for_cpu
     from mmengine.config import Config
     experiment = EXPERIMENTS[job.experiment]
     cfg = Config.fromfile(HERE / experiment.config)
@@ -163,7 +163,7 @@ def read_config(out: Path, plan: Plan, job: Job):
 
 def point_at(cfg, folder: Path) -> None:
     """Let a config's data and metrics be those of a folder that make_shapes has written."""
-    from common import replace_data_root
+    from crossformer_mm.engine.command_line import replace_data_root
     replace_data_root(cfg, str(folder / ('coco' if cfg.default_scope == 'mmdet' else 'ade')))
 
 
@@ -232,7 +232,7 @@ def run_job(out: Path, plan: Plan, job: Job) -> float:
     import warnings
 
     import torch
-    from common import write_whole
+    from crossformer_mm.engine.command_line import write_whole
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
     warnings.filterwarnings('ignore')
@@ -261,7 +261,7 @@ def run_job(out: Path, plan: Plan, job: Job) -> float:
 
 def check_plan(out: Path, plan: Plan) -> None:
     """End the program if a folder holds results that were obtained otherwise."""
-    from common import check_writable, write_whole
+    from crossformer_mm.engine.command_line import check_writable, write_whole
     check_writable('--out', out)
     stamp, said = out / 'plan.json', json.dumps(plan._asdict())
     if stamp.is_file() and stamp.read_text() != said:

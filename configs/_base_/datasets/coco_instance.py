@@ -22,7 +22,3 @@ test_dataloader = val_dataloader
 
 val_evaluator = dict(metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
-
-# MMDetection's test-time augmentation merges boxes only.
-tta_model = None
-tta_pipeline = None

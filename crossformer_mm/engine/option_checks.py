@@ -2,7 +2,8 @@
 import argparse
 import difflib
 import inspect
-from typing import Optional, Set, Tuple
+import re
+from typing import List, Optional, Set, Tuple
 
 import mmengine.registry
 from mmengine.config import DictAction
@@ -10,13 +11,14 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 from torch import nn
 
-from errors import UserError
+from .errors import UserError
 
 # What is read besides the arguments of what is built: at the top of a config, by mmengine's Runner
 # and by the tools; of the optimizer, by what constructs it, and by --amp.
 READ_BY_OTHERS = {
     '': {'find_unused_parameters', 'model_wrapper_cfg', 'activation_checkpointing', 'compile',
-         'efficient_conv_bn_eval', 'sync_bn', 'custom_imports', 'tta_model', 'tta_pipeline'},
+         'efficient_conv_bn_eval', 'sync_bn', 'custom_imports', 'tta_model', 'tta_pipeline',
+         'runner_type', 'strategy', 'init_weights_for_test_or_val'},
     'optim_wrapper': {'paramwise_cfg', 'constructor', 'loss_scale', 'dtype'},
 }
 
@@ -49,14 +51,56 @@ def let_weights_be_named(cfg, options: dict) -> None:
         backbone.init_cfg = dict(type='Pretrained', checkpoint=None)
 
 
+def check_names(cfg, file: str) -> None:
+    """See that no setting at the top of a config is a slip of one that is read.
+
+    Raises:
+        UserError: the name, and the one that is read.
+    """
+    read = arguments(Runner)[0]
+    for name in cfg._cfg_dict:
+        near = difflib.get_close_matches(name, read, n=1, cutoff=0.85)
+        if name not in read | READ_BY_OTHERS[''] and near and not is_own_name(name, near[0]):
+            raise UserError(f"config '{file}': nothing reads '{name}', did you mean '{near[0]}'?")
+
+
+def is_own_name(name: str, read: str) -> bool:
+    """Whether a variable is named after a setting, as ``train_dataloader_1``, and no slip of it."""
+    own = rf'\w*_{read}|_*{read}_\w+|_*{read}_?\d+|_+{read}|{read}s'
+    return re.fullmatch(own, name) is not None
+
+
+def uses_of(cfg, name: str, value) -> List[str]:
+    """Where a config has the value of one of its variables, or a setting of the same name."""
+    found = []
+    parts = [((), cfg._cfg_dict)]
+    for path, part in parts:
+        pairs = part.items() if isinstance(part, dict) else enumerate(part)
+        for key, inside in pairs:
+            where = (*path, str(key))
+            if len(where) > 1 and (key == name or type(inside) is type(value) and inside == value
+                                   and not isinstance(value, (bool, int, float, type(None)))):
+                found.append('.'.join(where))
+            elif isinstance(inside, (dict, list, tuple)):
+                parts.append((where, inside))
+    return sorted(found, key=lambda where: where.split('.')[0] not in arguments(Runner)[0])
+
+
 def check_keys(cfg, options: dict) -> None:
     """See that settings are there to be replaced, or that what they are given to takes them.
 
     Raises:
         UserError: the key that is unknown, and the nearest that is known.
     """
+    read = arguments(Runner)[0] | READ_BY_OTHERS['']
     for option in options:
         part, path = cfg._cfg_dict, []
+        name = option.split('.')[0]
+        if name in part and name not in read:
+            uses = [use for use in uses_of(cfg, name, part[name]) if use.split('.')[0] in read]
+            used = f": give {', '.join(uses[:4])}" + (', ...' if uses[4:] else '') if uses else ''
+            raise UserError(f"--cfg-options: '{name}' is a variable of the config file, which has "
+                            f"been used by then{used}, got '{option}'.")
         for name in option.split('.'):
             if isinstance(part, (list, tuple)):
                 if not name.isdigit() or int(name) >= len(part):

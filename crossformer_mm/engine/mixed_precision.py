@@ -1,0 +1,70 @@
+"""Training in bfloat16, on GPUs and CPUs."""
+import functools
+from contextlib import contextmanager
+from typing import Callable
+
+import torch
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import Tensor, nn
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """MMEngine's OptimWrapper, with the forward pass and the losses under autocast to bfloat16.
+
+    MMEngine's AmpOptimWrapper refuses CPUs, and scales losses, which bfloat16 with its range of
+    float32 does not need. Weights, their gradients and the optimizer stay in float32. MMCV's
+    operators are not compiled for bfloat16: its modules, such as RoIAlign, compute in float32, and
+    heads give what they predict in float32, for NMS among proposals. Validation and test are in
+    float32, as with AmpOptimWrapper. Arguments: those of OptimWrapper.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module):
+        for module in model.modules():
+            if 'forward' in vars(module):
+                continue  # has been here
+            if type(module).__module__.startswith('mmcv.ops.'):
+                module.forward = in_float32(module.forward)
+            elif type(module).__name__.endswith('Head'):
+                module.forward = to_float32(module.forward)
+        with super().optim_context(model), torch.autocast(get_device(), torch.bfloat16):
+            yield
+
+
+def widened(value):
+    """Tensors in bfloat16, in whatever they are, as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    if type(value) in (list, tuple):
+        return type(value)(map(widened, value))
+    if type(value) is dict:
+        return {name: widened(part) for name, part in value.items()}
+    return value
+
+
+def in_float32(forward: Callable) -> Callable:
+    """A module's forward, of tensors in float32 and not under autocast; a single tensor that comes
+    out of it is of the type of the first one that goes in."""
+
+    @functools.wraps(forward)
+    def wide(*args, **kwargs):
+        with torch.autocast(get_device(), enabled=False):
+            out = forward(*widened(args), **widened(kwargs))
+        given = next((value for value in (*args, *kwargs.values())
+                      if isinstance(value, Tensor) and value.is_floating_point()), None)
+        return out.to(given.dtype) if isinstance(out, Tensor) and given is not None else out
+
+    return wide
+
+
+def to_float32(forward: Callable) -> Callable:
+    """A module's forward that returns float32."""
+
+    @functools.wraps(forward)
+    def wide(*args, **kwargs):
+        return widened(forward(*args, **kwargs))
+
+    return wide

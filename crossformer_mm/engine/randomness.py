@@ -1,0 +1,154 @@
+"""Random numbers that are a function of the seed and of how far a training is.
+
+MMEngine seeds once, at the start: what a training draws after it was resumed then is
+not what it would have drawn. Here the generators of Python, NumPy and PyTorch start
+anew
+
+- for each image that is loaded, from the seed and the number of the draw, which tells
+  the image and how often it was drawn before, and
+- for each iteration, from the seed, the iteration and the rank.
+
+So a resumed training repeats what an uninterrupted one does, with any number of
+workers, and no state of a generator has to be kept. Where in the data it goes on
+follows from epoch and iteration.
+
+The runner of this package does it by itself. With any other, a config has it by
+``sampler=dict(type='CountedSampler')`` (``'CountedInfiniteSampler'``) in the training's data loader
+and ``custom_hooks = [dict(type='SeedHook')]``.
+"""
+import itertools
+import random
+from typing import Iterator, List, Optional, Sequence
+
+import numpy as np
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS
+
+DRAW, ITERATION = range(2)  # tell the two kinds of seeds apart
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed the generators of this process by some whole numbers, all of which count."""
+    words = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+class Draw(int):
+    """The index of an image, that knows which draw of the whole training it is.
+
+    Args:
+        index (int): the image.
+        number (int): of draw ``p`` of image ``i`` of ``n``: ``p * n + i``.
+    """
+
+    number: Optional[int]
+
+    def __new__(cls, index: int, number: Optional[int] = None) -> 'Draw':
+        draw = super().__new__(cls, index)
+        draw.number = number
+        return draw
+
+
+@DATA_SAMPLERS.register_module()
+class CountedSampler(DefaultSampler):
+    """MMEngine's sampler of epochs, whose indices are of type :class:`Draw`."""
+
+    def __iter__(self) -> Iterator[Draw]:
+        start = self.epoch * len(self.dataset)
+        return (Draw(index, start + index) for index in super().__iter__())
+
+    def start_anew(self, seed: int) -> None:
+        self.seed = seed
+
+
+@DATA_SAMPLERS.register_module()
+class CountedInfiniteSampler(InfiniteSampler):
+    """MMEngine's sampler without end, whose indices are of type :class:`Draw`."""
+
+    drawn = 0
+
+    def __iter__(self) -> Iterator[Draw]:
+        for index in super().__iter__():
+            passes = (self.rank + self.drawn * self.world_size) // self.size
+            self.drawn += 1
+            yield Draw(index, passes * self.size + index)
+
+    def skip(self, num_samples: int) -> None:
+        """Go to where this rank has drawn ``num_samples`` images."""
+        self.indices = itertools.islice(self._indices_of_rank(), num_samples, None)
+        self.drawn = num_samples
+
+    def start_anew(self, seed: int) -> None:
+        self.seed = seed
+        self.skip(0)
+
+
+# Which sampler takes the place of which. With any other, images are augmented as MMEngine says.
+COUNTED = {DefaultSampler: 'CountedSampler', InfiniteSampler: 'CountedInfiniteSampler'}
+
+
+class SeededItems:
+    """``__getitems__`` of a data set, by which PyTorch loads a batch: each image from its own seed.
+
+    Args:
+        dataset (Dataset): what is loaded from.
+        seed (int): with the number of a draw, what its augmentation is made of.
+    """
+
+    def __init__(self, dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __call__(self, indices: Sequence[int]) -> List:
+        items = []
+        for index in indices:
+            if getattr(index, 'number', None) is not None:
+                seed_all(self.seed, DRAW, index.number)
+            items.append(self.dataset[int(index)])
+        return items
+
+
+@HOOKS.register_module()
+class SeedHook(Hook):
+    """Random numbers of an iteration (stochastic depth, sampled boxes) from its number, those of an
+    image from the number of its draw, if the data loader's sampler counts draws."""
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner) -> None:
+        loader, seed = runner.train_dataloader, seed_of(runner)
+        sampler = counting_sampler(loader)
+        if sampler is not None:
+            sampler.start_anew(seed)
+            loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
+            restart_workers(runner.train_loop)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        seed_all(seed_of(runner), ITERATION, runner.iter, get_rank())
+
+
+def seed_of(runner) -> int:
+    """The seed that all ranks share."""
+    apart = runner.rank if runner._randomness_cfg.get('diff_rank_seed') else 0
+    return runner.seed - apart
+
+
+def counting_sampler(loader):
+    """The sampler of a data loader, beneath one of batches too, if it counts."""
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if hasattr(sampler, 'start_anew'):
+            return sampler
+    return None
+
+
+def restart_workers(loop) -> None:
+    """Take back what a loop's workers have begun to load before the training, as those of MMEngine
+    up to 0.10.7 do in a loop of iterations."""
+    iterator = getattr(loop, 'dataloader_iterator', None)
+    if getattr(iterator, '_iterator', None) is not None:
+        loop.dataloader.__dict__['_iterator'] = None  # of workers that persist
+        loop.dataloader_iterator = type(iterator)(loop.dataloader)

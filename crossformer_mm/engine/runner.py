@@ -1,0 +1,236 @@
+"""MMEngine's runners, made for trainings that are killed and for data of other people."""
+import functools
+import logging
+import traceback
+from pathlib import Path
+from typing import Callable, Union
+
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.device import get_device
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
+from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
+from mmengine.runner import FlexibleRunner, Runner
+from torch import nn
+
+from ..checkpoint import CheckpointError
+from .data_checks import CheckDataHook, categories_checked, explained_data
+from .errors import ConfigError, UserError, said
+from .randomness import COUNTED, SeedHook
+from .weight_checks import CheckWeightsHook, SafeLoadingHook
+from .whole_files import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
+
+# In this order, after those of the config. What a config names itself stays as it is there.
+HOOKS_OF_ALL = (SafeLoadingHook, SeedHook, CheckDataHook, WholeFilesHook, CheckWeightsHook)
+
+
+def says_what(part: str):
+    """Make errors of a method that builds something name the part of the config."""
+
+    def decorate(build):
+        @functools.wraps(build)
+        def built(*args, **kwargs):
+            try:
+                return build(*args, **kwargs)
+            except (UserError, CheckpointError):
+                raise
+            except Exception as error:  # whatever there is in a config
+                raise ConfigError(f"The config's {part} cannot be built: {said(error)}.") from error
+
+        return built
+
+    return decorate
+
+
+class Careful:
+    """What is added to a runner of MMEngine.
+
+    - Checkpoints are replaced in one step, see :mod:`.whole_files`, and read as plain data; weights
+      are found in any file, under any of their names, and must fit, see :mod:`.weight_checks`.
+    - What is random depends on the seed and the iteration alone, see :mod:`.randomness`, so that a
+      training that is resumed is the one that was not interrupted.
+    - Data are checked, see :mod:`.data_checks`.
+
+    Each is a hook, which a config can name for any other runner. The configuration that is kept
+    with a training does not show them: any other tool can use it.
+    """
+
+    resume_newest = False  # whether to go on from the newest checkpoint, if there is any
+    _chosen = False
+
+    @says_what('default_hooks or custom_hooks')
+    def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
+        super().register_hooks(default_hooks, custom_hooks)
+        for kind in HOOKS_OF_ALL:
+            if self.hook_of(kind) is None:
+                self.register_hook(kind())
+        for hook in self.hooks:
+            if isinstance(hook, LoggerHook) and self.rank:
+                # Or every process would write the results of a test to the same file, at once.
+                hook.after_test_epoch = lambda *args, **kwargs: None
+
+    def hook_of(self, kind: type):
+        """The runner's hook of a class; None: it has none."""
+        return next((hook for hook in self.hooks if isinstance(hook, kind)), None)
+
+    def skip_bad_images(self, path: str, anew: bool) -> None:
+        """Train on without images that cannot be used; list them in a file, or add to its list."""
+        if anew and self.rank == 0:
+            Path(path).unlink(missing_ok=True)
+        self.hook_of(CheckDataHook).skip_to = path
+
+    def build_dataloader(self, dataloader, seed=None, diff_rank_seed=False):
+        sampler = dataloader.get('sampler') if isinstance(dataloader, dict) else None
+        if dataloader is self._train_dataloader and isinstance(sampler, dict):
+            kind = sampler.get('type')
+            kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+            if kind in (DefaultSampler, InfiniteSampler):
+                dataloader = {**dataloader, 'sampler': {**sampler, 'type': COUNTED[kind]}}
+        with explained_data(), categories_checked():
+            return super().build_dataloader(dataloader, seed, diff_rank_seed)
+
+    def choose_checkpoint(self) -> None:
+        """Settle where a training goes on, in one process for all: without a whole checkpoint, at
+        the start."""
+        automatic = self.resume_newest or (self._resume is True and self._load_from is None)
+        if self._chosen or not automatic:
+            return
+        self._chosen = True
+        found = [None]
+        if is_main_process():
+            try:
+                found = [newest_checkpoint(self)]
+            except UserError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        self._resume = found[0] is not None
+        if found[0] is None:
+            self.logger.warning('There is no whole checkpoint to resume, training starts anew.')
+        else:
+            self._load_from = found[0]
+
+    def train(self):
+        self._train_loop = self.train_loop  # built: how far a checkpoint is depends on it
+        self.choose_checkpoint()
+        begins = NoWordOfRandomWeights()
+        if self._load_from:
+            self.logger.addFilter(begins)
+        try:
+            return self.to_the_end(super().train)
+        finally:
+            self.logger.removeFilter(begins)
+
+    def val(self) -> dict:
+        return self.to_the_end(super().val)
+
+    def test(self) -> dict:
+        return self.to_the_end(super().test)
+
+    def to_the_end(self, run: Callable):
+        """Run something; an error that is no sentence is in the log, too."""
+        try:
+            result = run()
+        except (UserError, CheckpointError):
+            raise
+        except Exception as error:
+            if getattr(error, 'errno', None) not in FULL:  # a disk that could not keep the log
+                self.logger.error(traceback.format_exc())
+            raise
+        # A process that leaves while others still talk to it ends a job that has done its work.
+        barrier()
+        return result
+
+
+class NoWordOfRandomWeights(logging.Filter):
+    """Drops what a backbone says before a checkpoint of the whole model is loaded."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return 'training starts from random weights' not in record.getMessage()
+
+
+@RUNNERS.register_module()
+class CarefulRunner(Careful, Runner):
+    """MMEngine's Runner, with care: ``runner_type = 'CarefulRunner'`` in a config. One with a
+    ``strategy`` gets a :class:`CarefulFlexibleRunner`."""
+
+    __doc__ += (Careful.__doc__ or '').partition('\n')[2]
+
+    build_visualizer = says_what('visualizer')(Runner.build_visualizer)
+    build_train_loop = says_what('train_cfg or train_dataloader')(Runner.build_train_loop)
+    build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(Runner.build_val_loop)
+    build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
+        Runner.build_test_loop)
+    build_optim_wrapper = says_what('optim_wrapper')(Runner.build_optim_wrapper)
+    build_param_scheduler = says_what('param_scheduler')(Runner.build_param_scheduler)
+
+    @says_what('model')
+    def build_model(self, model):
+        return without_sync_batchnorm(super().build_model(model), self.distributed)
+
+    @classmethod
+    def from_cfg(cls, cfg) -> Union['CarefulRunner', 'CarefulFlexibleRunner']:
+        check_classifier(cfg)
+        if cfg.get('strategy'):
+            return CarefulFlexibleRunner.from_cfg(cfg)
+        return super().from_cfg(cfg)
+
+
+@RUNNERS.register_module()
+class CarefulFlexibleRunner(Careful, FlexibleRunner):
+    """MMEngine's FlexibleRunner, which shards models by strategies, with care."""
+
+    __doc__ += (Careful.__doc__ or '').partition('\n')[2]
+
+    build_visualizer = says_what('visualizer')(FlexibleRunner.build_visualizer)
+    build_train_loop = says_what('train_cfg or train_dataloader')(FlexibleRunner.build_train_loop)
+    build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(
+        FlexibleRunner.build_val_loop)
+    build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
+        FlexibleRunner.build_test_loop)
+    build_strategy = says_what('strategy')(FlexibleRunner.build_strategy)
+
+    def to_the_end(self, run: Callable):
+        if isinstance(self.model, dict) and self.distributed and get_device() == 'cpu':
+            self.model = without_sync_batchnorm(MODELS.build(self.model), True)
+        return super().to_the_end(run)
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        """Strategies write files, or a folder with one of each process, their own way: under
+        another name, which is changed once all have written."""
+        hook = self.hook_of(CheckpointHook)
+        if (hook.backend_args or {}).get('backend') != 'whole':
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        super().save_checkpoint(out_dir, f'{filename}.part', *args, **kwargs)
+        barrier()
+        if is_main_process():
+            WholeFileBackend.finish(Path(out_dir, f'{filename}.part'), Path(out_dir, filename))
+        barrier()
+
+
+def without_sync_batchnorm(model: nn.Module, distributed: bool) -> nn.Module:
+    """A model whose norms work on the CPU; those of a GPU may speak to each other. (MMEngine does
+    the same where one process trains alone.)"""
+    return revert_sync_batchnorm(model) if distributed and get_device() == 'cpu' else model
+
+
+def check_classifier(cfg) -> None:
+    """See that all of a classifier and its metrics have the same number of classes."""
+    head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None
+    classes = head.get('num_classes') if isinstance(head, dict) else None
+    mixed = ((cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
+             if classes else None)
+    if classes != mixed:
+        raise ConfigError(f'model.data_preprocessor.num_classes = {mixed} and model.head.'
+                          f'num_classes = {classes} must be equal.')
+    for split in ('val', 'test') if classes else ():
+        evaluator = cfg.get(f'{split}_evaluator') or {}
+        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            best = metric.get('topk') or 1
+            best = best if isinstance(best, int) else max(best)
+            if best > classes:
+                raise ConfigError(f'{split}_evaluator.topk has {best}, but there are '
+                                  f'{classes} classes.')

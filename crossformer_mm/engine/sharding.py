@@ -1,0 +1,58 @@
+"""What training with sharded parameters needs to know about CrossFormer.
+
+A config names it by ``custom_imports = dict(imports=['crossformer_mm',
+'crossformer_mm.engine.sharding'])``, see ``configs/mask_rcnn/cfpp_b_1x_fsdp.py``.
+"""
+from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
+from mmengine.registry import FUNCTIONS, STRATEGIES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ..block import CrossFormerBlock
+
+
+@FUNCTIONS.register_module()
+def is_crossformer_block(module: nn.Module) -> bool:
+    """Whether a module is what is recomputed as one: ``activation_checkpointing.check_fn``."""
+    return isinstance(module, CrossFormerBlock)
+
+
+@FUNCTIONS.register_module()
+def wrap_crossformer_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int = 0) -> bool:
+    """Shard each block by itself: ``model_wrapper.auto_wrap_policy``.
+
+    Args:
+        module (nn.Module): the module in question.
+        recurse (bool): whether it is asked to look inside (always), not to wrap.
+        nonwrapped_numel (int): parameters inside that are not yet wrapped; not used.
+    """
+    return recurse or is_crossformer_block(module)
+
+
+@STRATEGIES.register_module()
+class ShardedStrategy(FSDPStrategy):
+    """MMEngine's FSDPStrategy, with two repairs; its arguments are the same.
+
+    - Since PyTorch 2.1 ``optim_state_dict_to_load`` takes its arguments in another order than the
+      one in which MMEngine gives them: every resumed training would end in an error.
+    - Without a GPU (gloo) the device is named, as FSDP asks for, and whole parameters are not
+      moved to where they are already, which would read memory that is freed.
+    """
+
+    def _init_state_dict_cfg(self, state_dict_cfg) -> None:
+        super()._init_state_dict_cfg(state_dict_cfg)
+        if get_device() == 'cpu':
+            for config in (self.state_dict_config, self.optim_state_dict_config):
+                config.offload_to_cpu = False
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        if get_device() == 'cpu':
+            self.model_wrapper = dict(self.model_wrapper or dict(type='MMFullyShardedDataParallel'))
+            if self.model_wrapper.get('device_id') is None:
+                self.model_wrapper['device_id'] = 'cpu'
+        return super()._wrap_model(model)
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        self.optim_wrapper.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(
+            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict))

@@ -1,0 +1,142 @@
+"""Parameters and multiply-accumulates of a model, whole and by part.
+
+Counted is what runs on one image: convolutions, linear layers and the products
+of attention, a multiplication with its addition as 1. Norms, activations,
+pooling and resizing are not. The way in which attention is computed makes no
+difference, for shapes are followed through the model and nothing is computed.
+
+The second stage of a detector has as much to do as an image has objects. Here,
+as in the published tables, each box head gets 1000 proposals and each mask head
+100. A segmentor's auxiliary head has parameters, but only training runs it.
+"""
+from typing import Iterator, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .attention import GroupAttention
+
+# Of the published tables, by default_scope: height, width.
+SHAPES = {'mmdet': (800, 1280), 'mmseg': (1024, 1024), 'mmpretrain': (224, 224)}
+PROPOSALS, MASKS = 1000, 100
+
+
+class Inference(nn.Module):
+    """All of a model's layers that see one image, the second stage without its selection of boxes.
+
+    Args:
+        model (nn.Module): a detector of one or two stages, a segmentor or a classifier.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> None:
+        if not getattr(self.model, 'with_roi_head', False):
+            self.model(image, mode='tensor')
+            return
+        features = self.model.extract_feat(image)
+        if self.model.with_rpn:
+            self.model.rpn_head(features)
+        roi_head = self.model.roi_head
+        self.second_stage(roi_head.bbox_head, roi_head.bbox_roi_extractor, PROPOSALS, image)
+        if roi_head.with_mask:
+            extractor = roi_head.mask_roi_extractor
+            if roi_head.share_roi_extractor:
+                extractor = roi_head.bbox_roi_extractor
+            self.second_stage(roi_head.mask_head, extractor, MASKS, image)
+
+    @staticmethod
+    def second_stage(heads: nn.Module, extractors: nn.Module, count: int, like: Tensor) -> None:
+        """Run a head, or one for each stage of a cascade, on ``count`` regions."""
+        if not isinstance(heads, nn.ModuleList):
+            heads, extractors = [heads], [extractors]
+        for head, extractor in zip(heads, extractors):
+            size = extractor.roi_layers[0].output_size
+            head(like.new_empty(count, extractor.out_channels, *size))
+
+
+def parts_of(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """Modules that make up a model, with their names: stages of the backbone, neck, heads."""
+    for name, child in model.named_children():
+        if name == 'backbone':
+            for inner, part in child.named_children():
+                if inner == 'layers':
+                    yield from ((f'backbone.layers.{i}', stage) for i, stage in enumerate(part))
+                else:
+                    yield f'backbone.{inner}', part
+        elif name == 'roi_head':
+            yield from ((f'roi_head.{inner}', part) for inner, part in child.named_children())
+        else:
+            yield name, child
+
+
+class Meter:
+    """What a part of a model costs, wherever in the model its modules are called from.
+
+    Args:
+        part (nn.Module): is given hooks.
+        counter (FlopCounterMode): what counts, once it is entered.
+    """
+
+    def __init__(self, part: nn.Module, counter: FlopCounterMode):
+        self.counter = counter
+        self.flops = self.depth = 0
+        for module in part.modules():
+            module.register_forward_pre_hook(self.enter)
+            module.register_forward_hook(self.leave)
+
+    def enter(self, *_) -> None:
+        if not self.depth:
+            self.flops -= self.counter.get_total_flops()
+        self.depth += 1
+
+    def leave(self, *_) -> None:
+        self.depth -= 1
+        if not self.depth:
+            self.flops += self.counter.get_total_flops()
+
+
+def build_empty(model: dict) -> nn.Module:
+    """A model whose tensors have a shape and no content."""
+    try:
+        with torch.device('meta'):
+            return MODELS.build(model)
+    except RuntimeError:  # MMDetection's Swin and PVT read tensors while they are built
+        return MODELS.build(model).to('meta')
+
+
+def count(cfg: Config, shape: Sequence[int]) -> dict:
+    """Parameters and multiply-accumulates of the model of a config.
+
+    Args:
+        cfg (Config): with ``default_scope`` and ``model``.
+        shape (Sequence[int]): height and width of the image.
+
+    Returns:
+        dict: ``params``, ``flops``, ``shape``, and ``parts``: for each part that has any
+        parameters its ``params`` and ``flops``. The parts add up to the whole.
+    """
+    init_default_scope(cfg.default_scope)
+    model = build_empty(cfg.model).eval()
+    image = torch.empty(1, 3, *shape, device='meta')
+    for module in model.modules():
+        if isinstance(module, GroupAttention):
+            # The others hide their products, and work on real tensors only.
+            module.attention_path = 'plain'
+    counter = FlopCounterMode(display=False)
+    meters = {name: Meter(part, counter) for name, part in parts_of(model)}
+    with torch.no_grad(), counter:
+        Inference(model)(image)
+    parts = {name: dict(params=parameters_of(part), flops=meters[name].flops // 2)
+             for name, part in parts_of(model) if parameters_of(part)}
+    return dict(params=parameters_of(model), flops=counter.get_total_flops() // 2,
+                shape=list(shape), parts=parts)
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

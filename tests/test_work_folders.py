@@ -1,0 +1,150 @@
+"""Where checkpoints are written, which of them a training goes on from, and what is never replaced."""
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from crossformer_mm import checkpoint as reading
+from crossformer_mm.engine.whole_files import name_of_config
+
+from .test_predict import predict as run_tool
+from .test_predict import run_here
+from .test_tools import ROOT
+from .trainings import ONE_STAGE, make_data, write_config
+
+NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=4, val=1, size=48)
+
+
+def trained_by(path: Path, data: Path, **changes) -> Path:
+    config = write_config(ONE_STAGE, path, data, **NO_VALIDATION, **changes)
+    assert run_here(ROOT, 'train.py', config, '--work-dir', path.parent / 'work') == 0
+    return config
+
+
+@pytest.fixture(scope='module')
+def elsewhere(data, tmp_path_factory):
+    """A training of two epochs that keeps its checkpoints in another folder, by another name: its
+    configuration, its work folder and the folder of checkpoints."""
+    folder = tmp_path_factory.mktemp('elsewhere')
+    config = trained_by(
+        folder / 'with_out_dir.py', data,
+        default_hooks=dict(checkpoint=dict(out_dir=str(folder / 'kept'), max_keep_ckpts=-1,
+                                           filename_tmpl='after_{}.pth')))
+    return config, folder / 'work', folder / 'kept' / 'work'
+
+
+@pytest.fixture(scope='module')
+def by_iteration(data, tmp_path_factory):
+    """A training of two epochs of two iterations, with a checkpoint after each iteration: its
+    configuration and its work folder."""
+    folder = tmp_path_factory.mktemp('by_iteration')
+    config = trained_by(
+        folder / 'by_iteration.py', data,
+        default_hooks=dict(checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=-1)))
+    return config, folder / 'work'
+
+
+def epochs_of(output: str) -> list:
+    """The epochs that a training says it did."""
+    return sorted(set(map(int, re.findall(r'Epoch\(train\) +\[(\d+)\]', output))))
+
+
+def test_checkpoints_are_written_where_the_config_says(elsewhere):
+    _, work, kept = elsewhere
+    assert sorted(path.name for path in kept.iterdir()) == ['after_1.pth', 'after_2.pth']
+    assert not list(work.glob('*.pth'))
+
+
+def test_resuming_takes_the_highest_number_and_says_what_has_changed(capfd, elsewhere,
+                                                                    monkeypatch):
+    config, work, kept = elsewhere
+    for name, time in (('after_1.pth', 2e9), ('after_2.pth', 1e9)):  # as a copy may leave them
+        os.utime(kept / name, (time, time))
+    read = []
+    plain = reading.read_plain
+    monkeypatch.setattr(reading, 'read_plain',
+                        lambda file, *options: read.append(file.name) or plain(file, *options))
+    said = run_tool(capfd, config, '--work-dir', work, '--resume', '--cfg-options',
+                    'train_cfg.max_epochs=3', 'train_dataloader.batch_size=4', tool='train.py')
+    assert epochs_of(said) == [3]
+    # To see that it is whole, and to load it.
+    assert read == [str(kept / 'after_2.pth')] * 2
+    assert 'random weights' not in said
+    assert "was written when an epoch had 2 iterations, now it has 1" in said
+    (kept / 'after_3.pth').unlink()
+
+
+def test_checkpoints_of_another_config_are_not_replaced(capfd, elsewhere, data, tmp_path):
+    config, _, kept = elsewhere
+    before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    other = tmp_path / 'other.py'
+    other.write_text(f'_base_ = {str(config)!r}\n')
+    said = run_tool(capfd, other, '--work-dir', elsewhere[1], tool='train.py', expect=2)
+    assert said.strip().splitlines()[-1] == (
+        f"error: '{kept}' has checkpoints of 'with_out_dir', which a training of 'other' would "
+        'replace: give it a folder of its own with --work-dir.')
+    assert before == {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+
+
+def test_no_two_configs_have_the_same_work_folder():
+    files = [file for file in (ROOT / 'configs').rglob('*.py') if '_base_' not in file.parts]
+    names = [name_of_config(str(file)) for file in files]
+    assert len(set(names)) == len(files) > 40
+    assert name_of_config(str(ROOT / 'configs/retinanet/cf_s_1x.py')) == 'retinanet/cf_s_1x'
+    # Not a folder that the name of a config of the user's happens to be below.
+    assert name_of_config('/data/my.py') == 'my'
+
+
+@pytest.mark.parametrize('config', ['mask_rcnn/cf_s_1x.py', 'demo/mask_rcnn_shapes.py',
+                                    'demo/upernet_shapes.py', 'retinanet/cf_s_1x.py'])
+def test_a_config_without_test_time_augmentation_does_not_name_it(config):
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    for name in ('tta_model', 'tta_pipeline'):  # MMDetection's test.py looks whether they are there
+        assert name not in cfg or cfg[name] is not None
+
+
+def test_a_test_leaves_the_config_of_the_training_as_it_is(capfd, elsewhere):
+    config, work, kept = elsewhere
+    before = (work / config.name).read_bytes()
+    run_tool(capfd, config, kept / 'after_2.pth', '--work-dir', work, tool='test.py')
+    assert (work / config.name).read_bytes() == before
+    assert (work / 'test' / config.name).exists() and list((work / 'test').glob('2*/*.json'))
+
+
+# Checkpoints by iterations in a loop of epochs
+
+
+def test_amid_an_epoch_nothing_can_be_resumed(capfd, by_iteration):
+    config, work = by_iteration
+    assert len(list(work.glob('iter_*.pth'))) == 4
+    said = run_tool(capfd, config, '--work-dir', work, '--resume', work / 'iter_3.pth',
+                    tool='train.py', expect=2)
+    assert said.strip().splitlines()[-1].startswith(
+        f"error: Checkpoint '{work / 'iter_3.pth'}' was written amid epoch 2, after iteration 3, ")
+
+
+def test_the_newest_from_the_end_of_an_epoch_is_taken(capfd, by_iteration, tmp_path):
+    config, work = by_iteration
+    for name in ('iter_1.pth', 'iter_2.pth', 'iter_3.pth'):
+        shutil.copy(work / name, tmp_path)
+    said = run_tool(capfd, config, '--work-dir', tmp_path, '--resume', tool='train.py')
+    assert epochs_of(said) == [2]
+    assert sorted(path.name for path in tmp_path.glob('iter_*.pth')) == [
+        f'iter_{number}.pth' for number in (1, 2, 3, 4)]
+    meta = reading.read_checkpoint(str(tmp_path / 'iter_4.pth'))['meta']
+    assert meta['iter'] == 4
+
+
+def test_a_training_that_is_done_does_not_go_on(capfd, by_iteration):
+    config, work = by_iteration
+    said = run_tool(capfd, config, '--work-dir', work, '--resume', tool='train.py')
+    assert epochs_of(said) == []
+    assert len(list(work.glob('iter_*.pth'))) == 4
