@@ -159,7 +159,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     absent = [name for name in NEEDED[args.format] if find_spec(name) is None]
     if absent:
         fail(f"--format {args.format} needs {', '.join(absent)}, which is not installed "
-             "(pip install 'crossformer-mm[export]').")
+             f"(pip install {' '.join(absent)}).")
     if args.checkpoint:
         check_file('checkpoint', args.checkpoint)
 
