@@ -320,7 +320,7 @@ def main():
         print('4/4 measuring', flush=True)
         image = torch.randn(1, channels, *args.shape)
         theirs, ours = milliseconds(exported, image), milliseconds(module, image)
-        part.rename(out)
+        part.replace(out)
     except Exception as error:
         said = error if type(error) is ValueError else first_line(error)
         fail(f"'{args.out}' was not written, for the export of config '{args.config}' failed: "
