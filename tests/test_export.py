@@ -7,6 +7,9 @@ from torch import nn
 
 from crossformer_mm import CrossFormer
 
+from .older_torch import needs_torch
+
+COMPILED = needs_torch('2.4', 'torch.library.register_fake, of which a graph takes sizes,')
 TINY = dict(embed_dims=16, depths=(2,), num_heads=(2,))
 
 
@@ -41,6 +44,7 @@ def assert_near(results, references):
         assert (result - reference).abs().max() <= 1e-4 * scale
 
 
+@COMPILED
 @pytest.mark.parametrize('lda', ['interval', 'block'])
 def test_one_graph_serves_images_of_many_sizes(small, lda):
     """Ragged in both stages; only maps of few positions, in one of them, are another case.
@@ -66,6 +70,7 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
     assert len(graphs) == 3
 
 
+@COMPILED
 @pytest.mark.parametrize('options', [dict(lda='shifted'), dict(attention_path='plain')], ids=str)
 def test_elsewhere_each_size_is_one_graph_with_the_sides_as_numbers(options):
     """Where groups have to be lined up in the graph."""
@@ -87,6 +92,7 @@ def test_elsewhere_each_size_is_one_graph_with_the_sides_as_numbers(options):
     assert sides == [50, 70, 30, 41, 30, 41] and {type(side) for side in sides} == {int}
 
 
+@COMPILED
 def test_compiled_code_gives_the_same_features():
     backbone = tiny(patch_sizes=(4,))
     compiled = torch.compile(backbone, fullgraph=True)
@@ -95,6 +101,7 @@ def test_compiled_code_gives_the_same_features():
         assert_near(compiled(image), backbone(image))
 
 
+@COMPILED
 def test_compiled_code_gives_the_same_gradients():
     """What is kept for the backward pass has sides that are symbols, too."""
     backbone = tiny(dict(TINY, depths=(1,)), patch_sizes=(4,)).double()
@@ -104,6 +111,7 @@ def test_compiled_code_gives_the_same_gradients():
                 values_and_gradients(backbone, backbone, image))
 
 
+@needs_torch('2.6', 'the torch.export that the backbone is exported by')
 @pytest.mark.parametrize('lda', ['interval', 'block'])
 def test_exported_program_gives_the_same_features(small, lda):
     backbone, image = small(lda=lda), torch.randn(1, 3, 101, 83)
