@@ -8,7 +8,10 @@ from torch import nn
 from crossformer_mm import CrossFormer
 from crossformer_mm.kernels import native
 
+from .older_torch import needs_torch
+
 needs_native = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING or 'compiled')
+COMPILED = needs_torch('2.4', 'torch.library.register_fake, of which a graph takes sizes,')
 TINY = dict(embed_dims=16, depths=(2,), num_heads=(2,))
 
 
@@ -45,6 +48,7 @@ def assert_near(results, references):
         assert (result - reference).abs().max() <= 1e-4 * scale
 
 
+@COMPILED
 @needs_native
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_one_graph_serves_images_of_many_sizes(small, lda):
@@ -68,6 +72,7 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
     assert len(graphs) == 3
 
 
+@COMPILED
 def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers():
     """Where groups have to be lined up in the graph."""
     backbone, image_shapes = tiny(attention_path='plain').double(), []
@@ -88,6 +93,7 @@ def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers():
     assert sides == [50, 70, 30, 41, 30, 41] and {type(side) for side in sides} == {int}
 
 
+@COMPILED
 def test_compiled_code_gives_the_same_features():
     backbone = tiny(patch_sizes=(4,))
     compiled = torch.compile(backbone, fullgraph=True)
@@ -96,6 +102,7 @@ def test_compiled_code_gives_the_same_features():
         assert_near(compiled(image), backbone(image))
 
 
+@COMPILED
 def test_compiled_code_gives_the_same_gradients():
     """What is kept for the backward pass has sides that are symbols, too."""
     backbone = tiny(dict(TINY, depths=(1,)), patch_sizes=(4,))
@@ -105,6 +112,7 @@ def test_compiled_code_gives_the_same_gradients():
                 values_and_gradients(backbone, backbone, image))
 
 
+@needs_torch('2.6', 'the torch.export that the backbone is exported by')
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_exported_program_gives_the_same_features(small, lda):
     backbone, image = small(lda=lda), torch.randn(1, 3, 101, 83)
