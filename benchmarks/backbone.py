@@ -1,10 +1,11 @@
 """Time and memory of the backbone beside those that a user would pick instead.
 
-    python benchmarks/backbone.py --out benchmarks/cpu --sizes 224x224 512x512 800x1216
+    python benchmarks/backbone.py --out benchmarks/cpu/NAME --sizes 224x224 512x512 800x1216
 
 Every model runs in a process of its own. The processes take turns, one step each, so that
 whatever else the machine does falls on all of them alike: compare figures of one run, not of
-two. Peak memory is that of a further process of the same kind, in which freed memory goes back
+two. ``crossformer_s-floor`` is CrossFormer-S with the attention core left out: what its linear
+layers, convolutions and norms take by themselves. Peak memory is that of a further process of the same kind, in which freed memory goes back
 to the system, so that the figure is what is in use and not what the C library keeps for later.
 
 Leaves results.json, table.md and the pictures time.png, memory.png, parts.png in --out.
@@ -21,6 +22,9 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Optional
+
+from processor import processor, product_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,11 +35,12 @@ OURS = {
     'crossformer_s-with_cp': dict(with_cp=True),
     'crossformer_s-plain': dict(attention_path='plain'),
     'crossformer_s-fused': dict(attention_path='fused'),
+    'crossformer_s-floor': {},
 }
 OTHERS = ('mask_and_pad', 'swin_t', 'swin_s', 'resnet_50')
 MODELS = (*OURS, *OTHERS)
-DEFAULT = ('crossformer_s', 'crossformer_s-block', 'crossformer_s-with_cp', 'crossformer_s-plain',
-           *OTHERS)
+DEFAULT = ('crossformer_s', 'crossformer_s-floor', 'crossformer_s-block', 'crossformer_s-with_cp',
+           'crossformer_s-plain', *OTHERS)
 MODES = ('infer', 'train')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -59,7 +64,12 @@ def build(name: str):
     sys.path.insert(0, str(ROOT))
     from crossformer_mm import CrossFormer
     if name in OURS:
-        return CrossFormer('s', **OURS[name])
+        model = CrossFormer('s', **OURS[name])
+        if name.endswith('floor'):
+            for module in model.modules():
+                if hasattr(module, 'attend'):
+                    module.attend = values_alone
+        return model
     from tests.oracle import plain_features
 
     class MaskAndPad(torch.nn.Module):
@@ -72,6 +82,24 @@ def build(name: str):
             return plain_features(dict(self.weights.named_parameters()), image)
 
     return MaskAndPad()
+
+
+def values_alone(qkv, *_):
+    """In the place of attention: the values as they are."""
+    return qkv[..., -qkv.shape[-1] // 3:].contiguous()
+
+
+def flops(name: str, size: tuple, batch: int) -> int:
+    """Of one forward pass, 2 for a multiplication with its addition."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    model = build(name).to('meta').eval()
+    for module in model.modules():
+        if hasattr(module, 'attention_path'):
+            module.attention_path = 'plain'  # others hide their products
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(batch, 3, *size, device='meta'))
+    return counter.get_total_flops()
 
 
 def work(case: dict) -> None:
@@ -107,6 +135,8 @@ def work(case: dict) -> None:
         return int(status.split('VmHWM:')[1].split()[0]) * 1024
 
     answers = dict(step=lambda: dict(seconds=step()), peak=lambda: dict(bytes=peak()),
+                   flops=lambda: dict(flops=flops(*(case[key] for key in ('model', 'size',
+                                                                          'batch')))),
                    parts=lambda: time_of_parts(model, step))
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)
@@ -204,6 +234,8 @@ def measure(cases: list, repeats: int) -> list:
         for _ in range(2):
             alone.ask('step')
         result['peak_memory'] = alone.ask('peak')['bytes']
+        if worker.case['model'] != 'mask_and_pad':
+            result['flops'] = alone.ask('flops')['flops']
         alone.close()
         print(f"   {result['model']:24} {result['mode']:6} {result['dtype']:9} "
               f"{result['median']:8.3f} s  +- {result['spread']:.3f}  "
@@ -222,21 +254,28 @@ def slope(points: list) -> float:
 
 def table_of(record: dict) -> str:
     """Markdown: each size, mode and type a section, each model a line, relative to Swin-T's."""
-    lines = [*(f'    {command}' for command in record['commands']), '', record['machine'], '',
-             'Ratios are to Swin-T in the same run.', '']
+    lines = [*(f'    {command}' for command in record['commands']), '', record['machine'], '']
+    for rates in record.get('rates', []):
+        lines += ['- Products of two matrices, GFLOP/s: ' + ', '.join(
+            f'{name} {rate:.0f}' for name, rate in rates.items())]
+    lines += ['', 'Ratios are to models of the same run; floor is CrossFormer-S without its '
+              'attention core. GFLOP/s counts convolutions, linear layers and products of '
+              'attention, a training step as three forward passes.', '']
     groups = defaultdict(list)
     for result in record['results']:
-        groups[tuple(result['size']), result['mode'], result['dtype']].append(result)
-    for ((height, width), mode, dtype), results in sorted(groups.items()):
-        base = {r['model']: r for r in results}.get('swin_t')
-        lines += [f'**{height}x{width}, {mode}, {dtype}**', '',
-                  '| model | median | spread | peak memory | time / Swin-T | memory / Swin-T |',
-                  '|---|---|---|---|---|---|']
+        groups[tuple(result['size']), result['batch'], result['mode'], result['dtype']].append(
+            result)
+    for ((height, width), batch, mode, dtype), results in sorted(groups.items()):
+        models = {r['model']: r for r in results}
+        swin, floor = models.get('swin_t'), models.get('crossformer_s-floor')
+        lines += [f'**{height}x{width}, batch {batch}, {mode}, {dtype}**', '',
+                  '| model | median | spread | GFLOP/s | peak memory | time / Swin-T | '
+                  'time / floor | memory / Swin-T |', '|---|---|---|---|---|---|---|---|']
         for r in results:
-            ratios = (f"{r['median'] / base['median']:.2f} | "
-                      f"{r['peak_memory'] / base['peak_memory']:.2f}" if base else '– | –')
-            lines.append(f"| {r['model']} | {r['median']:.3f} s | {r['spread']:.3f} s | "
-                         f"{r['peak_memory'] / 2**30:.2f} GiB | {ratios} |")
+            cells = [r['model'], f"{r['median']:.3f} s", f"{r['spread']:.3f} s",
+                     rate_of(r), f"{r['peak_memory'] / 2**30:.2f} GiB", ratio(r, swin, 'median'),
+                     ratio(r, floor, 'median'), ratio(r, swin, 'peak_memory')]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append('')
     exact = {(tuple(r['size']), r['mode'], r['model']): r['median'] for r in record['results']
              if r['dtype'] == 'float32'}
@@ -250,6 +289,18 @@ def table_of(record: dict) -> str:
             lines.append(f'- {name}, {mode}, {dtype}: time grows with area to the power '
                          f'{slope(points):.2f}')
     return '\n'.join(lines) + '\n'
+
+
+def rate_of(result: dict) -> str:
+    """GFLOP/s, if the model's operations were counted."""
+    if 'flops' not in result:
+        return '–'
+    passes = 3 if result['mode'] == 'train' else 1
+    return f"{passes * result['flops'] / result['median'] / 1e9:.0f}"
+
+
+def ratio(result: dict, base: Optional[dict], quantity: str) -> str:
+    return '–' if base is None else f'{result[quantity] / base[quantity]:.2f}'
 
 
 def series(record: dict, quantity: str):
@@ -350,11 +401,6 @@ def parse_args():
     return args
 
 
-def processor() -> str:
-    lines = Path('/proc/cpuinfo').read_text().splitlines()
-    return next((line.split(': ')[1] for line in lines if line.startswith('model name')), '')
-
-
 def main() -> None:
     args = parse_args()
     if args.worker:
@@ -374,12 +420,17 @@ def main() -> None:
         name = (torch.cuda.get_device_name() if args.device.startswith('cuda') else
                 f'{processor()}, {args.threads or os.cpu_count()} threads')
         record = dict(commands=[], machine=f'{name}, PyTorch {torch.__version__}, Python '
-                      f'{platform.python_version()}', results=[])
+                      f'{platform.python_version()}', rates=[], results=[])
         if args.add and file.is_file():
             record = json.loads(file.read_text())
         record['commands'].append(
             'python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
+        torch.set_num_threads(args.threads or torch.get_num_threads())
         for size in args.sizes:
+            if args.device == 'cpu':
+                record.setdefault('rates', []).append(
+                    {name: round(rate, 1) for name, rate in product_rates().items()})
+                print('GFLOP/s of products:', record['rates'][-1], flush=True)
             for mode in args.modes:
                 print(f'== {size[0]}x{size[1]}, {mode}', flush=True)
                 measured = measure(
