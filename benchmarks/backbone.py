@@ -93,7 +93,8 @@ def flops(name: str, size: tuple, batch: int) -> int:
     """Of one forward pass, 2 for a multiplication with its addition."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    model = build(name).to('meta').eval()
+    model = build(name).to('meta')
+    model.eval()  # which returns nothing in mmdet's
     for module in model.modules():
         if hasattr(module, 'attention_path'):
             module.attention_path = 'plain'  # others hide their products
