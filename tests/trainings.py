@@ -68,7 +68,8 @@ model = dict(
     backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 2, 1),
                             num_heads=(1, 2, 4, 8), drop_path_rate=0.3), out_norm=True),
     neck=dict(in_channels=[32, 64, 128], out_channels=16),
-    bbox_head=dict(num_classes=4, in_channels=16, feat_channels=16, stacked_convs=1))
+    bbox_head=dict(num_classes=4, in_channels=16, feat_channels=16, stacked_convs=1),
+    test_cfg=dict(score_thr=0.))
 metainfo = dict(classes=('disk', 'square', 'triangle', 'star'))
 train_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
