@@ -33,7 +33,7 @@ class BuildKernel(build_ext):
         if self.compiler.compiler_type == 'msvc':
             raise CompileError("the kernel is written in vectors of GCC's and Clang's, which this "
                                'compiler does not have')
-        ext.extra_compile_args = ['-std=c++17', '-O3', '-ffp-contract=fast', '-pthread']
+        ext.extra_compile_args = ['-std=c++17', '-O3', '-g0', '-ffp-contract=fast', '-pthread']
         ext.extra_link_args = ['-pthread']
         super().build_extension(ext)
 

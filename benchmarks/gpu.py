@@ -96,6 +96,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec):
         module = types.ModuleType(spec.name)
+        module.__version__ = '999.0'  # new enough
         registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
         known = dict(BaseModule=BaseModule, DropPath=DropPath, MODELS=registry, HOOKS=registry,
                      MODULE2PACKAGE={})

@@ -1,4 +1,5 @@
 """What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
+from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 import mmcv
@@ -173,6 +174,6 @@ class ValidationSamplesHook(Hook):
         chosen = set(spread(len(loader.sampler), self.count, 'cpu').tolist())
         for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
             if index in chosen:
-                name = 'val_' + sample.img_path.rpartition('/')[2]
+                name = 'val_' + Path(sample.img_path).name
                 draw(name=name, image=mmcv.imread(sample.img_path, channel_order='rgb'),
                      data_sample=sample.cpu(), step=runner.iter)

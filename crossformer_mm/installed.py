@@ -10,11 +10,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from typing import Optional
 
 OLDEST = {'torch': '2.1', 'mmengine': '0.10', 'mmcv': '2.0', 'einops': '0.6'}
-# The two families have the same import packages. Of either, the backbone needs but the first
-# two; mmcv-lite is mmcv without compiled operators.
+# The two families have the same import packages. mmcv comes in source: where pip builds it apart
+# from the environment, it finds no torch and leaves its operators out without a word. mim finds
+# compiled ones. The backbone needs no operators, and mmcv-lite is mmcv without.
 FAMILIES = {
-    'onedl-': "pip install 'crossformer-mm[onedl]'",
-    '': "pip install mmengine 'mmcv>=2.1.0,<2.2.0'",
+    'onedl-': "pip install --no-build-isolation 'onedl-mmengine>=0.10.12' 'onedl-mmcv>=2.3.6'",
+    '': "pip install openmim && mim install mmengine 'mmcv>=2.1.0,<2.2.0'",
 }
 BACKBONE_ALONE = 'for the backbone alone pip install mmengine mmcv-lite'
 

@@ -4,7 +4,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .kernels import watcher
-from .kernels.onednn import chunks, onednn_linear, onednn_mlp, onednn_suits
+from .kernels.mlp import CHUNK, chunks, mlp
+from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
 
 
 class Linear(nn.Linear):
@@ -36,14 +37,15 @@ class Mlp(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
-        if x.device.type == 'cpu' and not watcher() and self.is_plain():
+        if self.is_plain():
             tokens = x.flatten(0, -2)
-            if onednn_suits(x, self.fc1.weight):
-                return onednn_mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,
-                                  self.fc2.bias).view(x.shape)
-            if not torch.is_grad_enabled():  # a part at a time stays in the cache
+            if is_float32_on_cpu(x):
+                return mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,
+                           self.fc2.bias).view(x.shape)
+            if x.device.type == 'cpu' and not watcher() and not torch.is_grad_enabled():
+                # A part at a time stays in the cache.
                 parts = [self.fc2(self.act(self.fc1(tokens[rows])))
-                         for rows in chunks(len(tokens), self.fc1.out_features)]
+                         for rows in chunks(len(tokens), self.fc1.out_features, CHUNK)]
                 return torch.cat(parts).view(x.shape)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 

@@ -1,5 +1,8 @@
 """Marks for what older PyTorch cannot do, each by the name of what it lacks."""
+import warnings
+
 import pytest
+import torch
 
 from crossformer_mm.compat import missing_torch
 
@@ -8,3 +11,23 @@ def needs_torch(release: str, what: str):
     """Skip a test before a release, for ``what`` came with it."""
     return pytest.mark.skipif(bool(missing_torch(release)),
                               reason=f'{what} came with PyTorch {release}')
+
+
+def float16_on_cpu_lacks() -> str:
+    """What this PyTorch cannot do in float16 on the CPU, or nothing."""
+    try:
+        torch.nn.functional.conv2d(*torch.ones(2, 1, 1, 1, 1, dtype=torch.float16))
+    except RuntimeError as error:
+        return str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # for other types, autocast warns and does nothing
+        try:
+            with torch.autocast('cpu', torch.float16):
+                return ''
+        except (RuntimeError, UserWarning) as error:
+            return str(error)
+
+
+needs_float16 = pytest.mark.skipif(bool(float16_on_cpu_lacks()),
+                                   reason=f'float16 on the CPU: {float16_on_cpu_lacks()}')
+FLOAT16 = pytest.param(torch.float16, marks=needs_float16)

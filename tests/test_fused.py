@@ -14,10 +14,14 @@ from torch import library
 
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
+from crossformer_mm.compat import missing_torch
 from crossformer_mm.grouping import (AxisRule, count_groups, fit_rule, group_axis,
                                      long_distance, short_distance)
 from crossformer_mm.kernels import Call, choose_path, fused, plain
 
+if missing_torch('2.4'):
+    pytest.skip('the Triton that has all that the kernels use came with PyTorch 2.4',
+                allow_module_level=True)
 pytest.importorskip('triton', reason='fused attention needs the package triton')
 from crossformer_mm.kernels import fused_triton  # noqa: E402
 

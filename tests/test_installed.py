@@ -1,8 +1,10 @@
 """Where something is missing or too old, importing the package says so in one sentence."""
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from crossformer_mm import installed
 from crossformer_mm.installed import OLDEST, check_installed, installed_family, numbers
 
-COMMANDS = {'onedl-': "pip install 'crossformer-mm[onedl]'",
-            '': "pip install mmengine 'mmcv>=2.1.0,<2.2.0'"}
+COMMANDS = {
+    'onedl-': "pip install --no-build-isolation 'onedl-mmengine>=0.10.12' 'onedl-mmcv>=2.3.6'",
+    '': "pip install openmim && mim install mmengine 'mmcv>=2.1.0,<2.2.0'"}
 
 
 @pytest.fixture
@@ -61,6 +64,13 @@ def test_one_sentence_says_what_to_install(environment, package, version, family
         assert ('pip install einops' if package == 'einops' else 'pytorch.org') in said
 
 
+def test_what_to_install_are_the_extras():
+    project = (Path(__file__).parent.parent / 'pyproject.toml').read_text(encoding='utf-8')
+    for command in COMMANDS.values():
+        for requirement in re.findall("'(.+?)'", command):
+            assert f'"{requirement}"' in project
+
+
 def test_family_of_this_environment():
     family = installed_family()
     assert family in COMMANDS
@@ -74,4 +84,4 @@ def test_import_ends_in_the_sentence():
                'import crossformer_mm')
     done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True)
     assert done.stderr.strip().splitlines()[-1].startswith(
-        'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install')
+        'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install ')

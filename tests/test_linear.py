@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
 from crossformer_mm.linear import Linear, Mlp
@@ -33,29 +34,54 @@ def test_linear_equals_pytorchs(tokens, channels, out):
     check(lambda x, w: onednn.onednn_linear(x, w, None), F.linear, *tensors[:2])
 
 
-@needs_onednn
-@pytest.mark.parametrize('tokens', [1, 5, 1000])
+@pytest.mark.parametrize('tokens', [0, 1, 5, 1000])
 @pytest.mark.parametrize('chunk', [1, 200, 2**20])
-def test_mlp_equals_pytorchs_in_parts_of_any_size(tokens, chunk, monkeypatch):
-    monkeypatch.setattr(onednn, 'CHUNK', chunk)
+@pytest.mark.parametrize('kept', [0, 2**30])
+@pytest.mark.parametrize('library', ['MKL', pytest.param('oneDNN', marks=needs_onednn)])
+def test_mlp_equals_pytorchs_in_parts_of_any_size(tokens, chunk, kept, library, monkeypatch):
+    monkeypatch.setattr(mlps, 'CHUNK', chunk)
+    monkeypatch.setattr(mlps, 'MKL_CHUNK', chunk)
+    monkeypatch.setattr(mlps, 'KEPT', kept)
+    monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
 
     def reference(x, weight1, bias1, weight2, bias2):
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
-    check(onednn.onednn_mlp, reference, torch.randn(tokens, 8), torch.randn(32, 8),
-          torch.randn(32), torch.randn(8, 32), torch.randn(8))
+    tensors = (torch.randn(tokens, 8), torch.randn(32, 8), torch.randn(32), torch.randn(8, 32),
+               torch.randn(8))
+    if tokens:
+        check(mlps.mlp, reference, *tensors)
+    assert mlps.mlp(*tensors).shape == (tokens, 8)
 
 
-@pytest.mark.parametrize('rows, width', [(1, 1), (7, 2**21), (1000, 384), (60800, 384)])
+def test_a_large_hidden_layer_is_not_kept_for_the_backward_pass(monkeypatch):
+    x, module = torch.randn(300, 8), Mlp(8, 32)
+    for limit, kept in ((300 * 32, True), (300 * 32 - 1, False)):
+        monkeypatch.setattr(mlps, 'KEPT', limit)
+        saved = []
+
+        def keep(tensor):
+            saved.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            module(x)
+        assert ((300, 32) in saved) == kept
+
+
+@pytest.mark.parametrize('rows, width', [(0, 5), (1, 1), (7, 2**21), (1000, 384), (60800, 384)])
 def test_chunks_cover_every_row_once(rows, width):
-    covered = [row for part in onednn.chunks(rows, width) for row in range(rows)[part]]
-    assert covered == list(range(rows))
+    parts = mlps.chunks(rows, width, 2**20)
+    assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
 
 
 @needs_onednn
-def test_the_rule_takes_onednn_for_float32_on_the_cpu_alone():
+def test_the_rule_takes_onednn_for_float32_on_cpus_with_avx512_alone(monkeypatch):
     x, weight = torch.randn(200, 8), torch.randn(16, 8)
-    assert onednn_suits(x, weight)
+    for capability, suits in (('AVX512', True), ('AVX2', False), ('DEFAULT', False)):
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+        assert onednn_suits(x, weight) == suits
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     assert not onednn_suits(x.double(), weight) and not onednn_suits(x.bfloat16(), weight)
     assert not onednn_suits(x.to('meta'), weight)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -65,7 +91,8 @@ def test_the_rule_takes_onednn_for_float32_on_the_cpu_alone():
 
 
 @needs_onednn
-def test_the_rule_takes_it_for_few_tokens_only_without_gradient():
+def test_the_rule_takes_it_for_few_tokens_only_without_gradient(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     few, some, many = torch.randn(3, 5, 8), torch.randn(13, 10, 8), torch.randn(400, 8)
     small, large = torch.randn(16, 8), torch.empty(1025, 1024)
     assert not onednn_suits(few, small) and onednn_suits(some, small)

@@ -9,6 +9,8 @@ from crossformer_mm.position_bias import (POSITION_BIASES, AbsolutePosition, Dyn
                                           NoPositionBias, RelativePositionBias, bias_of_pairs,
                                           build_position_bias)
 
+from .older_torch import FLOAT16
+
 
 @pytest.fixture
 def pos():
@@ -55,7 +57,7 @@ def test_network_is_a_sixteenth_as_wide_as_the_stage(pos):
     assert pos.pos3[2].weight.shape == (3, 4)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, FLOAT16])
 def test_autocast_leaves_it_in_float32(pos, dtype):
     reference = pos(300, 1)
     with torch.autocast('cpu', dtype):
@@ -64,7 +66,7 @@ def test_autocast_leaves_it_in_float32(pos, dtype):
     assert torch.equal(table, reference)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16, FLOAT16])
 def test_is_finite_over_four_thousand_offsets(pos, dtype):
     table = pos.to(dtype)(2000, 1)
     assert table.shape == (3, 3999, 1) and table.dtype == dtype

@@ -8,6 +8,7 @@ from torch import nn
 from crossformer_mm import CrossFormer
 from crossformer_mm.position_bias import DynamicPositionBias
 
+from .older_torch import FLOAT16, needs_float16
 from .tool_process import ROOT, load_script
 
 DEMO = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))  # of configs/demo
@@ -65,7 +66,8 @@ def trained(scenes):
 
 
 @pytest.mark.parametrize('amplitude', [1, 100])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize('dtype, tolerance', [
+    (torch.bfloat16, 0.02), pytest.param(torch.float16, 0.003, marks=needs_float16)])
 def test_trained_features_and_gradients_are_finite_and_near(trained, scenes, dtype, tolerance,
                                                             amplitude):
     images, labels = amplitude * scenes[0][:4], scenes[1][:4]
@@ -85,6 +87,7 @@ def test_trained_features_and_gradients_are_finite_and_near(trained, scenes, dty
         assert parameter.grad.isfinite().all(), name
 
 
+@needs_float16
 def test_grad_scaler_trains_in_float16_and_gets_over_an_overflow(scenes):
     model, (images, labels) = Segmentor(out_norm=True), scenes
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -110,7 +113,7 @@ def test_grad_scaler_trains_in_float16_and_gets_over_an_overflow(scenes):
     assert not all(torch.equal(now, old) for now, old in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, FLOAT16])
 def test_position_bias_stays_in_float32_inside_the_backbone(small, dtype):
     backbone, types = small(), []
     for module in backbone.modules():

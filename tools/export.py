@@ -159,7 +159,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     absent = [name for name in NEEDED[args.format] if find_spec(name) is None]
     if absent:
         fail(f"--format {args.format} needs {', '.join(absent)}, which is not installed "
-             "(pip install 'crossformer-mm[export]').")
+             f"(pip install {' '.join(absent)}).")
     if args.checkpoint:
         check_file('checkpoint', args.checkpoint)
 
@@ -320,7 +320,7 @@ def main():
         print('4/4 measuring', flush=True)
         image = torch.randn(1, channels, *args.shape)
         theirs, ours = milliseconds(exported, image), milliseconds(module, image)
-        part.rename(out)
+        part.replace(out)
     except Exception as error:
         said = error if type(error) is ValueError else first_line(error)
         fail(f"'{args.out}' was not written, for the export of config '{args.config}' failed: "

@@ -375,7 +375,7 @@ class Pictures:
         if self.video:
             source, part, writer = self.video
             writer.release()
-            part.rename(picture_path(self.out, source))
+            part.replace(picture_path(self.out, source))
             self.video = None
 
     def __enter__(self) -> 'Pictures':
