@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -269,11 +270,16 @@ def test_runners_and_strategies_are_not_ignored(capsys, monkeypatch, few, tmp_pa
     assert expected in sentence(capsys, monkeypatch, 'train.py', config, '--work-dir', tmp_path)
 
 
-def test_a_strategy_trains_by_mmengines_other_runner(capfd, few, tmp_path):
+def test_a_strategy_trains_by_mmengines_other_runner(capfd, monkeypatch, few, tmp_path):
+    prepared = []
+    prepare = SingleDeviceStrategy.prepare
+    monkeypatch.setattr(SingleDeviceStrategy, 'prepare', lambda strategy, *args, **kwargs: (
+        prepared.append(strategy) or prepare(strategy, *args, **kwargs)))
     config = write_config(ONE_STAGE, tmp_path / 'single_device.py', few, val_cfg=None,
                           val_dataloader=None, val_evaluator=None, train_cfg=dict(max_epochs=1),
                           strategy=dict(type='SingleDeviceStrategy'))
     run_tool(capfd, config, '--work-dir', tmp_path, tool='train.py')
+    assert len(prepared) == 1
     kept = read_checkpoint(str(tmp_path / 'epoch_1.pth'))
     assert {'state_dict', 'optimizer'} <= kept.keys()
 
