@@ -1,10 +1,8 @@
 """Trainings that take seconds, of detectors and of a segmentor, and that use random numbers."""
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from .tool_process import ROOT, load_script
 
 
 class Training(NamedTuple):
@@ -96,8 +94,9 @@ randomness = dict(seed=0)
 
 def make_data(folder: Path, train: int = 10, val: int = 2, size: int = 64) -> Path:
     """A data set of shapes, for both."""
-    subprocess.run([sys.executable, ROOT / 'tools/make_shapes.py', folder, '--train', str(train),
-                    '--val', str(val), '--size', str(size)], check=True, stdout=subprocess.DEVNULL)
+    shapes = load_script(ROOT / 'tools' / 'make_shapes.py')
+    for split, count in (('train', train), ('val', val)):
+        shapes.write_split(folder, split, count, size, seed=0)
     return folder
 
 
