@@ -147,7 +147,7 @@ def test_command_runs(command, place, capfd):
         done = subprocess.run(
             interpreter + words, cwd=place, capture_output=True, text=True, timeout=300,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(),
-                 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+                 'PYTHON': sys.executable})
         status, said = done.returncode, done.stdout + done.stderr
     else:
         status = run_here(place, Path(tool).name, *words[1:])

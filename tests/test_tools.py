@@ -39,8 +39,7 @@ def run(*command, expect=0) -> str:
     else:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, timeout=300, env={
-                                  **os.environ, 'OMP_NUM_THREADS': '1',
-                                  'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
+                                  **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable})
         status, said = done.returncode, done.stdout
     assert status == expect, said[-3000:]
     return said
