@@ -44,7 +44,9 @@ SHORTER = {
         '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
         'train_dataloader.batch_size=2'],
 }
-EVERY = {command: page.stem for page in PAGES if page != EXAMPLES for command in commands(page)
+# Of several machines and of Slurm: tests/test_options.py and test_ranks.py run the same scripts.
+APART = (EXAMPLES, ROOT / 'docs' / 'distributed.md')
+EVERY = {command: page.stem for page in PAGES if page not in APART for command in commands(page)
          if not command.startswith(('make ', 'pip ', 'tensorboard ', 'python benchmarks/gpu.py',
                                     'python benchmarks/pretraining.py'))}
 
@@ -145,7 +147,7 @@ def test_command_runs(command, place, capfd):
         done = subprocess.run(
             interpreter + words, cwd=place, capture_output=True, text=True, timeout=300,
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(),
-                 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+                 'PYTHON': sys.executable})
         status, said = done.returncode, done.stdout + done.stderr
     else:
         status = run_here(place, Path(tool).name, *words[1:])

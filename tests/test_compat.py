@@ -133,7 +133,7 @@ def test_code_is_not_run(release, tmp_path, zipped, protocol):
 
 def test_script_is_not_run(release, tmp_path):
     torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / 'file.pth')
-    with pytest.raises(CheckpointError, match='it is a TorchScript archive, a program that was not'):
+    with pytest.raises(CheckpointError, match='it is a TorchScript archive, a program'):
         read_checkpoint(str(tmp_path / 'file.pth'))
 
 

@@ -157,12 +157,14 @@ train_cfg = dict(max_epochs=2)
 
 def test_a_part_of_an_epoch_has_the_images_that_mmengine_draws(capfd, config, tmp_path):
     file = config(RECORDED + '''
+train_cfg = dict(max_epochs=3)
 train_dataloader = dict(num_batch_per_epoch=1, dataset=dict(pipeline=steps))
 ''')
     LOADED.clear()
     run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py')
     loaded = list(LOADED)
-    assert loaded == drawn_by_mmengine(file, epoch=0) and len(loaded) == 2
+    expected = [drawn_by_mmengine(file, epoch) for epoch in range(3)]
+    assert loaded == sum(expected, []) and len(loaded) == 6
 
 
 @pytest.mark.parametrize('root, backend', [

@@ -70,6 +70,8 @@ def arguments_of(monkeypatch, tool: str, words: List[str]):
 @pytest.mark.parametrize('command', EVERY)
 def test_command_names_what_exists(command, examples, monkeypatch):
     words = shlex.split(command, comments=True)
+    while re.match('[A-Z_]+=', words[0]):
+        words.pop(0)
     program, *rest = words
     if program == 'make':
         assert re.search(rf'^{rest[0]}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
@@ -82,11 +84,17 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         return
     if program == 'python':
         tool, rest = rest[0], rest[1:]
-    else:  # tools/dist_train.sh CONFIG GPUS ..., tools/dist_test.sh CONFIG CHECKPOINT GPUS ...
-        assert (ROOT / program).is_file() and program in ('tools/dist_train.sh',
-                                                          'tools/dist_test.sh')
-        tool = program.replace('dist_', '').replace('.sh', '.py')
-        assert rest.pop(1 if tool == 'tools/train.py' else 2).isdigit()
+    else:  # dist_train.sh CONFIG GPUS ..., dist_test.sh CONFIG CHECKPOINT GPUS ...,
+        # slurm_train.sh PARTITION NAME CONFIG FOLDER ..., slurm_test.sh ... CONFIG CHECKPOINT ...
+        start, task = re.fullmatch(r'tools/(dist|slurm)_(train|test)\.sh', program).groups()
+        assert (ROOT / program).is_file()
+        tool = f'tools/{task}.py'
+        if start == 'dist':
+            assert rest.pop(1 if task == 'train' else 2).isdigit()
+        else:
+            rest = rest[2:]
+            if task == 'train':
+                rest.insert(1, '--work-dir')
     if tool.startswith('benchmarks/'):
         source = (ROOT / tool).read_text()
         assert all(f"'{word}'" in source for word in rest if word.startswith('--'))

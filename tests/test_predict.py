@@ -16,7 +16,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .test_tools import DETECTOR, ROOT, SEGMENTOR, run, sentence
+from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
+from .trainings import make_data
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
 
@@ -68,9 +69,7 @@ def random_model(config: str, file: Path, meta: dict) -> Path:
 
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('data') / 'shapes'
-    run('tools/make_shapes.py', folder, '--train', 1, '--val', 5, '--size', 96)
-    return folder
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=1, val=5, size=96)
 
 
 @pytest.fixture(scope='module')

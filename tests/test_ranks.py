@@ -91,8 +91,7 @@ def script(name: str, *arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [str(ROOT / 'tools' / name), *map(str, arguments)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(),
-             'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(), 'PYTHON': sys.executable})
 
 
 def two(log: Path, tool: str, *arguments) -> None:

@@ -111,7 +111,8 @@ def test_config_table_names_the_configs_that_exist():
 
 @pytest.mark.parametrize('folder', ['crossformer_mm'])
 def test_list_of_files_is_complete(folder):
-    said = set(re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/|engine/) ', README, re.MULTILINE))
+    said = set(re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/|engine/) ', README,
+                          re.MULTILINE))
     there = {path.name + '/' * path.is_dir() for path in (ROOT / folder).iterdir()
              if not path.name.startswith(('__', '.'))}
     assert said == there - {'version.py'}

@@ -1,10 +1,12 @@
 """The command line tools: train, test, resume, and one clear sentence for what cannot work."""
+import ast
 import json
 import os
 import pickle
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -16,6 +18,8 @@ from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from .tool_process import ToolProcess
+
 ROOT = Path(__file__).parent.parent
 DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
 SEGMENTOR = 'configs/demo/upernet_shapes.py'
@@ -26,15 +30,19 @@ FOUR_ITERATIONS = [*SMALL, 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
 
 
 def run(*command, expect=0) -> str:
-    """Run a tool as a user does, from the repository's root; its whole output."""
+    """Run a tool from the repository's root, in a process of its own; its whole output."""
     command = [str(part) for part in command]
-    interpreter = [sys.executable] if command[0].endswith('.py') else []
-    done = subprocess.run(interpreter + command, cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1',
-                               'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
-    assert done.returncode == expect, done.stdout[-3000:]
-    return done.stdout
+    if command[0].endswith('.py'):
+        with tempfile.TemporaryDirectory() as folder:
+            process = ToolProcess(Path(folder) / 'log', *command)
+            status, said = process.wait(), process.output
+    else:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, timeout=300, env={
+                                  **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable})
+        status, said = done.returncode, done.stdout
+    assert status == expect, said[-3000:]
+    return said
 
 
 @pytest.fixture(scope='module')
@@ -169,6 +177,17 @@ class TestSegmentor:
                      shapes / 'ade', '--resume', '--cfg-options', *SMALL, 'train_cfg.max_iters=6',
                      'train_cfg.val_interval=6', 'default_hooks.checkpoint.interval=2')
         assert 'Iter(train) [5/6]' in output and 'Iter(train) [4/6]' not in output
+
+
+def test_each_file_of_tools_is_a_command_that_imports_the_package_alone():
+    files = list((ROOT / 'tools').glob('*.py'))
+    for file in files:
+        tree = ast.parse(file.read_text(encoding='utf-8'))
+        imported = {name.name if isinstance(node, ast.Import) else node.module
+                    for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
+                    for name in node.names}
+        assert imported.isdisjoint({other.stem for other in files}), file.name
+        assert "if __name__ == '__main__':" in file.read_text(encoding='utf-8'), file.name
 
 
 class Marker:

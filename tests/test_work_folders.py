@@ -1,4 +1,4 @@
-"""Where checkpoints are written, which of them a training goes on from, and what is never replaced."""
+"""Where checkpoints are written, which one a training goes on from, and what is never replaced."""
 import os
 import re
 import shutil

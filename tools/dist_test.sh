@@ -14,7 +14,8 @@ if ! [[ $3 =~ ^[1-9][0-9]*$ ]]; then
 fi
 python=${PYTHON:-}
 if [ -z "$python" ]; then
-    python=$(dirname "$0")/../.venv/bin/python
+    # Without links in its path, by which Python would look for its packages.
+    python=$(cd -P "$(dirname "$0")/.." && pwd)/.venv/bin/python
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || ! [ -x "$python" ]; then python=python; fi
 fi
 "$python" -m torch.distributed.run --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \

@@ -145,7 +145,7 @@ def read_config(args: argparse.Namespace) -> Config:
                                       dict(type='TensorboardVisBackend')]
     for name in ('custom_hooks', 'auto_scale_lr'):
         if name in cfg and cfg[name] is None:
-            del cfg[name]
+            cfg.pop(name)
     if get_device() == 'cpu':
         prepare_for_cpu(cfg)
     if args.data_root:
