@@ -44,7 +44,7 @@ $(READY): $(SOURCES) requirements/run.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -r requirements/build.txt
-	@echo "mmcv compiles its operators now where no wheel of it is at hand: about 9 minutes on 2 cores"
+	@echo "mmcv compiles its operators now where no wheel of it is at hand: some minutes on 2 cores"
 	$(MMCV_FLAGS) $(RUN) -m pip install --no-build-isolation -r requirements/run.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
 	$(call torchvision,$(RUN))

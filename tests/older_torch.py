@@ -1,10 +1,11 @@
 """Marks for what older PyTorch cannot do, each by the name of what it lacks."""
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import TORCH, missing_torch
 
 
 def needs_torch(release: str, what: str):
@@ -31,3 +32,9 @@ def float16_on_cpu_lacks() -> str:
 needs_float16 = pytest.mark.skipif(bool(float16_on_cpu_lacks()),
                                    reason=f'float16 on the CPU: {float16_on_cpu_lacks()}')
 FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
+
+# Without a GPU kernels run in Triton's interpreter, which made numbers of arrays of one number.
+needs_interpreter = pytest.mark.skipif(
+    not torch.cuda.is_available() and TORCH <= (2, 6)
+    and tuple(map(int, np.__version__.split('.')[:2])) >= (2, 4),
+    reason="the interpreter of this PyTorch's Triton uses a conversion that NumPy 2.4 has no more")

@@ -19,10 +19,13 @@ from crossformer_mm.grouping import (AxisRule, count_groups, fit_rule, group_axi
                                      long_distance, short_distance)
 from crossformer_mm.kernels import Call, choose_path, fused, plain
 
+from .older_torch import needs_interpreter
+
 if missing_torch('2.4'):
     pytest.skip('the Triton that has all that the kernels use came with PyTorch 2.4',
                 allow_module_level=True)
 pytest.importorskip('triton', reason='fused attention needs the package triton')
+pytestmark = needs_interpreter
 from crossformer_mm.kernels import fused_triton  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

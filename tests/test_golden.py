@@ -8,7 +8,7 @@ import torch
 
 from crossformer_mm import CrossFormer
 
-from .older_torch import needs_torch
+from .older_torch import needs_interpreter, needs_torch
 
 SIZES = {
     'interval_g7': ('2x224x224', '1x256x352', '1x64x96', '1x160x416'),
@@ -62,6 +62,7 @@ def test_features_and_gradients_are_those_of_the_authors(golden, probe, name, si
 
 
 @needs_torch('2.4', 'the Triton that has all that the kernels use')
+@needs_interpreter
 def test_fused_attention_gives_them_too(golden, probe):
     pytest.importorskip('triton', reason='fused attention needs the package triton')
     if torch.cuda.is_available():

@@ -199,7 +199,7 @@ class TestDetector:
             difference = cv2.absdiff(cv2.imread(str(out / 'pictures/000000000001.jpg')),
                                      cv2.imread(str(image)))
             drawn[threshold], found[threshold] = difference.mean(), read(out / 'results.bbox.json')
-        assert drawn['1'] < 10 < 20 < drawn['0']
+        assert drawn['1'] < drawn['0'] / 2  # older matplotlib blurs the image itself
         assert found['0'] == found['1'] != []
 
 

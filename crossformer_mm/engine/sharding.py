@@ -3,6 +3,9 @@
 A config names it by ``custom_imports = dict(imports=['crossformer_mm',
 'crossformer_mm.engine.sharding'])``, see ``configs/mask_rcnn/cfpp_b_1x_fsdp.py``.
 """
+import inspect
+
+import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
 from mmengine.registry import FUNCTIONS, STRATEGIES
@@ -10,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..block import CrossFormerBlock
+from .errors import UserError
 
 
 @FUNCTIONS.register_module()
@@ -38,6 +42,9 @@ class ShardedStrategy(FSDPStrategy):
       one in which MMEngine gives them: every resumed training would end in an error.
     - Without a GPU (gloo) the device is named, as FSDP asks for, and whole parameters are not
       moved to where they are already, which would read memory that is freed.
+
+    Raises:
+        UserError: there is no GPU, and this PyTorch shards on GPUs alone.
     """
 
     def _init_state_dict_cfg(self, state_dict_cfg) -> None:
@@ -48,6 +55,9 @@ class ShardedStrategy(FSDPStrategy):
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if get_device() == 'cpu':
+            if not inspect.signature(torch.cpu.Stream).parameters:  # FSDP gives it a priority
+                raise UserError('Sharded training without a GPU needs a PyTorch whose '
+                                f'torch.cpu.Stream takes a priority, this is {torch.__version__}.')
             self.model_wrapper = dict(self.model_wrapper or dict(type='MMFullyShardedDataParallel'))
             if self.model_wrapper.get('device_id') is None:
                 self.model_wrapper['device_id'] = 'cpu'
