@@ -1,6 +1,7 @@
 """tools/explain.py: its pictures show what the backbone computes, and grouping.py says."""
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import cv2
