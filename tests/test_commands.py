@@ -32,6 +32,7 @@ CHANNELS = [16, 32, 64, 128]
 
 # What would take long is made short by further options, the rest by small configs.
 SHORTER = {
+    'tools/export.py': ['--shape', '64', '64'],
     'tools/make_shapes.py': ['--train', '8', '--val', '8'],
     'benchmarks/backbone.py': ['--sizes', '32x32', '40x40', '--models', 'crossformer_s',
                                '--modes', 'infer', '--repeats', '2'],
