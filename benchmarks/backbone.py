@@ -427,11 +427,11 @@ def main() -> None:
         record['commands'].append(
             'python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
         torch.set_num_threads(args.threads or torch.get_num_threads())
+        if args.device == 'cpu':
+            record.setdefault('rates', []).append(
+                {name: round(rate, 1) for name, rate in product_rates().items()})
+            print('GFLOP/s of products:', record['rates'][-1], flush=True)
         for size in args.sizes:
-            if args.device == 'cpu':
-                record.setdefault('rates', []).append(
-                    {name: round(rate, 1) for name, rate in product_rates().items()})
-                print('GFLOP/s of products:', record['rates'][-1], flush=True)
             for mode in args.modes:
                 print(f'== {size[0]}x{size[1]}, {mode}', flush=True)
                 measured = measure(
