@@ -5,8 +5,9 @@
 Every model runs in a process of its own. The processes take turns, one step each, so that
 whatever else the machine does falls on all of them alike: compare figures of one run, not of
 two. ``crossformer_s-floor`` is CrossFormer-S with the attention core left out: what its linear
-layers, convolutions and norms take by themselves. Peak memory is that of a further process of the same kind, in which freed memory goes back
-to the system, so that the figure is what is in use and not what the C library keeps for later.
+layers, convolutions and norms take by themselves. Peak memory is that of a further process of the
+same kind, in which freed memory goes back to the system, so that the figure is what is in use and
+not what the C library keeps for later.
 
 Leaves results.json, table.md and the pictures time.png, memory.png, parts.png in --out.
 """
@@ -61,7 +62,6 @@ def build(name: str):
         from mmdet.models.backbones import SwinTransformer
         depths = dict(swin_t=(2, 2, 6, 2), swin_s=(2, 2, 18, 2))[name]
         return SwinTransformer(depths=depths, drop_path_rate=0.2)
-    sys.path.insert(0, str(ROOT))
     from crossformer_mm import CrossFormer
     if name in OURS:
         model = CrossFormer('s', **OURS[name])
@@ -92,13 +92,11 @@ def values_alone(qkv, *_):
 def flops(name: str, size: tuple, batch: int) -> int:
     """Of one forward pass, 2 for a multiplication with its addition."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from crossformer_mm.flops import operation_counter
     model = build(name).to('meta')
     model.eval()  # which returns nothing in mmdet's
-    for module in model.modules():
-        if hasattr(module, 'attention_path'):
-            module.attention_path = 'plain'  # others hide their products
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), operation_counter(model) as counter:
         model(torch.empty(batch, 3, *size, device='meta'))
     return counter.get_total_flops()
 
@@ -106,6 +104,7 @@ def flops(name: str, size: tuple, batch: int) -> int:
 def work(case: dict) -> None:
     """Run a step for each line that comes in, answer with a line of JSON."""
     import torch
+    sys.path.insert(0, str(ROOT))
     torch.manual_seed(0)
     if case['threads']:
         torch.set_num_threads(case['threads'])

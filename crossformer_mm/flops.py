@@ -110,6 +110,16 @@ def build_empty(model: dict) -> nn.Module:
         return MODELS.build(model).to('meta')
 
 
+def operation_counter(model: nn.Module) -> FlopCounterMode:
+    """What counts the operations of a model once it is entered, 2 for a multiplication with its
+    addition; the model computes attention in a way that can be counted from then on."""
+    for module in model.modules():
+        if isinstance(module, GroupAttention):
+            # The others hide their products, and work on real tensors only.
+            module.attention_path = 'plain'
+    return FlopCounterMode(display=False)
+
+
 def count(cfg: Config, shape: Sequence[int]) -> dict:
     """Parameters and multiply-accumulates of the model of a config.
 
@@ -124,11 +134,7 @@ def count(cfg: Config, shape: Sequence[int]) -> dict:
     init_default_scope(cfg.default_scope)
     model = build_empty(cfg.model).eval()
     image = torch.empty(1, 3, *shape, device='meta')
-    for module in model.modules():
-        if isinstance(module, GroupAttention):
-            # The others hide their products, and work on real tensors only.
-            module.attention_path = 'plain'
-    counter = FlopCounterMode(display=False)
+    counter = operation_counter(model)
     meters = {name: Meter(part, counter) for name, part in parts_of(model)}
     with torch.no_grad(), counter:
         Inference(model)(image)

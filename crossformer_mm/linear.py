@@ -37,12 +37,12 @@ class Mlp(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
-        if self.is_plain():
+        if x.device.type == 'cpu' and self.is_plain():
             tokens = x.flatten(0, -2)
             if is_float32_on_cpu(x):
                 return mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,
                            self.fc2.bias).view(x.shape)
-            if x.device.type == 'cpu' and not watcher() and not torch.is_grad_enabled():
+            if not watcher() and not torch.is_grad_enabled():
                 # A part at a time stays in the cache.
                 parts = [self.fc2(self.act(self.fc1(tokens[rows])))
                          for rows in chunks(len(tokens), self.fc1.out_features, CHUNK)]

@@ -45,7 +45,7 @@ class ChunkedMlp(torch.autograd.Function):
                 onednn: bool, training: bool) -> Tensor:
         ctx.parts = list(chunks(len(x), len(weight1), CHUNK if onednn else MKL_CHUNK))
         ctx.onednn = onednn
-        kept = x.new_empty(len(x), len(weight1)) if training and keeps(x, weight1) else None
+        kept = x.new_empty(len(x), len(weight1)) if training and len(x) * len(weight1) <= KEPT else None
         hidden, act = part_buffers(x, weight1, ctx.parts)
         out = x.new_empty(len(x), len(weight2))
         for rows in ctx.parts:
@@ -65,25 +65,19 @@ class ChunkedMlp(torch.autograd.Function):
         x, weight1, bias1, weight2, kept = ctx.saved_tensors
         grad_out, grad_x = grad_out.contiguous(), torch.empty_like(x)
         grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
-        grad_bias1, grad_bias2 = torch.zeros_like(bias1), grad_out.sum(0)
+        grad_bias1, grad_bias2 = torch.zeros_like(bias1), weight2.new_zeros(len(weight2))
         buffers = part_buffers(x, weight1, ctx.parts)
         for rows in ctx.parts:
             hidden, act = buffers[:, :len(x[rows])]
             hidden = (multiply(x[rows], weight1.t(), hidden, ctx.onednn, bias1) if kept is None
                       else kept[rows])
             torch.ops.aten.gelu.out(hidden, out=act)
-            add_gradient(grad_out[rows], act, grad_weight2, ctx.onednn)
+            add_gradients(grad_out[rows], act, grad_weight2, grad_bias2, ctx.onednn)
             grad = multiply(grad_out[rows], weight2, act, ctx.onednn)  # in the place of act
             torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-            add_gradient(grad, x[rows], grad_weight1, ctx.onednn)
-            grad_bias1 += grad.sum(0)
+            add_gradients(grad, x[rows], grad_weight1, grad_bias1, ctx.onednn)
             put(multiply(grad, weight1, grad_x[rows], ctx.onednn), grad_x[rows])
         return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None
-
-
-def keeps(x: Tensor, weight1: Tensor) -> bool:
-    """Whether the hidden layer is kept for the backward pass."""
-    return len(x) * len(weight1) <= KEPT
 
 
 def part_buffers(x: Tensor, weight1: Tensor, parts: list) -> Tensor:
@@ -107,12 +101,14 @@ def put(result: Tensor, place: Tensor) -> None:
         place.copy_(result)
 
 
-def add_gradient(grad: Tensor, x: Tensor, total: Tensor, onednn: bool) -> None:
-    """``total += grad.t() @ x``."""
+def add_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, onednn: bool) -> None:
+    """``weight += grad.t() @ x`` and ``bias += grad.sum(0)``, the gradients of both."""
     if onednn:
-        total += weight_gradients(grad, x, total)[0]
+        for total, part in zip((weight, bias), weight_gradients(grad, x, weight)):
+            total += part
     else:
-        total.addmm_(grad.t(), x)
+        weight.addmm_(grad.t(), x)
+        bias += grad.sum(0)
 
 
 def chunks(rows: int, width: int, numbers: int) -> Iterator[slice]:
