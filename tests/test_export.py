@@ -40,9 +40,10 @@ def values_and_gradients(backbone, model, image):
     return [*features, *(parameter.grad.clone() for parameter in backbone.parameters())]
 
 
-def assert_near(results, references):
-    """To 1e-4 of the largest entry; what is 0 but for rounding, by the largest of all."""
-    smallest = 1e-2 * max(reference.abs().max().item() for reference in references)
+def assert_near(results, references, rounding=0.):
+    """To 1e-4 of the largest entry. In float32 gradients that are 0 are mere rounding of others:
+    those are judged by ``rounding`` of the largest entry of all."""
+    smallest = max(1e-3, rounding * max(x.abs().max().item() for x in references))
     for result, reference in zip(results, references):
         scale = max(reference.abs().max().item(), smallest)
         assert (result - reference).abs().max() <= 1e-4 * scale
@@ -66,7 +67,7 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
     for batch, height, width in ((1, 61, 67), (2, 88, 70), (3, 101, 93)):
         image = torch.randn(batch, 3, height, width)
         assert_near(values_and_gradients(backbone, compiled, image),
-                    values_and_gradients(backbone, backbone, image))
+                    values_and_gradients(backbone, backbone, image), rounding=1e-2)
     assert len(graphs) == 2  # for one image, and for several
     compiled(torch.randn(2, 3, 101, 24))
     assert len(graphs) == 3
@@ -109,7 +110,7 @@ def test_compiled_code_gives_the_same_gradients():
     compiled = torch.compile(backbone, fullgraph=True, dynamic=True)
     image = torch.randn(1, 3, 24, 33)
     assert_near(values_and_gradients(backbone, compiled, image),
-                values_and_gradients(backbone, backbone, image))
+                values_and_gradients(backbone, backbone, image), rounding=1e-2)
 
 
 @needs_torch('2.6', 'the torch.export that the backbone is exported by')
