@@ -1,5 +1,6 @@
 """The parts of a build that pyproject.toml cannot say: the kernel in C++ and what is put into
 ``crossformer_mm/.mim``."""
+
 import os
 import shutil
 from pathlib import Path
@@ -16,9 +17,13 @@ NO_EXTENSION = 'CROSSFORMER_MM_NO_EXTENSION'
 # PyTorch does its work. It takes addresses of arrays and nothing of PyTorch or of one Python, so
 # that it fits every version of both.
 kernel = Extension(
-    'crossformer_mm.kernels._native', ['crossformer_mm/kernels/native.cpp'], optional=True,
+    'crossformer_mm.kernels._native',
+    ['crossformer_mm/kernels/native.cpp'],
+    optional=True,
     depends=['crossformer_mm/kernels/native_kernel.h'],
-    define_macros=[('Py_LIMITED_API', '0x03090000')], py_limited_api=True)
+    define_macros=[('Py_LIMITED_API', '0x03090000')],
+    py_limited_api=True,
+)
 
 # Where mmengine.hub and mim look for what is beside the package here.
 MIM = 'crossformer_mm/.mim'
@@ -31,8 +36,10 @@ class BuildKernel(build_ext):
 
     def build_extension(self, ext) -> None:
         if self.compiler.compiler_type == 'msvc':
-            raise CompileError("the kernel is written in vectors of GCC's and Clang's, which this "
-                               'compiler does not have')
+            raise CompileError(
+                "the kernel is written in vectors of GCC's and Clang's, which this "
+                'compiler does not have'
+            )
         ext.extra_compile_args = ['-std=c++17', '-O3', '-g0', '-ffp-contract=fast', '-pthread']
         ext.extra_link_args = ['-pthread']
         super().build_extension(ext)
@@ -58,14 +65,23 @@ class BuildWithConfigs(build_py):
     @staticmethod
     def files_of(name: str) -> list:
         """The files of a folder of the checkout that users get, as paths from the checkout."""
-        found = {path.relative_to(HERE) for pattern in BESIDE.get(name, ())
-                 for path in (HERE / name).glob(pattern)} or {Path(name)}
+        found = {
+            path.relative_to(HERE)
+            for pattern in BESIDE.get(name, ())
+            for path in (HERE / name).glob(pattern)
+        } or {Path(name)}
         return sorted(found - set(map(Path, NOT_FOR_USERS)))
 
     def get_outputs(self, include_bytecode=True) -> list:
-        copies = [] if self.editable_mode else [
-            str(Path(self.build_lib) / MIM / path)
-            for name in ('model-index.yml', *BESIDE) for path in self.files_of(name)]
+        copies = (
+            []
+            if self.editable_mode
+            else [
+                str(Path(self.build_lib) / MIM / path)
+                for name in ('model-index.yml', *BESIDE)
+                for path in self.files_of(name)
+            ]
+        )
         return super().get_outputs(include_bytecode) + copies
 
 

@@ -8,14 +8,19 @@ products of matrices that attention consists of are counted, 2 forward and 5 bac
 else of what it does. Percentages are of the faster multiplication in float32, measured again just
 before each line, since the clock of a processor is not the same for long.
 """
+
 import argparse
 import os
 
 from processor import best_rate, processor, product_rates
 
 # Members of a group: side of the map, its rules, so that there are 64 groups.
-CASES = {49: (56, 56, (7, 1), (7, 1)), 196: (112, 112, (14, 8), (14, 8)),
-         950: (200, 304, (25, 8), (38, 8)), 2500: (400, 400, (50, 8), (50, 8))}
+CASES = {
+    49: (56, 56, (7, 1), (7, 1)),
+    196: (112, 112, (14, 8), (14, 8)),
+    950: (200, 304, (25, 8), (38, 8)),
+    2500: (400, 400, (50, 8), (50, 8)),
+}
 HEADS, DIM = 3, 32
 
 
@@ -30,12 +35,15 @@ def main() -> None:
 
     from crossformer_mm.grouping import AxisRule
     from crossformer_mm.kernels import native
+
     torch.set_num_threads(args.threads)
     if args.instructions:
         os.environ[native.VARIABLE] = args.instructions
     print(f'{processor()}; {args.threads} threads, instructions {native.instructions()}')
-    print('GFLOP/s of products: ' + ', '.join(f'{name} {rate:.0f}'
-                                              for name, rate in product_rates().items()))
+    print(
+        'GFLOP/s of products: '
+        + ', '.join(f'{name} {rate:.0f}' for name, rate in product_rates().items())
+    )
     for dtype in args.dtypes:
         for members in args.members:
             height, width, rows, columns = CASES[members]
@@ -43,17 +51,17 @@ def main() -> None:
             qkv = torch.randn(1, height, width, 3 * HEADS * DIM).to(getattr(torch, dtype))
             grad = torch.randn(1, height, width, HEADS * DIM).to(qkv.dtype)
             table = torch.randn(HEADS, 2 * rows.size - 1, 2 * columns.size - 1)
-            rules = (rows, columns, HEADS, DIM**-.5)
+            rules = (rows, columns, HEADS, DIM**-0.5)
             out, norms = native.forward(qkv, table, *rules)
             flops = 2 * height * width * members * HEADS * DIM
             rates = product_rates()
             peak = max(rates['MKL'], rates['oneDNN'])
-            rates = (best_rate(lambda: native.forward(qkv, table, *rules), 2 * flops),
-                     best_rate(lambda: native.backward(grad, qkv, table, out, norms, *rules),
-                               5 * flops))
-            print('{:8} {:5} members: forward {:4.0f} ({:3.0f} %), backward {:4.0f} ({:3.0f} %)'
-                  .format(dtype, members, *(x for rate in rates for x in
-                                            (rate, 100 * rate / peak))))
+            rates = (
+                best_rate(lambda: native.forward(qkv, table, *rules), 2 * flops),
+                best_rate(lambda: native.backward(grad, qkv, table, out, norms, *rules), 5 * flops),
+            )
+            said = (f'{rate:4.0f} ({100 * rate / peak:3.0f} %)' for rate in rates)
+            print('{:8} {:5} members: forward {}, backward {}'.format(dtype, members, *said))
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ Sections, each with its own time limit and none hindered by the failure of anoth
 
 --smoke runs all of it on the CPU in Triton's interpreter, on sizes that tell nothing.
 """
+
 import argparse
 import contextlib
 import importlib.abc
@@ -39,17 +40,30 @@ TOTAL = 440
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/gpu.json'),
-                        help='where to write the figures (default: %(default)s)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/gpu.json'),
+        help='where to write the figures (default: %(default)s)',
+    )
     parser.add_argument('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument('--bandwidth', type=float, default=4.8e12,
-                        help='bytes per second of the memory (default: an H200, %(default)s)')
-    parser.add_argument('--flops', type=float, default=790e12,
-                        help='bf16 FLOPs per second within reach (default: an H200, %(default)s)')
+    parser.add_argument(
+        '--bandwidth',
+        type=float,
+        default=4.8e12,
+        help='bytes per second of the memory (default: an H200, %(default)s)',
+    )
+    parser.add_argument(
+        '--flops',
+        type=float,
+        default=790e12,
+        help='bf16 FLOPs per second within reach (default: an H200, %(default)s)',
+    )
     parser.add_argument('--image', type=int, nargs=2, default=(800, 1216), metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--smoke', action='store_true',
-                        help='on the CPU, tiny: does the script run to its end?')
+    parser.add_argument(
+        '--smoke', action='store_true', help='on the CPU, tiny: does the script run to its end?'
+    )
     return parser.parse_args()
 
 
@@ -98,8 +112,13 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = types.ModuleType(spec.name)
         module.__version__ = '999.0'  # new enough
         registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
-        known = dict(BaseModule=BaseModule, DropPath=DropPath, MODELS=registry, HOOKS=registry,
-                     MODULE2PACKAGE={})
+        known = dict(
+            BaseModule=BaseModule,
+            DropPath=DropPath,
+            MODELS=registry,
+            HOOKS=registry,
+            MODULE2PACKAGE={},
+        )
 
         def lookup(name):
             if name.startswith('__'):
@@ -127,11 +146,14 @@ def import_package() -> list:
     if missing:  # what trains asks more of them, and nothing here trains
         sys.modules['crossformer_mm.engine'] = types.ModuleType('crossformer_mm.engine')
     try:
-        import crossformer_mm  # noqa: F401
         import triton  # noqa: F401
+
+        import crossformer_mm  # noqa: F401
     except ModuleNotFoundError as error:
-        sys.exit(f'error: {error.name} is not installed; benchmarks/gpu.py needs PyTorch, Triton '
-                 'and einops')
+        sys.exit(
+            f'error: {error.name} is not installed; benchmarks/gpu.py needs PyTorch, Triton '
+            'and einops'
+        )
     return missing
 
 
@@ -143,8 +165,7 @@ import triton.testing  # noqa: E402
 from oracle import plain_features  # noqa: E402
 
 from crossformer_mm import CrossFormer  # noqa: E402
-from crossformer_mm.grouping import (AxisRule, fit_rule, group_map, long_distance,  # noqa: E402
-                                     short_distance)
+from crossformer_mm.grouping import AxisRule, fit_rule, group_map, long_distance, short_distance  # noqa: E402
 from crossformer_mm.kernels import fused, fused_triton, plain  # noqa: E402
 from crossformer_mm.position_bias import bias_of_pairs  # noqa: E402
 
@@ -165,12 +186,23 @@ class Bench:
         self.device = torch.device('cpu' if options.smoke else 'cuda')
         self.start = self.deadline = time.perf_counter()
         gpu = 'none' if self.smoke else torch.cuda.get_device_name()
-        self.results = dict(command=' '.join(['python', *sys.argv]), gpu=gpu,
-                            torch=torch.__version__, triton=triton.__version__,
-                            stand_ins=STAND_INS, bandwidth=options.bandwidth, flops=options.flops,
-                            image=list(options.image), batch=options.batch, sections={})
-        print(f'GPU {gpu}, torch {torch.__version__}, triton {triton.__version__}, stand-ins for: '
-              f"{', '.join(STAND_INS) or 'nothing'}", flush=True)
+        self.results = dict(
+            command=' '.join(['python', *sys.argv]),
+            gpu=gpu,
+            torch=torch.__version__,
+            triton=triton.__version__,
+            stand_ins=STAND_INS,
+            bandwidth=options.bandwidth,
+            flops=options.flops,
+            image=list(options.image),
+            batch=options.batch,
+            sections={},
+        )
+        print(
+            f'GPU {gpu}, torch {torch.__version__}, triton {triton.__version__}, stand-ins for: '
+            f"{', '.join(STAND_INS) or 'nothing'}",
+            flush=True,
+        )
 
     def run(self, name: str) -> None:
         section = self.results['sections'][name] = dict(rows=[])
@@ -202,8 +234,9 @@ class Bench:
             began = time.perf_counter()
             function()
             return 1e3 * (time.perf_counter() - began)
-        return triton.testing.do_bench(function, warmup=effort // 3, rep=effort,
-                                       return_mode='median')
+        return triton.testing.do_bench(
+            function, warmup=effort // 3, rep=effort, return_mode='median'
+        )
 
     def randn(self, *shape, dtype=torch.float32):
         return torch.randn(*shape, device=self.device).to(dtype)
@@ -212,8 +245,15 @@ class Bench:
 def add(table: list, **figures) -> None:
     """Keep and print a row."""
     table.append(figures)
-    print('   ' + '  '.join(f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}'
-                            for key, value in figures.items() if value is not None), flush=True)
+    print(
+        '   '
+        + '  '.join(
+            f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}'
+            for key, value in figures.items()
+            if value is not None
+        ),
+        flush=True,
+    )
 
 
 def value_and_gradients(attention, qkv, table, grad, *arguments):
@@ -223,32 +263,41 @@ def value_and_gradients(attention, qkv, table, grad, *arguments):
 
 
 def table_for(bench, height, width, rows, columns, heads):
-    return bench.randn(heads, 2 * fit_rule(height, rows).size - 1,
-                       2 * fit_rule(width, columns).size - 1)
+    return bench.randn(
+        heads, 2 * fit_rule(height, rows).size - 1, 2 * fit_rule(width, columns).size - 1
+    )
 
 
 def errors(ours, exact) -> dict:
     """Relative to the largest exact number, or to 1."""
-    return {name: float((one.double() - other.double()).abs().max()
-                        / other.double().abs().max().clamp_min(1))
-            for name, one, other in zip(('value', 'grad_qkv', 'grad_table'), ours, exact)}
+    return {
+        name: float(
+            (one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1)
+        )
+        for name, one, other in zip(('value', 'grad_qkv', 'grad_table'), ours, exact)
+    }
 
 
 # ---------------------------------------------------------------------------------- check
 def run_check(bench: Bench, rows: list) -> None:
     """Relative to the largest exact value; float64 on the same device is the judge."""
     cases = [  # map, rule of rows, rule of columns, heads, head_dim
-        ((2, 37, 52), (7, 1), (7, 1), 3, 32), ((2, 36, 54), (5, 8), (7, 8), 3, 32),
-        ((1, 50, 76), (25, 2), (38, 2), 12, 32), ((2, 60, 45), (7, 4), (7, 4), 6, 32),
-        ((1, 25, 38), (25, 1), (38, 1), 4, 64), ((1, 41, 33), (14, 1), (14, 1), 2, 24),
-        ((3, 20, 20), (3, 1), (3, 1), 2, 16), ((1, 9, 300), (5, 2), (150, 2), 1, 8),
-        ((1, 1, 1), (7, 1), (7, 1), 2, 32)]
+        ((2, 37, 52), (7, 1), (7, 1), 3, 32),
+        ((2, 36, 54), (5, 8), (7, 8), 3, 32),
+        ((1, 50, 76), (25, 2), (38, 2), 12, 32),
+        ((2, 60, 45), (7, 4), (7, 4), 6, 32),
+        ((1, 25, 38), (25, 1), (38, 1), 4, 64),
+        ((1, 41, 33), (14, 1), (14, 1), 2, 24),
+        ((3, 20, 20), (3, 1), (3, 1), 2, 16),
+        ((1, 9, 300), (5, 2), (150, 2), 1, 8),
+        ((1, 1, 1), (7, 1), (7, 1), 2, 32),
+    ]
     if bench.smoke:
         cases = [((1, 5, 6), (3, 2), (3, 2), 1, 8)]
     tolerance = dict(fp32=1e-5, fp16=3e-3, bf16=2e-2)
     for number, (shape, row_rule, column_rule, heads, dim) in enumerate(cases):
         row_rule, column_rule = AxisRule(*row_rule), AxisRule(*column_rule)
-        for name in ('fp32', 'bf16', 'fp16')[:3 if number < 4 else 2]:
+        for name in ('fp32', 'bf16', 'fp16')[: 3 if number < 4 else 2]:
             if not bench.in_time(f'{shape} {name}'):
                 return
             qkv = bench.randn(*shape, 3 * heads * dim, dtype=DTYPES[name])
@@ -257,13 +306,22 @@ def run_check(bench: Bench, rows: list) -> None:
             arguments = row_rule, column_rule, heads, dim**-0.5
             ours = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
             again = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
-            exact = value_and_gradients(plain.attend, qkv.double(), table.double(), grad.double(),
-                                        *arguments)
+            exact = value_and_gradients(
+                plain.attend, qkv.double(), table.double(), grad.double(), *arguments
+            )
             found = errors(ours, exact)
-            add(rows, map='x'.join(map(str, shape)), rows=tuple(row_rule),
-                columns=tuple(column_rule), heads=heads, head_dim=dim, dtype=name, **found,
+            add(
+                rows,
+                map='x'.join(map(str, shape)),
+                rows=tuple(row_rule),
+                columns=tuple(column_rule),
+                heads=heads,
+                head_dim=dim,
+                dtype=name,
+                **found,
                 same_bits=all(torch.equal(one, other) for one, other in zip(ours, again)),
-                passed=max(found.values()) <= tolerance[name])
+                passed=max(found.values()) <= tolerance[name],
+            )
     if not bench.smoke and bench.in_time('a map of more than 2^31 numbers'):
         check_large_map(bench, rows)
 
@@ -279,26 +337,64 @@ def check_large_map(bench: Bench, rows: list) -> None:
     grad = torch.zeros(1, side, side, 64, device=bench.device, dtype=torch.bfloat16)
     qkv[corner], grad[corner] = (bench.randn(*x[corner].shape) for x in (qkv, grad))
     table = bench.randn(2, 13, 13)
-    arguments = rule, rule, 2, .2
+    arguments = rule, rule, 2, 0.2
     out, grad_qkv, grad_table = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
-    exact = value_and_gradients(plain.attend, qkv[corner].double(), table.double(),
-                                grad[corner].double(), *arguments)
+    exact = value_and_gradients(
+        plain.attend, qkv[corner].double(), table.double(), grad[corner].double(), *arguments
+    )
     found = errors((out[corner], grad_qkv[corner], grad_table), exact)
-    add(rows, map=f'1x{side}x{side}', numbers=qkv.numel(), dtype='bf16', **found,
-        passed=max(found.values()) <= 2e-2)
+    add(
+        rows,
+        map=f'1x{side}x{side}',
+        numbers=qkv.numel(),
+        dtype='bf16',
+        **found,
+        passed=max(found.values()) <= 2e-2,
+    )
 
 
 # ----------------------------------------------------------------------------------- tune
 CANDIDATES = {
-    ('forward', 2): [(64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 1),
-                     (128, 64, 8, 2), (128, 64, 4, 2), (128, 32, 4, 1), (128, 32, 4, 3),
-                     (128, 128, 8, 2)],
-    ('backward_queries', 2): [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2),
-                              (64, 32, 4, 1), (128, 64, 8, 2), (128, 32, 4, 1), (128, 32, 4, 2)],
-    ('backward_keys', 2): [(64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 3), (32, 64, 4, 2),
-                           (32, 64, 4, 3), (64, 128, 8, 2), (32, 128, 4, 1), (32, 128, 8, 2)],
-    ('backward_pairs', 2): [(64, 64, 8, 1), (64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2),
-                            (64, 64, 8, 2), (128, 64, 8, 1)],
+    ('forward', 2): [
+        (64, 64, 4, 2),
+        (64, 64, 4, 1),
+        (64, 64, 4, 3),
+        (64, 32, 4, 3),
+        (64, 32, 4, 1),
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (128, 32, 4, 1),
+        (128, 32, 4, 3),
+        (128, 128, 8, 2),
+    ],
+    ('backward_queries', 2): [
+        (64, 64, 4, 1),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (64, 32, 4, 1),
+        (128, 64, 8, 2),
+        (128, 32, 4, 1),
+        (128, 32, 4, 2),
+    ],
+    ('backward_keys', 2): [
+        (64, 64, 4, 2),
+        (64, 64, 4, 1),
+        (64, 64, 4, 3),
+        (32, 64, 4, 2),
+        (32, 64, 4, 3),
+        (64, 128, 8, 2),
+        (32, 128, 4, 1),
+        (32, 128, 8, 2),
+    ],
+    ('backward_pairs', 2): [
+        (64, 64, 8, 1),
+        (64, 64, 4, 1),
+        (64, 64, 4, 2),
+        (64, 32, 4, 2),
+        (64, 64, 8, 2),
+        (128, 64, 8, 1),
+    ],
     ('forward', 4): [(64, 64, 8, 1), (64, 32, 4, 1), (32, 32, 4, 2)],
     ('backward_queries', 4): [(64, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 1)],
     ('backward_keys', 4): [(32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 2)],
@@ -327,7 +423,7 @@ def timed_launches(bench: Bench, times: dict, refused: dict):
         except Exception as error:
             took = math.inf
             refused[name] = str(error).split('\n')[0]
-        times[name] = times.get(name, 0.) + took
+        times[name] = times.get(name, 0.0) + took
 
     fused_triton.launch = timed
     try:
@@ -342,10 +438,16 @@ def run_tune(bench: Bench, rows: list) -> None:
         for small in (False, True):
             candidates = SMALL_CANDIDATES if small else CANDIDATES
             chosen = fused_triton.SMALL_TILES if small else fused_triton.TILES
-            kernels = {kernel: tiles for (kernel, size), tiles in candidates.items()
-                       if size == dtype.itemsize}
-            layers = [layer for layer in layers_of(bench, dtype) if layer['stage'] in (0, 2)
-                      and (layer['kind'] == 'short') == small]
+            kernels = {
+                kernel: tiles
+                for (kernel, size), tiles in candidates.items()
+                if size == dtype.itemsize
+            }
+            layers = [
+                layer
+                for layer in layers_of(bench, dtype)
+                if layer['stage'] in (0, 2) and (layer['kind'] == 'short') == small
+            ]
             if bench.smoke:
                 kernels = {kernel: tiles[:1] for kernel, tiles in kernels.items()}
                 fused_triton.SMALL = 64 if small else 8
@@ -361,19 +463,31 @@ def run_tune(bench: Bench, rows: list) -> None:
                 try:
                     with timed_launches(bench, times, refused):
                         for layer in layers:
-                            out, norms = fused_triton.forward(layer['qkv'], layer['table'],
-                                                              *layer['arguments'])
-                            fused_triton.backward(layer['grad'], layer['qkv'], layer['table'], out,
-                                                  norms, *layer['arguments'])
+                            out, norms = fused_triton.forward(
+                                layer['qkv'], layer['table'], *layer['arguments']
+                            )
+                            fused_triton.backward(
+                                layer['grad'],
+                                layer['qkv'],
+                                layer['table'],
+                                out,
+                                norms,
+                                *layer['arguments'],
+                            )
                 finally:
                     chosen.update(before)
                 for kernel, tiles in kernels.items():
                     if turn < len(tiles):
                         found[kernel][tiles[turn]] = times[kernel]
-                        add(rows, kernel=kernel, dtype=str(dtype)[6:],
-                            groups='small' if small else 'large', tile=tiles[turn],
+                        add(
+                            rows,
+                            kernel=kernel,
+                            dtype=str(dtype)[6:],
+                            groups='small' if small else 'large',
+                            tile=tiles[turn],
                             ms=times[kernel] if kernel not in refused else None,
-                            refused=refused.get(kernel))
+                            refused=refused.get(kernel),
+                        )
             for kernel, times in found.items():
                 if times:
                     best = min(times, key=times.get)
@@ -395,10 +509,16 @@ def layers_of(bench: Bench, dtype, lda: str = 'interval'):
         long = long_distance(height, width, GROUP, interval, lda)
         for kind, rules in (('short', short), ('long', long)):
             qkv = bench.randn(bench.options.batch, height, width, 3 * heads * HEAD_DIM, dtype=dtype)
-            yield dict(stage=stage, kind=kind, depth=depth // 2, heads=heads, qkv=qkv,
-                       grad=bench.randn(*qkv.shape[:3], heads * HEAD_DIM, dtype=dtype),
-                       table=table_for(bench, height, width, *rules, heads),
-                       arguments=(*rules, heads, HEAD_DIM**-0.5))
+            yield dict(
+                stage=stage,
+                kind=kind,
+                depth=depth // 2,
+                heads=heads,
+                qkv=qkv,
+                grad=bench.randn(*qkv.shape[:3], heads * HEAD_DIM, dtype=dtype),
+                table=table_for(bench, height, width, *rules, heads),
+                arguments=(*rules, heads, HEAD_DIM**-0.5),
+            )
 
 
 def forward_and_backward(bench: Bench, attention, qkv, table, grad) -> tuple:
@@ -406,7 +526,8 @@ def forward_and_backward(bench: Bench, attention, qkv, table, grad) -> tuple:
     qkv, table = qkv.detach().requires_grad_(), table.detach().requires_grad_()
     out = attention(qkv, table)
     backward = bench.milliseconds(
-        lambda: torch.autograd.grad(out, (qkv, table), grad, retain_graph=True))
+        lambda: torch.autograd.grad(out, (qkv, table), grad, retain_graph=True)
+    )
     with torch.no_grad():
         forward = bench.milliseconds(lambda: attention(qkv, table))
     return forward, backward
@@ -420,11 +541,12 @@ def needs(bench: Bench, layer: dict, groups) -> tuple:
     """
     qkv, grad = layer['qkv'], layer['grad']
     batch = len(qkv)
-    pairs = batch * sum(table.shape[0] * table[0].numel()**2 for table in groups)
+    pairs = batch * sum(table.shape[0] * table[0].numel() ** 2 for table in groups)
     product = 2 * pairs * layer['heads'] * HEAD_DIM
-    return tuple(1e3 * max(size / bench.options.bandwidth, products * product / bench.options.flops)
-                 for size, products in ((qkv.nbytes + grad.nbytes, 2),
-                                        (2 * qkv.nbytes + 2 * grad.nbytes, 5)))
+    return tuple(
+        1e3 * max(size / bench.options.bandwidth, products * product / bench.options.flops)
+        for size, products in ((qkv.nbytes + grad.nbytes, 2), (2 * qkv.nbytes + 2 * grad.nbytes, 5))
+    )
 
 
 def run_attention(bench: Bench, rows: list) -> None:
@@ -443,42 +565,69 @@ def run_attention(bench: Bench, rows: list) -> None:
         def on_full_groups(qkv, table):
             """Bare scaled_dot_product_attention, on groups lined up before and of one size."""
             tokens = count * height * width
-            q, k, v = (qkv.flatten(0, 2)[:tokens].view(count, -1, 3, heads, HEAD_DIM)
-                       .permute(2, 0, 3, 1, 4))
+            q, k, v = (
+                qkv.flatten(0, 2)[:tokens]
+                .view(count, -1, 3, heads, HEAD_DIM)
+                .permute(2, 0, 3, 1, 4)
+            )
             bias = bias_of_pairs(table, height, width)[None].to(q.dtype)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
         tokens = count * height * width
-        grad_of_full = grad.flatten(0, 2)[:tokens].view(count, -1, heads, HEAD_DIM
-                                                        ).transpose(1, 2).contiguous()
+        grad_of_full = (
+            grad.flatten(0, 2)[:tokens]
+            .view(count, -1, heads, HEAD_DIM)
+            .transpose(1, 2)
+            .contiguous()
+        )
         ideal = needs(bench, layer, groups)
         for way, attention, grads in (
-                ('fused', lambda q, t: fused.attend(q, t, *arguments), grad),
-                ('plain', lambda q, t: plain.attend(q, t, *arguments), grad),
-                ('sdpa', on_full_groups, grad_of_full)):
+            ('fused', lambda q, t: fused.attend(q, t, *arguments), grad),
+            ('plain', lambda q, t: plain.attend(q, t, *arguments), grad),
+            ('sdpa', on_full_groups, grad_of_full),
+        ):
             try:
                 forward, backward = forward_and_backward(bench, attention, qkv, table, grads)
             except torch.OutOfMemoryError as error:
                 print(f'   {name} {way}: {error}'.split('\n')[0], flush=True)
                 continue
-            add(rows, layer=name, way=way, members=height * width,
-                forward_ms=forward, backward_ms=backward, needed_forward_ms=ideal[0],
-                needed_backward_ms=ideal[1], ratio=(forward + backward) / sum(ideal))
-            total = totals.setdefault(way, [0., 0., 0., 0.])
+            add(
+                rows,
+                layer=name,
+                way=way,
+                members=height * width,
+                forward_ms=forward,
+                backward_ms=backward,
+                needed_forward_ms=ideal[0],
+                needed_backward_ms=ideal[1],
+                ratio=(forward + backward) / sum(ideal),
+            )
+            total = totals.setdefault(way, [0.0, 0.0, 0.0, 0.0])
             for index, figure in enumerate((forward, backward, *ideal)):
                 total[index] += layer['depth'] * figure
     for way, (forward, backward, *ideal) in totals.items():
-        add(rows, layer='all of CrossFormer-S', way=way, forward_ms=forward, backward_ms=backward,
-            needed_forward_ms=ideal[0], needed_backward_ms=ideal[1],
-            ratio=(forward + backward) / sum(ideal))
-    print("   sdpa: without lining tokens up, and only the largest run of equal groups (its share "
-          'of the ratio is therefore too good)', flush=True)
+        add(
+            rows,
+            layer='all of CrossFormer-S',
+            way=way,
+            forward_ms=forward,
+            backward_ms=backward,
+            needed_forward_ms=ideal[0],
+            needed_backward_ms=ideal[1],
+            ratio=(forward + backward) / sum(ideal),
+        )
+    print(
+        "   sdpa: without lining tokens up, and only the largest run of equal groups (its share "
+        'of the ratio is therefore too good)',
+        flush=True,
+    )
 
 
 # ----------------------------------------------------------------------------------- flex
 def run_flex(bench: Bench, rows: list) -> None:
     """FlexAttention on full groups, its bias read from a captured table that has a gradient."""
     from torch.nn.attention.flex_attention import flex_attention
+
     dtype = torch.float32 if bench.smoke else torch.bfloat16
     # groups, height, width, heads: short distance of stage 1, long distance of stages 1 and 3.
     shapes = [(2 * 28 * 43, 7, 7, 3), (2 * 64, 25, 38, 3), (2 * 4, 25, 38, 12)]
@@ -502,22 +651,27 @@ def run_flex(bench: Bench, rows: list) -> None:
                 column = query % width - key % width + width - 1
                 return score + table[head, row, column]
 
-            out = compiled(q.contiguous(), k.contiguous(), v.contiguous(), score_mod=bias,
-                           scale=scale)
+            out = compiled(
+                q.contiguous(), k.contiguous(), v.contiguous(), score_mod=bias, scale=scale
+            )
             return out.transpose(1, 2).reshape(groups, height, width, -1)
 
         def fused_of_map(qkv, table):
             return fused.attend(qkv, table, *rules, heads, scale)
 
-        exact = value_and_gradients(plain.attend, qkv[:2].double(), table.double(),
-                                    grad[:2].double(), *rules, heads, scale)
+        exact = value_and_gradients(
+            plain.attend, qkv[:2].double(), table.double(), grad[:2].double(), *rules, heads, scale
+        )
         for way, attention in (('fused', fused_of_map), ('flex', flex)):
             row = dict(way=way, groups=groups, members=members, heads=heads)
             try:
                 began = time.perf_counter()
                 forward, backward = forward_and_backward(bench, attention, qkv, table, grad)
-                row.update(forward_ms=forward, backward_ms=backward,
-                           first_call_s=time.perf_counter() - began)
+                row.update(
+                    forward_ms=forward,
+                    backward_ms=backward,
+                    first_call_s=time.perf_counter() - began,
+                )
                 only = torch.zeros_like(grad)
                 only[:2] = grad[:2]
                 ours = value_and_gradients(attention, qkv, table, only)
@@ -535,12 +689,14 @@ def build_swin() -> tuple:
     """
     try:
         from mmdet.models.backbones.swin import SwinTransformer
-        return SwinTransformer(drop_path_rate=0.), 'mmdet'
+
+        return SwinTransformer(drop_path_rate=0.0), 'mmdet'
     except Exception:
         pass
     try:
         from torchvision.models import swin_transformer
-        model = swin_transformer.swin_t(stochastic_depth_prob=0.).features
+
+        model = swin_transformer.swin_t(stochastic_depth_prob=0.0).features
 
         class Swin(nn.Module):
             def __init__(self):
@@ -560,8 +716,13 @@ def build_swin() -> tuple:
         pass
     try:
         import timm
-        return timm.create_model('swin_tiny_patch4_window7_224', features_only=True,
-                                 strict_img_size=False, drop_path_rate=0.), 'timm'
+
+        return timm.create_model(
+            'swin_tiny_patch4_window7_224',
+            features_only=True,
+            strict_img_size=False,
+            drop_path_rate=0.0,
+        ), 'timm'
     except Exception:
         return None, 'none of mmdet, torchvision and timm has one'
 
@@ -569,23 +730,32 @@ def build_swin() -> tuple:
 def build_ours(bench: Bench, **more) -> nn.Module:
     """CrossFormer-S without stochastic depth."""
     if bench.smoke:
-        more.update(arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)), merge_sizes=(),
-                    group_size=(3,), interval=(2,), out_indices=(0,))
-    return CrossFormer(**more, drop_path_rate=0.).to(bench.device).train()
+        more.update(
+            arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+            merge_sizes=(),
+            group_size=(3,),
+            interval=(2,),
+            out_indices=(0,),
+        )
+    return CrossFormer(**more, drop_path_rate=0.0).to(bench.device).train()
 
 
 def build_models(bench: Bench) -> dict:
     """Name to (module that owns the parameters, image to features)."""
-    options = {'fused': dict(attention_path='fused'),
-               'plain path': dict(attention_path='plain'),
-               'fused, with_cp': dict(attention_path='fused', with_cp=True),
-               "fused, lda='block'": dict(attention_path='fused', lda='block')}
+    options = {
+        'fused': dict(attention_path='fused'),
+        'plain path': dict(attention_path='plain'),
+        'fused, with_cp': dict(attention_path='fused', with_cp=True),
+        "fused, lda='block'": dict(attention_path='fused', lda='block'),
+    }
     models = {name: build_ours(bench, **more) for name, more in options.items()}
     models = {name: (model, model) for name, model in models.items()}
     weights = build_ours(bench)
     sizes = dict(group_size=(3,), interval=(2,)) if bench.smoke else {}
-    models['mask and pad'] = weights, lambda image: plain_features(
-        dict(weights.named_parameters()), image, **sizes)
+    models['mask and pad'] = (
+        weights,
+        lambda image: plain_features(dict(weights.named_parameters()), image, **sizes),
+    )
     if not bench.smoke:
         swin, source = build_swin()
         print(f'   Swin-T: {source}', flush=True)
@@ -643,20 +813,29 @@ def run_backbone(bench: Bench, rows: list) -> None:
             times.setdefault(name, []).append((time.perf_counter() - began, asked - began))
     for name, seconds in times.items():
         steps = sorted(1e3 * step for step, _ in seconds)
-        add(rows, model=name, step_ms=statistics.median(steps), fastest_ms=steps[0],
-            slowest_ms=steps[-1], host_ms=1e3 * statistics.median(host for _, host in seconds),
-            peak_gib=peaks.get(name))
+        add(
+            rows,
+            model=name,
+            step_ms=statistics.median(steps),
+            fastest_ms=steps[0],
+            slowest_ms=steps[-1],
+            host_ms=1e3 * statistics.median(host for _, host in seconds),
+            peak_gib=peaks.get(name),
+        )
     step = {row['model']: row['step_ms'] for row in rows}
     for other in step:
         if 'fused' in step and other != 'fused':
-            print(f"   fused takes {step['fused'] / step[other]:.2f} of the time of {other}",
-                  flush=True)
+            print(
+                f"   fused takes {step['fused'] / step[other]:.2f} of the time of {other}",
+                flush=True,
+            )
 
 
 # -------------------------------------------------------------------------------- profile
 def run_profile(bench: Bench, rows: list) -> None:
     """The kernels with the largest share of a training step's device time."""
     from torch.profiler import ProfilerActivity, profile
+
     model = build_ours(bench, attention_path='fused')
     image = bench.randn(bench.options.batch, 3, *bench.options.image)
     training_step(bench, model, model, image)
@@ -672,8 +851,13 @@ def run_profile(bench: Bench, rows: list) -> None:
     events = sorted(recorded.key_averages(), key=took, reverse=True)
     total = sum(map(took, events))
     for event in events[:25]:
-        add(rows, share=took(event) / total, ms=took(event) / 1e3, calls=event.count,
-            kernel=event.key[:80])
+        add(
+            rows,
+            share=took(event) / total,
+            ms=took(event) / 1e3,
+            calls=event.count,
+            kernel=event.key[:80],
+        )
 
 
 def main() -> None:
@@ -686,8 +870,10 @@ def main() -> None:
     failed = [name for name, section in bench.results['sections'].items() if 'error' in section]
     checks = bench.results['sections'].get('check', {}).get('rows', [])
     wrong = [row for row in checks if not row['passed']]
-    print(f'\n{len(checks) - len(wrong)} of {len(checks)} checks passed; {OPTIONS.out} has the '
-          f'figures ({time.perf_counter() - bench.start:.0f} s)')
+    print(
+        f'\n{len(checks) - len(wrong)} of {len(checks)} checks passed; {OPTIONS.out} has the '
+        f'figures ({time.perf_counter() - bench.start:.0f} s)'
+    )
     if failed or wrong:
         sys.exit(f"error: {len(wrong)} checks and the sections {', '.join(failed) or '-'} failed")
 

@@ -1,7 +1,8 @@
 """What MagnitudeHook costs: its own time in a logged iteration, beside a training step.
 
-    OMP_NUM_THREADS=1 python benchmarks/magnitude_hook.py
+OMP_NUM_THREADS=1 python benchmarks/magnitude_hook.py
 """
+
 import time
 from types import SimpleNamespace
 
@@ -16,8 +17,12 @@ def main():
     backbone = CrossFormer('s').train()
     image = torch.randn(1, 3, 800, 1216)
     runner = SimpleNamespace(
-        rank=0, iter=49, model=backbone, logger=SimpleNamespace(info=lambda line: None),
-        visualizer=SimpleNamespace(add_scalars=lambda values, step: None))
+        rank=0,
+        iter=49,
+        model=backbone,
+        logger=SimpleNamespace(info=lambda line: None),
+        visualizer=SimpleNamespace(add_scalars=lambda values, step: None),
+    )
     spent = []
 
     def timed(function):
@@ -41,8 +46,10 @@ def main():
         hook.after_train_iter(runner, 49)
         steps.append(time.perf_counter() - start)
         own.append(sum(spent))
-    print(f'CrossFormer-S, 800x1216, {torch.get_num_threads()} thread(s): the hook takes '
-          f'{min(own):.2f} s of a logged step of {min(steps):.1f} s')
+    print(
+        f'CrossFormer-S, 800x1216, {torch.get_num_threads()} thread(s): the hook takes '
+        f'{min(own):.2f} s of a logged step of {min(steps):.1f} s'
+    )
 
 
 if __name__ == '__main__':

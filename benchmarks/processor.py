@@ -1,4 +1,5 @@
 """What a processor is and how fast PyTorch multiplies matrices on it, for other benchmarks."""
+
 import platform
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ def processor() -> str:
     return f'{name}, {" ".join(flag for flag in FLAGS if flag in flags)}'
 
 
-def best_rate(function: Callable, flops: int, seconds: float = 1.) -> float:
+def best_rate(function: Callable, flops: int, seconds: float = 1.0) -> float:
     """GFLOP/s of the fastest of the calls that begin within some seconds, at least three."""
     function()
     start, best, calls = time.perf_counter(), float('inf'), 0
@@ -33,16 +34,18 @@ def best_rate(function: Callable, flops: int, seconds: float = 1.) -> float:
     return flops / best / 1e9
 
 
-def product_rates(seconds: float = .3, side: int = 1024) -> dict:
+def product_rates(seconds: float = 0.3, side: int = 1024) -> dict:
     """GFLOP/s of the product of two square matrices: float32 by MKL (what PyTorch takes) and by
     oneDNN (as a 1 x 1 convolution), and bfloat16 as linear layers have it."""
     import torch
     import torch.nn.functional as F
+
     matrix, flops = torch.randn(side, side), 2 * side**3
     half = matrix.bfloat16()
     pixels = matrix.t()[None, :, :, None].contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        return dict(MKL=best_rate(lambda: matrix @ matrix, flops, seconds),
-                    oneDNN=best_rate(lambda: F.conv2d(pixels, matrix[:, :, None, None]), flops,
-                                     seconds),
-                    bfloat16=best_rate(lambda: F.linear(half, half), flops, seconds))
+        return dict(
+            MKL=best_rate(lambda: matrix @ matrix, flops, seconds),
+            oneDNN=best_rate(lambda: F.conv2d(pixels, matrix[:, :, None, None]), flops, seconds),
+            bfloat16=best_rate(lambda: F.linear(half, half), flops, seconds),
+        )

@@ -9,6 +9,7 @@ weights, and evaluates it on the images that it is trained on. Called again, it 
 was. What differs from the recipe is what the written config WORK_DIR/NAME.py says: the size of
 images, the schedule, and no stochastic depth, which is against learning by heart.
 """
+
 import argparse
 import json
 import subprocess
@@ -32,11 +33,14 @@ log_processor = dict(by_epoch=False, window_size=10)
 randomness = dict(seed=0)
 '''
 
-MASK_RCNN = '''
+MASK_RCNN = (
+    '''
 _base_ = {base!r}
 scale = {scale}
 model = dict(
-    backbone=''' + BACKBONE + ''',
+    backbone='''
+    + BACKBONE
+    + ''',
     # Images have less than a tenth of the recipe's area: fewer regions, too.
     train_cfg=dict(rpn_proposal=dict(max_per_img=200),
                    rcnn=dict(sampler=dict(num=64))),
@@ -64,12 +68,16 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={chosen!r})
 test_evaluator = val_evaluator
 '''
+)
 
-UPERNET = '''
+UPERNET = (
+    '''
 _base_ = {base!r}
 crop_size = ({crop}, {crop})
 scale = {scale}
-model = dict(backbone=''' + BACKBONE + ''', data_preprocessor=dict(size=crop_size))
+model = dict(backbone='''
+    + BACKBONE
+    + ''', data_preprocessor=dict(size=crop_size))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
@@ -92,6 +100,7 @@ val_dataloader = dict(
     dataset=dict(data_root={root!r}, data_prefix=prefix, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 '''
+)
 
 
 def choose_images(annotations: Path, count: int = 8) -> dict:
@@ -105,10 +114,12 @@ def choose_images(annotations: Path, count: int = 8) -> dict:
     def smallest(image: dict) -> float:
         return min(one['area'] for one in objects[image['id']]) / image['width'] / image['height']
 
-    images = sorted((image for image in data['images'] if len(objects[image['id']]) > 1),
-                    key=smallest, reverse=True)
-    crowded = [image for image in images
-               if any(one['iscrowd'] for one in objects[image['id']])][:1]
+    images = sorted(
+        (image for image in data['images'] if len(objects[image['id']]) > 1),
+        key=smallest,
+        reverse=True,
+    )
+    crowded = [image for image in images if any(one['iscrowd'] for one in objects[image['id']])][:1]
     others = [image for image in images if image not in crowded]
     data['images'] = (crowded + others)[:count]
     data['annotations'] = [one for image in data['images'] for one in objects[image['id']]]
@@ -122,20 +133,39 @@ def train(args) -> None:
     root = str(args.data_root.absolute())
     if args.name == 'mask_rcnn':
         chosen = work / 'chosen.json'
-        chosen.write_text(json.dumps(choose_images(
-            args.data_root / 'annotations' / 'instances_train2017.json')))
-        text = MASK_RCNN.format(base=str(ROOT / 'configs/mask_rcnn/cf_s_1x.py'), root=root,
-                                chosen=str(chosen), scale=(args.long_side, args.size),
-                                batch=args.batch_size)
+        chosen.write_text(
+            json.dumps(choose_images(args.data_root / 'annotations' / 'instances_train2017.json'))
+        )
+        text = MASK_RCNN.format(
+            base=str(ROOT / 'configs/mask_rcnn/cf_s_1x.py'),
+            root=root,
+            chosen=str(chosen),
+            scale=(args.long_side, args.size),
+            batch=args.batch_size,
+        )
     else:
-        text = UPERNET.format(base=str(ROOT / 'configs/upernet/cf_s_160k.py'), root=root,
-                              crop=args.size, scale=(4 * args.size, args.size),
-                              batch=args.batch_size)
-    text += SCHEDULE.format(iterations=args.iterations, interval=args.interval, lr=args.lr,
-                            norm=args.max_norm)
+        text = UPERNET.format(
+            base=str(ROOT / 'configs/upernet/cf_s_160k.py'),
+            root=root,
+            crop=args.size,
+            scale=(4 * args.size, args.size),
+            batch=args.batch_size,
+        )
+    text += SCHEDULE.format(
+        iterations=args.iterations, interval=args.interval, lr=args.lr, norm=args.max_norm
+    )
     config.write_text(text)
-    subprocess.run([sys.executable, str(ROOT / 'tools/train.py'), str(config), '--work-dir',
-                    str(work / args.name), '--resume'], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / 'tools/train.py'),
+            str(config),
+            '--work-dir',
+            str(work / args.name),
+            '--resume',
+        ],
+        check=True,
+    )
 
 
 def read_log(folder: Path) -> list:
@@ -150,20 +180,28 @@ def read_log(folder: Path) -> list:
 
 def draw(args) -> None:
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
     for axis, name, metrics in zip(
-            axes, ('mask_rcnn', 'upernet'),
-            (('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_mAP'),
-             ('mIoU', 'aAcc'))):
+        axes,
+        ('mask_rcnn', 'upernet'),
+        (
+            ('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_mAP'),
+            ('mIoU', 'aAcc'),
+        ),
+    ):
         rows = read_log(args.data_root / name)
         losses = [(row['step'], row['loss']) for row in rows if 'loss' in row]
         scores = [row for row in rows if metrics[0] in row]
         for metric in metrics:
-            axis.plot([row['step'] for row in scores],
-                      [row[metric] / (100 if name == 'upernet' else 1) for row in scores],
-                      label=metric.replace('coco/', ''))
+            axis.plot(
+                [row['step'] for row in scores],
+                [row[metric] / (100 if name == 'upernet' else 1) for row in scores],
+                label=metric.replace('coco/', ''),
+            )
         axis.axhline(0.9, color='grey', linewidth=0.5)
         axis.set(title=name, xlabel='iteration', ylim=(0, 1))
         right = axis.twinx()
@@ -172,26 +210,30 @@ def draw(args) -> None:
         axis.legend(loc='center right', fontsize=8)
         last = {key: scores[-1][key] for key in metrics}
         seconds = sorted(row['time'] for row in rows if 'time' in row and 'loss' in row)
-        print(f"{name}: step {scores[-1]['step']}, {last}, loss {losses[0][1]:.3g} -> "
-              f"{losses[-1][1]:.3g}, {seconds[len(seconds) // 2]:.2f} s per iteration (median)")
+        print(
+            f"{name}: step {scores[-1]['step']}, {last}, loss {losses[0][1]:.3g} -> "
+            f"{losses[-1][1]:.3g}, {seconds[len(seconds) // 2]:.2f} s per iteration (median)"
+        )
     figure.savefig(args.out, dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('name', choices=['mask_rcnn', 'upernet', 'draw'])
-    parser.add_argument('data_root', type=Path, help='of COCO or of ADE20K; of draw: the work '
-                        'folder of both')
+    parser.add_argument(
+        'data_root', type=Path, help='of COCO or of ADE20K; of draw: the work folder of both'
+    )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/real_input_learnt'))
     parser.add_argument('--out', type=Path, default=Path('benchmarks/real_input_learnt.png'))
     parser.add_argument('--iterations', type=int, default=1000)
     parser.add_argument('--interval', type=int, default=100, help='of validation and checkpoints')
-    parser.add_argument('--size', type=int, default=240, help='shorter side of the images, and '
-                        'the crops of upernet')
+    parser.add_argument(
+        '--size', type=int, default=240, help='shorter side of the images, and the crops of upernet'
+    )
     parser.add_argument('--long-side', type=int, default=360, help='longer side, of mask_rcnn')
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--lr', type=float, default=2e-4)
-    parser.add_argument('--max-norm', type=float, default=5.)
+    parser.add_argument('--max-norm', type=float, default=5.0)
     args = parser.parse_args()
     draw(args) if args.name == 'draw' else train(args)
 

@@ -12,6 +12,7 @@
 
 Exit status 1: something did not hold.
 """
+
 import argparse
 import ctypes
 import os
@@ -41,14 +42,16 @@ def resident() -> int:
 def steps(count: int, largest: int = 128, seed: int = 0) -> list:
     """Resident bytes after each of ``count`` steps on images with sides up to ``largest``."""
     from crossformer_mm import CrossFormer
+
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     # Give tensors back to the system when they are freed: blocks of random size otherwise leave
     # holes in the heap (+2.35 % were measured with sides up to 256), which are no leak.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     rng = random.Random(seed)
-    backbone = CrossFormer(dict(embed_dims=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)),
-                           drop_path_rate=0.1)
+    backbone = CrossFormer(
+        dict(embed_dims=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)), drop_path_rate=0.1
+    )
     backbone.init_weights()
     optimizer = torch.optim.AdamW(backbone.parameters(), 1e-4)
     used = []
@@ -66,12 +69,13 @@ def steps(count: int, largest: int = 128, seed: int = 0) -> list:
 def growth(used: list) -> float:
     """How much more is used at the end than half-way (means of a twentieth), as a part of that."""
     half, few = len(used) // 2, len(used) // 20
-    return sum(used[-few:]) / sum(used[half:half + few]) - 1
+    return sum(used[-few:]) / sum(used[half : half + few]) - 1
 
 
 def newest(folder: Path) -> int:
     """Number of the newest whole checkpoint, 0 for none."""
     from crossformer_mm.engine.whole_files import newest_checkpoint
+
     path = newest_checkpoint(str(folder))
     return int(re.search(r'\d+', Path(path).name)[0]) if path else 0
 
@@ -96,9 +100,13 @@ def kills(kind, count: int, folder: Path, seed: int = 0) -> dict:
     """
     from tests.test_resume import assert_same_training, train
     from tests.trainings import make_data, write_config
+
     # Long enough for all the kills.
-    longer = (dict(train_cfg=dict(max_epochs=count + 4, val_interval=5)) if kind.name == 'detector'
-              else dict(train_cfg=dict(max_iters=3 * count + 11, val_interval=10)))
+    longer = (
+        dict(train_cfg=dict(max_epochs=count + 4, val_interval=5))
+        if kind.name == 'detector'
+        else dict(train_cfg=dict(max_iters=3 * count + 11, val_interval=10))
+    )
     interval, per_interval = (1, 3) if kind.name == 'detector' else (3, 1)
     data = make_data(folder / 'data')
     config = write_config(kind, folder / f'{kind.name}.py', data, **longer)
@@ -109,7 +117,7 @@ def kills(kind, count: int, folder: Path, seed: int = 0) -> dict:
     assert process.wait(1200) == 0, process.output[-3000:]
 
     rng = random.Random(seed)
-    result = dict(lost=0., while_writing=0)
+    result = dict(lost=0.0, while_writing=0)
     for number in range(count):
         begun, left = newest(killed), parts_of(killed)
         process = train(killed, config, '--resume')
@@ -126,8 +134,11 @@ def kills(kind, count: int, folder: Path, seed: int = 0) -> dict:
         lost = (done - kept * per_interval) / (interval * per_interval)
         assert kept >= begun
         result['lost'] = max(result['lost'], lost)
-        print(f'{kind.name}, kill {number + 1}/{count}: {done} steps done, checkpoint {kept}, '
-              f'{lost:.2f} intervals lost', flush=True)
+        print(
+            f'{kind.name}, kill {number + 1}/{count}: {done} steps done, checkpoint {kept}, '
+            f'{lost:.2f} intervals lost',
+            flush=True,
+        )
     process = train(killed, config, '--resume')
     assert process.wait(1200) == 0, process.output[-3000:]
     last = f'{"epoch" if kind.name == "detector" else "iter"}_{newest(alone)}.pth'
@@ -148,8 +159,10 @@ def long_steps(count: int = 2000) -> tuple:
     used = steps(count)
     part = growth(used)
     half, end = (used[i] / 2**20 for i in (len(used) // 2, -1))
-    return part < 0.02, (f'{count} steps at random sizes: {half:.0f} MB resident half-way, '
-                         f'{end:.0f} MB at the end, growth over the last half {100 * part:+.2f} %')
+    return part < 0.02, (
+        f'{count} steps at random sizes: {half:.0f} MB resident half-way, '
+        f'{end:.0f} MB at the end, growth over the last half {100 * part:+.2f} %'
+    )
 
 
 def long_kills(kind, count: int = 20) -> tuple:
@@ -158,34 +171,56 @@ def long_kills(kind, count: int = 20) -> tuple:
     return result['same'] and result['lost'] <= 1, (
         f"{kind.name} killed {count} times, {result['while_writing']} of them while it wrote a "
         f"checkpoint: at most {result['lost']:.2f} intervals lost to a kill, weights "
-        f"{'the same as' if result['same'] else 'NOT those'} of a training left alone")
+        f"{'the same as' if result['same'] else 'NOT those'} of a training left alone"
+    )
 
 
 def long_sizes(examples: int = 400) -> tuple:
-    done = subprocess.run([sys.executable, '-m', 'pytest', 'tests/test_sizes.py'], cwd=ROOT,
-                          env={**os.environ, 'CROSSFORMER_EXAMPLES': str(examples)}).returncode
-    return done == 0, (f'{examples} random sizes, batches, groups and intervals against the plain '
-                       f'formulation: {"no" if done == 0 else "A"} difference')
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', 'tests/test_sizes.py'],
+        cwd=ROOT,
+        env={**os.environ, 'CROSSFORMER_EXAMPLES': str(examples)},
+    ).returncode
+    return done == 0, (
+        f'{examples} random sizes, batches, groups and intervals against the plain '
+        f'formulation: {"no" if done == 0 else "A"} difference'
+    )
 
 
 def main():
     from tests.trainings import DETECTOR, SEGMENTOR
-    parts = dict(steps=long_steps, detector=lambda: long_kills(DETECTOR),
-                 segmentor=lambda: long_kills(SEGMENTOR), sizes=long_sizes)
+
+    parts = dict(
+        steps=long_steps,
+        detector=lambda: long_kills(DETECTOR),
+        segmentor=lambda: long_kills(SEGMENTOR),
+        sizes=long_sizes,
+    )
     parser = argparse.ArgumentParser(description='What a test has no time for')
-    parser.add_argument('--parts', nargs='+', choices=parts, default=list(parts),
-                        help='(default: all)')
+    parser.add_argument(
+        '--parts', nargs='+', choices=parts, default=list(parts), help='(default: all)'
+    )
     parser.add_argument('--out', type=Path, help='file to write the results to')
     args = parser.parse_args()
-    lines, all_held = ['# Soak', '', '`make soak`', '', f'{platform.platform()}, Python '
-                       f'{platform.python_version()}, PyTorch {torch.__version__}, 1 thread', '',
-                       '| | held | minutes |', '|---|---|---|'], True
+    lines, all_held = (
+        [
+            '# Soak',
+            '',
+            '`make soak`',
+            '',
+            f'{platform.platform()}, Python '
+            f'{platform.python_version()}, PyTorch {torch.__version__}, 1 thread',
+            '',
+            '| | held | minutes |',
+            '|---|---|---|',
+        ],
+        True,
+    )
     for name in args.parts:
         started = time.time()
         held, said = parts[name]()
         all_held &= held
-        lines.append(f"| {said} | {'yes' if held else 'NO'} | "
-                     f'{(time.time() - started) / 60:.1f} |')
+        lines.append(f"| {said} | {'yes' if held else 'NO'} | {(time.time() - started) / 60:.1f} |")
         print(lines[-1], flush=True)
         if args.out:
             args.out.write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -4,6 +4,7 @@
 backbone, the hooks, the runners of ``engine`` and what a classifier needs besides;
 ``type='CrossFormer'`` builds the backbone.
 """
+
 from .installed import check_installed
 
 check_installed()
@@ -16,8 +17,15 @@ from .classification import NormedGlobalAveragePooling  # noqa: E402
 from .hooks import MagnitudeHook, ValidationSamplesHook  # noqa: E402
 from .version import __version__  # noqa: E402
 
-__all__ = ['ARCHITECTURES', 'CrossFormer', 'MagnitudeHook', 'NormedGlobalAveragePooling',
-           'ValidationSamplesHook', '__version__', 'engine']
+__all__ = [
+    'ARCHITECTURES',
+    'CrossFormer',
+    'MagnitudeHook',
+    'NormedGlobalAveragePooling',
+    'ValidationSamplesHook',
+    '__version__',
+    'engine',
+]
 
 # Packages whose configs mmengine finds by name: mmengine.hub.get_config('crossformer_mm::...')
 # and _base_ = 'crossformer_mm::...' in a config read only those of this table.

@@ -1,4 +1,5 @@
 """Long-short distance attention: attention inside the groups of a map."""
+
 from typing import Optional
 
 from mmengine.model import BaseModule
@@ -34,14 +35,22 @@ class GroupAttention(BaseModule):
 
     attend = staticmethod(map_attention)
 
-    def __init__(self, channels: int, num_heads: int, qkv_bias: bool = True,
-                 qk_scale: Optional[float] = None, attn_drop_rate: float = 0.,
-                 proj_drop_rate: float = 0., attention_path: Optional[str] = None,
-                 position_bias: str = 'dynamic', group_size: int = 7):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_scale: Optional[float] = None,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attention_path: Optional[str] = None,
+        position_bias: str = 'dynamic',
+        group_size: int = 7,
+    ):
         super().__init__()
         check_path(attention_path)
         self.num_heads = num_heads
-        self.scale = (channels // num_heads)**-0.5 if qk_scale is None else qk_scale
+        self.scale = (channels // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.attn_drop_rate = attn_drop_rate
         self.attention_path = attention_path
         self.pos = build_position_bias(position_bias, channels, num_heads, group_size)
@@ -59,7 +68,14 @@ class GroupAttention(BaseModule):
         Returns:
             Tensor: (B, H, W, C).
         """
-        out = self.attend(self.qkv(x), self.pos(rows.size, columns.size), rows, columns,
-                          self.num_heads, self.scale,
-                          self.attn_drop_rate if self.training else 0., self.attention_path)
+        out = self.attend(
+            self.qkv(x),
+            self.pos(rows.size, columns.size),
+            rows,
+            columns,
+            self.num_heads,
+            self.scale,
+            self.attn_drop_rate if self.training else 0.0,
+            self.attention_path,
+        )
         return self.proj_drop(self.proj(out))

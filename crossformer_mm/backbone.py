@@ -1,4 +1,5 @@
 """The CrossFormer backbone: architectures, stages, and what goes out."""
+
 import difflib
 import functools
 import inspect
@@ -28,14 +29,34 @@ ARCHITECTURES = {
     's': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2),
     'b': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
     'l': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
-    'pp-s': dict(embed_dims=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16), drop_path_rate=0.2,
-                 cooling=True),
-    'pp-b': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3,
-                 cooling=True),
-    'pp-l': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5,
-                 cooling=True),
-    'pp-h': dict(embed_dims=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5,
-                 cooling=True),
+    'pp-s': dict(
+        embed_dims=64,
+        depths=(2, 2, 18, 2),
+        num_heads=(2, 4, 8, 16),
+        drop_path_rate=0.2,
+        cooling=True,
+    ),
+    'pp-b': dict(
+        embed_dims=96,
+        depths=(2, 2, 18, 2),
+        num_heads=(3, 6, 12, 24),
+        drop_path_rate=0.3,
+        cooling=True,
+    ),
+    'pp-l': dict(
+        embed_dims=128,
+        depths=(2, 2, 18, 2),
+        num_heads=(4, 8, 16, 32),
+        drop_path_rate=0.5,
+        cooling=True,
+    ),
+    'pp-h': dict(
+        embed_dims=128,
+        depths=(6, 6, 18, 2),
+        num_heads=(4, 8, 16, 32),
+        drop_path_rate=0.5,
+        cooling=True,
+    ),
 }
 
 
@@ -50,8 +71,15 @@ class CrossFormerStage(BaseModule):
         with_cp (bool): recompute each block in the backward pass.
     """
 
-    def __init__(self, blocks: Sequence[CrossFormerBlock], downsample: Optional[PatchMerging],
-                 group_size: int, interval: int, lda: str, with_cp: bool):
+    def __init__(
+        self,
+        blocks: Sequence[CrossFormerBlock],
+        downsample: Optional[PatchMerging],
+        group_size: int,
+        interval: int,
+        lda: str,
+        with_cp: bool,
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -84,8 +112,11 @@ def names_known(init: Callable) -> Callable:
     def checked(self, *args, **options):
         for name in options.keys() - known.keys():
             near = difflib.get_close_matches(name.lower(), known, n=1)
-            asked = (f"did you mean '{near[0]}'" if near else
-                     f"choose from {', '.join(name for name in known if name != 'self')}")
+            asked = (
+                f"did you mean '{near[0]}'"
+                if near
+                else f"choose from {', '.join(name for name in known if name != 'self')}"
+            )
             raise TypeError(f"CrossFormer: there is no option '{name}', {asked}?")
         init(self, *args, **options)
 
@@ -172,28 +203,30 @@ class CrossFormer(BaseModule):
     """
 
     @names_known
-    def __init__(self,
-                 arch: Union[str, dict] = 's',
-                 in_channels: int = 3,
-                 patch_sizes: Sequence[int] = (4, 8, 16, 32),
-                 merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
-                 group_size: Sequence[int] = (7, 7, 7, 7),
-                 interval: Sequence[int] = (8, 4, 2, 1),
-                 lda: str = 'interval',
-                 position_bias: str = 'dynamic',
-                 cooling: Optional[bool] = None,
-                 mlp_ratio: float = 4,
-                 qkv_bias: bool = True,
-                 qk_scale: Optional[float] = None,
-                 drop_rate: float = 0.,
-                 attn_drop_rate: float = 0.,
-                 drop_path_rate: Optional[float] = None,
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
-                 out_norm: bool = False,
-                 frozen_stages: int = -1,
-                 with_cp: bool = False,
-                 init_cfg: Optional[dict] = None,
-                 attention_path: Optional[str] = None):
+    def __init__(
+        self,
+        arch: Union[str, dict] = 's',
+        in_channels: int = 3,
+        patch_sizes: Sequence[int] = (4, 8, 16, 32),
+        merge_sizes: Sequence[Sequence[int]] = ((2, 4), (2, 4), (2, 4)),
+        group_size: Sequence[int] = (7, 7, 7, 7),
+        interval: Sequence[int] = (8, 4, 2, 1),
+        lda: str = 'interval',
+        position_bias: str = 'dynamic',
+        cooling: Optional[bool] = None,
+        mlp_ratio: float = 4,
+        qkv_bias: bool = True,
+        qk_scale: Optional[float] = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: Optional[float] = None,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norm: bool = False,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: Optional[dict] = None,
+        attention_path: Optional[str] = None,
+    ):
         super().__init__(init_cfg=init_cfg)
         arch = resolve_arch(arch)
         depths, num_heads = arch['depths'], arch['num_heads']
@@ -201,10 +234,24 @@ class CrossFormer(BaseModule):
             cooling = arch['cooling']
         if drop_path_rate is None:
             drop_path_rate = arch['drop_path_rate']
-        check_options(arch, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
-                      position_bias, attention_path, mlp_ratio, qk_scale, out_indices,
-                      frozen_stages, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
-                      drop_path_rate=drop_path_rate)
+        check_options(
+            arch,
+            in_channels,
+            patch_sizes,
+            merge_sizes,
+            group_size,
+            interval,
+            lda,
+            position_bias,
+            attention_path,
+            mlp_ratio,
+            qk_scale,
+            out_indices,
+            frozen_stages,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
 
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
@@ -226,17 +273,27 @@ class CrossFormer(BaseModule):
             strides.append(strides[-1] * merge_sizes[stage - 1][0] if stage else patch_sizes[0])
             blocks = [
                 CrossFormerBlock(
-                    dims, num_heads[stage], mlp_ratio, qkv_bias, qk_scale, drop_rate,
-                    attn_drop_rate, next(drop_path),
+                    dims,
+                    num_heads[stage],
+                    mlp_ratio,
+                    qkv_bias,
+                    qk_scale,
+                    drop_rate,
+                    attn_drop_rate,
+                    next(drop_path),
                     cooling=cooling and (block + 1) % 3 == 0 and block + 1 < depths[stage],
-                    attention_path=attention_path, position_bias=position_bias,
-                    group_size=group_size[stage])
+                    attention_path=attention_path,
+                    position_bias=position_bias,
+                    group_size=group_size[stage],
+                )
                 for block in range(depths[stage])
             ]
             downsample = PatchMerging(dims, merge_sizes[stage]) if stage + 1 < num_stages else None
             self.layers.append(
-                CrossFormerStage(blocks, downsample, group_size[stage], interval[stage], lda,
-                                 with_cp))
+                CrossFormerStage(
+                    blocks, downsample, group_size[stage], interval[stage], lda, with_cp
+                )
+            )
 
         self.out_channels = tuple(channels[stage] for stage in self.out_indices)
         self.out_strides = tuple(strides[stage] for stage in self.out_indices)
@@ -263,11 +320,15 @@ class CrossFormer(BaseModule):
             ValueError: the input is no such batch of images.
         """
         if image.dim() != 4 or image.shape[1] != self.in_channels or 0 in image.shape:
-            raise ValueError(f'CrossFormer takes images as a tensor (B, {self.in_channels}, H, W) '
-                             f'with no empty side, but got shape {tuple(image.shape)}.')
+            raise ValueError(
+                f'CrossFormer takes images as a tensor (B, {self.in_channels}, H, W) '
+                f'with no empty side, but got shape {tuple(image.shape)}.'
+            )
         if not image.is_floating_point():
-            raise ValueError('CrossFormer takes images in a floating point type, but got '
-                             f'{image.dtype}: normalise them first.')
+            raise ValueError(
+                'CrossFormer takes images in a floating point type, but got '
+                f'{image.dtype}: normalise them first.'
+            )
         x = self.embed_drop(self.absolute_pos(self.patch_embed(image)))
         outputs = {}
         for stage, layer in enumerate(self.layers):
@@ -297,12 +358,16 @@ class CrossFormer(BaseModule):
             load_backbone(self, init_cfg['checkpoint'], init_cfg.get('prefix', 'backbone.'))
             return
         if init_cfg:
-            print_log('CrossFormer: no pretrained checkpoint is given, training starts from random '
-                      'weights. The published results start from ImageNet weights: name a file in '
-                      'model.backbone.init_cfg.checkpoint.', 'current', logging.WARNING)
+            print_log(
+                'CrossFormer: no pretrained checkpoint is given, training starts from random '
+                'weights. The published results start from ImageNet weights: name a file in '
+                'model.backbone.init_cfg.checkpoint.',
+                'current',
+                logging.WARNING,
+            )
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=.02)
+                trunc_normal_init(module, std=0.02)
             elif isinstance(module, nn.LayerNorm):
                 constant_init(module, 1)
 
@@ -313,8 +378,9 @@ class CrossFormer(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        frozen = [] if self.frozen_stages < 0 else [
-            self.patch_embed, self.absolute_pos, self.embed_drop]
+        frozen = (
+            [] if self.frozen_stages < 0 else [self.patch_embed, self.absolute_pos, self.embed_drop]
+        )
         for stage in range(self.frozen_stages):
             frozen.append(self.layers[stage])
             if self.out_norm and stage in self.out_indices:
@@ -334,8 +400,11 @@ class CrossFormer(BaseModule):
         parts = key.split('.')
         if self.out_norm and re.fullmatch(r'norm\d+', parts[0]):
             return int(parts[0][4:]) not in self.out_indices
-        return parts[0] == 'layers' and parts[1].isdigit() and (
-            int(parts[1]) > last or (int(parts[1]) == last and parts[2] == 'downsample'))
+        return (
+            parts[0] == 'layers'
+            and parts[1].isdigit()
+            and (int(parts[1]) > last or (int(parts[1]) == last and parts[2] == 'downsample'))
+        )
 
 
 def resolve_arch(arch: Union[str, dict]) -> dict:
@@ -346,20 +415,37 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
     """
     if isinstance(arch, str):
         if arch not in ARCHITECTURES:
-            raise ValueError(f"CrossFormer: arch '{arch}' is unknown, choose one of "
-                             f"{', '.join(ARCHITECTURES)} or give a dict.")
+            raise ValueError(
+                f"CrossFormer: arch '{arch}' is unknown, choose one of "
+                f"{', '.join(ARCHITECTURES)} or give a dict."
+            )
         arch = ARCHITECTURES[arch]
     needed, optional = {'embed_dims', 'depths', 'num_heads'}, {'drop_path_rate', 'cooling'}
     if not isinstance(arch, dict) or not needed <= arch.keys() <= needed | optional:
-        raise ValueError("CrossFormer: arch must be a name or a dict with 'embed_dims', 'depths' "
-                         "and 'num_heads' (and optionally 'drop_path_rate', 'cooling'), "
-                         f'got {arch!r}.')
-    return dict(drop_path_rate=0., cooling=False) | arch
+        raise ValueError(
+            "CrossFormer: arch must be a name or a dict with 'embed_dims', 'depths' "
+            "and 'num_heads' (and optionally 'drop_path_rate', 'cooling'), "
+            f'got {arch!r}.'
+        )
+    return dict(drop_path_rate=0.0, cooling=False) | arch
 
 
-def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size, interval, lda,
-                  position_bias, attention_path, mlp_ratio, qk_scale, out_indices, frozen_stages,
-                  **rates) -> None:
+def check_options(
+    arch: dict,
+    in_channels,
+    patch_sizes,
+    merge_sizes,
+    group_size,
+    interval,
+    lda,
+    position_bias,
+    attention_path,
+    mlp_ratio,
+    qk_scale,
+    out_indices,
+    frozen_stages,
+    **rates,
+) -> None:
     """Raise a ValueError with one sentence on the first option that cannot work."""
 
     def check(valid: bool, sentence: str) -> None:
@@ -367,54 +453,89 @@ def check_options(arch: dict, in_channels, patch_sizes, merge_sizes, group_size,
             raise ValueError(f'CrossFormer: {sentence}.')
 
     def positive(numbers) -> bool:
-        return (isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers) > 0
-                and all(isinstance(n, int) and n >= 1 for n in numbers))
+        return (
+            isinstance(numbers, Sequence)
+            and not isinstance(numbers, str)
+            and len(numbers) > 0
+            and all(isinstance(n, int) and n >= 1 for n in numbers)
+        )
 
     def number(value) -> bool:
         return isinstance(value, (int, float))
 
     dims, depths, heads = arch['embed_dims'], arch['depths'], arch['num_heads']
-    check(isinstance(dims, int) and dims >= 16 and dims % 16 == 0,
-          f'embed_dims must be a positive multiple of 16, got {dims!r}')
-    for name, numbers in dict(depths=depths, num_heads=heads, group_size=group_size,
-                              interval=interval).items():
+    check(
+        isinstance(dims, int) and dims >= 16 and dims % 16 == 0,
+        f'embed_dims must be a positive multiple of 16, got {dims!r}',
+    )
+    for name, numbers in dict(
+        depths=depths, num_heads=heads, group_size=group_size, interval=interval
+    ).items():
         check(positive(numbers), f'{name} must be whole numbers of at least 1, got {numbers!r}')
-        check(len(numbers) == len(depths),
-              f'{name} must have one number for each of the {len(depths)} stages of depths, '
-              f'got {numbers!r}')
+        check(
+            len(numbers) == len(depths),
+            f'{name} must have one number for each of the {len(depths)} stages of depths, '
+            f'got {numbers!r}',
+        )
     for stage, count in enumerate(heads):
         channels = dims * 2**stage
-        check(channels % count == 0,
-              f'num_heads[{stage}] = {count} must divide the {channels} channels of its stage')
-    check(isinstance(in_channels, int) and in_channels >= 1,
-          f'in_channels must be a whole number of at least 1, got {in_channels!r}')
-    check(isinstance(merge_sizes, Sequence) and len(merge_sizes) == len(depths) - 1,
-          f'merge_sizes must have one list of kernels for each of the {len(depths) - 1} mergings, '
-          f'got {merge_sizes!r}')
-    for name, kernels in [('patch_sizes', patch_sizes),
-                          *((f'merge_sizes[{i}]', sizes) for i, sizes in enumerate(merge_sizes))]:
-        check(positive(kernels) and all(k >= kernels[0] and (k - kernels[0]) % 2 == 0
-                                        for k in kernels),
-              f'{name} must be kernel sizes, each the first (the stride) plus an even number, '
-              f'got {kernels!r}')
-        check(2**(len(kernels) - 1) <= dims,
-              f'{name} has more kernels than {dims} channels can be halved for, got {kernels!r}')
-    check(lda in LDA_DEFINITIONS,
-          f"lda must be one of {', '.join(map(repr, LDA_DEFINITIONS))}, got {lda!r}")
-    check(position_bias in POSITION_BIASES,
-          f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, "
-          f'got {position_bias!r}')
-    check(number(mlp_ratio) and dims * mlp_ratio >= 1,
-          f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}')
-    check(qk_scale is None or number(qk_scale),
-          f'qk_scale must be a number or None, got {qk_scale!r}')
-    check(isinstance(out_indices, Sequence) and len(out_indices) > 0
-          and all(isinstance(index, int) and index in range(len(depths)) for index in out_indices)
-          and len(set(out_indices)) == len(out_indices),
-          f'out_indices must be different stages from 0 to {len(depths) - 1}, got {out_indices!r}')
-    check(isinstance(frozen_stages, int) and frozen_stages in range(-1, max(out_indices) + 2),
-          f'frozen_stages must be from -1 (none) to {max(out_indices) + 1}, the number of stages '
-          f'that out_indices needs, got {frozen_stages!r}')
+        check(
+            channels % count == 0,
+            f'num_heads[{stage}] = {count} must divide the {channels} channels of its stage',
+        )
+    check(
+        isinstance(in_channels, int) and in_channels >= 1,
+        f'in_channels must be a whole number of at least 1, got {in_channels!r}',
+    )
+    check(
+        isinstance(merge_sizes, Sequence) and len(merge_sizes) == len(depths) - 1,
+        f'merge_sizes must have one list of kernels for each of the {len(depths) - 1} mergings, '
+        f'got {merge_sizes!r}',
+    )
+    for name, kernels in [
+        ('patch_sizes', patch_sizes),
+        *((f'merge_sizes[{i}]', sizes) for i, sizes in enumerate(merge_sizes)),
+    ]:
+        check(
+            positive(kernels)
+            and all(k >= kernels[0] and (k - kernels[0]) % 2 == 0 for k in kernels),
+            f'{name} must be kernel sizes, each the first (the stride) plus an even number, '
+            f'got {kernels!r}',
+        )
+        check(
+            2 ** (len(kernels) - 1) <= dims,
+            f'{name} has more kernels than {dims} channels can be halved for, got {kernels!r}',
+        )
+    check(
+        lda in LDA_DEFINITIONS,
+        f"lda must be one of {', '.join(map(repr, LDA_DEFINITIONS))}, got {lda!r}",
+    )
+    check(
+        position_bias in POSITION_BIASES,
+        f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, "
+        f'got {position_bias!r}',
+    )
+    check(
+        number(mlp_ratio) and dims * mlp_ratio >= 1,
+        f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}',
+    )
+    check(
+        qk_scale is None or number(qk_scale), f'qk_scale must be a number or None, got {qk_scale!r}'
+    )
+    check(
+        isinstance(out_indices, Sequence)
+        and len(out_indices) > 0
+        and all(isinstance(index, int) and index in range(len(depths)) for index in out_indices)
+        and len(set(out_indices)) == len(out_indices),
+        f'out_indices must be different stages from 0 to {len(depths) - 1}, got {out_indices!r}',
+    )
+    check(
+        isinstance(frozen_stages, int) and frozen_stages in range(-1, max(out_indices) + 2),
+        f'frozen_stages must be from -1 (none) to {max(out_indices) + 1}, the number of stages '
+        f'that out_indices needs, got {frozen_stages!r}',
+    )
     for name, rate in rates.items():
-        check(number(rate) and 0 <= rate < 1,
-              f'{name} must be at least 0 and less than 1, got {rate!r}')
+        check(
+            number(rate) and 0 <= rate < 1,
+            f'{name} must be at least 0 and less than 1, got {rate!r}',
+        )

@@ -1,4 +1,5 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
+
 from typing import Optional
 
 from mmcv.cnn.bricks import DropPath
@@ -25,15 +26,34 @@ class CrossFormerBlock(BaseModule):
         attention_path, position_bias, group_size: likewise.
     """
 
-    def __init__(self, channels: int, num_heads: int, mlp_ratio: float = 4, qkv_bias: bool = True,
-                 qk_scale: Optional[float] = None, drop_rate: float = 0.,
-                 attn_drop_rate: float = 0., drop_path_rate: float = 0., cooling: bool = False,
-                 attention_path: Optional[str] = None, position_bias: str = 'dynamic',
-                 group_size: int = 7):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        mlp_ratio: float = 4,
+        qkv_bias: bool = True,
+        qk_scale: Optional[float] = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        cooling: bool = False,
+        attention_path: Optional[str] = None,
+        position_bias: str = 'dynamic',
+        group_size: int = 7,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn = GroupAttention(channels, num_heads, qkv_bias, qk_scale, attn_drop_rate,
-                                   drop_rate, attention_path, position_bias, group_size)
+        self.attn = GroupAttention(
+            channels,
+            num_heads,
+            qkv_bias,
+            qk_scale,
+            attn_drop_rate,
+            drop_rate,
+            attention_path,
+            position_bias,
+            group_size,
+        )
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio), drop_rate)

@@ -1,4 +1,5 @@
 """Reading weights, ours and the authors', without running what is in the file."""
+
 import json
 import logging
 import re
@@ -7,7 +8,6 @@ from importlib.util import find_spec
 from typing import Dict, Iterable, List, Mapping, Optional
 
 import numpy
-import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
@@ -37,22 +37,35 @@ def log_statistic(owner, name: str):
 # own checkpoints, whose resuming needs it, and the configuration in the authors'
 # files, read as a plain dict. Anything else makes reading fail.
 SAFE_GLOBALS = [
-    HistoryBuffer, numpy.ndarray, numpy.dtype, (log_statistic, 'builtins.getattr'),
+    HistoryBuffer,
+    numpy.ndarray,
+    numpy.dtype,
+    (log_statistic, 'builtins.getattr'),
     *{type(numpy.dtype(code)) for code in '?bBhHiIlLqQefdU'},  # numbers and names, no objects
     (OrderedDict, 'yacs.config.CfgNode'),
     # numpy 2 moved its functions; files of either are read with either.
-    *((numpy.array(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct')
-      for core in ('core', '_core')),
-    *((numpy.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar')
-      for core in ('core', '_core')),
+    *(
+        (numpy.array(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct')
+        for core in ('core', '_core')
+    ),
+    *(
+        (numpy.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar')
+        for core in ('core', '_core')
+    ),
 ]
 
 
 # mmengine's addresses: those that name a file, and names in model zoos, which mmengine
 # turns into a file by itself and reads in its own way.
 FILE_SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
-ZOO_SCHEMES = ('modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://',
-               'pavi://')
+ZOO_SCHEMES = (
+    'modelzoo://',
+    'torchvision://',
+    'open-mmlab://',
+    'openmmlab://',
+    'mmcls://',
+    'pavi://',
+)
 
 
 def use_safe_loading() -> None:
@@ -67,8 +80,10 @@ def use_safe_loading() -> None:
         return read_checkpoint(path, map_location)
 
     def load_from_zoo(path, map_location=None):
-        raise CheckpointError(f"Checkpoint '{path}' is a name in a model zoo, which cannot be read "
-                              'as plain data: download the file and give its path.')
+        raise CheckpointError(
+            f"Checkpoint '{path}' is a name in a model zoo, which cannot be read "
+            'as plain data: download the file and give its path.'
+        )
 
     CheckpointLoader.register_scheme(FILE_SCHEMES, loader=load_from_plain_data, force=True)
     CheckpointLoader.register_scheme(ZOO_SCHEMES, loader=load_from_zoo, force=True)
@@ -90,7 +105,8 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
             return read_plain(file, map_location)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"Checkpoint '{path}' does not exist: give the path of a .pth file.") from None
+            f"Checkpoint '{path}' does not exist: give the path of a .pth file."
+        ) from None
     except OSError as error:
         raise CheckpointError(f"Checkpoint '{path}' could not be opened: {error}.") from None
     except CheckpointError as error:
@@ -104,9 +120,12 @@ def read_plain(file, map_location) -> dict:
     except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
         foreign = re.search(r'GLOBAL (\S+)', str(error))
         raise CheckpointError(
-            f'it holds {foreign[1]}, which is no plain data and was not run' if foreign else
-            'it is a TorchScript archive, a program that was not run' if 'TorchScript' in str(error)
-            else 'it is cut short or no file of plain weights') from None
+            f'it holds {foreign[1]}, which is no plain data and was not run'
+            if foreign
+            else 'it is a TorchScript archive, a program that was not run'
+            if 'TorchScript' in str(error)
+            else 'it is cut short or no file of plain weights'
+        ) from None
 
 
 def is_safetensors(file) -> bool:
@@ -118,14 +137,17 @@ def is_safetensors(file) -> bool:
 
 def require_safetensors() -> None:
     if find_spec('safetensors') is None:
-        raise CheckpointError('a safetensors file needs the package safetensors, which is not '
-                              'installed (pip install safetensors)')
+        raise CheckpointError(
+            'a safetensors file needs the package safetensors, which is not '
+            'installed (pip install safetensors)'
+        )
 
 
 def read_safetensors(path: str) -> dict:
     """A safetensors file as a checkpoint; ``meta`` is what tools/publish_model.py wrote."""
     require_safetensors()
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework='pt') as file:
             meta = json.loads((file.metadata() or {}).get('meta', '{}'))
@@ -147,12 +169,20 @@ def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    weights = OrderedDict((str(key).removeprefix('module.'), value)
-                          for key, value in checkpoint.items() if isinstance(value, Tensor)
-                          ) if isinstance(checkpoint, Mapping) else OrderedDict()
+    weights = (
+        OrderedDict(
+            (str(key).removeprefix('module.'), value)
+            for key, value in checkpoint.items()
+            if isinstance(value, Tensor)
+        )
+        if isinstance(checkpoint, Mapping)
+        else OrderedDict()
+    )
     if not weights:
-        raise CheckpointError(f"Checkpoint '{name}' holds no weights: expected a dict of "
-                              "tensors, or one under 'state_dict' or 'model'.")
+        raise CheckpointError(
+            f"Checkpoint '{name}' holds no weights: expected a dict of "
+            "tensors, or one under 'state_dict' or 'model'."
+        )
     if hasattr(checkpoint, '_metadata'):  # versions, by which modules read what older ones wrote
         weights._metadata = checkpoint._metadata
     return weights
@@ -163,8 +193,9 @@ def is_known_extra(key: str) -> bool:
     return key.startswith(tuple(CLASSIFIER_NAMES)) or key.endswith(BUFFER_KEYS)
 
 
-def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.',
-                     name: str = 'given') -> Dict[str, Tensor]:
+def backbone_weights(
+    checkpoint: Mapping, prefix: str = 'backbone.', name: str = 'given'
+) -> Dict[str, Tensor]:
     """The backbone's part of a checkpoint, its keys as the backbone names them.
 
     Takes what :func:`weights_in` takes; of whole detectors and segmentors the
@@ -176,8 +207,11 @@ def backbone_weights(checkpoint: Mapping, prefix: str = 'backbone.',
     weights = weights_in(checkpoint, name)
     prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     if any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()
-                   if key.startswith(prefix)}
+        weights = {
+            key.removeprefix(prefix): value
+            for key, value in weights.items()
+            if key.startswith(prefix)
+        }
     return {key: value for key, value in weights.items() if not is_known_extra(key)}
 
 
@@ -196,14 +230,17 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
     """
     weights = backbone_weights(read_checkpoint(path), prefix, path)
     own = backbone.state_dict()
-    weights = {key: value for key, value in weights.items()
-               if key in own or not backbone.is_left_out(key)}
+    weights = {
+        key: value for key, value in weights.items() if key in own or not backbone.is_left_out(key)
+    }
     fresh = [key for key in own if key not in weights and backbone.is_extra(key)]
     problems = compare(own.keys() - fresh, weights, own)
     if problems:
-        raise CheckpointError(f"Checkpoint '{path}' does not fit this backbone: "
-                              f"{'; '.join(problems)}. Choose the arch that the file was trained "
-                              'with.')
+        raise CheckpointError(
+            f"Checkpoint '{path}' does not fit this backbone: "
+            f"{'; '.join(problems)}. Choose the arch that the file was trained "
+            'with.'
+        )
     backbone.load_state_dict({**own, **weights})
     left = f' ({len(fresh)} output norm parameters start fresh)' if fresh else ''
     print_log(f"Loaded backbone weights from '{path}'{left}", 'current')
@@ -237,8 +274,9 @@ def name_in_classifier(key: str) -> str:
     return f'backbone.{key}'
 
 
-def fit_checkpoint(model: nn.Module, checkpoint: dict, name: str,
-                   required: Optional[str] = '') -> None:
+def fit_checkpoint(
+    model: nn.Module, checkpoint: dict, name: str, required: Optional[str] = ''
+) -> None:
     """Load a checkpoint's weights into a whole model, and see that nothing stays random unsaid.
 
     Afterwards ``checkpoint['state_dict']`` holds just the weights that fit, for
@@ -261,22 +299,30 @@ def fit_checkpoint(model: nn.Module, checkpoint: dict, name: str,
         # PyTorch says what is left: modules may rename what older versions of them wrote.
         missing, unexpected = model.load_state_dict(fitting, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"Checkpoint '{name}' does not fit this model: "
-                              f"{' '.join(str(error).split())}.") from None
+        raise CheckpointError(
+            f"Checkpoint '{name}' does not fit this model: {' '.join(str(error).split())}."
+        ) from None
     missing = set(missing) - shapes
     if fitting.keys() <= set(unexpected):
         imagenet = any(key.startswith('patch_embed.') for key in weights)
-        raise CheckpointError(f"Checkpoint '{name}' holds nothing of this model" + (
-            ', but weights of a backbone alone: give it as model.backbone.init_cfg.checkpoint '
-            'of a training.' if imagenet else '.'))
+        raise CheckpointError(
+            f"Checkpoint '{name}' holds nothing of this model"
+            + (
+                ', but weights of a backbone alone: give it as model.backbone.init_cfg.checkpoint '
+                'of a training.'
+                if imagenet
+                else '.'
+            )
+        )
     if required is not None:
         problems = [key for key in (*missing, *unexpected, *shapes) if key.startswith(required)]
         if problems:
             said = '; '.join(differences(missing, unexpected, shapes, weights, own))
             raise CheckpointError(f"Checkpoint '{name}' does not fit this model: {said}.")
     for difference in differences(missing, unexpected, shapes, weights, own, shown=None):
-        print_log(f"Checkpoint '{name}' does not fit this model: {difference}", 'current',
-                  logging.WARNING)
+        print_log(
+            f"Checkpoint '{name}' does not fit this model: {difference}", 'current', logging.WARNING
+        )
     for key in unexpected:
         fitting.pop(key, None)
     checkpoint['state_dict'] = fitting
@@ -285,13 +331,19 @@ def fit_checkpoint(model: nn.Module, checkpoint: dict, name: str,
 def compare(expected, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> List[str]:
     """One phrase for each way in which weights differ from what is expected."""
     shapes = {key for key in own if key in weights and weights[key].shape != own[key].shape}
-    return differences(set(expected) - weights.keys(), weights.keys() - own.keys(), shapes,
-                       weights, own)
+    return differences(
+        set(expected) - weights.keys(), weights.keys() - own.keys(), shapes, weights, own
+    )
 
 
-def differences(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str],
-                weights: Mapping[str, Tensor], own: Mapping[str, Tensor],
-                shown: Optional[int] = 3) -> List[str]:
+def differences(
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Iterable[str],
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    shown: Optional[int] = 3,
+) -> List[str]:
     """One phrase for each kind of keys, with the first few of them (None: all)."""
 
     def phrase(what: str, keys: Iterable[str]) -> List[str]:
@@ -299,7 +351,12 @@ def differences(missing: Iterable[str], unexpected: Iterable[str], shapes: Itera
         more = f' and {len(keys) - shown} more' if shown and len(keys) > shown else ''
         return [f"{what} {', '.join(keys[:shown])}{more}"] if keys else []
 
-    shapes = [f'{key} ({tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} here)'
-              for key in shapes]
-    return (phrase('missing', missing) + phrase('unexpected', unexpected)
-            + phrase('of another shape', shapes))
+    shapes = [
+        f'{key} ({tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} here)'
+        for key in shapes
+    ]
+    return (
+        phrase('missing', missing)
+        + phrase('unexpected', unexpected)
+        + phrase('of another shape', shapes)
+    )

@@ -1,4 +1,5 @@
 """What stands between the backbone and a linear classifier."""
+
 from typing import Sequence, Tuple
 
 from mmengine.model import BaseModule
@@ -24,4 +25,4 @@ class NormedGlobalAveragePooling(BaseModule):
 
     def forward(self, features: Sequence[Tensor]) -> Tuple[Tensor]:
         """The last of some features, (B, C, H, W), as a vector: (B, C) in a tuple."""
-        return self.norm(features[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2)),
+        return (self.norm(features[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2)),)

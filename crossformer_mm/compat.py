@@ -3,6 +3,7 @@
 Each entry names the release that makes it unnecessary: once that is the oldest one allowed, put
 what it stands for in its place.
 """
+
 import _compat_pickle
 import codecs
 import collections
@@ -28,8 +29,9 @@ def missing_torch(needed: str) -> str:
 
 
 # 2.3: torch.compiler.is_compiling. The compilers before know this to be true inside a graph.
-is_compiling: Callable[[], bool] = getattr(torch.compiler, 'is_compiling',
-                                           getattr(torch._utils, 'is_compiling', None))
+is_compiling: Callable[[], bool] = getattr(
+    torch.compiler, 'is_compiling', getattr(torch._utils, 'is_compiling', None)
+)
 
 # 2.7: torch.compiler.is_exporting. Before, it cannot be told from compiling.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', is_compiling)
@@ -39,8 +41,7 @@ def is_autocast_enabled(device_type: str) -> bool:
     """2.4: ``torch.is_autocast_enabled(device_type)``; before, for 'cpu' and 'cuda' alone."""
     if TORCH >= (2, 4):
         return torch.is_autocast_enabled(device_type)
-    return (torch.is_autocast_cpu_enabled() if device_type == 'cpu' else
-            torch.is_autocast_enabled())
+    return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
 
 
 # 2.4: torch.library.custom_op --------------------------------------------------------------------
@@ -48,13 +49,25 @@ def is_autocast_enabled(device_type: str) -> bool:
 NAMESPACE = 'crossformer_mm'
 # Operators are gone with the library that defines them.
 _library = torch.library.Library(NAMESPACE, 'FRAGMENT')
-_TYPES = {Tensor: 'Tensor', Optional[Tensor]: 'Tensor?', int: 'SymInt', float: 'float',
-          bool: 'bool', str: 'str'}
+_TYPES = {
+    Tensor: 'Tensor',
+    Optional[Tensor]: 'Tensor?',
+    int: 'SymInt',
+    float: 'float',
+    bool: 'bool',
+    str: 'str',
+}
 
 
-def define_operator(name: str, function: Callable, fake: Callable, *,
-                    schema: Optional[str] = None, setup_context: Optional[Callable] = None,
-                    backward: Optional[Callable] = None) -> Callable:
+def define_operator(
+    name: str,
+    function: Callable,
+    fake: Callable,
+    *,
+    schema: Optional[str] = None,
+    setup_context: Optional[Callable] = None,
+    backward: Optional[Callable] = None,
+) -> Callable:
     """A function as an operator of PyTorch's, ``torch.ops.crossformer_mm.NAME``.
 
     Tracers and compilers take it as one node and do not look inside. Without ``backward`` asking
@@ -76,8 +89,11 @@ def define_operator(name: str, function: Callable, fake: Callable, *,
         Callable: the operator; takes what ``function`` takes, by position.
     """
     schema = schema or schema_of(function)
-    tags = [getattr(torch.Tag, tag) for tag in ('pt2_compliant_tag', 'needs_fixed_stride_order')
-            if hasattr(torch.Tag, tag)]
+    tags = [
+        getattr(torch.Tag, tag)
+        for tag in ('pt2_compliant_tag', 'needs_fixed_stride_order')
+        if hasattr(torch.Tag, tag)
+    ]
     # Strides matter to a function that works on addresses; tags: 2.2.
     _library.define(name + schema, **(dict(tags=tags) if tags else {}))
     _library.impl(name, function, 'CompositeExplicitAutograd')
@@ -108,25 +124,34 @@ def register_fake(name: str, fake: Callable) -> None:
         _library.impl(name, fake, 'Meta')
 
 
-def register_autograd(name: str, operator: Callable, backward: Callable,
-                      setup_context: Optional[Callable]) -> None:
+def register_autograd(
+    name: str, operator: Callable, backward: Callable, setup_context: Optional[Callable]
+) -> None:
     """2.4: ``torch.library.register_autograd``."""
     if TORCH >= (2, 4):
-        torch.library.register_autograd(f'{NAMESPACE}::{name}', backward,
-                                        setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(
+            f'{NAMESPACE}::{name}', backward, setup_context=setup_context, lib=_library
+        )
         return
 
     def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    function = type(name, (torch.autograd.Function,), dict(
-        forward=staticmethod(forward), backward=staticmethod(once_differentiable(backward)),
-        setup_context=staticmethod(setup_context or (lambda ctx, inputs, output: None))))
+    function = type(
+        name,
+        (torch.autograd.Function,),
+        dict(
+            forward=staticmethod(forward),
+            backward=staticmethod(once_differentiable(backward)),
+            setup_context=staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        ),
+    )
     _library.impl(name, lambda *args: function.apply(*args), 'Autograd')
 
 
 # 2.4: compilers that take operators ---------------------------------------------------------------
+
 
 def compiled_since_2_4(forward: Callable) -> Callable:
     """A method that older compilers run as it is, and say so; they take minutes to fail on it."""
@@ -134,10 +159,11 @@ def compiled_since_2_4(forward: Callable) -> Callable:
         return forward
     import torch._dynamo
 
-    @functools.lru_cache(maxsize=None)  # once
+    @functools.cache  # once
     def say() -> None:
-        warnings.warn(f'CrossFormer is not compiled: {missing_torch("2.4")}. The rest of the model '
-                      'is.')
+        warnings.warn(
+            f'CrossFormer is not compiled: {missing_torch("2.4")}. The rest of the model is.'
+        )
 
     # Compilers know a call of theirs by its wrapper, and cannot look into it.
     say, as_it_is = torch._dynamo.disable(say), torch._dynamo.disable(forward)
@@ -152,6 +178,7 @@ def compiled_since_2_4(forward: Callable) -> Callable:
 
 
 # 2.6: torch.serialization.safe_globals with pairs ------------------------------------------------
+
 
 def load_plain(file, map_location, allowed: list) -> Any:
     """``torch.load(file, weights_only=True)`` that also takes what is allowed.
@@ -186,26 +213,33 @@ def load_plain(file, map_location, allowed: list) -> Any:
 
 
 # What every release since 2.6 allows by itself.
-ALLOWED_SINCE = {'_codecs.encode': codecs.encode, 'torch.device': torch.device,
-                 'builtins.set': set, 'builtins.bytearray': bytearray,
-                 'collections.Counter': collections.Counter,
-                 **{str(value): value for value in vars(torch).values()
-                    if isinstance(value, torch.dtype)}}
+ALLOWED_SINCE = {
+    '_codecs.encode': codecs.encode,
+    'torch.device': torch.device,
+    'builtins.set': set,
+    'builtins.bytearray': bytearray,
+    'collections.Counter': collections.Counter,
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
+}
 
 
 def plain_pickle(allowed: list) -> SimpleNamespace:
     """The module ``pickle`` as far as ``torch.load`` asks for it, for plain data and tensors."""
     from torch._weights_only_unpickler import _get_allowed_globals
+
     named = {**_get_allowed_globals(), **ALLOWED_SINCE}
-    named.update(entry[::-1] if isinstance(entry, tuple) else
-                 (f'{entry.__module__}.{entry.__qualname__}', entry) for entry in allowed)
+    named.update(
+        entry[::-1]
+        if isinstance(entry, tuple)
+        else (f'{entry.__module__}.{entry.__qualname__}', entry)
+        for entry in allowed
+    )
 
     def check(value, what: str) -> None:
         if not any(value is one for one in named.values()):
             raise pickle.UnpicklingError(f'{what} {value}')
 
     class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be replaced
-
         def find_class(self, module: str, name: str):
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)
             if f'{module}.{name}' not in named:
@@ -225,16 +259,29 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
             self.load_build()
 
         def storage(self):
-            if not isinstance(self.stack[-1], tuple) or self.stack[-1][0] not in ('storage',
-                                                                                  b'storage'):
+            if not isinstance(self.stack[-1], tuple) or self.stack[-1][0] not in (
+                'storage',
+                b'storage',
+            ):
                 raise pickle.UnpicklingError('a module with its source')
             self.load_binpersid()
 
         dispatch = {
-            **pickle._Unpickler.dispatch, pickle.REDUCE[0]: reduce, pickle.NEWOBJ[0]: new,
-            pickle.BUILD[0]: build, pickle.BINPERSID[0]: storage}
-        for code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.EXT1,
-                     pickle.EXT2, pickle.EXT4):
+            **pickle._Unpickler.dispatch,
+            pickle.REDUCE[0]: reduce,
+            pickle.NEWOBJ[0]: new,
+            pickle.BUILD[0]: build,
+            pickle.BINPERSID[0]: storage,
+        }
+        for code in (
+            pickle.INST,
+            pickle.OBJ,
+            pickle.NEWOBJ_EX,
+            pickle.PERSID,
+            pickle.EXT1,
+            pickle.EXT2,
+            pickle.EXT4,
+        ):
             del dispatch[code[0]]
 
     def load(file, **options):
@@ -245,15 +292,16 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
 
 # OpenCV 4.12: None for a JPEG that is cut short; before, an image that is grey where data ends. ---
 
+
 def is_cut_short(data: bytes) -> bool:
     """Whether the bytes of an image are those of a JPEG that ends before its end marker."""
     if not data.startswith(b'\xff\xd8'):
         return False
     place = 2
     # A preview in the head has an end marker of its own: to the first scan, from part to part.
-    while data[place:place + 1] == b'\xff' and data[place + 1:place + 2] != b'\xda':
-        if data[place + 1:place + 2] == b'\xff':  # filling
+    while data[place : place + 1] == b'\xff' and data[place + 1 : place + 2] != b'\xda':
+        if data[place + 1 : place + 2] == b'\xff':  # filling
             place += 1
         else:
-            place += 2 + int.from_bytes(data[place + 2:place + 4], 'big')
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], 'big')
     return b'\xff\xd9' not in data[place:]

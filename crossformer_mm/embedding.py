@@ -1,4 +1,5 @@
 """Cross-scale embedding layer (CEL): convolutions of several kernels, side by side."""
+
 from typing import List, Sequence
 
 import torch
@@ -14,7 +15,7 @@ def split_channels(channels: int, parts: int) -> List[int]:
 
     ``split_channels(96, 4) == [48, 24, 12, 12]`` (arXiv 2108.00154, figure 2).
     """
-    split = [channels // 2**(i + 1) for i in range(parts - 1)]
+    split = [channels // 2 ** (i + 1) for i in range(parts - 1)]
     return split + [channels - sum(split)]
 
 
@@ -28,7 +29,8 @@ class CrossScaleConvs(nn.ModuleList):
         self.stride = kernels[0]
         super().__init__(
             nn.Conv2d(in_channels, channels, kernel, self.stride, (kernel - self.stride) // 2)
-            for kernel, channels in zip(kernels, split_channels(out_channels, len(kernels))))
+            for kernel, channels in zip(kernels, split_channels(out_channels, len(kernels)))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, ceil(H/stride), ceil(W/stride), out_channels)."""

@@ -10,6 +10,7 @@ That is more work than :mod:`.grouping` and :mod:`.kernels` do, and the same res
     program = export_any_size(model, channels=3)    # torch.export.ExportedProgram
     torch.onnx.export(program, f='backbone.onnx')
 """
+
 import copy
 from typing import Mapping, NamedTuple, Optional, Tuple, Type
 
@@ -38,6 +39,7 @@ class PaddedAxis(NamedTuple):
         inverse (Tensor): (length,) where in the flat ``positions`` each position stands.
         offset (Tensor): (members * members,) query - key of each pair, counted from the smallest.
     """
+
     positions: Tensor
     real: Tensor
     inverse: Tensor
@@ -74,8 +76,9 @@ def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, devic
 PaddedRules = Tuple[PaddedAxis, PaddedAxis]  # of rows and columns
 
 
-def padded_rules(height: int, width: int, group_size: int, interval: int, lda: str,
-                 device) -> Tuple[PaddedRules, PaddedRules]:
+def padded_rules(
+    height: int, width: int, group_size: int, interval: int, lda: str, device
+) -> Tuple[PaddedRules, PaddedRules]:
     """Short and long distance; the rules of :mod:`crossformer_mm.grouping` without an ``if``."""
     sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)]
     shorter, longer = torch.minimum(*sides), torch.maximum(*sides)
@@ -85,8 +88,10 @@ def padded_rules(height: int, width: int, group_size: int, interval: int, lda: s
     one, zero = torch.ones_like(interval), torch.zeros_like(interval)
 
     def rules(sizes, interval, lead) -> PaddedRules:
-        return tuple(padded_axis(side, size, interval, lead, device)
-                     for side, size in zip((height, width), sizes))
+        return tuple(
+            padded_axis(side, size, interval, lead, device)
+            for side, size in zip((height, width), sizes)
+        )
 
     short = rules([size, size], one, zero)
     if lda == 'none':
@@ -106,9 +111,16 @@ class AnySizeStage(CrossFormerStage):
         return padded_rules(*x.shape[1:3], self.group_size, self.interval, self.lda, x.device)
 
 
-def padded_attention(qkv: Tensor, table: Tensor, rows: PaddedAxis, columns: PaddedAxis,
-                     num_heads: int, scale: float, dropout: float = 0.,
-                     path: Optional[str] = None) -> Tensor:
+def padded_attention(
+    qkv: Tensor,
+    table: Tensor,
+    rows: PaddedAxis,
+    columns: PaddedAxis,
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+    path: Optional[str] = None,
+) -> Tensor:
     """As the papers write it, with a mask; stores the weights of all groups.
 
     Args:
@@ -119,17 +131,32 @@ def padded_attention(qkv: Tensor, table: Tensor, rows: PaddedAxis, columns: Padd
     """
     height, width = rows.size, columns.size
     members = select(qkv, rows.positions.flatten(), columns.positions.flatten())
-    q, k, v = rearrange(members, 'b (gr r) (gc c) (three h d) -> three b (gr gc) h (r c) d',
-                        r=height, c=width, three=3, h=num_heads)
-    bias = rearrange(select(table, rows.offset, columns.offset),
-                     'h (rq rk) (cq ck) -> h (rq cq) (rk ck)', rq=height, cq=width)
-    real = rearrange(rows.real[:, None, :, None] & columns.real[:, None],
-                     'gr gc r c -> (gr gc) 1 1 (r c)')
+    q, k, v = rearrange(
+        members,
+        'b (gr r) (gc c) (three h d) -> three b (gr gc) h (r c) d',
+        r=height,
+        c=width,
+        three=3,
+        h=num_heads,
+    )
+    bias = rearrange(
+        select(table, rows.offset, columns.offset),
+        'h (rq rk) (cq ck) -> h (rq cq) (rk ck)',
+        rq=height,
+        cq=width,
+    )
+    real = rearrange(
+        rows.real[:, None, :, None] & columns.real[:, None], 'gr gc r c -> (gr gc) 1 1 (r c)'
+    )
     logits = q * scale @ k.transpose(-1, -2) + bias
     # Not -inf: a group may be nothing but filling, and is thrown away, but not as NaN.
     logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
-    out = rearrange(logits.softmax(-1) @ v, 'b (gr gc) h (r c) d -> b (gr r) (gc c) (h d)',
-                    gc=columns.positions.shape[0], r=height)
+    out = rearrange(
+        logits.softmax(-1) @ v,
+        'b (gr gc) h (r c) d -> b (gr r) (gc c) (h d)',
+        gc=columns.positions.shape[0],
+        r=height,
+    )
     return select(out, rows.inverse, columns.inverse)
 
 
@@ -149,8 +176,9 @@ class AnySizePool(nn.AdaptiveAvgPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = nn.modules.utils._pair(self.output_size)
-        rows, columns = (self.weights(out, side, x)
-                         for out, side in zip((height, width), x.shape[-2:]))
+        rows, columns = (
+            self.weights(out, side, x) for out, side in zip((height, width), x.shape[-2:])
+        )
         maps = x.flatten(0, 1)
         # Not @, which asks each side whether it is 1 and makes the answer hold for ever.
         rows, columns = (weights.expand(maps.shape[0], -1, -1) for weights in (rows, columns.T))
@@ -167,8 +195,11 @@ class AnySizePool(nn.AdaptiveAvgPool2d):
         return inside / inside.sum(1, keepdim=True)
 
 
-ANY_SIZE = {GroupAttention: AnySizeAttention, CrossFormerStage: AnySizeStage,
-            nn.AdaptiveAvgPool2d: AnySizePool}
+ANY_SIZE = {
+    GroupAttention: AnySizeAttention,
+    CrossFormerStage: AnySizeStage,
+    nn.AdaptiveAvgPool2d: AnySizePool,
+}
 
 
 def exportable(model: nn.Module, more: Mapping[Type, Type] = {}) -> nn.Module:
@@ -192,4 +223,5 @@ def export_any_size(model: nn.Module, channels: int = 3) -> ExportedProgram:
     # Or the program would refuse images of few pixels: those with a side that is 1 in some stage.
     with symbolic_shapes.patch(backed_size_oblivious=True), torch.no_grad():
         return torch.export.export(
-            model, (image,), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},))
+            model, (image,), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+        )

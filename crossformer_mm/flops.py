@@ -9,6 +9,7 @@ The second stage of a detector has as much to do as an image has objects. Here,
 as in the published tables, each box head gets 1000 proposals and each mask head
 100. A segmentor's auxiliary head has parameters, but only training runs it.
 """
+
 from typing import Iterator, Sequence, Tuple
 
 import torch
@@ -138,10 +139,17 @@ def count(cfg: Config, shape: Sequence[int]) -> dict:
     meters = {name: Meter(part, counter) for name, part in parts_of(model)}
     with torch.no_grad(), counter:
         Inference(model)(image)
-    parts = {name: dict(params=parameters_of(part), flops=meters[name].flops // 2)
-             for name, part in parts_of(model) if parameters_of(part)}
-    return dict(params=parameters_of(model), flops=counter.get_total_flops() // 2,
-                shape=list(shape), parts=parts)
+    parts = {
+        name: dict(params=parameters_of(part), flops=meters[name].flops // 2)
+        for name, part in parts_of(model)
+        if parameters_of(part)
+    }
+    return dict(
+        params=parameters_of(model),
+        flops=counter.get_total_flops() // 2,
+        shape=list(shape),
+        parts=parts,
+    )
 
 
 def parameters_of(module: nn.Module) -> int:

@@ -26,6 +26,7 @@ masked key has no weight and a padded query is thrown away, so both give the
 same output (CrossFormer, arXiv 2108.00154, section 3.2; CrossFormer++, arXiv
 2303.06908, section 3.2).
 """
+
 from typing import List, NamedTuple, Tuple
 
 import torch
@@ -43,6 +44,7 @@ class AxisRule(NamedTuple):
         lead (int): positions by which the first tile begins before the axis does;
             less than ``size``, and with an interval of 1 only.
     """
+
     size: int
     interval: int
     lead: int = 0
@@ -85,8 +87,8 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
     positions = torch.arange(length, device=device)
     tables = []
     if lead:
-        tables.append(positions[None, :size - lead])
-        positions, length = positions[size - lead:], length - (size - lead)
+        tables.append(positions[None, : size - lead])
+        positions, length = positions[size - lead :], length - (size - lead)
     whole = length - length % tile
     if whole:
         table = positions[:whole].view(-1, size, interval)  # (tile, member, group)
@@ -96,17 +98,18 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
         # Not divmod: it is undefined on the symbolic sizes of torch.compile and torch.jit.trace.
         members, longer = (length - whole) // interval, (length - whole) % interval
         if members:
-            table = rest[:members * interval].view(members, interval).t()
+            table = rest[: members * interval].view(members, interval).t()
             if longer:
-                tables.append(torch.cat([table[:longer], rest[members * interval:, None]], 1))
+                tables.append(torch.cat([table[:longer], rest[members * interval :, None]], 1))
             tables.append(table[longer:])
         else:
             tables.append(rest[:, None])
     return tables
 
 
-def group_map(height: int, width: int, rows: AxisRule, columns: AxisRule,
-              device=None) -> List[Tensor]:
+def group_map(
+    height: int, width: int, rows: AxisRule, columns: AxisRule, device=None
+) -> List[Tensor]:
     """The positions, row * width + column, of the members of each group of a map.
 
     Args:
@@ -120,12 +123,16 @@ def group_map(height: int, width: int, rows: AxisRule, columns: AxisRule,
         ``interval`` apart.
     """
     column_tables = group_axis(width, columns, device)
-    return [(r[:, None, :, None] * width + c[None, :, None, :]).flatten(0, 1)
-            for r in group_axis(height, rows, device) for c in column_tables]
+    return [
+        (r[:, None, :, None] * width + c[None, :, None, :]).flatten(0, 1)
+        for r in group_axis(height, rows, device)
+        for c in column_tables
+    ]
 
 
-def stage_rules(height: int, width: int, group_size: int, interval: int,
-                lda: str) -> Tuple[Rules, Rules]:
+def stage_rules(
+    height: int, width: int, group_size: int, interval: int, lda: str
+) -> Tuple[Rules, Rules]:
     """Rules of short and of long distance attention on a map, in the smallest numbers.
 
     Args:
@@ -135,8 +142,9 @@ def stage_rules(height: int, width: int, group_size: int, interval: int,
     """
     short = short_distance(height, width, group_size, lda)
     long = long_distance(height, width, group_size, interval, lda)
-    return tuple((fit_rule(height, rows), fit_rule(width, columns))
-                 for rows, columns in (short, long))
+    return tuple(
+        (fit_rule(height, rows), fit_rule(width, columns)) for rows, columns in (short, long)
+    )
 
 
 def short_distance(height: int, width: int, group_size: int, lda: str) -> Rules:
@@ -161,8 +169,11 @@ def long_distance(height: int, width: int, group_size: int, interval: int, lda: 
     if lda == 'none' or is_small(height, width, group_size):
         return short_distance(height, width, group_size, lda)
     if lda in ('block', 'shifted'):
-        rule = (AxisRule(group_size, interval) if lda == 'block' else
-                AxisRule(group_size, 1, half_lead(group_size)))
+        rule = (
+            AxisRule(group_size, interval)
+            if lda == 'block'
+            else AxisRule(group_size, 1, half_lead(group_size))
+        )
         return rule, rule
     return (AxisRule(-(-height // interval), interval), AxisRule(-(-width // interval), interval))
 

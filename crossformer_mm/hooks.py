@@ -1,4 +1,5 @@
 """What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
+
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
@@ -46,8 +47,9 @@ class MagnitudeHook(Hook):
     def __init__(self, interval: int = 50, groups: int = 8, queries: int = 16):
         for name, number in dict(interval=interval, groups=groups, queries=queries).items():
             if not isinstance(number, int) or number < 1:
-                raise ValueError(f'MagnitudeHook: {name} must be a whole number of at least 1, '
-                                 f'got {number!r}.')
+                raise ValueError(
+                    f'MagnitudeHook: {name} must be a whole number of at least 1, got {number!r}.'
+                )
         self.interval, self.groups, self.queries = interval, groups, queries
         self.handles: List = []
         self.magnitudes: Dict[str, Tensor] = {}
@@ -61,8 +63,9 @@ class MagnitudeHook(Hook):
         for module in model.modules():
             if isinstance(module, CrossFormer):
                 return module
-        raise ValueError('MagnitudeHook: the model has no CrossFormer; leave the hook out of '
-                         'custom_hooks.')
+        raise ValueError(
+            'MagnitudeHook: the model has no CrossFormer; leave the hook out of custom_hooks.'
+        )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         if not self.every_n_train_iters(runner, self.interval) or runner.rank != 0:
@@ -71,7 +74,9 @@ class MagnitudeHook(Hook):
             self.handles += [
                 stage.register_forward_hook(self.look_at_features(f'stage{index}/feature')),
                 stage.blocks[-1].attn.register_forward_hook(
-                    self.look_at_logits(f'stage{index}/logit'))]
+                    self.look_at_logits(f'stage{index}/logit')
+                ),
+            ]
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         for handle in self.handles:
@@ -82,14 +87,19 @@ class MagnitudeHook(Hook):
         names = list(self.magnitudes)
         values = dict(zip(names, torch.stack(list(self.magnitudes.values())).tolist()))
         self.magnitudes = {}
-        runner.visualizer.add_scalars({f'magnitude/{name}': value
-                                       for name, value in values.items()}, step=runner.iter + 1)
-        said = [f'{what} ' + ' '.join(f'{value:.3g}' for name, value in values.items()
-                                      if name.endswith(key))
-                for what, key in (('standard deviation of features', 'feature_std'),
-                                  ('largest feature', 'feature_max'),
-                                  ('standard deviation of logits', 'logit_std'),
-                                  ('largest logit', 'logit_max'))]
+        runner.visualizer.add_scalars(
+            {f'magnitude/{name}': value for name, value in values.items()}, step=runner.iter + 1
+        )
+        said = [
+            f'{what} '
+            + ' '.join(f'{value:.3g}' for name, value in values.items() if name.endswith(key))
+            for what, key in (
+                ('standard deviation of features', 'feature_std'),
+                ('largest feature', 'feature_max'),
+                ('standard deviation of logits', 'logit_std'),
+                ('largest logit', 'logit_max'),
+            )
+        ]
         runner.logger.info(f"Magnitudes by stage: {'; '.join(said)}")
 
     def keep(self, name: str, values: Tensor) -> None:
@@ -113,8 +123,14 @@ class MagnitudeHook(Hook):
 
 
 @torch.no_grad()
-def sample_logits(attention: GroupAttention, x: Tensor, rows: AxisRule, columns: AxisRule,
-                  groups: int, queries: int) -> Tensor:
+def sample_logits(
+    attention: GroupAttention,
+    x: Tensor,
+    rows: AxisRule,
+    columns: AxisRule,
+    groups: int,
+    queries: int,
+) -> Tensor:
     """Attention logits of some queries in some of the largest groups of a map.
 
     Args:
@@ -127,8 +143,10 @@ def sample_logits(attention: GroupAttention, x: Tensor, rows: AxisRule, columns:
         Tensor: (groups, heads, queries, keys), ``scale * q @ k`` plus the position bias.
     """
     batch, map_height, map_width, _ = x.shape
-    largest = max(group_map(map_height, map_width, rows, columns, x.device),
-                  key=lambda members: members[0].numel())
+    largest = max(
+        group_map(map_height, map_width, rows, columns, x.device),
+        key=lambda members: members[0].numel(),
+    )
     count, height, width = largest.shape
     chosen_groups = spread(batch * count, groups, x.device)
     chosen = spread(height * width, queries, x.device)
@@ -163,8 +181,9 @@ class ValidationSamplesHook(Hook):
     def __init__(self, count: int):
         self.count = count
 
-    def after_val_iter(self, runner, batch_idx: int, data_batch=None,
-                       outputs: Optional[Sequence] = None) -> None:
+    def after_val_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs: Optional[Sequence] = None
+    ) -> None:
         if runner.rank != 0:
             return
         # A classifier's visualizer has a method of its own.
@@ -175,5 +194,9 @@ class ValidationSamplesHook(Hook):
         for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
             if index in chosen:
                 name = 'val_' + Path(sample.img_path).name
-                draw(name=name, image=mmcv.imread(sample.img_path, channel_order='rgb'),
-                     data_sample=sample.cpu(), step=runner.iter)
+                draw(
+                    name=name,
+                    image=mmcv.imread(sample.img_path, channel_order='rgb'),
+                    data_sample=sample.cpu(),
+                    step=runner.iter,
+                )

@@ -3,6 +3,7 @@
 pip is not asked to bring it: PyTorch, mmcv and the packages on top fit one another in few
 combinations, and pip would replace a part of one that works by a newer part that does not fit.
 """
+
 import importlib
 import importlib.util
 import re
@@ -30,8 +31,10 @@ def check_installed() -> None:
             if numbers(version) >= numbers(oldest):
                 continue
             state = f'this is {version}'
-        raise ImportError(f'crossformer_mm needs {package} {oldest} or newer, {state}: '
-                          f'{remedy(package)}.', name=package)
+        raise ImportError(
+            f'crossformer_mm needs {package} {oldest} or newer, {state}: {remedy(package)}.',
+            name=package,
+        )
 
 
 def numbers(version: str) -> tuple:
@@ -42,15 +45,19 @@ def numbers(version: str) -> tuple:
 def remedy(package: str) -> str:
     """What to type so that a package is there that fits the others."""
     if package == 'torch':
-        return ('install it as pytorch.org says, and after it an mmcv for it, or for the backbone '
-                'alone mmcv-lite')
+        return (
+            'install it as pytorch.org says, and after it an mmcv for it, or for the backbone '
+            'alone mmcv-lite'
+        )
     if package == 'einops':
         return 'pip install einops'
     family = installed_family()
     if family is not None:
         return f'{FAMILIES[family]}, or {BACKBONE_ALONE}' if family == '' else FAMILIES[family]
-    return (f"{FAMILIES['onedl-']} for the maintained packages, {FAMILIES['']} for the last of "
-            f'OpenMMLab, or {BACKBONE_ALONE}')
+    return (
+        f"{FAMILIES['onedl-']} for the maintained packages, {FAMILIES['']} for the last of "
+        f'OpenMMLab, or {BACKBONE_ALONE}'
+    )
 
 
 def installed_family() -> Optional[str]:

@@ -1,4 +1,5 @@
 """Linear layers and the MLP of a block."""
+
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Mlp(BaseModule):
         drop_rate (float): dropout while training.
     """
 
-    def __init__(self, channels: int, hidden: int, drop_rate: float = 0.):
+    def __init__(self, channels: int, hidden: int, drop_rate: float = 0.0):
         super().__init__()
         self.fc1 = Linear(channels, hidden)
         self.act = nn.GELU()
@@ -40,12 +41,15 @@ class Mlp(BaseModule):
         if x.device.type == 'cpu' and self.is_plain():
             tokens = x.flatten(0, -2)
             if is_float32_on_cpu(x):
-                return mlp(tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight,
-                           self.fc2.bias).view(x.shape)
+                return mlp(
+                    tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+                ).view(x.shape)
             if not watcher() and not torch.is_grad_enabled():
                 # A part at a time stays in the cache.
-                parts = [self.fc2(self.act(self.fc1(tokens[rows])))
-                         for rows in chunks(len(tokens), self.fc1.out_features, CHUNK)]
+                parts = [
+                    self.fc2(self.act(self.fc1(tokens[rows])))
+                    for rows in chunks(len(tokens), self.fc1.out_features, CHUNK)
+                ]
                 return torch.cat(parts).view(x.shape)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
@@ -54,4 +58,5 @@ class Mlp(BaseModule):
         the place of ours, no hook."""
         return not (self.training and self.drop.p) and all(
             type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-            for layer in (self.fc1, self.fc2))
+            for layer in (self.fc1, self.fc2)
+        )

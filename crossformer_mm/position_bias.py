@@ -13,6 +13,7 @@ none                nothing
 Every bias is called with the sides of a group and returns the bias of each
 offset, so that attention does not know which one it has.
 """
+
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -55,8 +56,10 @@ class DynamicPositionBias(BaseModule):
         weight = self.pos_proj.weight
         rows = torch.arange(1 - height, height, device=weight.device, dtype=weight.dtype)
         columns = torch.arange(1 - width, width, device=weight.device, dtype=weight.dtype)
-        offsets = torch.stack([rows[:, None].expand(-1, columns.numel()),
-                               columns[None, :].expand(rows.numel(), -1)], dim=-1)
+        offsets = torch.stack(
+            [rows[:, None].expand(-1, columns.numel()), columns[None, :].expand(rows.numel(), -1)],
+            dim=-1,
+        )
         # Offsets beyond 256 are not distinct in bfloat16: no autocast here. (On the meta device,
         # on which shapes can be followed through a model, there is none.)
         device = 'cpu' if weight.is_meta else weight.device.type
@@ -84,7 +87,7 @@ class RelativePositionBias(BaseModule):
         super().__init__()
         side = 2 * group_size - 1
         self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, side, side))
-        trunc_normal_(self.relative_position_bias_table, std=.02)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, height: int, width: int) -> Tensor:
         """As :meth:`DynamicPositionBias.forward`."""
@@ -118,7 +121,7 @@ class AbsolutePosition(BaseModule):
     def __init__(self, channels: int, side: int):
         super().__init__()
         self.absolute_pos_embed = nn.Parameter(torch.empty(channels, side, side))
-        trunc_normal_(self.absolute_pos_embed, std=.02)
+        trunc_normal_(self.absolute_pos_embed, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
@@ -161,7 +164,7 @@ def bias_windows(table: Tensor, height: int, width: int) -> Tensor:
     """The same as a view (heads, height, width, height, width) that counts keys backwards."""
     _, rows, columns = table.shape
     top, left = rows // 2 - (height - 1), columns // 2 - (width - 1)
-    table = table[:, top:top + 2 * height - 1, left:left + 2 * width - 1]
+    table = table[:, top : top + 2 * height - 1, left : left + 2 * width - 1]
     # Two sliding windows: [h, a, b, c, d] = table[h, a + c, b + d] with a, b the
     # query's row and column; c, d count the key's backwards.
     return table.unfold(1, height, 1).unfold(2, width, 1)

@@ -1,4 +1,5 @@
 """What the tests share: small backbones, fixed seeds, the folder of golden files."""
+
 import os
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def probe():
     """
 
     def loss(features) -> torch.Tensor:
-        return sum((f.flatten() * torch.linspace(-1, 1, f.numel(), dtype=f.dtype)).sum()
-                   / f.numel()**0.5 for f in features)
+        return sum(
+            (f.flatten() * torch.linspace(-1, 1, f.numel(), dtype=f.dtype)).sum() / f.numel() ** 0.5
+            for f in features
+        )
 
     return loss

@@ -8,6 +8,7 @@ used: the architecture is read off the names and shapes of the weights.
 
 is what ``backbone.eval()(image)`` must return, and has the same gradients.
 """
+
 from typing import Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -18,9 +19,14 @@ from torch import Tensor
 Weights = Mapping[str, Tensor]
 
 
-def plain_features(weights: Weights, image: Tensor, group_size: Sequence[int] = (7, 7, 7, 7),
-                   interval: Sequence[int] = (8, 4, 2, 1), lda: str = 'interval',
-                   qk_scale: Optional[float] = None) -> Tuple[Tensor, ...]:
+def plain_features(
+    weights: Weights,
+    image: Tensor,
+    group_size: Sequence[int] = (7, 7, 7, 7),
+    interval: Sequence[int] = (8, 4, 2, 1),
+    lda: str = 'interval',
+    qk_scale: Optional[float] = None,
+) -> Tuple[Tensor, ...]:
     """The feature (B, C, H, W) of every stage that ``weights`` has.
 
     Args:
@@ -34,8 +40,16 @@ def plain_features(weights: Weights, image: Tensor, group_size: Sequence[int] = 
         stage = len(features)
         index = 0
         while f'layers.{stage}.blocks.{index}.norm1.weight' in weights:
-            x = block(weights, f'layers.{stage}.blocks.{index}', x, index % 2 == 1,
-                      group_size[stage], interval[stage], lda, qk_scale)
+            x = block(
+                weights,
+                f'layers.{stage}.blocks.{index}',
+                x,
+                index % 2 == 1,
+                group_size[stage],
+                interval[stage],
+                lda,
+                qk_scale,
+            )
             index += 1
         normed = f'norm{stage}.weight' in weights  # the package's option, out_norm
         out = layer_norm(weights, f'norm{stage}', x) if normed else x
@@ -58,22 +72,43 @@ def embed(weights: Weights, name: str, x: Tensor) -> Tensor:
     return rearrange(torch.cat(scales, dim=1), 'b c h w -> b h w c')
 
 
-def block(weights: Weights, name: str, x: Tensor, long: bool, group_size: int, interval: int,
-          lda: str, qk_scale: Optional[float]) -> Tensor:
+def block(
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    long: bool,
+    group_size: int,
+    interval: int,
+    lda: str,
+    qk_scale: Optional[float],
+) -> Tensor:
     """(B, H, W, C) to the same shape."""
     normed = layer_norm(weights, f'{name}.norm1', x)
     x = x + attention(weights, f'{name}.attn', normed, long, group_size, interval, lda, qk_scale)
     hidden = linear(weights, f'{name}.mlp.fc1', layer_norm(weights, f'{name}.norm2', x))
     x = x + linear(weights, f'{name}.mlp.fc2', F.gelu(hidden))
     if f'{name}.ex_conv.weight' in weights:  # amplitude cooling, CrossFormer++
-        x = F.conv2d(rearrange(x, 'b h w c -> b c h w'), weights[f'{name}.ex_conv.weight'],
-                     weights[f'{name}.ex_conv.bias'], padding=1, groups=x.shape[-1])
+        x = F.conv2d(
+            rearrange(x, 'b h w c -> b c h w'),
+            weights[f'{name}.ex_conv.weight'],
+            weights[f'{name}.ex_conv.bias'],
+            padding=1,
+            groups=x.shape[-1],
+        )
         x = layer_norm(weights, f'{name}.ex_ln', rearrange(x, 'b c h w -> b h w c'))
     return x
 
 
-def attention(weights: Weights, name: str, x: Tensor, long: bool, group_size: int, interval: int,
-              lda: str, qk_scale: Optional[float]) -> Tensor:
+def attention(
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    long: bool,
+    group_size: int,
+    interval: int,
+    lda: str,
+    qk_scale: Optional[float],
+) -> Tensor:
     """Short or long distance attention on (B, H, W, C), with padding and a mask."""
     height, width = x.shape[1:3]
     if min(height, width) <= group_size:  # a small map: short distance, one size that fits
@@ -97,15 +132,22 @@ def attention(weights: Weights, name: str, x: Tensor, long: bool, group_size: in
         return rearrange(rearrange(m, 'b c h w -> b h w c'), f'{cut} -> {groups}', **sizes)
 
     padded_height, padded_width = (side + -side % multiple for side in (height, width))
-    rows, columns = ((padded_height // interval, padded_width // interval)
-                     if long and lda == 'interval' else (group_size, group_size))
+    rows, columns = (
+        (padded_height // interval, padded_width // interval)
+        if long and lda == 'interval'
+        else (group_size, group_size)
+    )
     bias = position_bias(weights, f'{name}.pos', rows, columns)
     is_padding = 1 - regroup(torch.ones_like(x[..., :1]))  # (groups, N, 1)
 
     heads = bias.shape[0]
-    q, k, v = rearrange(linear(weights, f'{name}.qkv', regroup(x)),
-                        'group n (three heads d) -> three group heads n d', three=3, heads=heads)
-    scale = q.shape[-1]**-0.5 if qk_scale is None else qk_scale
+    q, k, v = rearrange(
+        linear(weights, f'{name}.qkv', regroup(x)),
+        'group n (three heads d) -> three group heads n d',
+        three=3,
+        heads=heads,
+    )
+    scale = q.shape[-1] ** -0.5 if qk_scale is None else qk_scale
     logits = q @ k.transpose(-1, -2) * scale + bias
     logits = logits - 1e6 * rearrange(is_padding, 'group n 1 -> group 1 1 n')
     out = rearrange(logits.softmax(dim=-1) @ v, 'group heads n d -> group n (heads d)')

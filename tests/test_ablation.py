@@ -1,4 +1,5 @@
 """The configs of the papers' ablations differ from the published model in what they name."""
+
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,17 @@ PUBLISHED = CONFIGS / 'imagenet' / 'cf_s_300e.py'
 
 # Per config: the options that differ from the published model's.
 VARIANTS = {
-    'embedding_4': {'patch_sizes', 'merge_sizes'}, 'embedding_4_8': {'patch_sizes'},
+    'embedding_4': {'patch_sizes', 'merge_sizes'},
+    'embedding_4_8': {'patch_sizes'},
     'embedding_4_8_16_32': set(),
-    'attention_short': {'lda'}, 'attention_interval': set(), 'attention_block': {'lda'},
+    'attention_short': {'lda'},
+    'attention_interval': set(),
+    'attention_block': {'lda'},
     'attention_shifted': {'lda'},
-    'position_dynamic': set(), 'position_dynamic_residual': {'position_bias'},
-    'position_relative': {'position_bias'}, 'position_absolute': {'position_bias'},
+    'position_dynamic': set(),
+    'position_dynamic_residual': {'position_bias'},
+    'position_relative': {'position_bias'},
+    'position_absolute': {'position_bias'},
     'position_none': {'position_bias'},
 }
 
@@ -39,8 +45,11 @@ def conv(channels: int, kernels: dict) -> int:
 FIRST = {4: 48, 8: 24, 16: 12, 32: 12}
 # Parameters of the backbone that each variant has more (or less) than the published model.
 DIFFERENCES = {
-    'embedding_4': (conv(3, {4: 96}) - conv(3, FIRST)
-                    + sum(conv(c, {2: 2 * c}) - conv(c, {2: c, 4: c}) for c in (96, 192, 384))),
+    'embedding_4': (
+        conv(3, {4: 96})
+        - conv(3, FIRST)
+        + sum(conv(c, {2: 2 * c}) - conv(c, {2: c, 4: c}) for c in (96, 192, 384))
+    ),
     'embedding_4_8': conv(3, {4: 48, 8: 48}) - conv(3, FIRST),
     'position_relative': 169 * (2 * 3 + 2 * 6 + 6 * 12 + 2 * 24) - dpb_parameters(),
     'position_absolute': 56 * 56 * 96 - dpb_parameters(),
@@ -49,8 +58,9 @@ DIFFERENCES = {
 
 
 def backbone_of(path: Path):
-    return {key: value for key, value in Config.fromfile(path).model.backbone.items()
-            if key != 'type'}
+    return {
+        key: value for key, value in Config.fromfile(path).model.backbone.items() if key != 'type'
+    }
 
 
 def parameters_of(options) -> int:
@@ -64,12 +74,20 @@ def test_every_variant_has_a_config():
 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_a_variant_differs_in_what_it_is_named_for(name):
-    published, variant = Config.fromfile(PUBLISHED), Config.fromfile(
-        CONFIGS / 'ablation' / f'{name}.py')
-    default = dict(patch_sizes=(4, 8, 16, 32), merge_sizes=((2, 4),) * 3, lda='interval',
-                   position_bias='dynamic')
-    ours, theirs = (dict(default, **backbone_of(path)) for path in (
-        CONFIGS / 'ablation' / f'{name}.py', PUBLISHED))
+    published, variant = (
+        Config.fromfile(PUBLISHED),
+        Config.fromfile(CONFIGS / 'ablation' / f'{name}.py'),
+    )
+    default = dict(
+        patch_sizes=(4, 8, 16, 32),
+        merge_sizes=((2, 4),) * 3,
+        lda='interval',
+        position_bias='dynamic',
+    )
+    ours, theirs = (
+        dict(default, **backbone_of(path))
+        for path in (CONFIGS / 'ablation' / f'{name}.py', PUBLISHED)
+    )
     assert {key for key in ours if ours[key] != theirs[key]} == VARIANTS[name]
     for cfg in (published, variant):
         cfg.pop('filename', None)
@@ -79,8 +97,10 @@ def test_a_variant_differs_in_what_it_is_named_for(name):
 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_a_variant_has_the_parameters_of_its_parts(name):
-    variant, published = (parameters_of(backbone_of(path)) for path in (
-        CONFIGS / 'ablation' / f'{name}.py', PUBLISHED))
+    variant, published = (
+        parameters_of(backbone_of(path))
+        for path in (CONFIGS / 'ablation' / f'{name}.py', PUBLISHED)
+    )
     assert variant - published == DIFFERENCES.get(name, 0)
 
 
@@ -88,6 +108,7 @@ def test_a_variant_has_the_parameters_of_its_parts(name):
 def test_a_variant_trains(name):
     """Its classifier, with a smaller architecture: each parameter gets a gradient."""
     from mmpretrain.structures import DataSample
+
     cfg = Config.fromfile(CONFIGS / 'ablation' / f'{name}.py')
     cfg.merge_from_dict({'model.neck.in_channels': 256, 'model.head.in_channels': 256})
     cfg.model.backbone.arch = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
@@ -96,7 +117,8 @@ def test_a_variant_trains(name):
     model.init_weights()
     samples = [DataSample().set_gt_label(label) for label in (3, 7)]
     batch = model.data_preprocessor(
-        dict(inputs=torch.randint(0, 256, (2, 3, 96, 96)), data_samples=samples), training=True)
+        dict(inputs=torch.randint(0, 256, (2, 3, 96, 96)), data_samples=samples), training=True
+    )
     model(**batch, mode='loss')['loss'].backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key

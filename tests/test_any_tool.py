@@ -1,4 +1,5 @@
 """What crossformer_mm.engine registers, in a config under MMDetection's own tools/train.py."""
+
 import runpy
 import shutil
 import sys
@@ -21,8 +22,18 @@ MMDETECTIONS = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
 NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 WHOLE = dict(runner_type='CarefulRunner')
 # The same for MMEngine's own runner, in pieces.
-PIECES = dict(custom_hooks=[dict(type=name) for name in (
-    'SafeLoadingHook', 'SeedHook', 'CheckDataHook', 'WholeFilesHook', 'CheckWeightsHook')])
+PIECES = dict(
+    custom_hooks=[
+        dict(type=name)
+        for name in (
+            'SafeLoadingHook',
+            'SeedHook',
+            'CheckDataHook',
+            'WholeFilesHook',
+            'CheckWeightsHook',
+        )
+    ]
+)
 
 
 def train(*arguments) -> None:
@@ -43,8 +54,11 @@ def data(tmp_path_factory) -> Path:
 def write(path: Path, data: Path, changes: dict, **more) -> Path:
     config = write_config(ONE_STAGE, path, data, **NO_VALIDATION, **changes, **more)
     if 'custom_hooks' in changes:
-        config.write_text(config.read_text() + '\n' + (
-            "train_dataloader['sampler'] = dict(type='CountedSampler')\n"))
+        config.write_text(
+            config.read_text()
+            + '\n'
+            + ("train_dataloader['sampler'] = dict(type='CountedSampler')\n")
+        )
     return config
 
 
@@ -114,8 +128,12 @@ randomness = dict(seed=0)
 
 @pytest.mark.parametrize('changes', [WHOLE, PIECES], ids=['runner', 'hooks'])
 def test_resumed_under_mmdetections_tool_it_is_the_same_training(data, tmp_path, changes):
-    config = write(tmp_path / f'any_{len(changes)}_{"runner_type" in changes}.py', data, changes,
-                   default_hooks=dict(checkpoint=dict(max_keep_ckpts=-1)))
+    config = write(
+        tmp_path / f'any_{len(changes)}_{"runner_type" in changes}.py',
+        data,
+        changes,
+        default_hooks=dict(checkpoint=dict(max_keep_ckpts=-1)),
+    )
     train(config, '--work-dir', tmp_path / 'whole')
     resumed = tmp_path / 'resumed'
     resumed.mkdir()
@@ -127,13 +145,22 @@ def test_resumed_under_mmdetections_tool_it_is_the_same_training(data, tmp_path,
     assert not list(resumed.glob('*.part'))
 
 
-@pytest.mark.parametrize('changes', [WHOLE, dict(custom_hooks=[dict(type='SafeLoadingHook')])],
-                         ids=['runner', 'hook alone'])
+@pytest.mark.parametrize(
+    'changes',
+    [WHOLE, dict(custom_hooks=[dict(type='SafeLoadingHook')])],
+    ids=['runner', 'hook alone'],
+)
 def test_under_mmdetections_tool_nothing_in_a_checkpoint_is_run(data, tmp_path, changes):
     marker, file = tmp_path / 'marker', tmp_path / 'bad.pth'
     torch.save(dict(state_dict={}, extra=Marker(marker)), file)
-    config = write_config(ONE_STAGE, tmp_path / f'safe_{"runner_type" in changes}.py', data,
-                          **NO_VALIDATION, **changes, load_from=str(file))
+    config = write_config(
+        ONE_STAGE,
+        tmp_path / f'safe_{"runner_type" in changes}.py',
+        data,
+        **NO_VALIDATION,
+        **changes,
+        load_from=str(file),
+    )
     with pytest.raises(CheckpointError, match='was not run'):
         train(config, '--work-dir', tmp_path)
     assert not marker.exists()
@@ -143,8 +170,13 @@ def test_the_check_of_data_alone_names_the_file(tmp_path):
     data = make_data(tmp_path / 'shapes', train=4, val=1, size=48)
     bad = data / 'coco/train2017/000000000002.png'
     bad.write_bytes(bad.read_bytes()[:-200])
-    config = write_config(ONE_STAGE, tmp_path / 'checked.py', data, **NO_VALIDATION,
-                          custom_hooks=[dict(type='CheckDataHook')])
+    config = write_config(
+        ONE_STAGE,
+        tmp_path / 'checked.py',
+        data,
+        **NO_VALIDATION,
+        custom_hooks=[dict(type='CheckDataHook')],
+    )
     with pytest.raises(DataError, match=f"Image '{bad}' is cut short or no image."):
         train(config, '--work-dir', tmp_path)
 
@@ -154,10 +186,12 @@ def test_a_config_in_pure_python_is_like_any_other(capfd, data, tmp_path):
     config.write_text(LAZY.replace('DATA', repr(str(data))))
     work, resumed = tmp_path / 'work', tmp_path / 'resumed'
     run_tool(capfd, config, '--work-dir', work, tool='train.py')
-    run_tool(capfd, config, '--work-dir', resumed, '--resume', work / 'epoch_1.pth',
-             tool='train.py')
+    run_tool(
+        capfd, config, '--work-dir', resumed, '--resume', work / 'epoch_1.pth', tool='train.py'
+    )
     assert_same_training(work / 'epoch_2.pth', resumed / 'epoch_2.pth')
     run_tool(capfd, config, work / 'epoch_2.pth', '--work-dir', work, tool='test.py')
-    run_tool(capfd, config, work / 'epoch_2.pth', data / 'coco/val2017', '--out',
-             tmp_path / 'predicted')
+    run_tool(
+        capfd, config, work / 'epoch_2.pth', data / 'coco/val2017', '--out', tmp_path / 'predicted'
+    )
     assert (tmp_path / 'predicted' / 'results.bbox.json').exists()

@@ -1,4 +1,5 @@
 """What the backbone promises: its options, shapes and values."""
+
 import copy
 import pickle
 import subprocess
@@ -35,10 +36,19 @@ def out_sides(side):
 # Architectures and names
 
 
-@pytest.mark.parametrize('arch, millions', [
-    ('t', 27.26), ('s', 29.89), ('b', 51.20), ('l', 90.94),
-    ('pp-s', 22.81), ('pp-b', 51.22), ('pp-l', 90.97), ('pp-h', 94.94),
-])
+@pytest.mark.parametrize(
+    'arch, millions',
+    [
+        ('t', 27.26),
+        ('s', 29.89),
+        ('b', 51.20),
+        ('l', 90.94),
+        ('pp-s', 22.81),
+        ('pp-b', 51.22),
+        ('pp-l', 90.97),
+        ('pp-h', 94.94),
+    ],
+)
 def test_architecture_has_the_published_number_of_parameters(arch, millions):
     with torch.device('meta'):
         backbone = CrossFormer(arch)
@@ -55,24 +65,48 @@ def test_parameters_have_the_names_of_the_authors():
     for stage, depth in enumerate(SMALL['depths']):
         for block in range(depth):
             prefix = f'layers.{stage}.blocks.{block}'
-            expected |= {f'{prefix}.{name}' for name in (
-                'norm1', 'norm2', 'attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2',
-                'attn.pos.pos_proj', 'attn.pos.pos1.0', 'attn.pos.pos1.2', 'attn.pos.pos2.0',
-                'attn.pos.pos2.2', 'attn.pos.pos3.0', 'attn.pos.pos3.2')}
-    expected |= {f'layers.{stage}.downsample.{name}' for stage in range(3)
-                 for name in ('norm', 'reductions.0', 'reductions.1')}
+            expected |= {
+                f'{prefix}.{name}'
+                for name in (
+                    'norm1',
+                    'norm2',
+                    'attn.qkv',
+                    'attn.proj',
+                    'mlp.fc1',
+                    'mlp.fc2',
+                    'attn.pos.pos_proj',
+                    'attn.pos.pos1.0',
+                    'attn.pos.pos1.2',
+                    'attn.pos.pos2.0',
+                    'attn.pos.pos2.2',
+                    'attn.pos.pos3.0',
+                    'attn.pos.pos3.2',
+                )
+            }
+    expected |= {
+        f'layers.{stage}.downsample.{name}'
+        for stage in range(3)
+        for name in ('norm', 'reductions.0', 'reductions.1')
+    }
     # In stage 2, of four blocks, the third is followed by a cooling layer.
     expected |= {f'layers.2.blocks.2.{name}' for name in ('ex_conv', 'ex_ln')}
     state = CrossFormer(SMALL, cooling=True).state_dict()
     assert set(state) == {f'{name}.{part}' for name in expected for part in ('weight', 'bias')}
 
 
-@pytest.mark.parametrize('depth, cooled', [
-    (1, []), (2, []), (3, []), (4, [2]), (6, [2]), (7, [2, 5]), (18, [2, 5, 8, 11, 14]),
-])
+@pytest.mark.parametrize(
+    'depth, cooled',
+    [(1, []), (2, []), (3, []), (4, [2]), (6, [2]), (7, [2, 5]), (18, [2, 5, 8, 11, 14])],
+)
 def test_cooling_follows_every_third_block_but_the_last(depth, cooled):
-    backbone = CrossFormer(dict(embed_dims=16, depths=(depth,), num_heads=(1,)), merge_sizes=(),
-                           group_size=(7,), interval=(8,), out_indices=(0,), cooling=True)
+    backbone = CrossFormer(
+        dict(embed_dims=16, depths=(depth,), num_heads=(1,)),
+        merge_sizes=(),
+        group_size=(7,),
+        interval=(8,),
+        out_indices=(0,),
+        cooling=True,
+    )
     blocks = backbone.layers[0].blocks
     assert [i for i, block in enumerate(blocks) if hasattr(block, 'ex_conv')] == cooled
 
@@ -98,7 +132,8 @@ def test_any_size_gives_every_chosen_stage_its_shape(height, width, out_indices)
     features = backbone(torch.randn(2, 3, height, width))
     rows, columns = out_sides(height), out_sides(width)
     assert [tuple(f.shape) for f in features] == [
-        (2, 32 * 2**i, rows[i], columns[i]) for i in out_indices]
+        (2, 32 * 2**i, rows[i], columns[i]) for i in out_indices
+    ]
     assert all(f.is_contiguous() for f in features)
 
 
@@ -119,10 +154,10 @@ def test_strides_follow_the_kernels():
 def test_fewer_out_indices_give_the_same_features_with_fewer_parameters(small):
     every, image = small(), torch.randn(1, 3, 61, 83)
     first = CrossFormer(SMALL, out_indices=(1, 0)).eval()
-    first.load_state_dict({k: v for k, v in every.state_dict().items()
-                           if k in first.state_dict()})
-    assert not any(key.startswith(('layers.2', 'layers.1.downsample'))
-                   for key in first.state_dict())
+    first.load_state_dict({k: v for k, v in every.state_dict().items() if k in first.state_dict()})
+    assert not any(
+        key.startswith(('layers.2', 'layers.1.downsample')) for key in first.state_dict()
+    )
     a, b, *_ = every(image)
     for feature, reference in zip(first(image), (b, a)):
         assert torch.equal(feature, reference)
@@ -154,15 +189,18 @@ def test_features_and_gradients_are_the_papers_at_any_size(small, probe, variant
         assert_equals_plain(backbone, probe, torch.randn(1, 3, height, width).double(), options)
 
 
-@pytest.mark.parametrize('built, plain', [
-    (dict(cooling=True), {}),
-    (dict(out_norm=True), {}),
-    (dict(qk_scale=0.5), dict(qk_scale=0.5)),
-    (dict(qkv_bias=False), {}),
-    (dict(mlp_ratio=2.5), {}),
-    (dict(patch_sizes=(4,), merge_sizes=((2,), (2, 4, 6), (2, 4))), {}),
-    (dict(with_cp=True), {}),
-])
+@pytest.mark.parametrize(
+    'built, plain',
+    [
+        (dict(cooling=True), {}),
+        (dict(out_norm=True), {}),
+        (dict(qk_scale=0.5), dict(qk_scale=0.5)),
+        (dict(qkv_bias=False), {}),
+        (dict(mlp_ratio=2.5), {}),
+        (dict(patch_sizes=(4,), merge_sizes=((2,), (2, 4, 6), (2, 4))), {}),
+        (dict(with_cp=True), {}),
+    ],
+)
 def test_options_change_what_they_say(small, probe, built, plain):
     backbone = small(**built).double()
     assert_equals_plain(backbone, probe, torch.randn(2, 3, 101, 83).double(), plain)
@@ -184,12 +222,20 @@ def assert_equals_plain(backbone, probe, image, options):
         assert (gradient - reference).abs().max().item() <= 1e-9 * scale, name
 
 
-@pytest.mark.parametrize('options', [
-    dict(position_bias='dynamic_residual'), dict(position_bias='relative'),
-    dict(position_bias='relative', lda='block'), dict(position_bias='absolute'),
-    dict(position_bias='none'), dict(lda='shifted'), dict(lda='none'),
-    dict(lda='shifted', position_bias='relative', group_size=(3, 2, 1, 4)),
-], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(position_bias='dynamic_residual'),
+        dict(position_bias='relative'),
+        dict(position_bias='relative', lda='block'),
+        dict(position_bias='absolute'),
+        dict(position_bias='none'),
+        dict(lda='shifted'),
+        dict(lda='none'),
+        dict(lda='shifted', position_bias='relative', group_size=(3, 2, 1, 4)),
+    ],
+    ids=str,
+)
 def test_options_for_comparison_work_at_any_size(small, probe, options):
     backbone = small(**options).double()
     plain = small(**options, attention_path='plain').double()
@@ -205,7 +251,8 @@ def test_options_for_comparison_work_at_any_size(small, probe, options):
             torch.testing.assert_close(feature, reference, rtol=1e-9, atol=1e-11)
     gradients, expected = (
         torch.autograd.grad(probe(model(images)), list(model.parameters()))
-        for model in (backbone, plain))
+        for model in (backbone, plain)
+    )
     for (name, _), gradient, reference in zip(backbone.named_parameters(), gradients, expected):
         scale = max(reference.abs().max().item(), 1e-3)
         assert (gradient - reference).abs().max() <= 1e-9 * scale, name
@@ -227,8 +274,11 @@ def test_learnt_tables_follow_the_groups_and_the_learnt_map_the_first_stage():
 
 def test_published_weights_are_not_those_of_another_position_bias(tmp_path):
     torch.save(CrossFormer(SMALL).state_dict(), tmp_path / 'dynamic.pth')
-    backbone = CrossFormer(SMALL, position_bias='relative', init_cfg=dict(
-        type='Pretrained', checkpoint=str(tmp_path / 'dynamic.pth')))
+    backbone = CrossFormer(
+        SMALL,
+        position_bias='relative',
+        init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'dynamic.pth')),
+    )
     with pytest.raises(ValueError, match='missing .*relative_position_bias_table.*unexpected'):
         backbone.init_weights()
 
@@ -237,8 +287,9 @@ def test_published_weights_are_not_those_of_another_position_bias(tmp_path):
 @torch.no_grad()
 def test_float32_is_as_near_to_the_papers_as_rounding_allows(small, lda):
     backbone, image = small(lda=lda), torch.randn(1, 3, 219, 157)
-    exact = plain_features({k: v.double() for k, v in parameters_of(backbone).items()},
-                           image.double(), lda=lda)
+    exact = plain_features(
+        {k: v.double() for k, v in parameters_of(backbone).items()}, image.double(), lda=lda
+    )
     for feature, reference in zip(backbone(image), exact):
         assert (feature - reference).abs().max() <= 1e-5 * reference.abs().max()
 
@@ -266,8 +317,12 @@ def test_order_of_images_changes_nothing(small, lda):
 
 def contents(module):
     """All that a module holds, by name: its plain attributes and its tensors."""
-    held = {f'{name}: {key}': repr(value) for name, child in module.named_modules()
-            for key, value in vars(child).items() if key not in ('_parameters', '_modules')}
+    held = {
+        f'{name}: {key}': repr(value)
+        for name, child in module.named_modules()
+        for key, value in vars(child).items()
+        if key not in ('_parameters', '_modules')
+    }
     return held, {key: value.clone() for key, value in module.state_dict().items()}
 
 
@@ -317,9 +372,14 @@ def test_autocast_is_finite_and_near_float32_at_every_stage(dtype, amplitude):
         assert (feature.float() - reference).norm() < 0.02 * reference.norm()
 
 
-@pytest.mark.parametrize('dtype, tolerance', [
-    (torch.bfloat16, 2e-2), pytest.param(torch.float16, 3e-3, marks=needs_float16),
-    (torch.float64, 1e-5)])
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [
+        (torch.bfloat16, 2e-2),
+        pytest.param(torch.float16, 3e-3, marks=needs_float16),
+        (torch.float64, 1e-5),
+    ],
+)
 @torch.no_grad()
 def test_whole_module_in_another_type(dtype, tolerance):
     backbone, image = CrossFormer(SMALL, cooling=True), torch.randn(1, 3, 160, 224)
@@ -336,10 +396,11 @@ def test_gradients_under_autocast_are_finite_and_near(small, probe, dtype):
     reference = torch.autograd.grad(probe(backbone(image)), list(backbone.parameters()))
     with torch.autocast('cpu', dtype):
         features = backbone(image)
-    gradients = torch.autograd.grad(probe(f.float() for f in features),
-                                    list(backbone.parameters()))
-    total, error = (torch.cat([g.flatten() for g in grads]) for grads in (
-        reference, [g - r for g, r in zip(gradients, reference)]))
+    gradients = torch.autograd.grad(probe(f.float() for f in features), list(backbone.parameters()))
+    total, error = (
+        torch.cat([g.flatten() for g in grads])
+        for grads in (reference, [g - r for g, r in zip(gradients, reference)])
+    )
     assert error.isfinite().all()
     assert error.norm() < 0.05 * total.norm()
 
@@ -360,10 +421,13 @@ def test_detection_and_segmentation_build_it_by_name(library):
 
 
 def test_importing_the_package_imports_no_application_library():
-    code = ("import sys, crossformer_mm; print([name for name in sys.modules "
-            "if name.split('.')[0] in ('mmdet', 'mmseg', 'mmpretrain')])")
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                            cwd=ROOT, check=True)
+    code = (
+        "import sys, crossformer_mm; print([name for name in sys.modules "
+        "if name.split('.')[0] in ('mmdet', 'mmseg', 'mmpretrain')])"
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert result.stdout.strip() == '[]'
 
 
@@ -374,57 +438,69 @@ def arch(**changes):
     return dict(SMALL, **changes)
 
 
-@pytest.mark.parametrize('options, sentence', [
-    (dict(arch='xxl'), "arch 'xxl' is unknown"),
-    (dict(arch=dict(embed_dims=32)), 'arch must be a name or a dict'),
-    (dict(arch=arch(heads=3)), 'arch must be a name or a dict'),
-    (dict(arch=7), 'arch must be a name or a dict'),
-    (dict(arch=arch(embed_dims=40)), 'embed_dims must be a positive multiple of 16, got 40'),
-    (dict(arch=arch(embed_dims=0)), 'embed_dims must be'),
-    (dict(arch=arch(embed_dims='32')), 'embed_dims must be'),
-    (dict(arch=arch(depths=(1, 0, 1, 1))), 'depths must be whole numbers of at least 1'),
-    (dict(arch=arch(depths=3)), 'depths must be whole numbers'),
-    (dict(arch=arch(depths=())), 'depths must be whole numbers'),
-    (dict(arch=arch(num_heads=(1, 2, 4))), 'num_heads must have one number for each of the 4'),
-    (dict(arch=arch(num_heads=(1, 2, 5, 8))), 'num_heads[2] = 5 must divide the 128 channels'),
-    (dict(arch=arch(drop_path_rate=1.5)), 'drop_path_rate must be at least 0 and less than 1'),
-    (dict(in_channels=0), 'in_channels must be'),
-    (dict(in_channels='rgb'), 'in_channels must be'),
-    (dict(patch_sizes=()), 'patch_sizes must be kernel sizes'),
-    (dict(patch_sizes=4), 'patch_sizes must be kernel sizes'),
-    (dict(patch_sizes=(4, 7)), 'patch_sizes must be kernel sizes'),
-    (dict(patch_sizes=(8, 4)), 'patch_sizes must be kernel sizes'),
-    (dict(patch_sizes=(4, 6, 8, 10, 12, 14, 16)), 'patch_sizes has more kernels than 32 channels'),
-    (dict(merge_sizes=((2, 4), (2, 4))), 'merge_sizes must have one list of kernels for each of'),
-    (dict(merge_sizes=2), 'merge_sizes must have one list of kernels for each of'),
-    (dict(merge_sizes=((2, 4), (2, 3), (2, 4))), 'merge_sizes[1] must be kernel sizes'),
-    (dict(merge_sizes=((2, 4), (2, 4), 2)), 'merge_sizes[2] must be kernel sizes'),
-    (dict(group_size=7), 'group_size must be whole numbers'),
-    (dict(group_size=(7, 7, 0, 7)), 'group_size must be whole numbers'),
-    (dict(group_size=(7, 7)), 'group_size must have one number for each of the 4 stages'),
-    (dict(interval=(8, 4, 2.5, 1)), 'interval must be whole numbers'),
-    (dict(interval=(8, 4, 2)), 'interval must have one number for each of the 4 stages'),
-    (dict(lda='dilated'), "lda must be one of 'interval', 'block', 'shifted', 'none', got"),
-    (dict(position_bias='fixed'), "position_bias must be one of 'dynamic', 'dynamic_residual', "),
-    (dict(mlp_ratio=0), 'mlp_ratio must be'),
-    (dict(mlp_ratio=0.01), 'mlp_ratio must be'),
-    (dict(mlp_ratio='4'), 'mlp_ratio must be'),
-    (dict(qk_scale='auto'), 'qk_scale must be'),
-    (dict(drop_rate=-0.1), 'drop_rate must be at least 0 and less than 1'),
-    (dict(attn_drop_rate=1), 'attn_drop_rate must be at least 0 and less than 1'),
-    (dict(drop_path_rate=2), 'drop_path_rate must be at least 0 and less than 1'),
-    (dict(drop_path_rate='0.1'), 'drop_path_rate must be'),
-    (dict(out_indices=()), 'out_indices must be different stages from 0 to 3'),
-    (dict(out_indices=3), 'out_indices must be'),
-    (dict(out_indices=(0, 4)), 'out_indices must be'),
-    (dict(out_indices=(-1,)), 'out_indices must be'),
-    (dict(out_indices=(1, 1)), 'out_indices must be'),
-    (dict(out_indices=(1.0,)), 'out_indices must be'),
-    (dict(frozen_stages=5), 'frozen_stages must be from -1 (none) to 4'),
-    (dict(frozen_stages=-2), 'frozen_stages must be'),
-    (dict(frozen_stages=1.0), 'frozen_stages must be'),
-    (dict(frozen_stages=3, out_indices=(0, 1)), 'frozen_stages must be from -1 (none) to 2'),
-])
+@pytest.mark.parametrize(
+    'options, sentence',
+    [
+        (dict(arch='xxl'), "arch 'xxl' is unknown"),
+        (dict(arch=dict(embed_dims=32)), 'arch must be a name or a dict'),
+        (dict(arch=arch(heads=3)), 'arch must be a name or a dict'),
+        (dict(arch=7), 'arch must be a name or a dict'),
+        (dict(arch=arch(embed_dims=40)), 'embed_dims must be a positive multiple of 16, got 40'),
+        (dict(arch=arch(embed_dims=0)), 'embed_dims must be'),
+        (dict(arch=arch(embed_dims='32')), 'embed_dims must be'),
+        (dict(arch=arch(depths=(1, 0, 1, 1))), 'depths must be whole numbers of at least 1'),
+        (dict(arch=arch(depths=3)), 'depths must be whole numbers'),
+        (dict(arch=arch(depths=())), 'depths must be whole numbers'),
+        (dict(arch=arch(num_heads=(1, 2, 4))), 'num_heads must have one number for each of the 4'),
+        (dict(arch=arch(num_heads=(1, 2, 5, 8))), 'num_heads[2] = 5 must divide the 128 channels'),
+        (dict(arch=arch(drop_path_rate=1.5)), 'drop_path_rate must be at least 0 and less than 1'),
+        (dict(in_channels=0), 'in_channels must be'),
+        (dict(in_channels='rgb'), 'in_channels must be'),
+        (dict(patch_sizes=()), 'patch_sizes must be kernel sizes'),
+        (dict(patch_sizes=4), 'patch_sizes must be kernel sizes'),
+        (dict(patch_sizes=(4, 7)), 'patch_sizes must be kernel sizes'),
+        (dict(patch_sizes=(8, 4)), 'patch_sizes must be kernel sizes'),
+        (
+            dict(patch_sizes=(4, 6, 8, 10, 12, 14, 16)),
+            'patch_sizes has more kernels than 32 channels',
+        ),
+        (
+            dict(merge_sizes=((2, 4), (2, 4))),
+            'merge_sizes must have one list of kernels for each of',
+        ),
+        (dict(merge_sizes=2), 'merge_sizes must have one list of kernels for each of'),
+        (dict(merge_sizes=((2, 4), (2, 3), (2, 4))), 'merge_sizes[1] must be kernel sizes'),
+        (dict(merge_sizes=((2, 4), (2, 4), 2)), 'merge_sizes[2] must be kernel sizes'),
+        (dict(group_size=7), 'group_size must be whole numbers'),
+        (dict(group_size=(7, 7, 0, 7)), 'group_size must be whole numbers'),
+        (dict(group_size=(7, 7)), 'group_size must have one number for each of the 4 stages'),
+        (dict(interval=(8, 4, 2.5, 1)), 'interval must be whole numbers'),
+        (dict(interval=(8, 4, 2)), 'interval must have one number for each of the 4 stages'),
+        (dict(lda='dilated'), "lda must be one of 'interval', 'block', 'shifted', 'none', got"),
+        (
+            dict(position_bias='fixed'),
+            "position_bias must be one of 'dynamic', 'dynamic_residual', ",
+        ),
+        (dict(mlp_ratio=0), 'mlp_ratio must be'),
+        (dict(mlp_ratio=0.01), 'mlp_ratio must be'),
+        (dict(mlp_ratio='4'), 'mlp_ratio must be'),
+        (dict(qk_scale='auto'), 'qk_scale must be'),
+        (dict(drop_rate=-0.1), 'drop_rate must be at least 0 and less than 1'),
+        (dict(attn_drop_rate=1), 'attn_drop_rate must be at least 0 and less than 1'),
+        (dict(drop_path_rate=2), 'drop_path_rate must be at least 0 and less than 1'),
+        (dict(drop_path_rate='0.1'), 'drop_path_rate must be'),
+        (dict(out_indices=()), 'out_indices must be different stages from 0 to 3'),
+        (dict(out_indices=3), 'out_indices must be'),
+        (dict(out_indices=(0, 4)), 'out_indices must be'),
+        (dict(out_indices=(-1,)), 'out_indices must be'),
+        (dict(out_indices=(1, 1)), 'out_indices must be'),
+        (dict(out_indices=(1.0,)), 'out_indices must be'),
+        (dict(frozen_stages=5), 'frozen_stages must be from -1 (none) to 4'),
+        (dict(frozen_stages=-2), 'frozen_stages must be'),
+        (dict(frozen_stages=1.0), 'frozen_stages must be'),
+        (dict(frozen_stages=3, out_indices=(0, 1)), 'frozen_stages must be from -1 (none) to 2'),
+    ],
+)
 def test_wrong_option_is_named_in_one_sentence(options, sentence):
     with pytest.raises(ValueError) as error:
         CrossFormer(**{'arch': SMALL, **options})
@@ -433,14 +509,17 @@ def test_wrong_option_is_named_in_one_sentence(options, sentence):
     assert '\n' not in message and message.endswith('.')
 
 
-@pytest.mark.parametrize('image, sentence', [
-    (torch.zeros(3, 32, 32), '(B, 3, H, W)'),
-    (torch.zeros(1, 1, 3, 32, 32), '(B, 3, H, W)'),
-    (torch.zeros(1, 4, 32, 32), 'got shape (1, 4, 32, 32)'),
-    (torch.zeros(1, 3, 0, 32), 'no empty side'),
-    (torch.zeros(1, 3, 32, 0), 'no empty side'),
-    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), 'torch.uint8: normalise them first'),
-])
+@pytest.mark.parametrize(
+    'image, sentence',
+    [
+        (torch.zeros(3, 32, 32), '(B, 3, H, W)'),
+        (torch.zeros(1, 1, 3, 32, 32), '(B, 3, H, W)'),
+        (torch.zeros(1, 4, 32, 32), 'got shape (1, 4, 32, 32)'),
+        (torch.zeros(1, 3, 0, 32), 'no empty side'),
+        (torch.zeros(1, 3, 32, 0), 'no empty side'),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), 'torch.uint8: normalise them first'),
+    ],
+)
 def test_wrong_image_is_refused_in_one_sentence(small, image, sentence):
     with pytest.raises(ValueError) as error:
         small()(image)

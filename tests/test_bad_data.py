@@ -1,4 +1,5 @@
 """Data of other people: unusual files work, unusable ones are named in one sentence."""
+
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
-from crossformer_mm.engine.data_checks import (categories_checked, check_files, explained_data,
-                                               guard)
+from crossformer_mm.engine.data_checks import categories_checked, check_files, explained_data, guard
 from crossformer_mm.engine.errors import DataError
 
 from .tool_process import ToolProcess
@@ -62,11 +62,20 @@ def refusal(build_or_load) -> str:
 # What is found before training starts
 
 
-@pytest.mark.parametrize('content', [
-    '', '{"images": [', '[]', '{}', '{"images": [{}]}', """{
+@pytest.mark.parametrize(
+    'content',
+    [
+        '',
+        '{"images": [',
+        '[]',
+        '{}',
+        '{"images": [{}]}',
+        """{
         "images": [{"id": 1, "file_name": "1.png", "height": 9, "width": 9}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": ["a", 0, 1, 1]}],
-        "categories": [{"id": 1, "name": "disk"}]}"""])
+        "categories": [{"id": 1, "name": "disk"}]}""",
+    ],
+)
 def test_annotation_file_that_cannot_be_read(data, tmp_path, content):
     (data / TRAIN_JSON).write_text(content)
     said = refusal(lambda: build(DETECTOR, data, 'train', tmp_path))
@@ -106,8 +115,10 @@ def test_class_of_the_config_that_the_file_does_not_have(data, tmp_path):
 
     change(data / TRAIN_JSON, rename)
     said = refusal(lambda: build(DETECTOR, data, 'train', tmp_path))
-    assert said.startswith("Class 'square' of the config's metainfo.classes is no category of "
-                           f"annotation file '{data / TRAIN_JSON}', which has 'disk', 'box'")
+    assert said.startswith(
+        "Class 'square' of the config's metainfo.classes is no category of "
+        f"annotation file '{data / TRAIN_JSON}', which has 'disk', 'box'"
+    )
 
 
 def test_classes_in_another_order_than_in_the_file(data, tmp_path):
@@ -122,8 +133,10 @@ def test_class_of_the_file_that_the_config_does_not_have(data, tmp_path, caplog)
         content['categories'].append(dict(id=9, name='ring'))
         content['annotations'][0]['category_id'] = 9
 
-    whole = sum(len(build(DETECTOR, data, 'train', tmp_path).get_data_info(i)['instances'])
-                for i in range(6))
+    whole = sum(
+        len(build(DETECTOR, data, 'train', tmp_path).get_data_info(i)['instances'])
+        for i in range(6)
+    )
     change(data / TRAIN_JSON, add)
     dataset = build(DETECTOR, data, 'train', tmp_path)
     assert sum(len(dataset.get_data_info(i)['instances']) for i in range(6)) == whole - 1
@@ -133,16 +146,19 @@ def test_class_of_the_file_that_the_config_does_not_have(data, tmp_path, caplog)
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size * 9 // 10])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
 
 
-@pytest.mark.parametrize('kind, split, file, what', [
-    (DETECTOR, 'train', 'coco/train2017/000000000001.png', 'Image'),
-    (DETECTOR, 'val', 'coco/val2017/000000000001.png', 'Image'),
-    (SEGMENTOR, 'train', 'ade/images/training/000000000001.jpg', 'Image'),
-    (SEGMENTOR, 'val', 'ade/images/validation/000000000001.jpg', 'Image'),
-    (SEGMENTOR, 'train', 'ade/annotations/training/000000000001.png', 'Label map'),
-])
+@pytest.mark.parametrize(
+    'kind, split, file, what',
+    [
+        (DETECTOR, 'train', 'coco/train2017/000000000001.png', 'Image'),
+        (DETECTOR, 'val', 'coco/val2017/000000000001.png', 'Image'),
+        (SEGMENTOR, 'train', 'ade/images/training/000000000001.jpg', 'Image'),
+        (SEGMENTOR, 'val', 'ade/images/validation/000000000001.jpg', 'Image'),
+        (SEGMENTOR, 'train', 'ade/annotations/training/000000000001.png', 'Label map'),
+    ],
+)
 def test_truncated_file(data, tmp_path, kind, split, file, what):
     truncate(data / file)
     dataset = build(kind, data, split, tmp_path)
@@ -189,7 +205,8 @@ def test_skipping_takes_another_image_and_lists_each_once(data, tmp_path):
         for index in range(len(dataset)):
             assert dataset[index]['data_samples'].img_path not in map(str, bad)
     assert (tmp_path / 'skipped.txt').read_text().splitlines() == [
-        f"Image '{path}' is cut short or no image." for path in bad]
+        f"Image '{path}' is cut short or no image." for path in bad
+    ]
 
 
 def test_skipping_ends_where_nothing_works(data, tmp_path):
@@ -219,7 +236,8 @@ def put_odd_images(data: Path) -> None:
             # The name of a PNG, for JPEG is the format that has CMYK.
             image.save(data / f'coco/{split}2017/{name}.png', format='JPEG')
             Image.fromarray(np.ones(label_size[::-1], np.uint8)).save(
-                data / f'ade/annotations/{ade_split}/{name}.png')
+                data / f'ade/annotations/{ade_split}/{name}.png'
+            )
             sizes[number] = size
 
         def resize(content):
@@ -230,13 +248,19 @@ def put_odd_images(data: Path) -> None:
                 if annotation['image_id'] in sizes:
                     width, height = sizes[annotation['image_id']]
                     x, y, w, h = 0, 0, width, height
-                    annotation.update(bbox=[x, y, w, h], area=w * h, iscrowd=0,
-                                      segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+                    annotation.update(
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                        segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    )
                 if annotation['image_id'] == 5:  # crowds only, one of them as COCO writes them
-                    annotation.update(iscrowd=1,
-                                      segmentation=dict(size=[48, 48], counts=[0, 48 * 48]))
-            content['annotations'] = [annotation for annotation in content['annotations']
-                                      if annotation['image_id'] != 3]  # no objects at all
+                    annotation.update(
+                        iscrowd=1, segmentation=dict(size=[48, 48], counts=[0, 48 * 48])
+                    )
+            content['annotations'] = [
+                annotation for annotation in content['annotations'] if annotation['image_id'] != 3
+            ]  # no objects at all
 
         change(data / f'coco/annotations/instances_{split}2017.json', resize)
 
@@ -248,10 +272,21 @@ def test_odd_images_train_and_are_evaluated(kind, data, tmp_path):
     config = write_config(kind, tmp_path / 'config.py', data)
     options = dict(
         detector=['train_cfg.max_epochs=1', 'train_dataloader.dataset.filter_cfg=None'],
-        segmentor=['train_cfg.max_iters=3', 'train_dataloader.num_workers=0',
-                   'train_dataloader.persistent_workers=False'])[kind.name]
-    process = ToolProcess(tmp_path / 'log.txt', 'tools/train.py', config, '--work-dir', tmp_path,
-                          '--cfg-options', *options)
+        segmentor=[
+            'train_cfg.max_iters=3',
+            'train_dataloader.num_workers=0',
+            'train_dataloader.persistent_workers=False',
+        ],
+    )[kind.name]
+    process = ToolProcess(
+        tmp_path / 'log.txt',
+        'tools/train.py',
+        config,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *options,
+    )
     assert process.wait() == 0, process.output[-1500:]
     assert ('coco/bbox_mAP:' if kind is DETECTOR else 'mIoU:') in process.output
     assert 'nan' not in process.output.split('Saving checkpoint')[0].split('Epoch(train)')[-1]
@@ -263,16 +298,26 @@ def test_training_goes_on_without_bad_images_when_told_to(data, tmp_path):
     config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
     options = ['--cfg-options', 'train_cfg.max_iters=3']
 
-    process = ToolProcess(tmp_path / 'log.txt', 'tools/train.py', config, '--work-dir', tmp_path,
-                          *options)
+    process = ToolProcess(
+        tmp_path / 'log.txt', 'tools/train.py', config, '--work-dir', tmp_path, *options
+    )
     assert process.wait() == 2  # the error came through a worker process
     assert process.output.strip().splitlines()[-1] == (
-        f"error: Image '{bad}' is cut short or no image.")
+        f"error: Image '{bad}' is cut short or no image."
+    )
     assert not (tmp_path / 'skipped_images.txt').exists()
 
-    process = ToolProcess(tmp_path / 'log.txt', 'tools/train.py', config, '--work-dir', tmp_path,
-                          '--skip-bad-images', *options)
+    process = ToolProcess(
+        tmp_path / 'log.txt',
+        'tools/train.py',
+        config,
+        '--work-dir',
+        tmp_path,
+        '--skip-bad-images',
+        *options,
+    )
     assert process.wait() == 0, process.output[-3000:]
     assert "1 images were skipped, see '" in process.output
     assert (tmp_path / 'skipped_images.txt').read_text() == (
-        f"Image '{bad}' is cut short or no image.\n")
+        f"Image '{bad}' is cut short or no image.\n"
+    )

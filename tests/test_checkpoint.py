@@ -1,4 +1,5 @@
 """Weights from files: ours, the authors' and whole models'; and files that must be refused."""
+
 import logging
 import os
 import pickle
@@ -20,29 +21,51 @@ def plain(state):
 
 def imagenet(state):
     """As the authors' classification code saves it."""
-    buffers = {'layers.0.blocks.0.attn.biases': torch.zeros(169, 2),
-               'layers.0.blocks.0.attn.relative_position_index': torch.zeros(49, 49).long(),
-               'layers.0.blocks.0.attn_mask': torch.zeros(64, 49, 49)}
-    head = {'norm.weight': torch.ones(256), 'norm.bias': torch.zeros(256),
-            'head.weight': torch.zeros(1000, 256), 'head.bias': torch.zeros(1000)}
-    return dict(model={**state, **buffers, **head}, epoch=300, max_accuracy=82.5,
-                optimizer=dict(state={0: dict(exp_avg=torch.zeros(3))}, param_groups=[]),
-                lr_scheduler=dict(t_in_epochs=False), config=None)
+    buffers = {
+        'layers.0.blocks.0.attn.biases': torch.zeros(169, 2),
+        'layers.0.blocks.0.attn.relative_position_index': torch.zeros(49, 49).long(),
+        'layers.0.blocks.0.attn_mask': torch.zeros(64, 49, 49),
+    }
+    head = {
+        'norm.weight': torch.ones(256),
+        'norm.bias': torch.zeros(256),
+        'head.weight': torch.zeros(1000, 256),
+        'head.bias': torch.zeros(1000),
+    }
+    return dict(
+        model={**state, **buffers, **head},
+        epoch=300,
+        max_accuracy=82.5,
+        optimizer=dict(state={0: dict(exp_avg=torch.zeros(3))}, param_groups=[]),
+        lr_scheduler=dict(t_in_epochs=False),
+        config=None,
+    )
 
 
 def detector(state):
     """As MMDetection and MMSegmentation before mmengine save it."""
-    head = {'neck.lateral_convs.0.conv.weight': torch.zeros(8, 32, 1, 1),
-            'bbox_head.norm.weight': torch.ones(3), 'decode_head.conv_seg.bias': torch.zeros(150)}
-    return dict(state_dict={**{f'backbone.{key}': value for key, value in state.items()}, **head},
-                meta=dict(mmdet_version='2.8.0', CLASSES=('person', 'bicycle')), optimizer={})
+    head = {
+        'neck.lateral_convs.0.conv.weight': torch.zeros(8, 32, 1, 1),
+        'bbox_head.norm.weight': torch.ones(3),
+        'decode_head.conv_seg.bias': torch.zeros(150),
+    }
+    return dict(
+        state_dict={**{f'backbone.{key}': value for key, value in state.items()}, **head},
+        meta=dict(mmdet_version='2.8.0', CLASSES=('person', 'bicycle')),
+        optimizer={},
+    )
 
 
 def runner(state):
     """As mmengine's Runner saves it: the training log is objects, not plain data."""
-    return dict(detector(state), message_hub=dict(
-        log_scalars=dict(loss=HistoryBuffer([1., 2.], [1, 1])), accuracy=np.float64(0.5),
-        runtime_info=dict(curve=np.ones(3))))
+    return dict(
+        detector(state),
+        message_hub=dict(
+            log_scalars=dict(loss=HistoryBuffer([1.0, 2.0], [1, 1])),
+            accuracy=np.float64(0.5),
+            runtime_info=dict(curve=np.ones(3)),
+        ),
+    )
 
 
 def parallel(state):
@@ -92,7 +115,7 @@ def test_output_norms_start_fresh(donor, save, layout):
     norms = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
     assert_holds(backbone, donor, but=norms)
     fresh = [value for key, value in backbone.state_dict().items() if key.startswith(norms)]
-    assert len(fresh) == 8 and {value.unique().item() for value in fresh} == {0., 1.}
+    assert len(fresh) == 8 and {value.unique().item() for value in fresh} == {0.0, 1.0}
 
 
 def test_output_norms_of_a_file_are_loaded(small, save):
@@ -138,8 +161,9 @@ def test_no_checkpoint_warns_and_starts_from_random_weights(caplog):
 def refused(path, sentence, kind=ValueError, **options):
     """The one clear sentence with which a file is refused, no weight having changed."""
     torch.manual_seed(5)
-    backbone = CrossFormer(options.pop('arch', SMALL),
-                           init_cfg=dict(type='Pretrained', checkpoint=path), **options)
+    backbone = CrossFormer(
+        options.pop('arch', SMALL), init_cfg=dict(type='Pretrained', checkpoint=path), **options
+    )
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with pytest.raises(kind) as error:
         backbone.init_weights()

@@ -3,6 +3,7 @@
 Those of docs/custom_projects.md, which build on each other, are run by test_docs.py,
 benchmarks/gpu.py by test_gpu_benchmark.py and benchmarks/pretraining.py by test_pretraining.py.
 """
+
 import os
 import re
 import shlex
@@ -34,23 +35,64 @@ CHANNELS = [16, 32, 64, 128]
 SHORTER = {
     'tools/export.py': ['--shape', '64', '64'],
     'tools/make_shapes.py': ['--train', '8', '--val', '8'],
-    'benchmarks/backbone.py': ['--sizes', '32x32', '40x40', '--models', 'crossformer_s',
-                               '--modes', 'infer', '--repeats', '2'],
+    'benchmarks/backbone.py': [
+        '--sizes',
+        '32x32',
+        '40x40',
+        '--models',
+        'crossformer_s',
+        '--modes',
+        'infer',
+        '--repeats',
+        '2',
+    ],
     'benchmarks/position_bias/study.py': [
-        '--short', '--out', 'work_dirs/short', '--experiments', 'semantic', '--trainings', 'single',
-        '--options', 'none', '--seeds', '1', '--workers', '1'],
-    'tools/sweep_groups.py': ['--group-size', '7,7,7,7', '--interval', '8,4,2,1', '--lda',
-                              'interval'],  # the configs' own alone
+        '--short',
+        '--out',
+        'work_dirs/short',
+        '--experiments',
+        'semantic',
+        '--trainings',
+        'single',
+        '--options',
+        'none',
+        '--seeds',
+        '1',
+        '--workers',
+        '1',
+    ],
+    'tools/sweep_groups.py': [
+        '--group-size',
+        '7,7,7,7',
+        '--interval',
+        '8,4,2,1',
+        '--lda',
+        'interval',
+    ],  # the configs' own alone
     'tools/train.py configs/demo/upernet_shapes.py': [
-        '--cfg-options', 'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
-        'train_dataloader.batch_size=2'],
+        '--cfg-options',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'train_dataloader.batch_size=2',
+    ],
 }
 # Of several machines and of Slurm: tests/test_options.py and test_ranks.py run the same scripts.
 APART = (EXAMPLES, ROOT / 'docs' / 'distributed.md')
-EVERY = {command: page.stem for page in PAGES if page not in APART for command in commands(page)
-         if not re.sub(r"^(\w+=('[^']*'|\S*) )+", '', command).startswith(
-             ('make ', 'pip ', 'tensorboard ', 'python benchmarks/gpu.py',
-              'python benchmarks/pretraining.py'))}
+EVERY = {
+    command: page.stem
+    for page in PAGES
+    if page not in APART
+    for command in commands(page)
+    if not re.sub(r"^(\w+=('[^']*'|\S*) )+", '', command).startswith(
+        (
+            'make ',
+            'pip ',
+            'tensorboard ',
+            'python benchmarks/gpu.py',
+            'python benchmarks/pretraining.py',
+        )
+    )
+}
 
 
 def small_config(name: str) -> Config:
@@ -65,7 +107,7 @@ def small_config(name: str) -> Config:
     if cfg.default_scope == 'mmpretrain':
         cfg.model.neck.in_channels = cfg.model.head.in_channels = CHANNELS[-1]
     elif 'neck' in cfg.model:
-        cfg.model.neck.in_channels = CHANNELS[-len(cfg.model.neck.in_channels):]
+        cfg.model.neck.in_channels = CHANNELS[-len(cfg.model.neck.in_channels) :]
     else:
         cfg.model.decode_head.update(in_channels=CHANNELS, channels=16)
         cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
@@ -79,8 +121,9 @@ def shrink_data(cfg: Config) -> None:
         shrink(cfg[f'{split}_dataloader'].dataset.pipeline)
     shrink(cfg.model)
     shrink(cfg.get('tta_pipeline') or [])
-    cfg.train_cfg.update({'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2},
-                         val_interval=2)
+    cfg.train_cfg.update(
+        {'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2}, val_interval=2
+    )
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +167,7 @@ def make_checkpoints(place: Path, words: list) -> None:
             torch.save(imagenet_file(CrossFormer(TINY), earlier), place / file)
             continue
         if f'model.backbone.init_cfg.checkpoint={file}' in words:  # of a pretraining
-            config, = place.glob(f'configs/*/{Path(file).parent.name}.py')
+            (config,) = place.glob(f'configs/*/{Path(file).parent.name}.py')
         cfg = Config.fromfile(place / (config or 'configs/mask_rcnn/cf_s_1x.py'))
         if 'model.backbone.arch.depths=(2,2,4,2)' in words:
             cfg.model.backbone.arch.depths = (2, 2, 4, 2)
@@ -147,9 +190,18 @@ def test_command_runs(command, place, capfd):
     if tool.endswith('.sh') or tool.startswith('benchmarks/'):
         interpreter = [] if tool.endswith('.sh') else [sys.executable]
         done = subprocess.run(
-            interpreter + words, cwd=place, capture_output=True, text=True, timeout=300,
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(),
-                 'PYTHON': sys.executable})
+            interpreter + words,
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={
+                **os.environ,
+                'OMP_NUM_THREADS': '1',
+                'PORT': free_port(),
+                'PYTHON': sys.executable,
+            },
+        )
         status, said = done.returncode, done.stdout + done.stderr
     else:
         status = run_here(place, Path(tool).name, *words[1:])

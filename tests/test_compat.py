@@ -1,4 +1,5 @@
 """What stands in for newer releases of PyTorch does what they do, or refuses."""
+
 import io
 import pickle
 import tarfile
@@ -34,8 +35,12 @@ def operators():
 
     plain = define_operator('test_without_gradient', twice, lambda x, factor: torch.empty_like(x))
     return plain, define_operator(
-        'test_with_gradient', twice, lambda x, factor: torch.empty_like(x), setup_context=keep,
-        backward=lambda ctx, gradient: (plain(gradient, ctx.factor), None))
+        'test_with_gradient',
+        twice,
+        lambda x, factor: torch.empty_like(x),
+        setup_context=keep,
+        backward=lambda ctx, gradient: (plain(gradient, ctx.factor), None),
+    )
 
 
 def test_operator_is_the_function_with_its_gradient(operators):
@@ -43,8 +48,8 @@ def test_operator_is_the_function_with_its_gradient(operators):
     x = torch.randn(3, requires_grad=True)
     out = operator(x, 5)
     torch.testing.assert_close(out, 5 * x)
-    gradient, = torch.autograd.grad(out.sum(), x, create_graph=True)
-    assert gradient.tolist() == [5.] * 3
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert gradient.tolist() == [5.0] * 3
     assert operator(x.detach(), 5).grad_fn is None
 
 
@@ -60,7 +65,6 @@ def test_operator_without_gradient_serves_an_autograd_function(operators):
     plain, _ = operators
 
     class Function(torch.autograd.Function):
-
         @staticmethod
         def forward(ctx, x):
             return plain(x, 3)
@@ -71,7 +75,7 @@ def test_operator_without_gradient_serves_an_autograd_function(operators):
 
     x = torch.randn(2, requires_grad=True)
     Function.apply(x).sum().backward()
-    assert x.grad.tolist() == [3.] * 2
+    assert x.grad.tolist() == [3.0] * 2
 
 
 def test_operator_has_shapes_without_data(operators):
@@ -83,8 +87,7 @@ def test_operator_has_shapes_without_data(operators):
 def test_missing_torch_is_said_in_a_clause(monkeypatch):
     monkeypatch.setattr(compat, 'TORCH', (2, 4))
     assert not missing_torch('2.4') and not missing_torch('2.1')
-    assert missing_torch('2.10') == ('it needs PyTorch 2.10 or newer, this is '
-                                     f'{torch.__version__}')
+    assert missing_torch('2.10') == (f'it needs PyTorch 2.10 or newer, this is {torch.__version__}')
 
 
 @pytest.fixture(params=['as on this PyTorch', 'as before 2.6'])
@@ -109,9 +112,18 @@ class Marker:
 
 @pytest.mark.parametrize('zipped', [True, False])
 def test_plain_data_is_read(release, tmp_path, zipped):
-    kept = dict(state_dict={'a.weight': torch.randn(3, 2).half(), 'flag': torch.tensor(True)},
-                meta=dict(classes=('one', 'two'), used={1, 2}, dtype=torch.bfloat16, raw=b'\0\xff',
-                          number=np.float64(0.5), array=np.arange(3), device=torch.device('cpu')))
+    kept = dict(
+        state_dict={'a.weight': torch.randn(3, 2).half(), 'flag': torch.tensor(True)},
+        meta=dict(
+            classes=('one', 'two'),
+            used={1, 2},
+            dtype=torch.bfloat16,
+            raw=b'\0\xff',
+            number=np.float64(0.5),
+            array=np.arange(3),
+            device=torch.device('cpu'),
+        ),
+    )
     torch.save(kept, tmp_path / 'file.pth', _use_new_zipfile_serialization=zipped)
     found = read_checkpoint(str(tmp_path / 'file.pth'))
     assert found['meta'].pop('array').tolist() == kept['meta'].pop('array').tolist()
@@ -124,8 +136,12 @@ def test_plain_data_is_read(release, tmp_path, zipped):
 @pytest.mark.parametrize('zipped', [True, False])
 @pytest.mark.parametrize('protocol', [2, 4])
 def test_code_is_not_run(release, tmp_path, zipped, protocol):
-    torch.save(dict(state_dict={}, extra=Marker(tmp_path / 'marker')), tmp_path / 'file.pth',
-               _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    torch.save(
+        dict(state_dict={}, extra=Marker(tmp_path / 'marker')),
+        tmp_path / 'file.pth',
+        _use_new_zipfile_serialization=zipped,
+        pickle_protocol=protocol,
+    )
     with pytest.raises(CheckpointError, match=r'was not run|no file of plain weights'):
         read_checkpoint(str(tmp_path / 'file.pth'))
     assert not (tmp_path / 'marker').exists()
@@ -157,13 +173,21 @@ def stream(*codes) -> bytes:
     return b'\x80\x02' + b''.join(codes) + b'.'
 
 
-@pytest.mark.parametrize('codes', [
-    # An instance of, a call of, and a state for what may be named but is not to be used so.
-    (b'cbuiltins\neval\n', b'(U\x011tR'), (b'(U\x011ibuiltins\neval\n',),
-    (b'(cbuiltins\neval\nU\x011o',), (b'cos\nsystem\n', b'(U\x04truetR'),
-    (b'ctorch._utils\n_rebuild_tensor_v2.__globals__\n',), (b'\x82\x01',),
-    (b'}', b'}', b'b'), (b'U\x01a', b')R'), (b'U\x06module', b'U\x01a', b'\x86', b'Q'),
-])
+@pytest.mark.parametrize(
+    'codes',
+    [
+        # An instance of, a call of, and a state for what may be named but is not to be used so.
+        (b'cbuiltins\neval\n', b'(U\x011tR'),
+        (b'(U\x011ibuiltins\neval\n',),
+        (b'(cbuiltins\neval\nU\x011o',),
+        (b'cos\nsystem\n', b'(U\x04truetR'),
+        (b'ctorch._utils\n_rebuild_tensor_v2.__globals__\n',),
+        (b'\x82\x01',),
+        (b'}', b'}', b'b'),
+        (b'U\x01a', b')R'),
+        (b'U\x06module', b'U\x01a', b'\x86', b'Q'),
+    ],
+)
 def test_what_pickles_can_do_is_not_done(codes):
     reader = compat.plain_pickle(SAFE_GLOBALS).Unpickler(io.BytesIO(stream(*codes)))
     reader.persistent_load = lambda name: pytest.fail(f'asked for {name}')

@@ -1,5 +1,6 @@
 """Data sets in wrappers, pipelines that hooks switch, files behind a backend: all as they are with
 MMDetection's own tool, and with what is wrong said of the right file."""
+
 import logging
 import re
 from pathlib import Path
@@ -83,8 +84,10 @@ def config(data, tmp_path):
     def write(code: str = '', place: Path = data) -> Path:
         path = write_config(ONE_STAGE, tmp_path / f'{tmp_path.name}.py', place)
         base = path.rename(tmp_path / f'base_{tmp_path.name}.py')
-        path.write_text(f"_base_ = {str(base)!r}\n" + 'train_cfg = dict(max_epochs=1)\n'
-                        'val_cfg = val_dataloader = val_evaluator = None\n' + code)
+        path.write_text(
+            f"_base_ = {str(base)!r}\n" + 'train_cfg = dict(max_epochs=1)\n'
+            'val_cfg = val_dataloader = val_evaluator = None\n' + code
+        )
         return path
 
     return write
@@ -100,9 +103,20 @@ def wrapped(cfg_file: Path, wrap, **settings) -> Path:
 
 
 def test_data_sets_may_be_in_wrappers(capfd, config, tmp_path):
-    file = wrapped(config(), lambda dataset: dict(type='RepeatDataset', times=2, dataset=dict(
-        type='ConcatDataset', datasets=[dict(
-            type='ClassBalancedDataset', oversample_thr=0.9, dataset=dataset), dataset])))
+    file = wrapped(
+        config(),
+        lambda dataset: dict(
+            type='RepeatDataset',
+            times=2,
+            dataset=dict(
+                type='ConcatDataset',
+                datasets=[
+                    dict(type='ClassBalancedDataset', oversample_thr=0.9, dataset=dataset),
+                    dataset,
+                ],
+            ),
+        ),
+    )
     said = run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py')
     assert re.search(r'Epoch\(train\) +\[1\]\[ *8/', said)  # twice two times four images
     assert (tmp_path / 'epoch_1.pth').exists()
@@ -124,7 +138,8 @@ def test_a_corrupt_partner_in_a_mosaic_is_what_is_named(capfd, config, tmp_path)
     assert said.strip().splitlines()[-1] == f"error: Image '{bad}' is cut short or no image."
     run_tool(capfd, file, '--work-dir', tmp_path, '--skip-bad-images', tool='train.py')
     assert (tmp_path / 'skipped_images.txt').read_text() == (
-        f"Image '{bad}' is cut short or no image.\n")
+        f"Image '{bad}' is cut short or no image.\n"
+    )
 
 
 def drawn_by_mmengine(file: Path, epoch: int) -> list:
@@ -143,10 +158,13 @@ steps = [dict(type='mmengine.RecordName'), *_base_.train_pipeline]
 
 
 def test_hooks_switch_pipelines(capfd, config, tmp_path):
-    file = config(RECORDED + '''
+    file = config(
+        RECORDED
+        + '''
 custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=steps)]
 train_cfg = dict(max_epochs=2)
-''')
+'''
+    )
     LOADED.clear()
     run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py')
     loaded = list(LOADED)
@@ -156,10 +174,13 @@ train_cfg = dict(max_epochs=2)
 
 
 def test_a_part_of_an_epoch_has_the_images_that_mmengine_draws(capfd, config, tmp_path):
-    file = config(RECORDED + '''
+    file = config(
+        RECORDED
+        + '''
 train_cfg = dict(max_epochs=3)
 train_dataloader = dict(num_batch_per_epoch=1, dataset=dict(pipeline=steps))
-''')
+'''
+    )
     LOADED.clear()
     run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py')
     loaded = list(LOADED)
@@ -167,21 +188,33 @@ train_dataloader = dict(num_batch_per_epoch=1, dataset=dict(pipeline=steps))
     assert loaded == sum(expected, []) and len(loaded) == 6
 
 
-@pytest.mark.parametrize('root, backend', [
-    ('elsewhere://bucket', None),
-    ('/nowhere/bucket', dict(backend='elsewhere', path_mapping={'/nowhere': 'elsewhere:/'}))],
-    ids=['address', 'mapped'])
-def test_files_behind_a_backend_are_left_to_it(capfd, config, data, tmp_path, monkeypatch, root,
-                                               backend):
+@pytest.mark.parametrize(
+    'root, backend',
+    [
+        ('elsewhere://bucket', None),
+        ('/nowhere/bucket', dict(backend='elsewhere', path_mapping={'/nowhere': 'elsewhere:/'})),
+    ],
+    ids=['address', 'mapped'],
+)
+def test_files_behind_a_backend_are_left_to_it(
+    capfd, config, data, tmp_path, monkeypatch, root, backend
+):
     monkeypatch.setattr(Elsewhere, 'folder', str(data))
     if backend:
         for name in ('get', 'get_local_path', 'exists'):
-            monkeypatch.setattr(Elsewhere, name, lambda self, path, take=getattr(Elsewhere, name):
-                                take(self, str(path).replace('/nowhere', 'elsewhere:/')))
+            monkeypatch.setattr(
+                Elsewhere,
+                name,
+                lambda self, path, take=getattr(Elsewhere, name): take(
+                    self, str(path).replace('/nowhere', 'elsewhere:/')
+                ),
+            )
     code = f'train_dataloader = dict(dataset=dict(data_root={root + "/coco"!r}'
     if backend:
-        code += (f', backend_args={backend}, pipeline=[dict(type="LoadImageFromFile", '
-                 f'backend_args={backend}), *_base_.train_pipeline[1:]]')
+        code += (
+            f', backend_args={backend}, pipeline=[dict(type="LoadImageFromFile", '
+            f'backend_args={backend}), *_base_.train_pipeline[1:]]'
+        )
     run_tool(capfd, config(code + '))\n'), '--work-dir', tmp_path, tool='train.py')
     assert (tmp_path / 'epoch_1.pth').exists()
 
@@ -195,10 +228,11 @@ train_dataloader = dict(dataset=dict(pipeline=[
     *_base_.train_pipeline[:2], dict(type='mmengine.FailsSometimes'),
     *_base_.train_pipeline[2:]]))
 ''')
-    said = run_tool(capfd, file, '--work-dir', tmp_path, '--skip-bad-images', tool='train.py',
-                    expect=1)
+    said = run_tool(
+        capfd, file, '--work-dir', tmp_path, '--skip-bad-images', tool='train.py', expect=1
+    )
     assert said.strip().splitlines()[-1] == "KeyError: 'no such key'"
-    log, = tmp_path.glob('*/*.log')
+    (log,) = tmp_path.glob('*/*.log')
     for text in (said, log.read_text()):
         assert "000000000003.png' can be read, but preparing it ended in KeyError" in text
         assert 'Traceback' in text and "return results['no such key']" in text
@@ -209,7 +243,7 @@ def test_a_mistake_in_a_hook_keeps_its_traceback(capfd, config, tmp_path):
     file = config("custom_hooks = [dict(type='mmengine.FailingHook')]\n")
     said = run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py', expect=1)
     assert said.strip().splitlines()[-1] == 'LookupError: a mistake of mine'
-    log, = tmp_path.glob('*/*.log')
+    (log,) = tmp_path.glob('*/*.log')
     assert 'LookupError: a mistake of mine' in log.read_text()
 
 
@@ -219,7 +253,6 @@ def own_data_set():
     from mmdet.datasets import CocoDataset
 
     class MistakenDataset(CocoDataset):
-
         def load_data_list(self):
             return [][len(self.ann_file)]
 
@@ -228,13 +261,17 @@ def own_data_set():
     DATASETS.module_dict.pop('MistakenDataset')
 
 
-def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(capfd, config, tmp_path,
-                                                                    own_data_set):
+def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(
+    capfd, config, tmp_path, own_data_set
+):
     file = config(f'train_dataloader = dict(dataset=dict(type={own_data_set!r}))\n')
     said = run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py', expect=2)
-    assert said.strip().splitlines()[-1].endswith(
-        'could not be used: IndexError: list index out of range.')
-    log, = tmp_path.glob('*/*.log')
+    assert (
+        said.strip()
+        .splitlines()[-1]
+        .endswith('could not be used: IndexError: list index out of range.')
+    )
+    (log,) = tmp_path.glob('*/*.log')
     assert 'return [][len(self.ann_file)]' in said
     assert 'return [][len(self.ann_file)]' in log.read_text()
 
@@ -243,7 +280,6 @@ def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(capfd, confi
 
 
 class Head(nn.Module):
-
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = num_classes
@@ -257,8 +293,11 @@ def refusal(scope: str, **heads: int):
     model = nn.ModuleDict({name: Head(count) for name, count in heads.items()})
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'))))
     runner = SimpleNamespace(
-        model=model, train_dataloader=loader, logger=logging.getLogger('mmengine'),
-        default_scope=DefaultScope.get_instance(f'classes of {scope}', scope_name=scope))
+        model=model,
+        train_dataloader=loader,
+        logger=logging.getLogger('mmengine'),
+        default_scope=DefaultScope.get_instance(f'classes of {scope}', scope_name=scope),
+    )
     try:
         check_number_of_classes(runner, 'train')
     except ConfigError as error:
@@ -266,11 +305,14 @@ def refusal(scope: str, **heads: int):
     return None
 
 
-@pytest.mark.parametrize('scope, heads', [
-    ('mmdet', dict(rpn_head=1, bbox_head=4)),  # of FCOS as a region proposal network
-    ('mmdet', dict(bbox_head=9)),
-    ('mmseg', dict(decode_head=4, auxiliary_head=2)),  # of STDC: borders
-])
+@pytest.mark.parametrize(
+    'scope, heads',
+    [
+        ('mmdet', dict(rpn_head=1, bbox_head=4)),  # of FCOS as a region proposal network
+        ('mmdet', dict(bbox_head=9)),
+        ('mmseg', dict(decode_head=4, auxiliary_head=2)),  # of STDC: borders
+    ],
+)
 def test_heads_may_tell_something_else_apart(scope, heads):
     assert refusal(scope, **heads) is None
 
@@ -278,4 +320,5 @@ def test_heads_may_tell_something_else_apart(scope, heads):
 @pytest.mark.parametrize('scope, head', [('mmdet', 'bbox_head'), ('mmseg', 'decode_head')])
 def test_a_head_with_too_few_classes_is_named(scope, head):
     assert refusal(scope, **{head: 3}).startswith(
-        f'model.{head}.num_classes = 3 is too small for the 4 classes of the data set')
+        f'model.{head}.num_classes = 3 is too small for the 4 classes of the data set'
+    )

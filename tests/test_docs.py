@@ -3,6 +3,7 @@
 Every command is checked: its program and files exist, its arguments parse, the settings that it
 replaces are in the config. Those of the worked examples run, on small data and models.
 """
+
 import re
 import runpy
 import shlex
@@ -28,8 +29,11 @@ EXAMPLES = ROOT / 'docs' / 'custom_projects.md'
 
 
 def blocks(page: Path, language: str) -> List[str]:
-    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(encoding='utf-8'),
-                      flags=re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf'^```{language}\n(.*?)^```',
+        page.read_text(encoding='utf-8'),
+        flags=re.DOTALL | re.MULTILINE,
+    )
 
 
 def commands(page: Path) -> List[str]:
@@ -39,8 +43,11 @@ def commands(page: Path) -> List[str]:
     return words
 
 
-EVERY = [pytest.param(command, id=f'{page.stem}: {command}')
-         for page in PAGES for command in commands(page)]
+EVERY = [
+    pytest.param(command, id=f'{page.stem}: {command}')
+    for page in PAGES
+    for command in commands(page)
+]
 
 
 def configs_of(page: Path) -> List[str]:
@@ -82,7 +89,11 @@ def check_pip(words: List[str]) -> None:
             assert word == '.' or re.fullmatch(r'\.\[(\w+)\]', word)[1] in extras
         else:
             assert word in ('-e', '--no-build-isolation') or re.split('[<>=]', word)[0] in (
-                'torch', 'mmengine', 'mmcv-lite', 'onedl-mmcv')
+                'torch',
+                'mmengine',
+                'mmcv-lite',
+                'onedl-mmcv',
+            )
 
 
 @pytest.mark.parametrize('command', EVERY)
@@ -132,8 +143,14 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     MODELS.build(cfg.model.backbone)
 
 
-@pytest.mark.parametrize('block', [pytest.param(block, id=f'{page.stem} {i}') for page in PAGES
-                                   for i, block in enumerate(configs_of(page))])
+@pytest.mark.parametrize(
+    'block',
+    [
+        pytest.param(block, id=f'{page.stem} {i}')
+        for page in PAGES
+        for i, block in enumerate(configs_of(page))
+    ],
+)
 def test_config_builds_a_model(block, tmp_path, monkeypatch):
     (tmp_path / 'mine.py').write_text(block)
     if 'crossformer_mm::' in block:
@@ -179,25 +196,38 @@ model['roi_head']['mask_head'].update(in_channels=16, conv_out_channels=16, num_
 model['backbone']['arch'] = dict(_delete_=True, **{TINY})
 model['decode_head'].update(in_channels=[16, 32, 64, 128], channels=16)
 model['auxiliary_head'].update(in_channels=64, channels=16)
-'''}
-NO_WORKERS = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
-              'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
-              'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False']
+''',
+}
+NO_WORKERS = [
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+]
 SIZE = 'scale=(96,96)'
 SHORTER = {
     ('make_shapes.py', 'data/shapes'): ['--train', '2', '--val', '2', '--size', '64'],
     ('train.py', 'my_shapes.py'): [
-        *NO_WORKERS, f'train_dataloader.dataset.pipeline.2.{SIZE}',
-        f'val_dataloader.dataset.pipeline.1.{SIZE}', 'train_cfg.val_interval=12',
-        'default_hooks.checkpoint.interval=12'],
+        *NO_WORKERS,
+        f'train_dataloader.dataset.pipeline.2.{SIZE}',
+        f'val_dataloader.dataset.pipeline.1.{SIZE}',
+        'train_cfg.val_interval=12',
+        'default_hooks.checkpoint.interval=12',
+    ],
     ('test.py', 'my_shapes.py'): [*NO_WORKERS, f'test_dataloader.dataset.pipeline.1.{SIZE}'],
     ('predict.py', 'my_shapes.py'): [f'test_dataloader.dataset.pipeline.1.{SIZE}'],
     ('train.py', 'my_maps.py'): [
-        *NO_WORKERS, f'train_dataloader.dataset.pipeline.2.{SIZE}',
+        *NO_WORKERS,
+        f'train_dataloader.dataset.pipeline.2.{SIZE}',
         'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
-        'model.data_preprocessor.size=(64,64)', f'val_dataloader.dataset.pipeline.1.{SIZE}',
-        'train_cfg.max_iters=2', 'train_cfg.val_interval=2',
-        'default_hooks.checkpoint.interval=2'],
+        'model.data_preprocessor.size=(64,64)',
+        f'val_dataloader.dataset.pipeline.1.{SIZE}',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.checkpoint.interval=2',
+    ],
     ('predict.py', 'my_maps.py'): [f'test_dataloader.dataset.pipeline.1.{SIZE}'],
 }
 
@@ -223,7 +253,8 @@ def test_the_worked_examples_run(examples, capfd):
         assert status == 0, f'{command}\n{capfd.readouterr().err[-3000:]}'
         if (tool, words[0]) == ('train.py', 'my_maps.py'):  # 160000 of them, but for the time
             (examples / 'work_dirs/my_maps/iter_2.pth').rename(
-                examples / 'work_dirs/my_maps/iter_160000.pth')
+                examples / 'work_dirs/my_maps/iter_160000.pth'
+            )
     assert ran == set(SHORTER)
     for written in ('pictures', 'predictions/pictures', 'predictions/labels'):
         assert len(list((examples / written).iterdir())) == 2, written

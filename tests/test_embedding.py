@@ -1,21 +1,24 @@
 """Cross-scale embedding: convolutions of several kernels on one grid."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from crossformer_mm.embedding import (CrossScaleConvs, PatchEmbedding, PatchMerging,
-                                      split_channels)
+from crossformer_mm.embedding import CrossScaleConvs, PatchEmbedding, PatchMerging, split_channels
 
 KERNELS = [(4,), (4, 8), (4, 8, 16, 32), (2,), (2, 4), (3, 5, 9), (1, 3)]
 
 
-@pytest.mark.parametrize('channels, parts, expected', [
-    (64, 4, [32, 16, 8, 8]),
-    (96, 4, [48, 24, 12, 12]),
-    (128, 2, [64, 64]),
-    (48, 3, [24, 12, 12]),
-    (10, 1, [10]),
-])
+@pytest.mark.parametrize(
+    'channels, parts, expected',
+    [
+        (64, 4, [32, 16, 8, 8]),
+        (96, 4, [48, 24, 12, 12]),
+        (128, 2, [64, 64]),
+        (48, 3, [24, 12, 12]),
+        (10, 1, [10]),
+    ],
+)
 def test_channels_halve_from_kernel_to_kernel(channels, parts, expected):
     assert split_channels(channels, parts) == expected
 
@@ -45,7 +48,7 @@ def test_kernels_stay_centred_on_their_cell_and_in_order(kernels):
     for conv, kernel in zip(convs, kernels):
         reach = (kernel - stride) // 2
         padded = F.pad(image, (reach,) * 4)
-        window = padded[0, 0, row * stride:, column * stride:][:kernel, :kernel]
+        window = padded[0, 0, row * stride :, column * stride :][:kernel, :kernel]
         expected.append((conv.weight[:, 0] * window).sum((1, 2)) + conv.bias)
     torch.testing.assert_close(convs(image)[0, row, column], torch.cat(expected))
 
@@ -55,8 +58,9 @@ def test_first_embedding_ends_with_its_norm():
     with torch.no_grad():
         embedding.norm.weight.uniform_(1, 2)
         embedding.norm.bias.uniform_(1, 2)
-    expected = F.layer_norm(embedding.projs(image), (32,), embedding.norm.weight,
-                            embedding.norm.bias)
+    expected = F.layer_norm(
+        embedding.projs(image), (32,), embedding.norm.weight, embedding.norm.bias
+    )
     torch.testing.assert_close(embedding(image), expected)
 
 

@@ -1,4 +1,5 @@
 """tools/explain.py: its pictures show what the backbone computes, and grouping.py says."""
+
 import re
 import runpy
 import sys
@@ -66,14 +67,23 @@ def test_attention_map_shows_one_head_or_their_mean_inside_the_group_alone(tool,
 @pytest.mark.parametrize('position', [(0, 0), (9, 20), (17, 29)])
 def test_colours_are_those_of_the_groups(tool, kind, position):
     height, width, size, interval = 18, 30, 4, 3
-    rules = (short_distance(height, width, size, 'interval') if kind == 'short' else
-             long_distance(height, width, size, interval, kind))
+    rules = (
+        short_distance(height, width, size, 'interval')
+        if kind == 'short'
+        else long_distance(height, width, size, interval, kind)
+    )
 
     def group(row, column):  # the definitions of the papers, position by position
-        return {'short': (row // size, column // size),
-                'interval': (row % interval, column % interval),
-                'block': (row // (size * interval), row % interval,
-                          column // (size * interval), column % interval)}[kind]
+        return {
+            'short': (row // size, column // size),
+            'interval': (row % interval, column % interval),
+            'block': (
+                row // (size * interval),
+                row % interval,
+                column // (size * interval),
+                column % interval,
+            ),
+        }[kind]
 
     colours = tool['group_colours'](height, width, rules, position)
     numbers = tool['group_numbers'](height, width, rules)
@@ -112,7 +122,7 @@ def test_shares_of_kernels(tool):
 
 def test_main_directions_as_colours(tool):
     feature = torch.zeros(5, 3, 4)
-    feature[2] = torch.arange(12.).view(3, 4)
+    feature[2] = torch.arange(12.0).view(3, 4)
     shown = tool['principal_colours'](feature)
     assert shown.shape == (3, 4, 3) and shown.min() >= 0 and shown.max() <= 1
     assert (np.diff(shown[..., 0].ravel()) > 0)[1:-1].all()  # the only direction is red
@@ -120,7 +130,6 @@ def test_main_directions_as_colours(tool):
 
 
 class TestTool:
-
     def call(self, tool, monkeypatch, *arguments):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', ['explain.py', *map(str, arguments)])
@@ -140,29 +149,61 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
         return config, tmp_path / 'weights.pth', tmp_path / 'image.png'
 
     def test_one_command_writes_all_pictures(self, tool, monkeypatch, model, tmp_path):
-        self.call(tool, monkeypatch, *model, '--out', tmp_path / 'new' / 'pictures', '--scale', 120,
-                  120, '--position', 69, 0, '--head', 1)
-        pictures = {path.stem: cv2.imread(str(path))
-                    for path in (tmp_path / 'new' / 'pictures').glob('*.png')}
-        assert set(pictures) == {'groups', 'attention', 'features', 'position_bias',
-                                 'position_bias_sizes', 'embedding', 'contact_sheet'}
+        self.call(
+            tool,
+            monkeypatch,
+            *model,
+            '--out',
+            tmp_path / 'new' / 'pictures',
+            '--scale',
+            120,
+            120,
+            '--position',
+            69,
+            0,
+            '--head',
+            1,
+        )
+        pictures = {
+            path.stem: cv2.imread(str(path))
+            for path in (tmp_path / 'new' / 'pictures').glob('*.png')
+        }
+        assert set(pictures) == {
+            'groups',
+            'attention',
+            'features',
+            'position_bias',
+            'position_bias_sizes',
+            'embedding',
+            'contact_sheet',
+        }
         for picture in pictures.values():
             assert picture.std() > 10  # something is drawn
 
-    @pytest.mark.parametrize('change, sentence', [
-        (lambda files: [*files, '--position', 70, 0],
-         '--position must lie in the image, which is 70 wide and 50 high, got 70 0.'),
-        (lambda files: [*files, '--head', 2], '--head must be from 0 to 1, got 2.'),
-        (lambda files: [*files, '--scale', 0, 9],
-         '--scale must be two numbers of at least 1, got 0 9.'),
-        (lambda files: [*files[:2], files[0]], 'could not be read as an image.'),
-        (lambda files: [*files[:2], 'none.png'], "image: file 'none.png' does not exist."),
-        (lambda files: [files[0], files[2], files[2]], 'no file of plain weights'),
-        (lambda files: [*files, '--cfg-options', 'model.backbone.type=mmdet.ResNet'],
-         'has the backbone mmdet.ResNet, no CrossFormer.'),
-    ])
-    def test_what_cannot_work_is_said_in_one_sentence(self, tool, monkeypatch, capsys, model,
-                                                      tmp_path, change, sentence):
+    @pytest.mark.parametrize(
+        'change, sentence',
+        [
+            (
+                lambda files: [*files, '--position', 70, 0],
+                '--position must lie in the image, which is 70 wide and 50 high, got 70 0.',
+            ),
+            (lambda files: [*files, '--head', 2], '--head must be from 0 to 1, got 2.'),
+            (
+                lambda files: [*files, '--scale', 0, 9],
+                '--scale must be two numbers of at least 1, got 0 9.',
+            ),
+            (lambda files: [*files[:2], files[0]], 'could not be read as an image.'),
+            (lambda files: [*files[:2], 'none.png'], "image: file 'none.png' does not exist."),
+            (lambda files: [files[0], files[2], files[2]], 'no file of plain weights'),
+            (
+                lambda files: [*files, '--cfg-options', 'model.backbone.type=mmdet.ResNet'],
+                'has the backbone mmdet.ResNet, no CrossFormer.',
+            ),
+        ],
+    )
+    def test_what_cannot_work_is_said_in_one_sentence(
+        self, tool, monkeypatch, capsys, model, tmp_path, change, sentence
+    ):
         with pytest.raises((SystemExit, ValueError)) as stopped:
             self.call(tool, monkeypatch, *change(model), '--out', tmp_path / 'pictures')
         assert sentence in capsys.readouterr().err + str(stopped.value)
@@ -173,6 +214,7 @@ def test_pictures_of_the_page_on_how_it_works_are_there_and_small(tool):
     page = (ROOT / 'docs/how_it_works.md').read_text(encoding='utf-8')
     shown = set(re.findall(r'\((pictures/.*?)\)', page))
     assert shown == {f'pictures/{name}.png' for name, *_ in tool['PICTURES']} | {
-        'pictures/contact_sheet.png'}
+        'pictures/contact_sheet.png'
+    }
     for picture in shown:
         assert (ROOT / 'docs' / picture).stat().st_size < 400_000

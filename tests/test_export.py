@@ -1,4 +1,5 @@
 """What PyTorch's compilers and exporters make of the backbone."""
+
 import warnings
 
 import pytest
@@ -17,8 +18,9 @@ TINY = dict(embed_dims=16, depths=(2,), num_heads=(2,))
 
 def tiny(arch=TINY, **options) -> CrossFormer:
     """One short and one long distance block on ragged groups: each path once."""
-    backbone = CrossFormer(arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,),
-                           **options).eval()
+    backbone = CrossFormer(
+        arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,), **options
+    ).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -35,12 +37,14 @@ def no_compiled_code_is_left():
 def values_and_gradients(backbone, model, image):
     backbone.zero_grad()
     features = model(image)
-    sum((feature * torch.linspace(-1, 1, feature.numel()).view_as(feature)).sum()
-        for feature in features).backward()
+    sum(
+        (feature * torch.linspace(-1, 1, feature.numel()).view_as(feature)).sum()
+        for feature in features
+    ).backward()
     return [*features, *(parameter.grad.clone() for parameter in backbone.parameters())]
 
 
-def assert_near(results, references, rounding=0.):
+def assert_near(results, references, rounding=0.0):
     """To 1e-4 of the largest entry. In float32 gradients that are 0 are mere rounding of others:
     those are judged by ``rounding`` of the largest entry of all."""
     smallest = max(1e-3, rounding * max(x.abs().max().item() for x in references))
@@ -55,8 +59,9 @@ def assert_near(results, references, rounding=0.):
 def test_one_graph_serves_images_of_many_sizes(small, lda):
     """Ragged in both stages; only maps of few positions, in one of them, are another case."""
     arch = dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2))
-    backbone = small(arch, lda=lda, merge_sizes=((2, 4),), group_size=(3, 3), interval=(4, 3),
-                     out_indices=(0, 1))
+    backbone = small(
+        arch, lda=lda, merge_sizes=((2, 4),), group_size=(3, 3), interval=(4, 3), out_indices=(0, 1)
+    )
     graphs = []
 
     def backend(graph, inputs):
@@ -66,8 +71,11 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
     compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend=backend)
     for batch, height, width in ((1, 61, 67), (2, 88, 70), (3, 101, 93)):
         image = torch.randn(batch, 3, height, width)
-        assert_near(values_and_gradients(backbone, compiled, image),
-                    values_and_gradients(backbone, backbone, image), rounding=1e-2)
+        assert_near(
+            values_and_gradients(backbone, compiled, image),
+            values_and_gradients(backbone, backbone, image),
+            rounding=1e-2,
+        )
     assert len(graphs) == 2  # for one image, and for several
     compiled(torch.randn(2, 3, 101, 24))
     assert len(graphs) == 3
@@ -79,16 +87,22 @@ def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers():
     backbone, image_shapes = tiny(attention_path='plain').double(), []
 
     def backend(graph, inputs):  # runs the graph as it is
-        image_shapes.extend(tuple(tensor.shape) for tensor in inputs
-                            if isinstance(tensor, torch.Tensor) and tensor.dim() == 4
-                            and not isinstance(tensor, nn.Parameter))
+        image_shapes.extend(
+            tuple(tensor.shape)
+            for tensor in inputs
+            if isinstance(tensor, torch.Tensor)
+            and tensor.dim() == 4
+            and not isinstance(tensor, nn.Parameter)
+        )
         return graph.forward
 
     compiled = torch.compile(backbone, fullgraph=True, backend=backend)
     for size in ((1, 50, 70), (2, 30, 41), (3, 30, 41)):
         image = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
-        assert_near(values_and_gradients(backbone, compiled, image),
-                    values_and_gradients(backbone, backbone, image))
+        assert_near(
+            values_and_gradients(backbone, compiled, image),
+            values_and_gradients(backbone, backbone, image),
+        )
     # Symbolic sides take minutes to compile and stop the default backend; the batch may be one.
     sides = [side for shape in image_shapes for side in shape[2:]]
     assert sides == [50, 70, 30, 41] and {type(side) for side in sides} == {int}
@@ -109,8 +123,11 @@ def test_compiled_code_gives_the_same_gradients():
     backbone = tiny(dict(TINY, depths=(1,)), patch_sizes=(4,))
     compiled = torch.compile(backbone, fullgraph=True, dynamic=True)
     image = torch.randn(1, 3, 24, 33)
-    assert_near(values_and_gradients(backbone, compiled, image),
-                values_and_gradients(backbone, backbone, image), rounding=1e-2)
+    assert_near(
+        values_and_gradients(backbone, compiled, image),
+        values_and_gradients(backbone, backbone, image),
+        rounding=1e-2,
+    )
 
 
 @needs_torch('2.6', 'the torch.export that the backbone is exported by')

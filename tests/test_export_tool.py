@@ -1,4 +1,5 @@
 """Exports of any batch and size: crossformer_mm/exportable.py, and tools/export.py around it."""
+
 import json
 import sys
 from pathlib import Path
@@ -29,14 +30,21 @@ def assert_near(results, references):
         assert (result - reference).abs().max() <= 1e-4 * reference.abs().max()
 
 
-@pytest.mark.parametrize('options', [
-    dict(lda='interval'), dict(lda='block'), dict(cooling=True, out_norm=True),
-    dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1)), dict(qk_scale=0.5, qkv_bias=False),
-    # groups of a tile that reaches far beyond the map have no member at all
-    dict(lda='block', group_size=(2, 2, 2, 2), interval=(64, 8, 8, 8)),
-    dict(lda='block', group_size=(9, 9, 9, 9), interval=(9, 9, 9, 9), position_bias='relative'),
-    dict(lda='shifted', position_bias='dynamic_residual'),
-    dict(lda='none', position_bias='absolute')])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(lda='interval'),
+        dict(lda='block'),
+        dict(cooling=True, out_norm=True),
+        dict(group_size=(14, 14, 7, 7), interval=(16, 8, 2, 1)),
+        dict(qk_scale=0.5, qkv_bias=False),
+        # groups of a tile that reaches far beyond the map have no member at all
+        dict(lda='block', group_size=(2, 2, 2, 2), interval=(64, 8, 8, 8)),
+        dict(lda='block', group_size=(9, 9, 9, 9), interval=(9, 9, 9, 9), position_bias='relative'),
+        dict(lda='shifted', position_bias='dynamic_residual'),
+        dict(lda='none', position_bias='absolute'),
+    ],
+)
 def test_copy_for_export_is_the_same_function(small, options):
     backbone = small(**options)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
@@ -60,29 +68,34 @@ def test_pooling_by_matrices_is_adaptive_pooling(out):
         assert_near([other(x)], [pool(x)])
 
 
-@pytest.mark.parametrize('options', [
-    dict(lda='interval'), dict(lda='block'), dict(position_bias='relative')], ids=str)
+@pytest.mark.parametrize(
+    'options', [dict(lda='interval'), dict(lda='block'), dict(position_bias='relative')], ids=str
+)
 def test_one_export_serves_all_sizes(options):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     arch = dict(embed_dims=16, depths=(2,), num_heads=(2,))
-    backbone = CrossFormer(arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,),
-                           **options).eval()
+    backbone = CrossFormer(
+        arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,), **options
+    ).eval()
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     program = export_any_size(exportable(backbone))
     onnx = torch.onnx.export(program, input_names=['image'], verbose=False)
-    session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString(),
-                                           providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(
+        onnx.model_proto.SerializeToString(), providers=['CPUExecutionProvider']
+    )
     run = program.module()
     with torch.no_grad():
         for batch, *sides in SIZES:
             image = torch.randn(batch, 3, *sides)
             features = backbone(image)
             assert_near(run(image), features)
-            assert_near([torch.from_numpy(out) for out in session.run(None, {
-                'image': image.numpy()})], features)
+            assert_near(
+                [torch.from_numpy(out) for out in session.run(None, {'image': image.numpy()})],
+                features,
+            )
 
 
 @pytest.fixture(scope='module')
@@ -93,6 +106,7 @@ def tool():
 @pytest.fixture
 def call(tool, monkeypatch, capsys):
     """Runs the tool; what it printed, or the sentence with which it refused."""
+
     def call(*arguments, code=0) -> str:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', ['export.py', *map(str, arguments), '--threads', '1'])
@@ -149,6 +163,7 @@ def config(tmp_path):
     def write(text: str) -> Path:
         (tmp_path / 'config.py').write_text(text)
         return tmp_path / 'config.py'
+
     return write
 
 
@@ -162,6 +177,7 @@ def test_a_segmentor_as_onnx(call, config, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     import onnx
+
     file = config(SEGMENTOR)
     model = build(file)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
@@ -175,7 +191,7 @@ def test_a_segmentor_as_onnx(call, config, tmp_path):
     session = onnxruntime.InferenceSession(out, providers=['CPUExecutionProvider'])
     assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
     image = torch.randn(2, 3, 50, 45)
-    logits, = session.run(['logits'], {'image': image.numpy()})
+    (logits,) = session.run(['logits'], {'image': image.numpy()})
     with torch.no_grad():
         expected = nn.functional.interpolate(model(image, mode='tensor'), (50, 45), mode='bilinear')
     assert_near([torch.from_numpy(logits)], [expected])
@@ -203,8 +219,9 @@ def test_a_one_stage_detector_as_a_torch_program(call, config, tmp_path):
     printed = call(file, '--format', 'torch-export', '--out', out, '--shape', 64, 64)
     assert printed.count('relative difference') == 5
     scores = torch.export.load(out).module()(torch.randn(3, 3, 50, 45))
-    assert list(scores) == [f'{kind}_{level}' for kind in ('cls_score', 'bbox_pred')
-                            for level in range(2)]
+    assert list(scores) == [
+        f'{kind}_{level}' for kind in ('cls_score', 'bbox_pred') for level in range(2)
+    ]
     assert scores['cls_score_0'].shape == (3, 9 * 4, 13, 12)
 
 
@@ -223,25 +240,48 @@ def test_a_two_stage_detector_gives_proposals_raw_and_the_neck(tool, config):
 TORCH = ('--format', 'torch-export', '--out', 'x.pt2')
 
 
-@pytest.mark.parametrize('arguments, sentence', [
-    (['--out', 'x.pt2'], "--out: 'x.pt2' must end in .onnx for --format onnx."),
-    (['--out', 'nowhere/x.onnx'], "--out: folder 'nowhere' does not exist."),
-    (['none.pth', *TORCH], "checkpoint: file 'none.pth' does not exist."),
-    (['--out', 'x.onnx', '--shape', 0, 9], '--shape must be two numbers of at least 1, got 0 9.'),
-    ([*TORCH, '--label-map', '--what', 'backbone'],
-     '--label-map is for whole segmentors only.'),
-    ([*TORCH, '--cfg-options', 'model.backbone.lda=tiles'],
-     "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'"),
-])
+@pytest.mark.parametrize(
+    'arguments, sentence',
+    [
+        (['--out', 'x.pt2'], "--out: 'x.pt2' must end in .onnx for --format onnx."),
+        (['--out', 'nowhere/x.onnx'], "--out: folder 'nowhere' does not exist."),
+        (['none.pth', *TORCH], "checkpoint: file 'none.pth' does not exist."),
+        (
+            ['--out', 'x.onnx', '--shape', 0, 9],
+            '--shape must be two numbers of at least 1, got 0 9.',
+        ),
+        (
+            [*TORCH, '--label-map', '--what', 'backbone'],
+            '--label-map is for whole segmentors only.',
+        ),
+        (
+            [*TORCH, '--cfg-options', 'model.backbone.lda=tiles'],
+            "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'",
+        ),
+    ],
+)
 def test_what_cannot_work_is_said_in_one_sentence(call, config, arguments, sentence):
     assert sentence in call(config(SEGMENTOR), *arguments, code=2)
 
 
 def test_a_file_that_differs_is_not_left(tool, call, config, monkeypatch, tmp_path):
-    monkeypatch.setattr(tool, 'export_any_size', lambda module, channels: torch.export.export(
-        nn.Conv2d(3, 1, 1), (torch.randn(1, 3, 64, 64), )))  # its sides fixed
-    said = call(config(RETINANET), '--what', 'backbone', '--format', 'torch-export', '--out',
-                tmp_path / 'x.pt2', code=2)
+    monkeypatch.setattr(
+        tool,
+        'export_any_size',
+        lambda module, channels: torch.export.export(
+            nn.Conv2d(3, 1, 1), (torch.randn(1, 3, 64, 64),)
+        ),
+    )  # its sides fixed
+    said = call(
+        config(RETINANET),
+        '--what',
+        'backbone',
+        '--format',
+        'torch-export',
+        '--out',
+        tmp_path / 'x.pt2',
+        code=2,
+    )
     assert f"'{tmp_path / 'x.pt2'}' was not written" in said
     assert 'does not run on a batch of 1 of 97 x 131' in said
     assert not list(tmp_path.glob('*x*.pt2*'))

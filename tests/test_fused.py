@@ -3,6 +3,7 @@
 The interpreter runs kernels in Python, one program after another, so maps are tiny here and
 blocks are made small enough for groups to take several.
 """
+
 import os
 import subprocess
 import sys
@@ -15,24 +16,35 @@ from torch import library
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.compat import missing_torch
-from crossformer_mm.grouping import (AxisRule, count_groups, fit_rule, group_axis,
-                                     long_distance, short_distance)
+from crossformer_mm.grouping import (
+    AxisRule,
+    count_groups,
+    fit_rule,
+    group_axis,
+    long_distance,
+    short_distance,
+)
 from crossformer_mm.kernels import Call, choose_path, fused, plain
 
 from .older_torch import needs_interpreter
 
 if missing_torch('2.4'):
-    pytest.skip('the Triton that has all that the kernels use came with PyTorch 2.4',
-                allow_module_level=True)
+    pytest.skip(
+        'the Triton that has all that the kernels use came with PyTorch 2.4',
+        allow_module_level=True,
+    )
 pytest.importorskip('triton', reason='fused attention needs the package triton')
 pytestmark = needs_interpreter
 from crossformer_mm.kernels import fused_triton  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 # Every kernel with several blocks each way, the two ways differing.
-SMALL_BLOCKS = {(kernel, size): fused_triton.Tile(16, 32, 1, 1) if 'keys' not in kernel else
-                fused_triton.Tile(32, 16, 1, 1)
-                for kernel, size in fused_triton.TILES}
+SMALL_BLOCKS = {
+    (kernel, size): fused_triton.Tile(16, 32, 1, 1)
+    if 'keys' not in kernel
+    else fused_triton.Tile(32, 16, 1, 1)
+    for kernel, size in fused_triton.TILES
+}
 
 
 def values_and_gradients(attention, qkv, table, *arguments):
@@ -60,8 +72,9 @@ def assert_equals_plain(shape, rows, columns, heads=2, dim=16, dtype=torch.float
     inputs = random_inputs(shape, rows, columns, heads, dim, dtype)
     ours = values_and_gradients(fused.attend, *inputs, rows, columns, heads, scale)
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
-    exact = values_and_gradients(plain.attend, *(x.double() for x in inputs), rows, columns, heads,
-                                 scale)
+    exact = values_and_gradients(
+        plain.attend, *(x.double() for x in inputs), rows, columns, heads, scale
+    )
     tolerance = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     for name, one, other in zip(('out', 'grad of qkv', 'grad of table'), ours, exact):
         error = (one.double() - other).abs().max() / other.abs().max().clamp_min(1)
@@ -134,12 +147,15 @@ def test_pairs_of_a_group_are_summed_some_rows_at_a_time(monkeypatch):
 def test_logits_far_from_zero_overflow_nothing(monkeypatch, members):
     """Not even against the logits of what a block holds beyond the group, which are near 0."""
     monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
-    shape, rows, columns = (((1, 6, 5), AxisRule(4, 1), AxisRule(4, 1)) if members == 16 else
-                            ((1, 9, 8), AxisRule(9, 1), AxisRule(8, 1)))
+    shape, rows, columns = (
+        ((1, 6, 5), AxisRule(4, 1), AxisRule(4, 1))
+        if members == 16
+        else ((1, 9, 8), AxisRule(9, 1), AxisRule(8, 1))
+    )
     qkv, table = random_inputs(shape, rows, columns, 1, 16, torch.float32)
     qkv[..., :16] = 5 + 0.1 * qkv[..., :16]
     qkv[..., 16:32] = -5 + 0.1 * qkv[..., 16:32]
-    inputs = qkv, table, rows, columns, 1, 1.
+    inputs = qkv, table, rows, columns, 1, 1.0
     ours = values_and_gradients(fused.attend, *inputs)
     exact = values_and_gradients(plain.attend, qkv.double(), table.double(), *inputs[2:])
     for one, other in zip(ours, exact):
@@ -151,8 +167,9 @@ def test_same_inputs_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
     rule = AxisRule(9, 1)
     inputs = random_inputs((1, 9, 8), rule, rule, 1, 16, torch.float32)
-    first, second = (values_and_gradients(fused.attend, *inputs, rule, rule, 1, 1.)
-                     for _ in range(2))
+    first, second = (
+        values_and_gradients(fused.attend, *inputs, rule, rule, 1, 1.0) for _ in range(2)
+    )
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
 
@@ -160,9 +177,24 @@ def test_the_operator_keeps_the_rules_of_operators():
     """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
     rule = AxisRule(3, 1)
     qkv, table = random_inputs((1, 3, 3), rule, rule, 1, 8, torch.float32)
-    library.opcheck(torch.ops.crossformer_mm.fused_attention.default,
-                    (qkv.flatten(0, 2).requires_grad_(), table.requires_grad_(), 1, 3, 3, 3, 1, 0,
-                     3, 1, 0, 1, .5))
+    library.opcheck(
+        torch.ops.crossformer_mm.fused_attention.default,
+        (
+            qkv.flatten(0, 2).requires_grad_(),
+            table.requires_grad_(),
+            1,
+            3,
+            3,
+            3,
+            1,
+            0,
+            3,
+            1,
+            0,
+            1,
+            0.5,
+        ),
+    )
 
 
 def test_compiler_takes_it_into_one_graph():
@@ -181,8 +213,8 @@ def test_compiler_takes_it_into_one_graph():
 def test_second_derivative_is_refused():
     rule = AxisRule(2, 1)
     qkv, table = random_inputs((1, 2, 2), rule, rule, 1, 8, torch.float32)
-    out = fused.attend(qkv.requires_grad_(), table, rule, rule, 1, 1.)
-    grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    out = fused.attend(qkv.requires_grad_(), table, rule, rule, 1, 1.0)
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match='no autograd formula|once_differentiable'):
         grad.sum().backward()
 
@@ -199,8 +231,13 @@ def test_arithmetic_of_groups_is_that_of_index_tables(length, rule):
     for group in range(count_groups(length, fitted)):
         tile, residue = divmod(group, fitted.interval)
         start = tile * fitted.size * fitted.interval + residue
-        by_arithmetic.append([position for member in range(fitted.size)
-                              if (position := start + member * fitted.interval) < length])
+        by_arithmetic.append(
+            [
+                position
+                for member in range(fitted.size)
+                if (position := start + member * fitted.interval) < length
+            ]
+        )
     assert sorted(by_arithmetic) == groups
 
 
@@ -209,8 +246,16 @@ SMALL = dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2))
 
 def features_and_gradients(path, lda, image, with_cp=False):
     torch.manual_seed(0)
-    model = CrossFormer(SMALL, merge_sizes=((2, 4),), group_size=(3, 3), interval=(2, 3), lda=lda,
-                        out_indices=(0, 1), with_cp=with_cp, attention_path=path).to(DEVICE)
+    model = CrossFormer(
+        SMALL,
+        merge_sizes=((2, 4),),
+        group_size=(3, 3),
+        interval=(2, 3),
+        lda=lda,
+        out_indices=(0, 1),
+        with_cp=with_cp,
+        attention_path=path,
+    ).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape).to(DEVICE))
@@ -220,8 +265,9 @@ def features_and_gradients(path, lda, image, with_cp=False):
     return [f.detach() for f in features], {n: p.grad for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize('lda, size, with_cp', [('interval', (1, 3, 27, 42), False),
-                                                ('block', (1, 3, 31, 38), True)])
+@pytest.mark.parametrize(
+    'lda, size, with_cp', [('interval', (1, 3, 27, 42), False), ('block', (1, 3, 31, 38), True)]
+)
 def test_backbone_is_the_same_on_both_paths(lda, size, with_cp):
     image = torch.rand(size, generator=torch.Generator().manual_seed(2))
     ours, ours_grads = features_and_gradients('fused', lda, image, with_cp)
@@ -239,8 +285,9 @@ def test_other_position_biases_are_the_same_on_both_paths(position_bias):
     x, found = torch.randn(1, 7, 10, 32).to(DEVICE), []
     for path in ('fused', 'plain'):
         torch.manual_seed(0)
-        attention = GroupAttention(32, 2, attention_path=path, position_bias=position_bias,
-                                   group_size=3)
+        attention = GroupAttention(
+            32, 2, attention_path=path, position_bias=position_bias, group_size=3
+        )
         attention = attention.to(DEVICE)
         out = attention(x, AxisRule(4, 2), AxisRule(5, 2))
         out.square().sum().backward()
@@ -253,9 +300,14 @@ def test_no_token_is_moved(monkeypatch):
     """No table of groups is made."""
     monkeypatch.setattr('crossformer_mm.grouping.group_axis', None)
     with torch.no_grad():
-        CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), merge_sizes=(),
-                    group_size=(3,), interval=(2,), out_indices=(0,), attention_path='fused').to(
-                        DEVICE)(torch.rand(1, 3, 20, 17).to(DEVICE))
+        CrossFormer(
+            dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+            merge_sizes=(),
+            group_size=(3,),
+            interval=(2,),
+            out_indices=(0,),
+            attention_path='fused',
+        ).to(DEVICE)(torch.rand(1, 3, 20, 17).to(DEVICE))
 
 
 def test_autocast_trains_in_bfloat16_near_float32():
@@ -285,8 +337,11 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
         monkeypatch.setattr(torch.version, 'hip', hip)
-        monkeypatch.setitem(kernels.PATHS, 'fused', kernels.PATHS['fused']._replace(
-            is_trusted=lambda device: agrees))
+        monkeypatch.setitem(
+            kernels.PATHS,
+            'fused',
+            kernels.PATHS['fused']._replace(is_trusted=lambda device: agrees),
+        )
         if not triton:
             monkeypatch.setattr(fused, 'has_triton', lambda: False)
         return torch.device('cuda', 0)
@@ -298,7 +353,7 @@ def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
     device = gpu((9, 0))
     assert choose_path(Call(device)) == 'fused'
     assert choose_path(Call(device, watcher='compiler')) == 'fused'
-    assert choose_path(Call(device, dropout=.1)) == 'plain'
+    assert choose_path(Call(device, dropout=0.1)) == 'plain'
     assert choose_path(Call(device, torch.float64)) == 'plain'
     assert choose_path(Call(device, has_lead=True)) == 'plain'
     assert choose_path(Call(device, watcher='exporter')) == 'plain'
@@ -306,9 +361,15 @@ def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
     assert choose_path(Call(device), 'plain') == 'plain'
 
 
-@pytest.mark.parametrize('machine', [dict(capability=(7, 5)), dict(capability=(9, 4), hip='6.0'),
-                                     dict(capability=(9, 0), triton=False),
-                                     dict(capability=(9, 0), agrees=False)])
+@pytest.mark.parametrize(
+    'machine',
+    [
+        dict(capability=(7, 5)),
+        dict(capability=(9, 4), hip='6.0'),
+        dict(capability=(9, 0), triton=False),
+        dict(capability=(9, 0), agrees=False),
+    ],
+)
 def test_rule_takes_plain_on_other_gpus(gpu, machine):
     assert choose_path(Call(gpu(**machine))) == 'plain'
 
@@ -335,13 +396,16 @@ def test_kernels_that_do_not_agree_are_not_used(fault, monkeypatch):
     fused._agrees_with_plain.cache_clear()
 
 
-@pytest.mark.parametrize('machine, options, reason', [
-    (dict(capability=(9, 0), triton=False), {}, 'triton, which is not installed'),
-    (dict(capability=(7, 5)), {}, '8.0 or more, but cuda:0 is Some GPU'),
-    (dict(capability=(9, 0)), dict(dropout=.5), 'attn_drop_rate is 0.5'),
-    (dict(capability=(9, 0)), dict(head_dim=96), 'at most 64 channels, but they have 96'),
-    (dict(capability=(9, 0)), dict(dtype=torch.float64), 'got torch.float64'),
-])
+@pytest.mark.parametrize(
+    'machine, options, reason',
+    [
+        (dict(capability=(9, 0), triton=False), {}, 'triton, which is not installed'),
+        (dict(capability=(7, 5)), {}, '8.0 or more, but cuda:0 is Some GPU'),
+        (dict(capability=(9, 0)), dict(dropout=0.5), 'attn_drop_rate is 0.5'),
+        (dict(capability=(9, 0)), dict(head_dim=96), 'at most 64 channels, but they have 96'),
+        (dict(capability=(9, 0)), dict(dtype=torch.float64), 'got torch.float64'),
+    ],
+)
 def test_fused_is_refused_where_it_cannot_work(gpu, machine, options, reason):
     with pytest.raises(ValueError, match=f"attention_path='fused'.*{reason}.*'plain'"):
         choose_path(Call(gpu(**machine), **options), 'fused')
@@ -363,21 +427,33 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     """What the interpreter does not check: shapes of blocks, types, shared memory."""
     script = Path(__file__).parents[1] / 'benchmarks/compile_kernels.py'
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-    done = subprocess.run([sys.executable, script, '--dtype', 'fp16'],
-                          env=environment | dict(TRITON_CACHE_DIR=str(tmp_path)),
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, '--dtype', 'fp16'],
+        env=environment | dict(TRITON_CACHE_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert {row[0] for row in rows} == {'forward', 'backward_groups', 'backward_queries',
-                                        'backward_keys', 'backward_pairs', 'sum_pairs'}
+    assert {row[0] for row in rows} == {
+        'forward',
+        'backward_groups',
+        'backward_queries',
+        'backward_keys',
+        'backward_pairs',
+        'sum_pairs',
+    }
     for row in rows:
         stack, shared, warps = map(int, row[-3:])
         assert stack <= 128 and shared <= 99 * 1024 and warps >= 8, row
 
 
 def test_package_does_not_import_triton():
-    done = subprocess.run([sys.executable, '-c', 'import sys, crossformer_mm; '
-                           "sys.exit('triton' in sys.modules)"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', 'import sys, crossformer_mm; sys.exit(\'triton\' in sys.modules)'],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -386,17 +462,24 @@ def test_rules_of_both_definitions_reach_the_kernels():
     for lda in ('interval', 'block'):
         for side, interval in ((200, 8), (100, 4), (50, 2), (25, 1)):
             width = -(-side * 1333 // 800)
-            for rules in (short_distance(side, width, 7, lda),
-                          long_distance(side, width, 7, interval, lda)):
+            for rules in (
+                short_distance(side, width, 7, lda),
+                long_distance(side, width, 7, interval, lda),
+            ):
                 qkv = torch.empty(2, side, width, 3, device='meta')
                 assert fused_triton.Groups.of(qkv, *rules).members <= fused_triton.MEMBERS_LIMIT
 
 
 def test_compiler_makes_one_graph_for_images_of_many_sizes():
     """Where no token is moved, sides stay symbolic: only a map too small for G is another case."""
-    backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), group_size=(3,),
-                           interval=(2,), merge_sizes=(), out_indices=(0,),
-                           attention_path='fused').eval()
+    backbone = CrossFormer(
+        dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+        group_size=(3,),
+        interval=(2,),
+        merge_sizes=(),
+        out_indices=(0,),
+        attention_path='fused',
+    ).eval()
     graphs = []
 
     def count(graph, inputs):

@@ -1,4 +1,5 @@
 """tools/get_flops.py counts what runs, and says so in a table, in JSON, or in one sentence."""
+
 import json
 import runpy
 import sys
@@ -46,42 +47,66 @@ def config(tmp_path):
 
 def test_one_block_costs_what_its_definition_says(get_flops, config):
     """56 x 56 pixels are 14 x 14 positions, in four groups of 7 x 7."""
-    file = config(SEGMENTOR, **{
-        'model.backbone.arch': dict(_delete_=True, embed_dims=16, depths=(1,), num_heads=(1,)),
-        'model.backbone.merge_sizes': (), 'model.backbone.group_size': (7,),
-        'model.backbone.interval': (8,), 'model.backbone.out_indices': (0,),
-        'model.backbone.out_norm': False, 'model.auxiliary_head': None,
-        'model.decode_head': dict(
-            # without convolutions it classifies the map itself
-            _delete_=True, type='FCNHead', in_channels=16, in_index=0, channels=16, num_convs=0,
-            concat_input=False, num_classes=5)})
+    file = config(
+        SEGMENTOR,
+        **{
+            'model.backbone.arch': dict(_delete_=True, embed_dims=16, depths=(1,), num_heads=(1,)),
+            'model.backbone.merge_sizes': (),
+            'model.backbone.group_size': (7,),
+            'model.backbone.interval': (8,),
+            'model.backbone.out_indices': (0,),
+            'model.backbone.out_norm': False,
+            'model.auxiliary_head': None,
+            'model.decode_head': dict(
+                # without convolutions it classifies the map itself
+                _delete_=True,
+                type='FCNHead',
+                in_channels=16,
+                in_index=0,
+                channels=16,
+                num_convs=0,
+                concat_input=False,
+                num_classes=5,
+            ),
+        },
+    )
     counted = json.loads(get_flops(file, '--shape', 56, 56, '--json'))
     positions = 14 * 14
-    embedding = positions * 3 * sum(
-        kernel**2 * channels for kernel, channels in ((4, 8), (8, 4), (16, 2), (32, 2)))
+    embedding = (
+        positions
+        * 3
+        * sum(kernel**2 * channels for kernel, channels in ((4, 8), (8, 4), (16, 2), (32, 2)))
+    )
     linear = positions * 16 * (3 * 16 + 16 + 2 * 4 * 16)
-    products = 2 * 4 * (7 * 7)**2 * 16
+    products = 2 * 4 * (7 * 7) ** 2 * 16
     bias = 13 * 13 * (2 * 1 + 1 + 1 + 1)  # of each offset, one channel wide
     parts = {name: part['flops'] for name, part in counted['parts'].items()}
-    assert parts == {'backbone.patch_embed': embedding,
-                     'backbone.layers.0': linear + products + bias,
-                     'decode_head': positions * 16 * 5}
+    assert parts == {
+        'backbone.patch_embed': embedding,
+        'backbone.layers.0': linear + products + bias,
+        'decode_head': positions * 16 * 5,
+    }
     assert counted['flops'] == sum(parts.values())
 
 
 @pytest.mark.parametrize('base', [DETECTOR, SEGMENTOR])
 def test_parts_add_up_and_the_attention_path_makes_no_difference(get_flops, config, base):
-    said = {path: get_flops(config(base, **{'model.backbone.attention_path': path}), '--shape',
-                            100, 130, '--json')
-            for path in (None, 'plain', 'native')}
+    said = {
+        path: get_flops(
+            config(base, **{'model.backbone.attention_path': path}), '--shape', 100, 130, '--json'
+        )
+        for path in (None, 'plain', 'native')
+    }
     assert len(set(said.values())) == 1
     counted = json.loads(said[None])
     assert set(counted) == {'params', 'flops', 'shape', 'parts'} and counted['shape'] == [100, 130]
     for what in ('params', 'flops'):
         assert counted[what] == sum(part[what] for part in counted['parts'].values())
     assert [name for name in counted['parts'] if name.startswith('backbone.')] == [
-        'backbone.patch_embed', *(f'backbone.layers.{i}' for i in range(4)),
-        *(f'backbone.norm{i}' for i in range(4))]
+        'backbone.patch_embed',
+        *(f'backbone.layers.{i}' for i in range(4)),
+        *(f'backbone.norm{i}' for i in range(4)),
+    ]
 
 
 def test_mergings_count_for_the_stage_that_they_end(get_flops):
@@ -98,9 +123,9 @@ def test_second_stage_has_a_thousand_proposals_and_a_hundred_masks(get_flops):
     parts = json.loads(get_flops(DETECTOR, '--shape', 64, 64, '--json'))['parts']
     convs = 4 * 9 * 64**2
     assert parts['roi_head.bbox_head']['flops'] == 1000 * (
-        49 * convs + 49 * 64 * 256 + 256 * (5 + 4 * 4))
-    assert parts['roi_head.mask_head']['flops'] == 100 * 196 * (
-        convs + 4 * 64**2 + 4 * 64 * 4)
+        49 * convs + 49 * 64 * 256 + 256 * (5 + 4 * 4)
+    )
+    assert parts['roi_head.mask_head']['flops'] == 100 * 196 * (convs + 4 * 64**2 + 4 * 64 * 4)
 
 
 def test_table_is_for_people(get_flops):
@@ -116,18 +141,25 @@ def test_default_shapes_are_those_of_the_published_tables(get_flops):
 def test_a_classifier_has_its_norm_and_linear_layer_outside_the_backbone(get_flops):
     counted = json.loads(get_flops(CLASSIFIER, '--json'))
     assert set(counted['parts']) == {
-        'backbone.patch_embed', *(f'backbone.layers.{i}' for i in range(4)), 'neck', 'head'}
+        'backbone.patch_embed',
+        *(f'backbone.layers.{i}' for i in range(4)),
+        'neck',
+        'head',
+    }
     assert counted['parts']['neck'] == dict(params=2 * 512, flops=0)
     assert counted['parts']['head'] == dict(params=513 * 1000, flops=512 * 1000)
 
 
-@pytest.mark.parametrize('arguments, expected', [
-    (['configs/none.py'], "config 'configs/none.py' does not exist."),
-    (['configs/_base_/schedules/coco_1x.py'], 'has default_scope None'),
-    (['README.md'], "config 'README.md' could not be read"),
-    ([DETECTOR, '--shape', 0, 5], '--shape must be two numbers of at least 1, got 0 5.'),
-    ([DETECTOR, '--shape', 'a', 5], "argument --shape: invalid int value: 'a'"),
-])
+@pytest.mark.parametrize(
+    'arguments, expected',
+    [
+        (['configs/none.py'], "config 'configs/none.py' does not exist."),
+        (['configs/_base_/schedules/coco_1x.py'], 'has default_scope None'),
+        (['README.md'], "config 'README.md' could not be read"),
+        ([DETECTOR, '--shape', 0, 5], '--shape must be two numbers of at least 1, got 0 5.'),
+        ([DETECTOR, '--shape', 'a', 5], "argument --shape: invalid int value: 'a'"),
+    ],
+)
 def test_what_cannot_work_is_said_in_one_sentence(get_flops, arguments, expected):
     said = get_flops(*arguments, code=2)
     assert 'error: ' in said and expected in said

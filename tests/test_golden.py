@@ -1,4 +1,5 @@
 """The features and gradients that the authors' code returned for given weights."""
+
 import json
 import random
 
@@ -30,10 +31,17 @@ class Golden:
     def build(self, **options) -> CrossFormer:
         numbers = self.meta['kw']
         backbone = CrossFormer(
-            dict(embed_dims=numbers['embed_dim'], depths=numbers['depths'],
-                 num_heads=numbers['num_heads']),
-            group_size=numbers['group_size'], interval=numbers['crs_interval'],
-            lda=self.meta['lda'], cooling=self.meta['acl'], **options)
+            dict(
+                embed_dims=numbers['embed_dim'],
+                depths=numbers['depths'],
+                num_heads=numbers['num_heads'],
+            ),
+            group_size=numbers['group_size'],
+            interval=numbers['crs_interval'],
+            lda=self.meta['lda'],
+            cooling=self.meta['acl'],
+            **options,
+        )
         backbone.load_state_dict(self.under('w'), strict=True)
         return backbone.eval()
 
@@ -41,8 +49,11 @@ class Golden:
         return torch.from_numpy(self.arrays[f'x/{size}']).float()
 
     def under(self, prefix: str) -> dict:
-        return {key[len(prefix) + 1:]: torch.from_numpy(np.asarray(value))
-                for key, value in self.arrays.items() if key.startswith(prefix + '/')}
+        return {
+            key[len(prefix) + 1 :]: torch.from_numpy(np.asarray(value))
+            for key, value in self.arrays.items()
+            if key.startswith(prefix + '/')
+        }
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,5 @@
 """The script that measures on a GPU runs to its end, even where little is installed."""
+
 import json
 import os
 import runpy
@@ -21,8 +22,11 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def test_every_section_runs_on_a_bare_machine(tmp_path):
     pytest.importorskip('triton', reason='fused attention needs the package triton')
     out = tmp_path / 'gpu.json'
-    done = subprocess.run([sys.executable, '-c', WITHOUT_OPENMMLAB, SCRIPT, '--smoke', '--out',
-                           out], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', WITHOUT_OPENMMLAB, SCRIPT, '--smoke', '--out', out],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert results['stand_ins'] == ['mmengine', 'mmcv']
@@ -34,7 +38,12 @@ def test_every_section_runs_on_a_bare_machine(tmp_path):
     assert {row['way'] for row in sections['attention']['rows']} == {'fused', 'plain', 'sdpa'}
     assert {row['model'] for row in sections['backbone']['rows']} >= {'fused', 'mask and pad'}
     assert {row['kernel'] for row in sections['tune']['rows']} == {
-        'forward', 'backward_groups', 'backward_queries', 'backward_keys', 'backward_pairs'}
+        'forward',
+        'backward_groups',
+        'backward_queries',
+        'backward_keys',
+        'backward_pairs',
+    }
     assert 'SMALL_TILES = {' in done.stdout
 
 
@@ -43,8 +52,10 @@ def test_candidates_start_with_the_present_tiles(monkeypatch):
     monkeypatch.setattr(sys, 'path', sys.path.copy())  # which the script adds to
     fused_triton = pytest.importorskip('crossformer_mm.kernels.fused_triton', reason='no triton')
     script = runpy.run_path(SCRIPT, run_name='benchmark')
-    for present, candidates in ((fused_triton.TILES, script['CANDIDATES']),
-                                (fused_triton.SMALL_TILES, script['SMALL_CANDIDATES'])):
+    for present, candidates in (
+        (fused_triton.TILES, script['CANDIDATES']),
+        (fused_triton.SMALL_TILES, script['SMALL_CANDIDATES']),
+    ):
         assert present.keys() == candidates.keys()
         for key, tile in present.items():
             assert candidates[key][0] == tuple(tile), key
@@ -53,8 +64,11 @@ def test_candidates_start_with_the_present_tiles(monkeypatch):
 def test_without_a_gpu_one_sentence_says_so(tmp_path):
     pytest.importorskip('triton', reason='without it another sentence is given')
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-    done = subprocess.run([sys.executable, SCRIPT, '--out', tmp_path / 'gpu.json'],
-                          env=environment | dict(CUDA_VISIBLE_DEVICES=''), capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, '--out', tmp_path / 'gpu.json'],
+        env=environment | dict(CUDA_VISIBLE_DEVICES=''),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and not (tmp_path / 'gpu.json').exists()
     assert done.stderr.strip() == 'error: no GPU is there; --smoke tries the script on the CPU'

@@ -1,23 +1,39 @@
 """Groups follow their definition on maps of any size."""
+
 import random
 from collections import defaultdict
 
 import pytest
 import torch
 
-from crossformer_mm.grouping import (LDA_DEFINITIONS, group_map, long_distance, short_distance,
-                                     stage_rules)
+from crossformer_mm.grouping import (
+    LDA_DEFINITIONS,
+    group_map,
+    long_distance,
+    short_distance,
+    stage_rules,
+)
 
 
 def random_cases(count):
     """(height, width, group size, interval), small numbers so that ragged edges abound."""
     rng = random.Random(0)
-    return [(rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 9), rng.randint(1, 9))
-            for _ in range(count)]
+    return [
+        (rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 9), rng.randint(1, 9))
+        for _ in range(count)
+    ]
 
 
-CASES = random_cases(25) + [(1, 1, 1, 1), (56, 56, 7, 8), (13, 29, 50, 3), (13, 29, 3, 50),
-                            (31, 2, 1, 7), (17, 17, 17, 2), (18, 17, 17, 2), (18, 19, 17, 2)]
+CASES = random_cases(25) + [
+    (1, 1, 1, 1),
+    (56, 56, 7, 8),
+    (13, 29, 50, 3),
+    (13, 29, 3, 50),
+    (31, 2, 1, 7),
+    (17, 17, 17, 2),
+    (18, 17, 17, 2),
+    (18, 19, 17, 2),
+]
 every_case = pytest.mark.parametrize('height, width, group_size, interval', CASES)
 every_lda = pytest.mark.parametrize('lda', ['interval', 'block'])
 
@@ -57,10 +73,10 @@ def test_short_distance_groups_are_adjacent_squares(height, width, group_size, i
 
 @every_lda
 @every_case
-def test_long_distance_groups_are_every_interval_th_position(height, width, group_size, interval,
-                                                             lda):
-    grouping = group_map(height, width,
-                         *long_distance(height, width, group_size, interval, lda))
+def test_long_distance_groups_are_every_interval_th_position(
+    height, width, group_size, interval, lda
+):
+    grouping = group_map(height, width, *long_distance(height, width, group_size, interval, lda))
     tile = group_size * interval
 
     def label(row, column):
@@ -75,21 +91,28 @@ def test_long_distance_groups_are_every_interval_th_position(height, width, grou
 @every_lda
 @every_case
 def test_every_position_is_in_one_group(height, width, group_size, interval, lda):
-    for rules in (short_distance(height, width, group_size, lda),
-                  long_distance(height, width, group_size, interval, lda),
-                  *stage_rules(height, width, group_size, interval, lda)):
+    for rules in (
+        short_distance(height, width, group_size, lda),
+        long_distance(height, width, group_size, interval, lda),
+        *stage_rules(height, width, group_size, interval, lda),
+    ):
         positions = torch.cat([table.flatten() for table in group_map(height, width, *rules)])
         assert torch.equal(positions.sort().values, torch.arange(height * width))
 
 
 @every_case
 @pytest.mark.parametrize('lda', LDA_DEFINITIONS)
-def test_rules_of_a_stage_are_the_same_groups_in_the_smallest_numbers(height, width, group_size,
-                                                                      interval, lda):
+def test_rules_of_a_stage_are_the_same_groups_in_the_smallest_numbers(
+    height, width, group_size, interval, lda
+):
     found = stage_rules(height, width, group_size, interval, lda)
-    for (rows, columns), rules in zip(found, (
+    for (rows, columns), rules in zip(
+        found,
+        (
             short_distance(height, width, group_size, lda),
-            long_distance(height, width, group_size, interval, lda))):
+            long_distance(height, width, group_size, interval, lda),
+        ),
+    ):
         tables = group_map(height, width, rows, columns)
         assert as_sets(tables) == as_sets(group_map(height, width, *rules))
         assert not rows.lead <= 0 or rows.size == max(table.shape[1] for table in tables)
@@ -98,8 +121,9 @@ def test_rules_of_a_stage_are_the_same_groups_in_the_smallest_numbers(height, wi
 
 @every_lda
 @every_case
-def test_members_are_row_major_and_as_many_as_the_segment_says(height, width, group_size,
-                                                               interval, lda):
+def test_members_are_row_major_and_as_many_as_the_segment_says(
+    height, width, group_size, interval, lda
+):
     rules = long_distance(height, width, group_size, interval, lda)
     (tall, _, _), (wide, _, _) = stage_rules(height, width, group_size, interval, lda)[1]
     for tokens, rows, columns in runs(group_map(height, width, *rules)):
@@ -128,13 +152,15 @@ def test_one_side_at_group_size_makes_the_whole_map_small():
 
 @every_case
 def test_shifted_groups_are_squares_moved_by_half_a_group(height, width, group_size, interval):
-    grouping = group_map(height, width,
-                         *long_distance(height, width, group_size, interval, 'shifted'))
+    grouping = group_map(
+        height, width, *long_distance(height, width, group_size, interval, 'shifted')
+    )
     shift, size = -(group_size // 2), group_size  # of a window's start, as Swin counts
     if min(height, width) <= group_size:
         shift, size = 0, min(height, width)
     assert as_sets(grouping) == groups_by(
-        lambda row, column: ((row + shift) // size, (column + shift) // size), height, width)
+        lambda row, column: ((row + shift) // size, (column + shift) // size), height, width
+    )
 
 
 @every_case
@@ -146,6 +172,6 @@ def test_without_long_distance_every_block_is_short_distance(height, width, grou
 
 def test_both_definitions_agree_at_the_training_size_of_imagenet():
     for side, interval in ((56, 8), (28, 4), (14, 2)):
-        assert (as_sets(group_map(side, side, *long_distance(side, side, 7, interval, 'block')))
-                == as_sets(group_map(side, side,
-                                     *long_distance(side, side, 7, interval, 'interval'))))
+        assert as_sets(
+            group_map(side, side, *long_distance(side, side, 7, interval, 'block'))
+        ) == as_sets(group_map(side, side, *long_distance(side, side, 7, interval, 'interval')))

@@ -1,4 +1,5 @@
 """What the hooks log is so, and training does not notice them."""
+
 import json
 
 import pytest
@@ -44,8 +45,11 @@ def logits_by_definition(attention, x, rows, columns):
 def test_logits_are_those_of_the_definition(small, kind):
     attention = small().layers[1].blocks[1].attn
     x = torch.randn(1, 17, 13, 64)
-    rules = (stage_rules(17, 13, 5, 2, 'interval')[0] if kind == 'short' else
-             stage_rules(17, 13, 4, 2, kind)[1])
+    rules = (
+        stage_rules(17, 13, 5, 2, 'interval')[0]
+        if kind == 'short'
+        else stage_rules(17, 13, 4, 2, kind)[1]
+    )
     with torch.no_grad():
         expected = logits_by_definition(attention, x, *rules)
     every = sample_logits(attention, x, *rules, 1000, 1000)
@@ -67,7 +71,6 @@ def test_logits_are_of_all_images_of_a_batch(small):
 
 
 class Trained(BaseModel):
-
     def __init__(self, **options):
         super().__init__()
         self.backbone = CrossFormer(TINY, **options)
@@ -80,14 +83,23 @@ def train(model, work_dir, hooks) -> Runner:
     torch.manual_seed(0)  # of the images
     images = [torch.randn(3, 70, 90) for _ in range(4)]
     runner = Runner(
-        model, str(work_dir),
-        train_dataloader=dict(dataset=images, sampler=dict(type='DefaultSampler', shuffle=False),
-                              collate_fn=lambda batch: dict(inputs=torch.stack(batch))),
+        model,
+        str(work_dir),
+        train_dataloader=dict(
+            dataset=images,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=lambda batch: dict(inputs=torch.stack(batch)),
+        ),
         train_cfg=dict(by_epoch=False, max_iters=4),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
-        custom_hooks=hooks, default_scope='mmengine', randomness=dict(seed=0),
-        experiment_name=work_dir.name, visualizer=dict(
-            type='Visualizer', name=work_dir.name, vis_backends=[dict(type='LocalVisBackend')]))
+        custom_hooks=hooks,
+        default_scope='mmengine',
+        randomness=dict(seed=0),
+        experiment_name=work_dir.name,
+        visualizer=dict(
+            type='Visualizer', name=work_dir.name, vis_backends=[dict(type='LocalVisBackend')]
+        ),
+    )
     runner.train()
     return runner
 
@@ -100,7 +112,8 @@ def test_training_is_the_same_and_the_log_says_what_the_features_were(tmp_path, 
         model = Trained(with_cp=with_cp)
         if hooks:
             model.backbone.layers[3].register_forward_hook(
-                lambda module, inputs, output: features.append(output.detach().clone()))
+                lambda module, inputs, output: features.append(output.detach().clone())
+            )
         train(model, tmp_path / f'{name}-{with_cp}', hooks)
         weights.append(model.state_dict())
         assert len(model.backbone.layers[0]._forward_hooks) == 0
@@ -108,17 +121,24 @@ def test_training_is_the_same_and_the_log_says_what_the_features_were(tmp_path, 
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name]), name
 
-    scalars, = (tmp_path / f'hooked-{with_cp}').glob('*/vis_data/scalars.json')
-    lines = [line for line in map(json.loads, scalars.read_text().splitlines())
-             if 'magnitude/stage3/feature_std' in line]
+    (scalars,) = (tmp_path / f'hooked-{with_cp}').glob('*/vis_data/scalars.json')
+    lines = [
+        line
+        for line in map(json.loads, scalars.read_text().splitlines())
+        if 'magnitude/stage3/feature_std' in line
+    ]
     assert [line['step'] for line in lines] == [2, 4]
-    assert {f'magnitude/stage{i}/{what}_{how}' for i in range(4) for what in ('feature', 'logit')
-            for how in ('std', 'max')} < set(lines[0])
+    assert {
+        f'magnitude/stage{i}/{what}_{how}'
+        for i in range(4)
+        for what in ('feature', 'logit')
+        for how in ('std', 'max')
+    } < set(lines[0])
     for line, feature in zip(lines, features[1::2]):
         assert line['magnitude/stage3/feature_std'] == pytest.approx(feature.std().item(), rel=1e-3)
         assert line['magnitude/stage3/feature_max'] == pytest.approx(feature.abs().max().item())
         assert 0 < line['magnitude/stage3/logit_std'] < line['magnitude/stage3/logit_max']
-    log, = (tmp_path / f'hooked-{with_cp}').glob('*/*.log')
+    (log,) = (tmp_path / f'hooked-{with_cp}').glob('*/*.log')
     assert log.read_text().count('Magnitudes by stage: standard deviation of features') == 2
 
 
@@ -136,6 +156,9 @@ def test_numbers_must_be_positive(options):
 
 
 def test_a_config_line_builds_it():
-    cfg = Config.fromstring("custom_imports = dict(imports=['crossformer_mm'])\n"
-                            "custom_hooks = [dict(type='MagnitudeHook', interval=7)]", '.py')
+    cfg = Config.fromstring(
+        "custom_imports = dict(imports=['crossformer_mm'])\n"
+        "custom_hooks = [dict(type='MagnitudeHook', interval=7)]",
+        '.py',
+    )
     assert HOOKS.build(cfg.custom_hooks[0]).interval == 7

@@ -1,4 +1,5 @@
 """Where something is missing or too old, importing the package says so in one sentence."""
+
 import importlib.util
 import re
 import subprocess
@@ -14,7 +15,8 @@ from crossformer_mm.installed import OLDEST, check_installed, installed_family, 
 
 COMMANDS = {
     'onedl-': "pip install --no-build-isolation 'onedl-mmengine>=0.10.12' 'onedl-mmcv>=2.3.6'",
-    '': "pip install openmim && mim install mmengine 'mmcv>=2.1.0,<2.2.0'"}
+    '': "pip install openmim && mim install mmengine 'mmcv>=2.1.0,<2.2.0'",
+}
 
 
 @pytest.fixture
@@ -28,8 +30,9 @@ def environment(monkeypatch):
 
         monkeypatch.setattr(installed, 'distribution', distribution)
         monkeypatch.setattr(importlib.util, 'find_spec', versions.get)
-        monkeypatch.setattr(importlib, 'import_module',
-                            lambda name: SimpleNamespace(__version__=versions[name]))
+        monkeypatch.setattr(
+            importlib, 'import_module', lambda name: SimpleNamespace(__version__=versions[name])
+        )
 
     return set_to
 
@@ -49,8 +52,10 @@ def test_all_is_there(environment):
 @pytest.mark.parametrize('family', ['onedl-', '', None])
 def test_one_sentence_says_what_to_install(environment, package, version, family):
     versions = {**dict.fromkeys(OLDEST, '9.9.9'), package: version}
-    environment({name: value for name, value in versions.items() if value},
-                () if family is None else (f'{family}mmengine',))
+    environment(
+        {name: value for name, value in versions.items() if value},
+        () if family is None else (f'{family}mmengine',),
+    )
     with pytest.raises(ImportError) as error:
         check_installed()
     said = str(error.value)
@@ -59,7 +64,8 @@ def test_one_sentence_says_what_to_install(environment, package, version, family
     assert said.endswith('.') and '\n' not in said
     if package in ('mmengine', 'mmcv'):
         assert [command in said for command in COMMANDS.values()] == [
-            family in (name, None) for name in COMMANDS]
+            family in (name, None) for name in COMMANDS
+        ]
     else:
         assert ('pip install einops' if package == 'einops' else 'pytorch.org') in said
 
@@ -75,13 +81,21 @@ def test_family_of_this_environment():
     family = installed_family()
     assert family in COMMANDS
     import mmcv
+
     assert numbers(mmcv.__version__) >= ((2, 3) if family else (2, 0))
 
 
 def test_import_ends_in_the_sentence():
-    program = ('import sys, importlib.util\nfind = importlib.util.find_spec\n'
-               "importlib.util.find_spec = lambda name: None if name == 'mmcv' else find(name)\n"
-               'import crossformer_mm')
+    program = (
+        'import sys, importlib.util\nfind = importlib.util.find_spec\n'
+        "importlib.util.find_spec = lambda name: None if name == 'mmcv' else find(name)\n"
+        'import crossformer_mm'
+    )
     done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True)
-    assert done.stderr.strip().splitlines()[-1].startswith(
-        'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install ')
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install '
+        )
+    )

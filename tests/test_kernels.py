@@ -1,8 +1,10 @@
 """Every way to compute attention equals the definition; one table chooses among them."""
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer, kernels
@@ -30,8 +32,10 @@ def random_inputs(shape, rows, columns, heads, dim, dtype=torch.float32, spare=0
     """A map of queries, keys and values; biases for ``spare`` members more than there are."""
     batch, height, width = shape
     generator = torch.Generator().manual_seed(0)
-    sides = [2 * (fit_rule(side, rule).size + spare) - 1
-             for side, rule in ((height, rows), (width, columns))]
+    sides = [
+        2 * (fit_rule(side, rule).size + spare) - 1
+        for side, rule in ((height, rows), (width, columns))
+    ]
     qkv = torch.randn(batch, height, width, 3 * heads * dim, generator=generator)
     return qkv.to(dtype), torch.randn(heads, *sides, generator=generator)
 
@@ -48,31 +52,52 @@ def by_loops(qkv, table, rows, columns, heads, scale):
 
     centre = table.shape[1] // 2, table.shape[2] // 2
     for r, c in np.ndindex(height, width):
-        members = [(y, x) for y, x in np.ndindex(height, width)
-                   if group(y, rows) == group(r, rows) and group(x, columns) == group(c, columns)]
+        members = [
+            (y, x)
+            for y, x in np.ndindex(height, width)
+            if group(y, rows) == group(r, rows) and group(x, columns) == group(c, columns)
+        ]
         for image, head in np.ndindex(batch, heads):
-            logits = np.array([scale * (q[image, r, c, 0, head] * k[image, y, x, 0, head]).sum()
-                               + float(table[head, centre[0] + (r - y) // rows.interval,
-                                             centre[1] + (c - x) // columns.interval])
-                               for y, x in members])
+            logits = np.array(
+                [
+                    scale * (q[image, r, c, 0, head] * k[image, y, x, 0, head]).sum()
+                    + float(
+                        table[
+                            head,
+                            centre[0] + (r - y) // rows.interval,
+                            centre[1] + (c - x) // columns.interval,
+                        ]
+                    )
+                    for y, x in members
+                ]
+            )
             weights = np.exp(logits - logits.max())
-            out[image, r, c, head] = sum(
-                weight * v[image, y, x, 0, head] for weight, (y, x) in zip(weights, members)
-            ) / weights.sum()
+            out[image, r, c, head] = (
+                sum(weight * v[image, y, x, 0, head] for weight, (y, x) in zip(weights, members))
+                / weights.sum()
+            )
     return torch.from_numpy(out.reshape(batch, height, width, -1))
 
 
-@pytest.mark.parametrize('rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)),
-                                           ((4, 1, 2), (3, 1, 2)), ((9, 3), (1, 1))])
+@pytest.mark.parametrize(
+    'rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)), ((4, 1, 2), (3, 1, 2)), ((9, 3), (1, 1))]
+)
 def test_definition_is_that_of_loops_over_positions(rows, columns):
     rows, columns = AxisRule(*rows), AxisRule(*columns)
     inputs = random_inputs((2, 5, 7), rows, columns, 2, 3, torch.float64, spare=1)
-    torch.testing.assert_close(plain.attend(*inputs, rows, columns, 2, .7),
-                               by_loops(*inputs, rows, columns, 2, .7), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        plain.attend(*inputs, rows, columns, 2, 0.7),
+        by_loops(*inputs, rows, columns, 2, 0.7),
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
-SERVED = [name for name in kernels.ATTENTION_PATHS
-          if name != 'fused' and not kernels.PATHS[name].why_not(Call(CPU))]
+SERVED = [
+    name
+    for name in kernels.ATTENTION_PATHS
+    if name != 'fused' and not kernels.PATHS[name].why_not(Call(CPU))
+]
 
 
 @pytest.mark.parametrize('path', SERVED)
@@ -86,22 +111,36 @@ def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
     lda = data.draw(st.sampled_from(LDA_DEFINITIONS))
     rules = stage_rules(height, width, size, interval, lda)[data.draw(number(0, 1))]
     heads, dim = data.draw(number(1, 3)), data.draw(st.sampled_from((1, 5, 16, 32, 40)))
-    inputs = random_inputs((data.draw(number(1, 2)), height, width), *rules, heads, dim, dtype,
-                           spare=data.draw(number(0, 2)))
-    ours = values_and_gradients(*inputs, *rules, heads, .3, path=path)
-    exact = values_and_gradients(*(x.double() for x in inputs), *rules, heads, .3, path='plain')
+    inputs = random_inputs(
+        (data.draw(number(1, 2)), height, width),
+        *rules,
+        heads,
+        dim,
+        dtype,
+        spare=data.draw(number(0, 2)),
+    )
+    ours = values_and_gradients(*inputs, *rules, heads, 0.3, path=path)
+    exact = values_and_gradients(*(x.double() for x in inputs), *rules, heads, 0.3, path='plain')
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]
     # A gradient of the table is a sum over all positions, in which rounding adds up.
-    for one, other, least in zip(ours, exact, (1, 1, (height * width)**.5)):
+    for one, other, least in zip(ours, exact, (1, 1, (height * width) ** 0.5)):
         assert (one - other).abs().max() <= tolerance * max(other.abs().max(), least)
 
 
-@pytest.mark.parametrize('call, path', [
-    (Call(CPU), 'native'), (Call(CPU, has_lead=True), 'native'),
-    (Call(CPU, watcher='compiler'), 'native'), (Call(CPU, torch.bfloat16, 40), 'native'),
-    (Call(CPU, dropout=.1), 'plain'), (Call(CPU, torch.float64), 'plain'),
-    (Call(CPU, head_dim=129), 'plain'), (Call(CPU, watcher='exporter'), 'plain'),
-    (Call(torch.device('meta')), 'plain')])
+@pytest.mark.parametrize(
+    'call, path',
+    [
+        (Call(CPU), 'native'),
+        (Call(CPU, has_lead=True), 'native'),
+        (Call(CPU, watcher='compiler'), 'native'),
+        (Call(CPU, torch.bfloat16, 40), 'native'),
+        (Call(CPU, dropout=0.1), 'plain'),
+        (Call(CPU, torch.float64), 'plain'),
+        (Call(CPU, head_dim=129), 'plain'),
+        (Call(CPU, watcher='exporter'), 'plain'),
+        (Call(torch.device('meta')), 'plain'),
+    ],
+)
 def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
     monkeypatch.setattr(fused, 'has_triton', lambda: False)  # whose interpreter tests turn on
     monkeypatch.setattr(native, 'MISSING', '')  # as where there is a compiler
@@ -114,17 +153,23 @@ def test_tracers_get_the_definition():
     paths = []
 
     def forward(qkv):
-        paths.append(choose_path(Call.of(qkv, *RULE, 1, 0.)))
+        paths.append(choose_path(Call.of(qkv, *RULE, 1, 0.0)))
         return qkv + 1
 
     torch.jit.trace(forward, torch.ones(1, 2, 2, 3), check_trace=False)
     assert paths == ['plain']
 
 
-@pytest.mark.parametrize('option, reason', [
-    (dict(dropout=.5), 'attn_drop_rate is 0.5'), (dict(dtype=torch.float64), 'got torch.float64'),
-    (dict(head_dim=129), 'at most 128 channels, but they have 129'),
-    (dict(watcher='exporter'), 'an exporter'), (dict(device=torch.device('meta')), 'got .* meta')])
+@pytest.mark.parametrize(
+    'option, reason',
+    [
+        (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
+        (dict(dtype=torch.float64), 'got torch.float64'),
+        (dict(head_dim=129), 'at most 128 channels, but they have 129'),
+        (dict(watcher='exporter'), 'an exporter'),
+        (dict(device=torch.device('meta')), 'got .* meta'),
+    ],
+)
 def test_a_path_that_cannot_serve_is_refused_not_replaced(option, reason):
     with pytest.raises(ValueError, match=f"attention_path='native'.*{reason}.*'plain'"):
         choose_path(Call(**{'device': CPU, **option}), 'native')
@@ -139,12 +184,13 @@ def test_wrong_path_is_refused_by_name():
 def test_definition_compiles_to_one_graph():
     inputs = random_inputs((1, 5, 4), *RULE, 2, 4)
     compiled = torch.compile(map_attention, backend='eager', fullgraph=True)
-    out = compiled(*inputs, *RULE, 2, .3, path='plain')
-    torch.testing.assert_close(out, map_attention(*inputs, *RULE, 2, .3, path='plain'))
+    out = compiled(*inputs, *RULE, 2, 0.3, path='plain')
+    torch.testing.assert_close(out, map_attention(*inputs, *RULE, 2, 0.3, path='plain'))
 
 
-needs_native = pytest.mark.skipif(bool(native.why_not(Call(CPU))),
-                                  reason=f'native attention: {native.why_not(Call(CPU))}')
+needs_native = pytest.mark.skipif(
+    bool(native.why_not(Call(CPU))), reason=f'native attention: {native.why_not(Call(CPU))}'
+)
 
 
 @needs_native
@@ -152,16 +198,17 @@ needs_native = pytest.mark.skipif(bool(native.why_not(Call(CPU))),
 def test_the_operator_keeps_the_rules_of_operators():
     """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
     qkv, table = torch.randn(2 * 7 * 5, 3 * 16), torch.randn(2, 7, 5)
-    torch.library.opcheck(torch.ops.crossformer_mm.native_attention.default,
-                          (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5, 4, 2, 0, 3, 2, 0,
-                           2, .5))
+    torch.library.opcheck(
+        torch.ops.crossformer_mm.native_attention.default,
+        (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5, 4, 2, 0, 3, 2, 0, 2, 0.5),
+    )
 
 
 @needs_native
 def test_second_derivative_is_refused():
     qkv, table = random_inputs((1, 2, 2), *RULE, 1, 8)
-    out = native.attend(qkv.requires_grad_(), table, *RULE, 1, 1.)
-    grad, = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    out = native.attend(qkv.requires_grad_(), table, *RULE, 1, 1.0)
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match='no autograd formula|once_differentiable'):
         grad.sum().backward()
 
@@ -170,8 +217,14 @@ def test_second_derivative_is_refused():
 @needs_torch('2.4', 'torch.library.register_fake')
 @pytest.mark.parametrize('lda', ['interval', 'shifted'])
 def test_compiler_makes_one_graph_for_images_of_many_sizes(lda):
-    backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), group_size=(3,),
-                           interval=(2,), merge_sizes=(), out_indices=(0,), lda=lda).eval()
+    backbone = CrossFormer(
+        dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+        group_size=(3,),
+        interval=(2,),
+        merge_sizes=(),
+        out_indices=(0,),
+        lda=lda,
+    ).eval()
     graphs = []
 
     def count(graph, inputs):
@@ -188,7 +241,7 @@ def test_compiler_makes_one_graph_for_images_of_many_sizes(lda):
 
 
 def test_dropout_of_attention_weights_trains_on_the_plain_path():
-    attention, x = GroupAttention(16, 2, attn_drop_rate=.5).train(), torch.rand(1, 6, 6, 16)
+    attention, x = GroupAttention(16, 2, attn_drop_rate=0.5).train(), torch.rand(1, 6, 6, 16)
     assert not torch.equal(attention(x, *RULE), attention(x, *RULE))
     attention.eval()
     assert torch.equal(attention(x, *RULE), attention(x, *RULE))
@@ -196,8 +249,14 @@ def test_dropout_of_attention_weights_trains_on_the_plain_path():
 
 def features_and_gradients(path, lda, image, with_cp=False):
     torch.manual_seed(0)
-    model = CrossFormer(SMALL, group_size=(4, 4, 3, 3), interval=(4, 2, 2, 1), lda=lda,
-                        with_cp=with_cp, attention_path=path)
+    model = CrossFormer(
+        SMALL,
+        group_size=(4, 4, 3, 3),
+        interval=(4, 2, 2, 1),
+        lda=lda,
+        with_cp=with_cp,
+        attention_path=path,
+    )
     features = model(image)
     generator = torch.Generator().manual_seed(1)
     sum((f * torch.randn(f.shape, generator=generator)).sum() for f in features).backward()
@@ -246,8 +305,14 @@ def test_autocast_trains_in_bfloat16_near_float32():
 
 def stored_for_backward(path, side):
     """Bytes that a training step keeps between its two passes, each storage once."""
-    model = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(4,)), merge_sizes=(),
-                        group_size=(7,), interval=(8,), out_indices=(0,), attention_path=path)
+    model = CrossFormer(
+        dict(embed_dims=16, depths=(2,), num_heads=(4,)),
+        merge_sizes=(),
+        group_size=(7,),
+        interval=(8,),
+        out_indices=(0,),
+        attention_path=path,
+    )
     storages = {}
 
     def pack(x):
@@ -262,8 +327,11 @@ def stored_for_backward(path, side):
 
 @needs_native
 def test_what_training_stores_grows_no_faster_than_the_area():
-    stored = {(path, side): stored_for_backward(path, side)
-              for path in ('plain', 'native') for side in (224, 448)}
+    stored = {
+        (path, side): stored_for_backward(path, side)
+        for path in ('plain', 'native')
+        for side in (224, 448)
+    }
     assert stored['native', 448] < 4.05 * stored['native', 224]
     assert stored['plain', 448] > 6 * stored['plain', 224]  # so the test can tell
 
@@ -290,7 +358,7 @@ def test_no_tensor_of_all_pairs_exists():
     inputs, largest = random_inputs((1, 24, 24), *rules, 4, 4), {}
     for path in ('native', 'plain'):
         with LargestTensor() as mode:
-            values_and_gradients(*inputs, *rules, 4, .3, path=path)
+            values_and_gradients(*inputs, *rules, 4, 0.3, path=path)
         largest[path] = mode.numel
     assert largest['plain'] >= 4 * 4 * 144**2
     assert largest['native'] < 2 * 144**2

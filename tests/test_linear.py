@@ -1,4 +1,5 @@
 """Linear layers and MLPs: every way to compute them gives PyTorch's values and gradients."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,9 @@ from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
 from crossformer_mm.linear import Linear, Mlp
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(),
-                                  reason='this PyTorch was built without oneDNN')
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason='this PyTorch was built without oneDNN'
+)
 
 
 def check(ours, reference, *tensors):
@@ -47,8 +49,13 @@ def test_mlp_equals_pytorchs_in_parts_of_any_size(tokens, chunk, kept, library, 
     def reference(x, weight1, bias1, weight2, bias2):
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
-    tensors = (torch.randn(tokens, 8), torch.randn(32, 8), torch.randn(32), torch.randn(8, 32),
-               torch.randn(8))
+    tensors = (
+        torch.randn(tokens, 8),
+        torch.randn(32, 8),
+        torch.randn(32),
+        torch.randn(8, 32),
+        torch.randn(8),
+    )
     if tokens:
         check(mlps.mlp, reference, *tensors)
     assert mlps.mlp(*tensors).shape == (tokens, 8)
@@ -129,7 +136,6 @@ def test_dropout_and_hooks_see_the_hidden_layer():
 
 def test_a_layer_put_in_the_place_of_ours_is_used():
     class Doubled(nn.Linear):
-
         def forward(self, x):
             return 2 * super().forward(x)
 

@@ -1,4 +1,5 @@
 """``--amp bfloat16``: a training under autocast, here on the CPU."""
+
 import json
 from pathlib import Path
 
@@ -21,23 +22,31 @@ def data(tmp_path_factory) -> Path:
 
 def train(folder: Path, config: Path, *options) -> list:
     """Train; the losses of each iteration."""
-    process = ToolProcess(folder.with_suffix('.log'), 'tools/train.py', config, '--work-dir',
-                          folder, *options)
+    process = ToolProcess(
+        folder.with_suffix('.log'), 'tools/train.py', config, '--work-dir', folder, *options
+    )
     assert process.wait() == 0, process.output[-3000:]
-    log, = folder.glob('*/vis_data/scalars.json')
+    (log,) = folder.glob('*/vis_data/scalars.json')
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if 'loss' in key}
-            for row in rows if 'loss' in row]
+    return [
+        {key: value for key, value in row.items() if 'loss' in key} for row in rows if 'loss' in row
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='looks at the CPU')
 @pytest.mark.parametrize('kind', [DETECTOR, SEGMENTOR], ids=lambda kind: kind.name)
 def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, kind):
-    changes = dict(randomness=dict(seed=0), custom_hooks=[], val_cfg=None, val_dataloader=None,
-                   val_evaluator=None)
+    changes = dict(
+        randomness=dict(seed=0),
+        custom_hooks=[],
+        val_cfg=None,
+        val_dataloader=None,
+        val_evaluator=None,
+    )
     if kind is DETECTOR:
-        changes.update(train_cfg=dict(max_epochs=2),
-                       default_hooks=dict(checkpoint=dict(max_keep_ckpts=-1)))
+        changes.update(
+            train_cfg=dict(max_epochs=2), default_hooks=dict(checkpoint=dict(max_keep_ckpts=-1))
+        )
         last = 'epoch_2.pth'
     else:
         changes.update(train_cfg=dict(max_iters=2, val_interval=2))
@@ -50,11 +59,20 @@ def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, k
     for key, value in exact[0].items():
         assert rounded[0][key] == pytest.approx(value, rel=0.05, abs=0.01), key
     checkpoint = read_checkpoint(str(tmp_path / 'bfloat16' / last))
-    assert all(weight.dtype == torch.float32 for weight in checkpoint['state_dict'].values()
-               if weight.is_floating_point())
+    assert all(
+        weight.dtype == torch.float32
+        for weight in checkpoint['state_dict'].values()
+        if weight.is_floating_point()
+    )
     if kind is DETECTOR:
-        train(tmp_path / 'resumed', config, '--amp', 'bfloat16', '--resume',
-              tmp_path / 'bfloat16' / 'epoch_1.pth')
+        train(
+            tmp_path / 'resumed',
+            config,
+            '--amp',
+            'bfloat16',
+            '--resume',
+            tmp_path / 'bfloat16' / 'epoch_1.pth',
+        )
         resumed = read_checkpoint(str(tmp_path / 'resumed' / last))
         for name, weight in checkpoint['state_dict'].items():
             assert torch.equal(weight, resumed['state_dict'][name]), name
@@ -63,7 +81,7 @@ def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, k
 def test_matrix_products_are_rounded_and_operators_of_mmcv_are_not():
     linear, align = nn.Linear(8, 8), RoIAlign(2)
     model = nn.ModuleList([linear, align])
-    features, boxes = torch.rand(1, 8, 4, 4), torch.tensor([[0., 0., 0., 3., 3.]])
+    features, boxes = torch.rand(1, 8, 4, 4), torch.tensor([[0.0, 0.0, 0.0, 3.0, 3.0]])
     wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in range(2):  # not widened twice
         with wrapper.optim_context(model):

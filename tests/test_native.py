@@ -1,4 +1,5 @@
 """The compiled kernel equals sums in float64, in value and gradient, on every instruction set."""
+
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +39,14 @@ def attention(qkv, table, rows, columns, heads, scale):
             for group_rows in r:
                 for group_columns in c:
                     index = positions[group_rows][:, group_columns].flatten()
-                    q, k, v = qkv.flatten(1, 2)[:, index].unflatten(2, (3, heads, -1)).permute(
-                        2, 0, 3, 1, 4)
+                    q, k, v = (
+                        qkv.flatten(1, 2)[:, index]
+                        .unflatten(2, (3, heads, -1))
+                        .permute(2, 0, 3, 1, 4)
+                    )
                     logits = scale * q @ k.transpose(2, 3) + bias_of_pairs(
-                        table, len(group_rows), len(group_columns))
+                        table, len(group_rows), len(group_columns)
+                    )
                     outs.append((logits.softmax(3) @ v).transpose(1, 2).flatten(2))
                     norms.append(logits.logsumexp(3).transpose(1, 2))
                     order.append(index)
@@ -56,8 +61,9 @@ def error(ours, exact):
 
 def random_case(batch, height, width, rows, columns, heads, dim, dtype, spare=0):
     generator = torch.Generator().manual_seed(0)
-    sides = [2 * (fit_rule(n, rule).size + spare) - 1
-             for n, rule in ((height, rows), (width, columns))]
+    sides = [
+        2 * (fit_rule(n, rule).size + spare) - 1 for n, rule in ((height, rows), (width, columns))
+    ]
     qkv = torch.randn(batch, height, width, 3 * heads * dim, generator=generator)
     grad = torch.randn(batch, height, width, heads * dim, generator=generator)
     return qkv.to(dtype), torch.randn(heads, *sides, generator=generator), grad.to(dtype)
@@ -82,7 +88,7 @@ def check(qkv, table, grad, rules):
         # the table is a sum over all positions, in which rounding adds up.
         limit = LIMITS[dtype]
         if summed > 1:
-            limit = limit * summed**.5 * true.abs().max().clamp_min(1)
+            limit = limit * summed**0.5 * true.abs().max().clamp_min(1)
         assert error(mine, true) < LIMITS[dtype] or (mine.double() - true).abs().max() < limit
 
 
@@ -119,19 +125,28 @@ def test_equals_float64_whatever_the_sizes(data):
     height, width = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
     rows, columns = rule(height), rule(width)
     heads, dim = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
-    case = random_case(data.draw(st.integers(1, 2)), height, width, rows, columns, heads, dim,
-                       data.draw(st.sampled_from(native.DTYPES)), data.draw(st.integers(0, 3)))
+    case = random_case(
+        data.draw(st.integers(1, 2)),
+        height,
+        width,
+        rows,
+        columns,
+        heads,
+        dim,
+        data.draw(st.sampled_from(native.DTYPES)),
+        data.draw(st.integers(0, 3)),
+    )
     name = data.draw(st.sampled_from(native._native.supported()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(native.VARIABLE, name)
         check(*case, (rows, columns, heads, 0.3))
 
 
-@pytest.mark.parametrize('largest', [80., 3000., 1e30])
+@pytest.mark.parametrize('largest', [80.0, 3000.0, 1e30])
 def test_large_logits_do_not_overflow(instructions, largest):
-    rules = (AxisRule(5, 1), AxisRule(6, 1), 2, 1.)
+    rules = (AxisRule(5, 1), AxisRule(6, 1), 2, 1.0)
     qkv, table, grad = random_case(3, 5, 6, *rules[:2], 2, 32, torch.float32)
-    qkv, table = qkv * .01, table * largest / table.abs().max()
+    qkv, table = qkv * 0.01, table * largest / table.abs().max()
     out, norms = native.forward(qkv, table, *rules)
     exact, exact_norms = attention(qkv.double(), table.double(), *rules)
     assert error(out, exact) < 1e-4 and error(norms, exact_norms) < 1e-6
@@ -140,7 +155,7 @@ def test_large_logits_do_not_overflow(instructions, largest):
 
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
 def test_what_is_not_finite_shows(instructions, dtype):
-    rules = (AxisRule(3, 1), AxisRule(4, 1), 1, 1.)
+    rules = (AxisRule(3, 1), AxisRule(4, 1), 1, 1.0)
     qkv, table, _ = random_case(2, 3, 4, *rules[:2], 1, 32, dtype)
     qkv[0, 1, 2, 40] = float('nan')  # of a key of the first group
     out = native.forward(qkv, table, *rules)[0]
@@ -204,8 +219,9 @@ if not child:
     os._exit(0 if bytes(run().untyped_storage()) == bytes(expected.untyped_storage()) else 3)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 '''
-    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True,
-                          timeout=300)
+    done = subprocess.run(
+        [sys.executable, '-c', program], text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -244,8 +260,9 @@ def test_an_empty_batch_is_one():
 def test_instructions_that_there_are_not_are_refused_in_one_sentence(monkeypatch, name):
     monkeypatch.setenv(native.VARIABLE, name)
     with pytest.raises(ValueError, match=f"{native.VARIABLE} is '{name}', but .*'generic'"):
-        native.forward(torch.ones(1, 2, 2, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(2, 1),
-                       1, 1.)
+        native.forward(
+            torch.ones(1, 2, 2, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(2, 1), 1, 1.0
+        )
 
 
 def test_the_best_instructions_are_taken(monkeypatch):
@@ -256,5 +273,6 @@ def test_the_best_instructions_are_taken(monkeypatch):
 
 def test_a_table_too_small_for_the_group_is_refused():
     with pytest.raises(ValueError, match='3 x 3 offsets is too small for groups of 2 x 3 members'):
-        native.forward(torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(3, 1),
-                       1, 1.)
+        native.forward(
+            torch.ones(1, 2, 3, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(3, 1), 1, 1.0
+        )

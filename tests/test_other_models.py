@@ -3,6 +3,7 @@
 The models are those of the installed packages' own configs; what a user changes to put CrossFormer
 into them is what this file changes: the backbone, and the channels of whatever takes its features.
 """
+
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,13 +117,14 @@ def put_in(model: dict, backbone: dict) -> None:
 def lighten(model: dict) -> None:
     """Take out what costs time or needs several processes and has nothing to do with features."""
     for node in dicts_in(model):
-        for key, most in dict(num_queries=20, num_proposals=20, num_points=400, max_per_img=20,
-                              nms_pre=100).items():
+        for key, most in dict(
+            num_queries=20, num_proposals=20, num_points=400, max_per_img=20, nms_pre=100
+        ).items():
             if isinstance(node.get(key), int):
                 node[key] = min(node[key], most)
         for key in ('score_thr', 'mask_thr', 'filter_thr'):  # which untrained heads rarely reach
             if key in node:
-                node[key] = 0.
+                node[key] = 0.0
     # A size to pad to or to crop is one of the data set's images, ours are smaller.
     preprocessor = model['data_preprocessor']
     preprocessor.pop('batch_augments', None)
@@ -187,15 +189,18 @@ def predict(model: torch.nn.Module, batch: dict) -> list:
 
 def detection_batch(with_mask: bool) -> dict:
     from mmdet.testing import demo_mm_inputs
-    batch = demo_mm_inputs(2, [(3, *shape) for shape in SHAPES], num_items=[3, 5],
-                           with_mask=with_mask)
+
+    batch = demo_mm_inputs(
+        2, [(3, *shape) for shape in SHAPES], num_items=[3, 5], with_mask=with_mask
+    )
     for sample in batch['data_samples']:
-        sample.set_metainfo(dict(scale_factor=(1., 1.)))  # as its shapes say
+        sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))  # as its shapes say
     return batch
 
 
 def segmentation_batch() -> dict:
     from mmseg.structures import SegDataSample
+
     samples = []
     for shape in SHAPES:
         sample = SegDataSample(metainfo=dict(img_shape=shape, ori_shape=shape))

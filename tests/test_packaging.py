@@ -1,4 +1,5 @@
 """The wheel carries configs, tools and metafiles, where OpenMMLab's packages look for them."""
+
 import os
 import platform
 import re
@@ -98,20 +99,47 @@ def copy_of_the_project(folder: Path) -> Path:
     """The files of a checkout, for a build leaves folders behind; links become files."""
     ignored = shutil.ignore_patterns('.mim', '*.so', '__pycache__')
     folder.mkdir()
-    for name in ('pyproject.toml', 'setup.py', 'MANIFEST.in', 'README.md', 'README_zh-CN.md',
-                 'LICENSE', 'Makefile', 'model-index.yml'):
+    for name in (
+        'pyproject.toml',
+        'setup.py',
+        'MANIFEST.in',
+        'README.md',
+        'README_zh-CN.md',
+        'LICENSE',
+        'Makefile',
+        'model-index.yml',
+    ):
         shutil.copy(ROOT / name, folder)
-    for name in ('crossformer_mm', 'configs', 'tools', 'tests', 'requirements', 'docs',
-                 'benchmarks'):
+    for name in (
+        'crossformer_mm',
+        'configs',
+        'tools',
+        'tests',
+        'requirements',
+        'docs',
+        'benchmarks',
+    ):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder
 
 
 def build_wheel(folder: Path, **environment) -> Path:
     source = copy_of_the_project(folder / 'source')
-    subprocess.run([*PIP, 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir',
-                    folder, source], check=True, env={**os.environ, **environment})
-    wheel, = folder.glob('crossformer_mm-*.whl')
+    subprocess.run(
+        [
+            *PIP,
+            'wheel',
+            '--quiet',
+            '--no-deps',
+            '--no-build-isolation',
+            '--wheel-dir',
+            folder,
+            source,
+        ],
+        check=True,
+        env={**os.environ, **environment},
+    )
+    (wheel,) = folder.glob('crossformer_mm-*.whl')
     return wheel
 
 
@@ -126,16 +154,27 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_has_every_config_and_tool(wheel):
-    inside = {name.split('.mim/')[1] for name in zipfile.ZipFile(wheel).namelist()
-              if '/.mim/' in name}
-    there = {path.relative_to(ROOT).as_posix()
-             for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'tools/*.py', 'tools/*.sh',
-                             'model-index.yml') for path in ROOT.glob(pattern)}
+    inside = {
+        name.split('.mim/')[1] for name in zipfile.ZipFile(wheel).namelist() if '/.mim/' in name
+    }
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in (
+            'configs/**/*.py',
+            'configs/**/*.yml',
+            'tools/*.py',
+            'tools/*.sh',
+            'model-index.yml',
+        )
+        for path in ROOT.glob(pattern)
+    }
     assert inside == there - {'tools/write_model_zoo.py'}
 
 
-@pytest.mark.skipif(platform.system() != 'Linux' or platform.machine() != 'x86_64',
-                    reason='the kernel is for x86-64, and compiled with options of GCC and Clang')
+@pytest.mark.skipif(
+    platform.system() != 'Linux' or platform.machine() != 'x86_64',
+    reason='the kernel is for x86-64, and compiled with options of GCC and Clang',
+)
 def test_wheel_has_the_kernel_for_every_python(wheel):
     assert '-cp39-abi3-linux_x86_64' in wheel.name
     assert 'crossformer_mm/kernels/_native.abi3.so' in zipfile.ZipFile(wheel).namelist()
@@ -159,7 +198,7 @@ def sdist(tmp_path_factory) -> Path:
     source = copy_of_the_project(folder / 'source')
     program = f'from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})'
     subprocess.run([sys.executable, '-c', program], cwd=source, check=True, capture_output=True)
-    archive, = folder.glob('crossformer_mm-*.tar.gz')
+    (archive,) = folder.glob('crossformer_mm-*.tar.gz')
     return archive
 
 
@@ -167,18 +206,31 @@ def test_sdist_is_complete_and_has_no_links(sdist):
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() or member.isdir() for member in archive.getmembers())
         inside = {name.split('/', 1)[-1] for name in archive.getnames()}
-    for pattern in ('tests/*.py', 'configs/**/*.py', 'tools/*', 'docs/*.md', 'requirements/*.txt',
-                    'crossformer_mm/**/*.py', 'crossformer_mm/**/*.cpp', 'crossformer_mm/**/*.h',
-                    '*.toml', '*.md', 'Makefile'):
-        missing = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)
-                   if path.is_file() and '.mim' not in path.parts} - inside
+    for pattern in (
+        'tests/*.py',
+        'configs/**/*.py',
+        'tools/*',
+        'docs/*.md',
+        'requirements/*.txt',
+        'crossformer_mm/**/*.py',
+        'crossformer_mm/**/*.cpp',
+        'crossformer_mm/**/*.h',
+        '*.toml',
+        '*.md',
+        'Makefile',
+    ):
+        missing = {
+            path.relative_to(ROOT).as_posix()
+            for path in ROOT.glob(pattern)
+            if path.is_file() and '.mim' not in path.parts
+        } - inside
         assert not missing
     assert not any('.mim' in name or name.endswith('.so') for name in inside)
 
 
 def test_metadata_lets_pip_replace_nothing(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        name, = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
+        (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
         metadata = Parser().parsestr(archive.read(name).decode())
     assert metadata['Version'] == __version__
     assert metadata['Requires-Python'] == '>=3.9'
@@ -192,18 +244,40 @@ def test_metadata_lets_pip_replace_nothing(wheel):
     assert extras['openmmlab']['mmcv'] == '<2.2.0,>=2.1.0'
     # Of these every release is compiled against, or asks for, one other release of the rest.
     assert not {'torch', 'torchvision', 'triton', 'numpy', 'opencv-python'} & {
-        name for needed in extras.values() for name in needed}
-    assert not any(name.startswith('onedl-') != extra.startswith('onedl')
-                   for extra, needed in extras.items() for name in needed if 'mm' in name)
+        name for needed in extras.values() for name in needed
+    }
+    assert not any(
+        name.startswith('onedl-') != extra.startswith('onedl')
+        for extra, needed in extras.items()
+        for name in needed
+        if 'mm' in name
+    )
 
 
-OLD = {'torch': '2.1.2', 'torchvision': '0.16.2', 'triton': '2.1.0', 'numpy': '1.26.4',
-       'opencv-python': '4.10.0.84', 'einops': '0.8.0', 'ftfy': '6.0', 'regex': '2024.1.1'}
+OLD = {
+    'torch': '2.1.2',
+    'torchvision': '0.16.2',
+    'triton': '2.1.0',
+    'numpy': '1.26.4',
+    'opencv-python': '4.10.0.84',
+    'einops': '0.8.0',
+    'ftfy': '6.0',
+    'regex': '2024.1.1',
+}
 FAMILIES = {
-    'openmmlab': {'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0',
-                  'mmsegmentation': '1.2.2'},
-    'onedl': {'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1',
-              'onedl-mmsegmentation': '1.4.2'}}
+    'openmmlab': {
+        'mmengine': '0.10.7',
+        'mmcv': '2.1.0',
+        'mmdet': '3.3.0',
+        'mmsegmentation': '1.2.2',
+    },
+    'onedl': {
+        'onedl-mmengine': '0.10.12',
+        'onedl-mmcv': '2.3.6',
+        'onedl-mmdetection': '3.5.1',
+        'onedl-mmsegmentation': '1.4.2',
+    },
+}
 
 
 def write_stub(folder: Path, name: str, version: str) -> None:
@@ -211,10 +285,12 @@ def write_stub(folder: Path, name: str, version: str) -> None:
     stem = f"{name.replace('-', '_')}-{version}"
     info = f'{stem}.dist-info'
     with zipfile.ZipFile(folder / f'{stem}-py3-none-any.whl', 'w') as file:
-        file.writestr(f'{info}/METADATA',
-                      f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
-        file.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\n'
-                      'Tag: py3-none-any\n')
+        file.writestr(
+            f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+        )
+        file.writestr(
+            f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
+        )
         file.writestr(f'{info}/RECORD', '')
 
 
@@ -237,8 +313,12 @@ def test_pip_replaces_nothing(family, kind, extra, stubs, wheel, sdist, tmp_path
 
     def pip(*arguments) -> str:
         return subprocess.run(
-            [python, '-m', 'pip', '--disable-pip-version-check', *arguments], check=True, text=True,
-            stdout=subprocess.PIPE, env={**environment, 'CROSSFORMER_MM_NO_EXTENSION': '1'}).stdout
+            [python, '-m', 'pip', '--disable-pip-version-check', *arguments],
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            env={**environment, 'CROSSFORMER_MM_NO_EXTENSION': '1'},
+        ).stdout
 
     def versions() -> dict:
         frozen = [line.split('==') for line in pip('freeze').splitlines() if '==' in line]
@@ -247,7 +327,7 @@ def test_pip_replaces_nothing(family, kind, extra, stubs, wheel, sdist, tmp_path
     # What pip is told here, by the machine, about indexes; and what builds, from this environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
     environment.update(PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX='1')
-    site, = (tmp_path / 'venv').rglob('site-packages')
+    (site,) = (tmp_path / 'venv').rglob('site-packages')
     for path in map(Path, ('setuptools', '_distutils_hack', 'pkg_resources')):
         shutil.rmtree(site / path, ignore_errors=True)
     for old in site.glob('setuptools-*'):
@@ -256,14 +336,25 @@ def test_pip_replaces_nothing(family, kind, extra, stubs, wheel, sdist, tmp_path
         there = Path(distribution('setuptools').locate_file(top))
         if there.is_dir():
             shutil.copytree(there, site / top)
-    pip('install', '--no-deps', '--find-links', stubs['old'],
-        *(f'{name}=={version}' for name, version in {**OLD, **FAMILIES[family]}.items()))
+    pip(
+        'install',
+        '--no-deps',
+        '--find-links',
+        stubs['old'],
+        *(f'{name}=={version}' for name, version in {**OLD, **FAMILIES[family]}.items()),
+    )
     before = versions()
     assert before == {**OLD, **FAMILIES[family]}
     what = {'wheel': wheel, 'sdist': sdist}.get(kind) or copy_of_the_project(tmp_path / 'source')
     what = f"{what}{extra.replace('family', family)}"
-    pip('install', '--no-build-isolation', '--find-links', stubs['new'],
-        *(['--editable'] if kind == 'editable' else []), what)
+    pip(
+        'install',
+        '--no-build-isolation',
+        '--find-links',
+        stubs['new'],
+        *(['--editable'] if kind == 'editable' else []),
+        what,
+    )
     assert versions() == before
     assert __version__ in pip('show', 'crossformer-mm')
 
@@ -272,12 +363,24 @@ def test_editable_install_needs_no_links(tmp_path):
     """On Windows they are for developers alone."""
     (tmp_path / 'sitecustomize.py').write_text(
         'import os\ndef refuse(*args, **kwargs):\n    raise OSError("no privilege")\n'
-        'os.symlink = refuse\n')
+        'os.symlink = refuse\n'
+    )
     source = copy_of_the_project(tmp_path / 'source')
-    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--no-build-isolation', '--target',
-                    tmp_path / 'site', '--editable', source], check=True,
-                   env={**os.environ, 'PYTHONPATH': str(tmp_path),
-                        'CROSSFORMER_MM_NO_EXTENSION': '1'})
+    subprocess.run(
+        [
+            *PIP,
+            'install',
+            '--quiet',
+            '--no-deps',
+            '--no-build-isolation',
+            '--target',
+            tmp_path / 'site',
+            '--editable',
+            source,
+        ],
+        check=True,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path), 'CROSSFORMER_MM_NO_EXTENSION': '1'},
+    )
     folder = source / 'crossformer_mm' / '.mim'
     assert sorted(path.name for path in folder.iterdir()) == ['configs', 'model-index.yml', 'tools']
     assert not any(path.is_symlink() for path in folder.rglob('*'))
@@ -291,8 +394,13 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def run_installed(installed: Path, folder: Path, program: str) -> subprocess.CompletedProcess:
     env = {**os.environ, 'PYTHONPATH': str(installed), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, '-c', program, installed], cwd=folder, env=env,
-                          text=True, capture_output=True)
+    return subprocess.run(
+        [sys.executable, '-c', program, installed],
+        cwd=folder,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_config_of_the_installed_wheel_is_found_by_name(installed, tmp_path):
@@ -301,29 +409,40 @@ def test_config_of_the_installed_wheel_is_found_by_name(installed, tmp_path):
 
 
 def test_inferencers_take_configs_and_weights(installed, tmp_path):
-    shown = [block for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
-             if 'Inferencer' in block]
+    shown = [
+        block
+        for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
+        if 'Inferencer' in block
+    ]
     assert len(shown) == 2
     program = '\n'.join([INFERENCERS, *shown, CHECKS])
-    for full, small in (('mask_rcnn/cf_s_1x', 'demo/mask_rcnn_shapes'),
-                        ('upernet/cf_s_160k', 'demo/upernet_shapes')):
+    for full, small in (
+        ('mask_rcnn/cf_s_1x', 'demo/mask_rcnn_shapes'),
+        ('upernet/cf_s_160k', 'demo/upernet_shapes'),
+    ):
         program = program.replace(full, small)
     done = run_installed(installed, tmp_path, program)
     assert done.stdout.strip().endswith('refused'), done.stdout + done.stderr[-3000:]
     assert not (tmp_path / 'marker').exists()
-    written = {path.relative_to(tmp_path / 'predictions').as_posix()
-               for path in (tmp_path / 'predictions').rglob('*.*')}
+    written = {
+        path.relative_to(tmp_path / 'predictions').as_posix()
+        for path in (tmp_path / 'predictions').rglob('*.*')
+    }
     assert written == {'vis/photo.jpg', 'pred/00000000_pred.png'}
 
 
 def test_readme_shows_the_same():
-    readme, = [block for block in blocks(ROOT / 'README.md', 'python') if 'Inferencer' in block]
-    page = [block for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
-            if 'DetInferencer' in block]
+    (readme,) = [block for block in blocks(ROOT / 'README.md', 'python') if 'Inferencer' in block]
+    page = [
+        block
+        for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
+        if 'DetInferencer' in block
+    ]
     assert page[0].startswith(readme)
 
 
 def test_an_editable_install_leads_to_the_folders_beside_the_package():
     folder = ROOT / 'crossformer_mm' / '.mim'
     assert {path.name: path.resolve() for path in folder.iterdir()} == {
-        name: ROOT.resolve() / name for name in ('configs', 'tools', 'model-index.yml')}
+        name: ROOT.resolve() / name for name in ('configs', 'tools', 'model-index.yml')
+    }

@@ -1,13 +1,20 @@
 """Position biases: of which pair each entry is, and what each kind of bias says."""
+
 import cv2
 import pytest
 import torch
 
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.grouping import AxisRule, long_distance, short_distance
-from crossformer_mm.position_bias import (POSITION_BIASES, AbsolutePosition, DynamicPositionBias,
-                                          NoPositionBias, RelativePositionBias, bias_of_pairs,
-                                          build_position_bias)
+from crossformer_mm.position_bias import (
+    POSITION_BIASES,
+    AbsolutePosition,
+    DynamicPositionBias,
+    NoPositionBias,
+    RelativePositionBias,
+    bias_of_pairs,
+    build_position_bias,
+)
 
 from .older_torch import FLOAT16
 
@@ -34,8 +41,7 @@ def test_pairs_read_the_table_at_query_minus_key(height, width, larger):
         for key in range(height * width):
             down = query // width - key // width
             right = query % width - key % width
-            assert torch.equal(bias[:, query, key],
-                               table[:, down + rows - 1, right + columns - 1])
+            assert torch.equal(bias[:, query, key], table[:, down + rows - 1, right + columns - 1])
 
 
 def test_bias_of_a_pair_is_the_network_at_query_minus_key(pos):
@@ -77,7 +83,7 @@ def test_residual_network_adds_the_two_middle_layers_to_what_they_take():
     plain = DynamicPositionBias(channels=64, num_heads=3)
     residual = build_position_bias('dynamic_residual', 64, 3, group_size=7)
     residual.load_state_dict(plain.state_dict())  # the same parameters
-    offset = torch.tensor([[2., -1.]])
+    offset = torch.tensor([[2.0, -1.0]])
     first = plain.pos_proj(offset)
     second = first + plain.pos1(first)
     expected = plain.pos3(second + plain.pos2(second))[0]
@@ -93,8 +99,9 @@ def test_learnt_table_is_itself_for_groups_of_its_size():
 
 def bicubic(x, height, width):
     """OpenCV's, for (C, H, W) that becomes larger."""
-    resized = cv2.resize(x.detach().permute(1, 2, 0).numpy(), (width, height),
-                         interpolation=cv2.INTER_CUBIC)
+    resized = cv2.resize(
+        x.detach().permute(1, 2, 0).numpy(), (width, height), interpolation=cv2.INTER_CUBIC
+    )
     return torch.from_numpy(resized).permute(2, 0, 1)
 
 
@@ -104,11 +111,15 @@ def test_learnt_table_is_resized_for_groups_of_other_sizes(height, width):
     table = bias(height, width)
     assert table.shape == (3, 2 * height - 1, 2 * width - 1)
     torch.testing.assert_close(
-        table, bicubic(bias.relative_position_bias_table, 2 * height - 1, 2 * width - 1),
-        atol=1e-5, rtol=1e-4)
+        table,
+        bicubic(bias.relative_position_bias_table, 2 * height - 1, 2 * width - 1),
+        atol=1e-5,
+        rtol=1e-4,
+    )
     # No offset stays no offset.
-    torch.testing.assert_close(table[:, height - 1, width - 1],
-                               bias.relative_position_bias_table[:, 4, 4])
+    torch.testing.assert_close(
+        table[:, height - 1, width - 1], bias.relative_position_bias_table[:, 4, 4]
+    )
 
 
 @pytest.mark.parametrize('height, width', [(4, 4), (7, 5), (12, 9)])
@@ -153,16 +164,22 @@ def test_with_a_learnt_table_and_shifted_groups_it_is_attention_of_swin(height, 
         for layer in ('qkv', 'proj'):
             getattr(inner, layer).load_state_dict(getattr(ours, layer).state_dict())
         inner.relative_position_bias_table.copy_(table.flatten(1).T)
-    rules = (long_distance(height, width, 7, 1, 'shifted') if shifted else
-             short_distance(height, width, 7, 'shifted'))
+    rules = (
+        long_distance(height, width, 7, 1, 'shifted')
+        if shifted
+        else short_distance(height, width, 7, 'shifted')
+    )
     x = torch.randn(2, height, width, 32, requires_grad=True)
     ours_out = ours(x, *rules)
     theirs_out = theirs(x.flatten(1, 2), (height, width)).view_as(x)
     torch.testing.assert_close(ours_out, theirs_out, atol=2e-5, rtol=1e-4)
     weights = torch.randn_like(x)
-    for grad, reference in zip(*(torch.autograd.grad(
-            (out * weights).sum(), (x, weight)) for out, weight in (
-                (ours_out, table), (theirs_out, inner.relative_position_bias_table)))):
+    for grad, reference in zip(
+        *(
+            torch.autograd.grad((out * weights).sum(), (x, weight))
+            for out, weight in ((ours_out, table), (theirs_out, inner.relative_position_bias_table))
+        )
+    ):
         if grad.dim() == 3:
             grad = grad.flatten(1).T
         torch.testing.assert_close(grad, reference, atol=1e-3, rtol=1e-3)

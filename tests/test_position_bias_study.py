@@ -1,4 +1,5 @@
 """The study of position biases: its images, a short form of it, and what it says to bad options."""
+
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def areas_and_counts(draw, size: int):
     """Mean of the objects' visible pixels, and how many objects there are on 64 x 64 pixels."""
     rng = np.random.default_rng(0)
     units = 40  # of 64 x 64 pixels, in whatever images
-    scenes = [draw(rng, size, unit=64) for _ in range(round(units * (64 / size)**2))]
+    scenes = [draw(rng, size, unit=64) for _ in range(round(units * (64 / size) ** 2))]
     areas = [mask.sum() for _, objects in scenes for _, mask in objects]
     return np.mean(areas), len(areas) / units
 
@@ -29,6 +30,7 @@ def areas_and_counts(draw, size: int):
 def test_a_larger_canvas_has_more_objects_of_the_same_size():
     import make_shapes
     import pairs_of_disks
+
     for draw in (make_shapes.scene, pairs_of_disks.scene):
         area, count = areas_and_counts(draw, 64)
         for size in (32, 128):
@@ -39,6 +41,7 @@ def test_a_larger_canvas_has_more_objects_of_the_same_size():
 
 def test_an_image_of_its_own_size_is_what_it_was():
     from make_shapes import scene
+
     image, objects = scene(np.random.default_rng(3), 64)
     same, same_objects = scene(np.random.default_rng(3), 64, unit=64)
     assert (image == same).all() and len(objects) == len(same_objects)
@@ -46,12 +49,14 @@ def test_an_image_of_its_own_size_is_what_it_was():
 
 def test_the_class_of_a_pair_is_where_its_blue_disk_lies():
     from pairs_of_disks import DIRECTIONS, scene
+
     image, objects = scene(np.random.default_rng(0), 128, unit=64)
     assert {kind for kind, _ in objects} == {0, 1, 2, 3}
     for kind, mask in objects:
         blue, red = image[..., 0] == 220, image[..., 2] == 220
         (y_blue, x_blue), (y_red, x_red) = (
-            np.argwhere(mask & colour).mean(0) for colour in (blue, red))
+            np.argwhere(mask & colour).mean(0) for colour in (blue, red)
+        )
         offset = np.array([x_blue - x_red, y_blue - y_red])
         assert (np.sign(np.round(offset / abs(offset).max())) == DIRECTIONS[kind]).all()
 
@@ -61,44 +66,63 @@ def test_what_was_learnt_of_positions_is_taken_away_for_a_while():
     from study import no_position
 
     from crossformer_mm import CrossFormer
+
     for option in ('dynamic', 'relative', 'absolute', 'none'):
         torch.manual_seed(0)
-        backbone = CrossFormer(dict(embed_dims=16, depths=(2,), num_heads=(1,)), patch_sizes=(4,),
-                               merge_sizes=(), group_size=(4,), interval=(2,), out_indices=(0,),
-                               position_bias=option).eval()
+        backbone = CrossFormer(
+            dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+            patch_sizes=(4,),
+            merge_sizes=(),
+            group_size=(4,),
+            interval=(2,),
+            out_indices=(0,),
+            position_bias=option,
+        ).eval()
         with torch.no_grad():
             for parameter in backbone.parameters():
                 parameter.add_(torch.randn_like(parameter))
             image = torch.rand(1, 3, 32, 32)
-            before, = backbone(image)
+            (before,) = backbone(image)
             with no_position(backbone):
-                without, = backbone(image)
-            after, = backbone(image)
+                (without,) = backbone(image)
+            (after,) = backbone(image)
         assert torch.equal(before, after)
         assert torch.equal(before, without) == (option == 'none')
 
 
 def test_tests_of_sizes_and_groups_are_what_they_say():
     from study import Plan, Test, tests
+
     names = [test.name for test in tests(Plan())]
     assert len(names) == len(set(names)) == 20
-    assert {'scaled x0.5', 'scaled x3', 'canvas x3', 'scaled x1, G x2', 'canvas x2, I x2',
-            'scaled x1, without position'} <= {*names}
+    assert {
+        'scaled x0.5',
+        'scaled x3',
+        'canvas x3',
+        'scaled x1, G x2',
+        'canvas x2, I x2',
+        'scaled x1, without position',
+    } <= {*names}
     assert Test('scaled', 2, 2).name == 'scaled x2, G x2' and 'canvas x1' not in names
 
 
 def test_differences_are_of_the_same_seed():
     from report import difference, spread
-    assert spread({0: 1., 1: 3.}) == '2.0 ± 1.4'
+
+    assert spread({0: 1.0, 1: 3.0}) == '2.0 ± 1.4'
     # t(0.975, 2) = 4.3027; sd 1; half = 4.3027 / sqrt(3) = 2.48
-    assert difference({0: 1., 1: 12., 2: 103., 9: 7.}, {0: 0., 1: 10., 2: 100.}) == (
-        '+2.0 [-0.5, +4.5]')
-    assert difference({0: 5., 1: 15., 2: 106.}, {0: 0., 1: 10., 2: 100.}).startswith('**+5.3**')
+    assert difference({0: 1.0, 1: 12.0, 2: 103.0, 9: 7.0}, {0: 0.0, 1: 10.0, 2: 100.0}) == (
+        '+2.0 [-0.5, +4.5]'
+    )
+    assert difference({0: 5.0, 1: 15.0, 2: 106.0}, {0: 0.0, 1: 10.0, 2: 100.0}).startswith(
+        '**+5.3**'
+    )
 
 
 def study(*arguments) -> None:
     """The study's command, in this process."""
     import study
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['study.py', *map(str, arguments)])
         study.main()
@@ -108,10 +132,27 @@ def study(*arguments) -> None:
 def short(tmp_path_factory):
     """The study in short has run: a detector with two options, trained at one size."""
     folder = tmp_path_factory.mktemp('study')
-    options = ('--short', '--out', folder / 'out', '--report-to', folder / 'results',
-               '--workers', 1, '--seeds', 1)
-    study(*options, '--experiments', 'instance', '--trainings', 'single', '--options', 'dynamic',
-          'relative')
+    options = (
+        '--short',
+        '--out',
+        folder / 'out',
+        '--report-to',
+        folder / 'results',
+        '--workers',
+        1,
+        '--seeds',
+        1,
+    )
+    study(
+        *options,
+        '--experiments',
+        'instance',
+        '--trainings',
+        'single',
+        '--options',
+        'dynamic',
+        'relative',
+    )
     return folder, options
 
 
@@ -119,12 +160,18 @@ def test_the_short_form_runs_to_its_report(short):
     folder, _ = short
     results = json.loads((folder / 'results/results.json').read_text())
     assert [(run['option'], run['training']) for run in results['runs']] == [
-        ('dynamic', 'single'), ('relative', 'single')]
+        ('dynamic', 'single'),
+        ('relative', 'single'),
+    ]
     for run in results['runs']:
-        assert list(run['scores']) == ['scaled x1', 'scaled x1.5', 'canvas x1.5',
-                                       'scaled x1, G x0.75',
-                                       'scaled x1, without position',
-                                       'canvas x1.5, without position']
+        assert list(run['scores']) == [
+            'scaled x1',
+            'scaled x1.5',
+            'canvas x1.5',
+            'scaled x1, G x0.75',
+            'scaled x1, without position',
+            'canvas x1.5, without position',
+        ]
         assert all(0 <= score <= 100 for score in run['scores'].values()) and run['loss'] > 0
     table = (folder / 'results/table.md').read_text()
     assert '| scaled x1.5 |' in table and '| minus dynamic | relative |' in table
@@ -150,11 +197,13 @@ def test_training_at_mixed_sizes_draws_a_size_for_each_batch(short):
     """And each training at one size keeps to it."""
     import study as module
     from mmengine.registry import HOOKS
+
     module.register_hook()
     resize = type('Resize', (), {})()
     pipeline = SimpleNamespace(transforms=[object(), resize])
     runner = SimpleNamespace(
-        seed=1, train_dataloader=SimpleNamespace(dataset=SimpleNamespace(pipeline=pipeline)))
+        seed=1, train_dataloader=SimpleNamespace(dataset=SimpleNamespace(pipeline=pipeline))
+    )
     hook = HOOKS.build(dict(type='MixedSizes', sides=[32, 64, 96]))
     hook.before_train(runner)
     drawn = []
@@ -163,8 +212,10 @@ def test_training_at_mixed_sizes_draws_a_size_for_each_batch(short):
         hook.after_train_iter(runner, 0)
     assert set(drawn) == {(32, 32), (64, 64), (96, 96)}
     plan, folder = module.SHORT, short[0] / 'out'
-    mixed, single = (module.read_config(folder, plan, module.Job(0, 'semantic', training, 'none'))
-                     for training in ('mixed', 'single'))
+    mixed, single = (
+        module.read_config(folder, plan, module.Job(0, 'semantic', training, 'none'))
+        for training in ('mixed', 'single')
+    )
     assert [part.type for part in mixed.custom_hooks] == ['MixedSizes']
     assert not single.get('custom_hooks')
 

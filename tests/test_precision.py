@@ -1,4 +1,5 @@
 """Half precision with weights that have been trained: finite, and near float32 at every stage."""
+
 import numpy as np
 import pytest
 import torch
@@ -25,8 +26,10 @@ class Segmentor(nn.Module):
 
     def forward(self, images):
         features = self.backbone(images)
-        return sum(F.interpolate(head(feature).float(), images.shape[-2:], mode='bilinear')
-                   for head, feature in zip(self.heads, features))
+        return sum(
+            F.interpolate(head(feature).float(), images.shape[-2:], mode='bilinear')
+            for head, feature in zip(self.heads, features)
+        )
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +46,8 @@ def scenes():
         images.append(image.transpose(2, 0, 1))
         labels.append(label)
     return (torch.from_numpy(np.stack(images)).float() - 115) / 58, torch.from_numpy(
-        np.stack(labels))
+        np.stack(labels)
+    )
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +58,7 @@ def trained(scenes):
     model, (images, labels) = Segmentor(), scenes
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
     losses = []
-    for step in range(200):
+    for _step in range(200):
         batch = torch.randint(len(images), (4,))
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
@@ -66,10 +70,13 @@ def trained(scenes):
 
 
 @pytest.mark.parametrize('amplitude', [1, 100])
-@pytest.mark.parametrize('dtype, tolerance', [
-    (torch.bfloat16, 0.02), pytest.param(torch.float16, 0.003, marks=needs_float16)])
-def test_trained_features_and_gradients_are_finite_and_near(trained, scenes, dtype, tolerance,
-                                                            amplitude):
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [(torch.bfloat16, 0.02), pytest.param(torch.float16, 0.003, marks=needs_float16)],
+)
+def test_trained_features_and_gradients_are_finite_and_near(
+    trained, scenes, dtype, tolerance, amplitude
+):
     images, labels = amplitude * scenes[0][:4], scenes[1][:4]
     with torch.no_grad():
         references = trained.backbone(images)
@@ -91,9 +98,9 @@ def test_trained_features_and_gradients_are_finite_and_near(trained, scenes, dty
 def test_grad_scaler_trains_in_float16_and_gets_over_an_overflow(scenes):
     model, (images, labels) = Segmentor(out_norm=True), scenes
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    scaler = torch.amp.GradScaler('cpu', init_scale=2.**10)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
 
-    def step(factor=1.):
+    def step(factor=1.0):
         with torch.autocast('cpu', torch.float16):
             loss = F.cross_entropy(model(images[:2]), labels[:2])
         optimizer.zero_grad()
@@ -103,11 +110,11 @@ def test_grad_scaler_trains_in_float16_and_gets_over_an_overflow(scenes):
         return loss.item()
 
     losses = [step() for _ in range(10)]
-    assert scaler.get_scale() == 2.**10  # nothing overflowed
+    assert scaler.get_scale() == 2.0**10  # nothing overflowed
     before = [parameter.clone() for parameter in model.parameters()]
     step(float('inf'))
     assert all(torch.equal(now, old) for now, old in zip(model.parameters(), before))
-    assert scaler.get_scale() == 2.**9
+    assert scaler.get_scale() == 2.0**9
     losses += [step() for _ in range(10)]
     assert np.isfinite(losses).all() and losses[-1] < 0.8 * losses[0]
     assert not all(torch.equal(now, old) for now, old in zip(model.parameters(), before))

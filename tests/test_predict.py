@@ -1,4 +1,5 @@
 """tools/predict.py: the same predictions as the libraries', written whole, bad files named."""
+
 import json
 import runpy
 import sys
@@ -60,8 +61,13 @@ def random_model(config: str, file: Path, meta: dict) -> Path:
     model = MODELS.build(cfg.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith(('decode_head.conv_seg', 'roi_head.bbox_head.fc_cls',
-                                'roi_head.mask_head.conv_logits')):
+            if name.startswith(
+                (
+                    'decode_head.conv_seg',
+                    'roi_head.bbox_head.fc_cls',
+                    'roi_head.mask_head.conv_logits',
+                )
+            ):
                 parameter.normal_(std=0.3)
     torch.save(dict(state_dict=model.state_dict(), meta=meta), file)
     return file
@@ -74,8 +80,11 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def detector(tmp_path_factory) -> Path:
-    return random_model(DETECTOR, tmp_path_factory.mktemp('detector') / 'detector.pth',
-                        dict(dataset_meta=dict(CLASSES=CLASSES)))
+    return random_model(
+        DETECTOR,
+        tmp_path_factory.mktemp('detector') / 'detector.pth',
+        dict(dataset_meta=dict(CLASSES=CLASSES)),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -84,36 +93,65 @@ def segmentor(tmp_path_factory) -> Path:
 
 
 class TestDetector:
-
     def test_results_score_as_in_evaluation(self, capfd, shapes, detector, tmp_path):
         images = shapes / 'coco' / 'val2017'
         predict(capfd, DETECTOR, detector, images, '--out', tmp_path / 'first', *UNDRAWN)
         index = read(tmp_path / 'first' / 'images.json')
         names = [f'{i:012d}.png' for i in range(1, 6)]
         assert [(image['id'], image['file_name']) for image in index['images']] == list(
-            enumerate(names, start=1))
+            enumerate(names, start=1)
+        )
         assert [c['name'] for c in index['categories']] == list(CLASSES) and not index['skipped']
         # Ground truth that these predictions partly meet, with ids as irregular as COCO's.
-        found = [o for o in read(tmp_path / 'first' / 'results.segm.json')
-                 if rle.area(o['segmentation']) > 20]
-        annotations = [dict(
-            id=i, image_id=100 - 7 * o['image_id'], category_id=10 * o['category_id'], iscrowd=0,
-            area=float(rle.area(o['segmentation'])), segmentation=o['segmentation'],
-            bbox=rle.toBbox(o['segmentation']).tolist()) for i, o in enumerate(found[::3], start=1)]
+        found = [
+            o
+            for o in read(tmp_path / 'first' / 'results.segm.json')
+            if rle.area(o['segmentation']) > 20
+        ]
+        annotations = [
+            dict(
+                id=i,
+                image_id=100 - 7 * o['image_id'],
+                category_id=10 * o['category_id'],
+                iscrowd=0,
+                area=float(rle.area(o['segmentation'])),
+                segmentation=o['segmentation'],
+                bbox=rle.toBbox(o['segmentation']).tolist(),
+            )
+            for i, o in enumerate(found[::3], start=1)
+        ]
         truth = tmp_path / 'truth.json'
-        truth.write_text(json.dumps(dict(
-            images=[dict(id=100 - 7 * i, file_name=name, height=96, width=96)
-                    for i, name in enumerate(names, start=1)],
-            categories=[dict(id=10 * i, name=name) for i, name in enumerate(CLASSES, start=1)],
-            annotations=annotations)))
+        truth.write_text(
+            json.dumps(
+                dict(
+                    images=[
+                        dict(id=100 - 7 * i, file_name=name, height=96, width=96)
+                        for i, name in enumerate(names, start=1)
+                    ],
+                    categories=[
+                        dict(id=10 * i, name=name) for i, name in enumerate(CLASSES, start=1)
+                    ],
+                    annotations=annotations,
+                )
+            )
+        )
 
         out = tmp_path / 'second'
-        predict(capfd, DETECTOR, detector, images, '--out', out, *UNDRAWN, '--ann-file',
-                truth)
-        predict(capfd, DETECTOR, detector, '--data-root', shapes / 'coco', '--work-dir', tmp_path,
-                '--cfg-options', f'test_dataloader.dataset.ann_file={truth}',
-                f'test_evaluator.ann_file={truth}', tool='test.py')
-        said, = tmp_path.glob('2*/2*.json')
+        predict(capfd, DETECTOR, detector, images, '--out', out, *UNDRAWN, '--ann-file', truth)
+        predict(
+            capfd,
+            DETECTOR,
+            detector,
+            '--data-root',
+            shapes / 'coco',
+            '--work-dir',
+            tmp_path,
+            '--cfg-options',
+            f'test_dataloader.dataset.ann_file={truth}',
+            f'test_evaluator.ann_file={truth}',
+            tool='test.py',
+        )
+        (said,) = tmp_path.glob('2*/2*.json')
         said, coco = read(said), COCO(str(truth))
         for kind in ('bbox', 'segm'):
             scored = COCOeval(coco, coco.loadRes(str(out / f'results.{kind}.json')), kind)
@@ -122,8 +160,9 @@ class TestDetector:
             scored.summarize()
             assert scored.stats[1] > 0.05  # there is something to compare
             for index, metric in enumerate(['', '_50', '_75', '_s', '_m', '_l']):
-                assert said[f'coco/{kind}_mAP{metric}'] == pytest.approx(scored.stats[index],
-                                                                         abs=6e-4)
+                assert said[f'coco/{kind}_mAP{metric}'] == pytest.approx(
+                    scored.stats[index], abs=6e-4
+                )
         pictures = sorted(path.name for path in (out / 'pictures').iterdir())
         assert pictures == [name.replace('png', 'jpg') for name in names]
 
@@ -131,11 +170,12 @@ class TestDetector:
         folder, out = tmp_path / 'photos', tmp_path / 'out'
         (folder / 'below').mkdir(parents=True)
         whole = (shapes / 'coco/val2017/000000000001.png').read_bytes()
-        (folder / 'a.png').write_bytes(whole[:len(whole) // 2])
+        (folder / 'a.png').write_bytes(whole[: len(whole) // 2])
         (folder / 'b.png').write_bytes(whole)
         (folder / 'b.jpg').write_text('no image')
         (folder / 'below' / 'c.bmp').write_bytes(
-            cv2.imencode('.bmp', cv2.imread(str(shapes / 'coco/val2017/000000000002.png')))[1])
+            cv2.imencode('.bmp', cv2.imread(str(shapes / 'coco/val2017/000000000002.png')))[1]
+        )
         (folder / 'd.mp4').write_text('no video')
         (folder / 'notes.txt').write_text('not looked at')
         said = predict(capfd, DETECTOR, detector, folder, '--out', out, *UNDRAWN, expect=1)
@@ -144,19 +184,26 @@ class TestDetector:
         assert '2 images predicted' in said and '3 files skipped' in said
         index = read(out / 'images.json')
         # Ids count bad files too, so that repairing one changes no other.
-        assert [(i['id'], i['file_name']) for i in index['images']] == [(3, 'b.png'),
-                                                                        (4, 'below/c.bmp')]
+        assert [(i['id'], i['file_name']) for i in index['images']] == [
+            (3, 'b.png'),
+            (4, 'below/c.bmp'),
+        ]
         assert [one['file_name'] for one in index['skipped']] == ['a.png', 'b.jpg', 'd.mp4']
         assert {one['image_id'] for one in read(out / 'results.bbox.json')} == {3, 4}
         written = {path.relative_to(out).as_posix() for path in out.rglob('*') if path.is_file()}
-        assert written == {'images.json', 'results.bbox.json', 'results.segm.json',
-                           'pictures/b.png.jpg', 'pictures/below/c.jpg'}
+        assert written == {
+            'images.json',
+            'results.bbox.json',
+            'results.segm.json',
+            'pictures/b.png.jpg',
+            'pictures/below/c.jpg',
+        }
 
-    def test_an_interrupted_run_leaves_only_whole_files(self, capfd, shapes, detector, tmp_path,
-                                                        monkeypatch):
+    def test_an_interrupted_run_leaves_only_whole_files(
+        self, capfd, shapes, detector, tmp_path, monkeypatch
+    ):
         images = shapes / 'coco' / 'val2017'
-        predict(capfd, DETECTOR, detector, images / '000000000001.png', '--out', tmp_path,
-                *UNDRAWN)
+        predict(capfd, DETECTOR, detector, images / '000000000001.png', '--out', tmp_path, *UNDRAWN)
         encode, calls = cv2.imencode, []
 
         def stop_at_third(*arguments):
@@ -170,7 +217,9 @@ class TestDetector:
             predict(capfd, DETECTOR, detector, images, '--out', tmp_path, *UNDRAWN)
         # no result of before, for it would be taken for that of now
         assert [path.name for path in sorted(tmp_path.rglob('*')) if path.is_file()] == [
-            '000000000001.jpg', '000000000002.jpg']
+            '000000000001.jpg',
+            '000000000002.jpg',
+        ]
 
     def test_batches_and_bfloat16(self, capfd, shapes, detector, tmp_path):
         photos = tmp_path / 'photos'
@@ -179,7 +228,7 @@ class TestDetector:
         for name, width in (('a', 96), ('b', 96), ('c', 60)):
             cv2.imwrite(str(photos / f'{name}.png'), cv2.resize(image, (width, 96)))
         boxes = {}
-        for options in ((), ('--batch-size', 3), ('--bf16', )):
+        for options in ((), ('--batch-size', 3), ('--bf16',)):
             out = tmp_path / 'out' / ''.join(map(str, options))
             predict(capfd, DETECTOR, detector, photos, '--out', out, *UNDRAWN, *options)
             boxes[options] = read(out / 'results.bbox.json')
@@ -196,46 +245,67 @@ class TestDetector:
         for threshold in ('0', '1'):
             out = tmp_path / threshold
             predict(capfd, DETECTOR, detector, image, '--out', out, '--score-thr', threshold)
-            difference = cv2.absdiff(cv2.imread(str(out / 'pictures/000000000001.jpg')),
-                                     cv2.imread(str(image)))
+            difference = cv2.absdiff(
+                cv2.imread(str(out / 'pictures/000000000001.jpg')), cv2.imread(str(image))
+            )
             drawn[threshold], found[threshold] = difference.mean(), read(out / 'results.bbox.json')
         assert drawn['1'] < drawn['0'] / 2  # older matplotlib blurs the image itself
         assert found['0'] == found['1'] != []
 
 
 class TestSegmentor:
-
     def test_label_maps_equal_those_of_evaluation(self, capfd, shapes, segmentor, tmp_path):
-        predict(capfd, SEGMENTOR, segmentor, shapes / 'ade/images/validation/*.jpg', '--out',
-                tmp_path / 'out')
-        predict(capfd, SEGMENTOR, segmentor, '--data-root', shapes / 'ade', '--work-dir', tmp_path,
-                '--out', tmp_path / 'maps', tool='test.py')
+        predict(
+            capfd,
+            SEGMENTOR,
+            segmentor,
+            shapes / 'ade/images/validation/*.jpg',
+            '--out',
+            tmp_path / 'out',
+        )
+        predict(
+            capfd,
+            SEGMENTOR,
+            segmentor,
+            '--data-root',
+            shapes / 'ade',
+            '--work-dir',
+            tmp_path,
+            '--out',
+            tmp_path / 'maps',
+            tool='test.py',
+        )
         index = read(tmp_path / 'out' / 'images.json')
         # 0 is "other" in ADE20K's label maps, as in these
         assert [(c['id'], c['name']) for c in index['categories']] == list(
-            enumerate(('background', *CLASSES), start=1))
+            enumerate(('background', *CLASSES), start=1)
+        )
         assert len(index['images']) == 5
         seen = set()
         for entry in index['images']:
             labels = cv2.imread(str(tmp_path / 'out' / entry['label_map']), cv2.IMREAD_UNCHANGED)
-            other = cv2.imread(str(tmp_path / 'maps' / Path(entry['label_map']).name),
-                               cv2.IMREAD_UNCHANGED)
+            other = cv2.imread(
+                str(tmp_path / 'maps' / Path(entry['label_map']).name), cv2.IMREAD_UNCHANGED
+            )
             assert labels.shape == (entry['height'], entry['width']) and (labels == other).all()
             seen |= set(np.unique(labels))
         assert len(seen) > 2
 
     @pytest.mark.parametrize('options', [(), ('--bf16', '--batch-size', 2)])
     def test_a_video_gives_a_video(self, capfd, shapes, segmentor, tmp_path, options):
-        writer = cv2.VideoWriter(str(tmp_path / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5,
-                                 (96, 96))
+        writer = cv2.VideoWriter(
+            str(tmp_path / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5, (96, 96)
+        )
         for i in range(1, 4):
             writer.write(cv2.imread(str(shapes / f'ade/images/validation/{i:012d}.jpg')))
         writer.release()
         predict(capfd, SEGMENTOR, segmentor, tmp_path / 'clip.avi', '--out', tmp_path, *options)
         index = read(tmp_path / 'images.json')
         assert [i['file_name'] for i in index['images']] == [f'clip.avi#{i}' for i in (1, 2, 3)]
-        maps = [cv2.imread(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED)
-                for i in index['images']]
+        maps = [
+            cv2.imread(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED)
+            for i in index['images']
+        ]
         assert maps[0].shape == (96, 96) and not (maps[0] == maps[1]).all()
         drawn = cv2.VideoCapture(str(tmp_path / 'pictures' / 'clip.mp4'))
         assert drawn.get(cv2.CAP_PROP_FPS) == 5
@@ -245,31 +315,59 @@ class TestSegmentor:
         assert not list(tmp_path.rglob('.*'))
 
 
-@pytest.mark.parametrize('meta', [dict(CLASSES=('w', 'x', 'y', 'z'), PALETTE=[[9, 9, 9]] * 4),
-                                  dict(dataset_meta=dict(classes=['w', 'x', 'y', 'z']))])
+@pytest.mark.parametrize(
+    'meta',
+    [
+        dict(CLASSES=('w', 'x', 'y', 'z'), PALETTE=[[9, 9, 9]] * 4),
+        dict(dataset_meta=dict(classes=['w', 'x', 'y', 'z'])),
+    ],
+)
 def test_names_are_those_of_the_checkpoint(capfd, shapes, tmp_path, meta):
     checkpoint = random_model(DETECTOR, tmp_path / 'named.pth', meta)
-    predict(capfd, DETECTOR, checkpoint, shapes / 'coco/val2017/000000000001.png', '--out',
-            tmp_path / 'out', *UNDRAWN)
+    predict(
+        capfd,
+        DETECTOR,
+        checkpoint,
+        shapes / 'coco/val2017/000000000001.png',
+        '--out',
+        tmp_path / 'out',
+        *UNDRAWN,
+    )
     index = read(tmp_path / 'out' / 'images.json')
     assert [c['name'] for c in index['categories']] == ['w', 'x', 'y', 'z']
 
 
-@pytest.mark.parametrize('config, arguments, expected', [
-    (DETECTOR, ['nowhere.jpg'], "images: 'nowhere.jpg' is no file, no folder and matches nothing."),
-    (DETECTOR, ['no/*.jpg'], "images: 'no/*.jpg' is no file"),
-    (DETECTOR, ['configs'], "folder 'configs' holds no images or videos"),
-    (DETECTOR, ['IMAGE', '--batch-size', '0'], '--batch-size must be at least 1, got 0.'),
-    (DETECTOR, ['IMAGE', '--device', 'gpu'], "--device: 'gpu' cannot be used: "),
-    (DETECTOR, ['IMAGE', '--score-thr', '30'], '--score-thr must be from 0 to 1, got 30.0.'),
-    (DETECTOR, ['IMAGE', '--ann-file', 'README.md'], "--ann-file: 'README.md' is no file of COCO"),
-    (DETECTOR, ['IMAGE', '--out', 'README.md'], "--out: 'README.md' is a file."),
-    (DETECTOR, ['IMAGE', '--out', 'README.md/out'], "--out: folder 'README.md/out' could not be"),
-    (SEGMENTOR, ['IMAGE', '--score-thr', '0.5'], '--score-thr is of detectors'),
-    (SEGMENTOR, ['IMAGE', '--ann-file', 'README.md'], '--ann-file is of detectors'),
-])
-def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, shapes, detector, segmentor,
-                                                  config, arguments, expected):
+@pytest.mark.parametrize(
+    'config, arguments, expected',
+    [
+        (
+            DETECTOR,
+            ['nowhere.jpg'],
+            "images: 'nowhere.jpg' is no file, no folder and matches nothing.",
+        ),
+        (DETECTOR, ['no/*.jpg'], "images: 'no/*.jpg' is no file"),
+        (DETECTOR, ['configs'], "folder 'configs' holds no images or videos"),
+        (DETECTOR, ['IMAGE', '--batch-size', '0'], '--batch-size must be at least 1, got 0.'),
+        (DETECTOR, ['IMAGE', '--device', 'gpu'], "--device: 'gpu' cannot be used: "),
+        (DETECTOR, ['IMAGE', '--score-thr', '30'], '--score-thr must be from 0 to 1, got 30.0.'),
+        (
+            DETECTOR,
+            ['IMAGE', '--ann-file', 'README.md'],
+            "--ann-file: 'README.md' is no file of COCO",
+        ),
+        (DETECTOR, ['IMAGE', '--out', 'README.md'], "--out: 'README.md' is a file."),
+        (
+            DETECTOR,
+            ['IMAGE', '--out', 'README.md/out'],
+            "--out: folder 'README.md/out' could not be",
+        ),
+        (SEGMENTOR, ['IMAGE', '--score-thr', '0.5'], '--score-thr is of detectors'),
+        (SEGMENTOR, ['IMAGE', '--ann-file', 'README.md'], '--ann-file is of detectors'),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(
+    capsys, monkeypatch, shapes, detector, segmentor, config, arguments, expected
+):
     image = shapes / 'coco/val2017/000000000001.png'
     checkpoint = detector if config == DETECTOR else segmentor
     arguments = [image if word == 'IMAGE' else word for word in arguments]
@@ -278,16 +376,27 @@ def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, shapes, d
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(capsys, monkeypatch, shapes, detector):
-    said = sentence(capsys, monkeypatch, 'predict.py', SEGMENTOR, detector,
-                    shapes / 'coco/val2017/000000000001.png')
+    said = sentence(
+        capsys,
+        monkeypatch,
+        'predict.py',
+        SEGMENTOR,
+        detector,
+        shapes / 'coco/val2017/000000000001.png',
+    )
     assert f"Checkpoint '{detector}' does not fit this model: missing" in said
 
 
 def test_names_must_be_known_for_every_class(capsys, monkeypatch, shapes, tmp_path):
     checkpoint = random_model(DETECTOR, tmp_path / 'x.pth', dict(CLASSES=('one', 'two')))
     assert 'the model has 4 classes, but the names of 2 are known' in sentence(
-        capsys, monkeypatch, 'predict.py', DETECTOR, checkpoint,
-        shapes / 'coco/val2017/000000000001.png')
+        capsys,
+        monkeypatch,
+        'predict.py',
+        DETECTOR,
+        checkpoint,
+        shapes / 'coco/val2017/000000000001.png',
+    )
 
 
 @TRANSFORMS.register_module()
@@ -306,8 +415,9 @@ test_pipeline = [dict(type='LoadImageFromFile'), dict(type='mmengine.MistakenTra
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """)
     image = shapes / 'ade/images/validation/000000000001.jpg'
-    said = predict(capfd, tmp_path / 'config.py', segmentor, image, '--out', tmp_path / 'out',
-                   expect=1)
+    said = predict(
+        capfd, tmp_path / 'config.py', segmentor, image, '--out', tmp_path / 'out', expect=1
+    )
     assert f"'{image.name}' can be read, but the config's test pipeline could not" in said
     assert said.strip().splitlines()[-1] == 'ZeroDivisionError: a mistake of mine'
     assert 'Traceback' in said and 'cut short' not in said
@@ -317,5 +427,6 @@ def test_no_input_is_overwritten(capsys, monkeypatch, shapes, detector, tmp_path
     (tmp_path / 'pictures').mkdir()
     photo = tmp_path / 'pictures' / 'photo.jpg'
     cv2.imwrite(str(photo), np.zeros((9, 9, 3), np.uint8))
-    assert 'would replace it' in sentence(capsys, monkeypatch, 'predict.py', DETECTOR, detector,
-                                          photo, '--out', tmp_path)
+    assert 'would replace it' in sentence(
+        capsys, monkeypatch, 'predict.py', DETECTOR, detector, photo, '--out', tmp_path
+    )

@@ -1,4 +1,5 @@
 """Classifiers: trained, tested, loaded from the authors' files, and their weights in detectors."""
+
 import json
 import pickle
 import re
@@ -22,8 +23,13 @@ from crossformer_mm.engine.data_checks import check_files
 from .oracle import plain_features
 from .test_golden import Golden
 from .test_predict import run_here
-from .test_released_files import (earlier, imagenet_file, later, no_buffers,
-                                  own_loaders)  # noqa: F401
+from .test_released_files import (
+    earlier,
+    imagenet_file,
+    later,
+    no_buffers,
+    own_loaders,  # noqa: F401
+)
 from .test_tools import DETECTOR, ROOT, sentence
 from .tool_process import load_script
 
@@ -36,12 +42,18 @@ def write_config(folder: Path, data: Path, kind: str = 'cf_s') -> Path:
     """A config of a small classifier that learns quickly; all else is as in pretraining."""
     cfg = Config.fromfile(ROOT / f'configs/imagenet/{kind}_300e.py')
     cfg.model.backbone.arch = dict(SMALL, cooling=kind == 'cfpp_s')
-    cfg.merge_from_dict({
-        'model.neck.in_channels': 128, 'model.head.in_channels': 128,
-        'model.head.num_classes': 3, 'model.data_preprocessor.num_classes': 3,
-        'custom_hooks.0.momentum': 0.3, 'default_hooks.logger.interval': 1,
-        'train_dataloader.dataset.pipeline.1.scale': SIDE,
-        'train_cfg': dict(max_epochs=3, val_interval=3)})
+    cfg.merge_from_dict(
+        {
+            'model.neck.in_channels': 128,
+            'model.head.in_channels': 128,
+            'model.head.num_classes': 3,
+            'model.data_preprocessor.num_classes': 3,
+            'custom_hooks.0.momentum': 0.3,
+            'default_hooks.logger.interval': 1,
+            'train_dataloader.dataset.pipeline.1.scale': SIDE,
+            'train_cfg': dict(max_epochs=3, val_interval=3),
+        }
+    )
     for split in 'train', 'val', 'test':
         cfg[f'{split}_dataloader'].update(batch_size=6, num_workers=0, persistent_workers=False)
         dataset = cfg[f'{split}_dataloader'].dataset
@@ -80,19 +92,22 @@ def trained(clean, tmp_path_factory) -> Path:
     """The work folder of a classifier trained for 3 epochs of one iteration, with its config."""
     folder = tmp_path_factory.mktemp('trained')
     config = write_config(folder, clean, 'cfpp_s')
-    assert run_here(folder, 'train.py', config, '--work-dir', folder, '--tensorboard-samples',
-                    2) == 0
+    assert (
+        run_here(folder, 'train.py', config, '--work-dir', folder, '--tensorboard-samples', 2) == 0
+    )
     return folder
 
 
 def weights(folder: Path, epoch: int, which: str = 'state_dict') -> dict:
     checkpoint = read_checkpoint(str(folder / f'epoch_{epoch}.pth'))
-    return {key.removeprefix('module.'): value for key, value in checkpoint[which].items()
-            if key != 'steps'}
+    return {
+        key.removeprefix('module.'): value
+        for key, value in checkpoint[which].items()
+        if key != 'steps'
+    }
 
 
 class TestTraining:
-
     def test_weights_that_count_are_the_averaged_ones(self, trained):
         plain = [weights(trained, i, 'ema_state_dict') for i in (1, 2, 3)]
         averaged = weights(trained, 3)
@@ -104,8 +119,12 @@ class TestTraining:
 
     def test_every_part_learns(self, trained):
         first, last = (weights(trained, i, 'ema_state_dict') for i in (1, 3))
-        parts = ('backbone.patch_embed.projs.3.weight', 'backbone.layers.3.blocks.0.mlp.fc1.weight',
-                 'neck.norm.weight', 'head.fc.bias')
+        parts = (
+            'backbone.patch_embed.projs.3.weight',
+            'backbone.layers.3.blocks.0.mlp.fc1.weight',
+            'neck.norm.weight',
+            'head.fc.bias',
+        )
         assert all(not torch.equal(first[key], last[key]) for key in parts)
 
     def test_pictures_of_predictions_are_in_tensorboard(self, trained):
@@ -114,16 +133,33 @@ class TestTraining:
         assert len(log.Tags()['images']) == 2 and 'accuracy/top1' in log.Tags()['scalars']
 
     def test_evaluation_is_of_the_averaged_weights(self, trained, capfd, tmp_path):
-        status = run_here(trained, 'test.py', 'cfpp_s.py', 'epoch_3.pth', '--work-dir',
-                          tmp_path, '--out', tmp_path / 'x.pkl', '--show-dir', tmp_path / 'shown')
+        status = run_here(
+            trained,
+            'test.py',
+            'cfpp_s.py',
+            'epoch_3.pth',
+            '--work-dir',
+            tmp_path,
+            '--out',
+            tmp_path / 'x.pkl',
+            '--show-dir',
+            tmp_path / 'shown',
+        )
         assert status == 0
         assert 'accuracy/top1:' in ''.join(capfd.readouterr())
         assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
         check_scores(tmp_path / 'x.pkl', trained / 'cfpp_s.py', weights(trained, 3))
 
     def test_a_resumed_training_ends_with_the_same_weights(self, trained, tmp_path):
-        status = run_here(trained, 'train.py', 'cfpp_s.py', '--work-dir', tmp_path,
-                          '--resume', trained / 'epoch_2.pth')
+        status = run_here(
+            trained,
+            'train.py',
+            'cfpp_s.py',
+            '--work-dir',
+            tmp_path,
+            '--resume',
+            trained / 'epoch_2.pth',
+        )
         assert status == 0 and not (tmp_path / 'epoch_2.pth').exists()
         for which in 'state_dict', 'ema_state_dict':
             expected, resumed = (weights(folder, 3, which) for folder in (trained, tmp_path))
@@ -139,8 +175,9 @@ def plain_scores(state: dict, images: torch.Tensor, cfg: Config) -> torch.Tensor
         cfg: groups and definition of long distance attention.
     """
     backbone = cfg.model.backbone
-    feature = plain_features(state, images, backbone.group_size, backbone.interval,
-                             backbone.lda)[-1]
+    feature = plain_features(state, images, backbone.group_size, backbone.interval, backbone.lda)[
+        -1
+    ]
     tokens = feature.flatten(2).transpose(1, 2)  # (B, L, C), as the authors have it
     normed = F.layer_norm(tokens, tokens.shape[-1:], state['norm.weight'], state['norm.bias'])
     return F.linear(normed.mean(1), state['head.weight'], state['head.bias']).softmax(-1)
@@ -148,8 +185,12 @@ def plain_scores(state: dict, images: torch.Tensor, cfg: Config) -> torch.Tensor
 
 def as_theirs(state: dict) -> dict:
     """The other way round than the package does it."""
-    return {key.replace('neck.norm.', 'norm.').replace('head.fc.', 'head.')
-            .replace('backbone.', ''): value for key, value in state.items()}
+    return {
+        key.replace('neck.norm.', 'norm.')
+        .replace('head.fc.', 'head.')
+        .replace('backbone.', ''): value
+        for key, value in state.items()
+    }
 
 
 def check_scores(kept: Path, config: Path, state: dict) -> None:
@@ -160,8 +201,9 @@ def check_scores(kept: Path, config: Path, state: dict) -> None:
     assert len(samples) == 4
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     images = torch.stack(pseudo_collate([dataset[i] for i in range(4)])['inputs']).flip(1).float()
-    mean, std = (torch.tensor(cfg.model.data_preprocessor[key]).view(3, 1, 1)
-                 for key in ('mean', 'std'))
+    mean, std = (
+        torch.tensor(cfg.model.data_preprocessor[key]).view(3, 1, 1) for key in ('mean', 'std')
+    )
     assert images.shape == (4, 3, SIDE, SIDE)
     expected = plain_scores(as_theirs(state), (images - mean) / std, cfg)
     scores = torch.stack([sample['pred_score'] for sample in samples])
@@ -180,15 +222,18 @@ def released_file(config: Path, buffers, classes: int = 3) -> dict:
     content = imagenet_file(backbone, buffers)
     state = content['model']
     channels = len(state['norm.weight'])
-    state.update({'norm.weight': 1 + 0.1 * torch.randn(channels),
-                  'norm.bias': 0.1 * torch.randn(channels),
-                  'head.weight': 0.2 * torch.randn(classes, channels),
-                  'head.bias': torch.randn(classes)})
+    state.update(
+        {
+            'norm.weight': 1 + 0.1 * torch.randn(channels),
+            'norm.bias': 0.1 * torch.randn(channels),
+            'head.weight': 0.2 * torch.randn(classes, channels),
+            'head.bias': torch.randn(classes),
+        }
+    )
     return content
 
 
 class TestReleasedFiles:
-
     @pytest.mark.parametrize('kind, buffers', [('cf_s', later), ('cfpp_s', no_buffers)])
     def test_evaluation_gives_their_scores(self, clean, tmp_path, kind, buffers):
         config = write_config(tmp_path, clean, kind)
@@ -198,22 +243,31 @@ class TestReleasedFiles:
         assert status == 0
         check_scores(tmp_path / 'x.pkl', config, content['model'])
 
-    @pytest.mark.parametrize('name, size, kind', [
-        ('interval_g7', '2x224x224', 'cf_s'), ('block_pgs_acl', '1x224x224', 'cfpp_s')])
+    @pytest.mark.parametrize(
+        'name, size, kind',
+        [('interval_g7', '2x224x224', 'cf_s'), ('block_pgs_acl', '1x224x224', 'cfpp_s')],
+    )
     def test_logits_follow_from_the_features_of_their_code(self, shared, name, size, kind):
         golden = Golden(shared / 'golden' / f'{name}.npz')
         cfg = Config.fromfile(ROOT / f'configs/imagenet/{kind}_300e.py')
         numbers = golden.meta['kw']
         channels = numbers['embed_dim'] * 8
         cfg.model.backbone.arch = dict(
-            embed_dims=numbers['embed_dim'], depths=numbers['depths'],
-            num_heads=numbers['num_heads'], cooling=golden.meta['acl'])
+            embed_dims=numbers['embed_dim'],
+            depths=numbers['depths'],
+            num_heads=numbers['num_heads'],
+            cooling=golden.meta['acl'],
+        )
         cfg.model.neck.in_channels = cfg.model.head.in_channels = channels
         assert tuple(cfg.model.backbone.group_size) == tuple(numbers['group_size'])
         init_default_scope('mmpretrain')
         model = MODELS.build(cfg.model).eval()
-        ends = {'norm.weight': torch.rand(channels), 'norm.bias': torch.randn(channels),
-                'head.weight': torch.randn(1000, channels), 'head.bias': torch.randn(1000)}
+        ends = {
+            'norm.weight': torch.rand(channels),
+            'norm.bias': torch.randn(channels),
+            'head.weight': torch.randn(1000, channels),
+            'head.bias': torch.randn(1000),
+        }
         fit_checkpoint(model, dict(model={**golden.under('w'), **ends}), 'theirs')
         tokens = golden.under(f'y/{size}')['3'].double().flatten(2).transpose(1, 2)
         centred = tokens - tokens.mean(-1, keepdim=True)
@@ -224,30 +278,46 @@ class TestReleasedFiles:
             logits = model(golden.image(size))
         assert (logits - expected).abs().max() / expected.abs().max() < 2e-5
 
-    @pytest.mark.parametrize('change, expected', [
-        (lambda state: state.pop('head.bias'), 'missing head.fc.bias'),
-        (lambda state: state.pop('norm.weight'), 'missing neck.norm.weight'),
-        (lambda state: state.pop('layers.1.blocks.0.norm1.bias'), 'missing backbone.layers.1.'),
-        (lambda state: state.update(extra=torch.ones(1)), 'unexpected backbone.extra'),
-        (lambda state: state.update({'head.weight': torch.ones(1000, 128)}),
-         'of another shape head.fc.weight ((1000, 128) in the file, (3, 128) here)')])
-    def test_what_does_not_fit_is_named(self, clean, tmp_path, capsys, monkeypatch, change,
-                                        expected):
+    @pytest.mark.parametrize(
+        'change, expected',
+        [
+            (lambda state: state.pop('head.bias'), 'missing head.fc.bias'),
+            (lambda state: state.pop('norm.weight'), 'missing neck.norm.weight'),
+            (lambda state: state.pop('layers.1.blocks.0.norm1.bias'), 'missing backbone.layers.1.'),
+            (lambda state: state.update(extra=torch.ones(1)), 'unexpected backbone.extra'),
+            (
+                lambda state: state.update({'head.weight': torch.ones(1000, 128)}),
+                'of another shape head.fc.weight ((1000, 128) in the file, (3, 128) here)',
+            ),
+        ],
+    )
+    def test_what_does_not_fit_is_named(
+        self, clean, tmp_path, capsys, monkeypatch, change, expected
+    ):
         config = write_config(tmp_path, clean)
         content = released_file(config, earlier)
         change(content['model'])
         torch.save(content, tmp_path / 'theirs.pth')
-        said = sentence(capsys, monkeypatch, 'test.py', config, tmp_path / 'theirs.pth',
-                        '--work-dir', tmp_path)
+        said = sentence(
+            capsys, monkeypatch, 'test.py', config, tmp_path / 'theirs.pth', '--work-dir', tmp_path
+        )
         assert expected in said and 'theirs.pth' in said
 
     def test_training_starts_from_one_with_a_head_for_other_classes(self, clean, tmp_path, capfd):
         config = write_config(tmp_path, clean)
         content = released_file(config, earlier, classes=1000)
         torch.save(content, tmp_path / 'theirs.pth')
-        status = run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path, '--cfg-options',
-                          'load_from=theirs.pth', 'optim_wrapper.optimizer.lr=0.',
-                          'train_cfg.max_epochs=1')
+        status = run_here(
+            tmp_path,
+            'train.py',
+            config,
+            '--work-dir',
+            tmp_path,
+            '--cfg-options',
+            'load_from=theirs.pth',
+            'optim_wrapper.optimizer.lr=0.',
+            'train_cfg.max_epochs=1',
+        )
         said = ''.join(capfd.readouterr())
         assert status == 0, said[-2000:]
         assert 'of another shape head.fc.bias' in said
@@ -270,17 +340,22 @@ class TestDetectionFromIt:
             assert set(read_checkpoint(str(source))) == {'state_dict', 'meta'}
         cfg = Config.fromfile(ROOT / DETECTOR)
         # G and I of the published detectors, whatever they were in pretraining.
-        cfg.merge_from_dict({
-            'model.backbone.arch': dict(SMALL, cooling=True),
-            'model.backbone.out_norm': False, 'model.neck.in_channels': [16, 32, 64, 128],
-            'model.backbone.init_cfg.checkpoint': str(source)})
+        cfg.merge_from_dict(
+            {
+                'model.backbone.arch': dict(SMALL, cooling=True),
+                'model.backbone.out_norm': False,
+                'model.neck.in_channels': [16, 32, 64, 128],
+                'model.backbone.init_cfg.checkpoint': str(source),
+            }
+        )
         init_default_scope('mmdet')
         detector = MODELS.build(cfg.model)
         detector.init_weights()
         averaged = weights(trained, 3)
         state = detector.backbone.state_dict()
-        assert state and all(torch.equal(value, averaged[f'backbone.{key}'])
-                             for key, value in state.items())
+        assert state and all(
+            torch.equal(value, averaged[f'backbone.{key}']) for key, value in state.items()
+        )
 
 
 def without_val(data):
@@ -312,30 +387,45 @@ def listed(*lines):
     def write(data):
         (data / 'meta').mkdir()
         (data / 'meta' / 'train.txt').write_text('\n'.join(lines))
+
     return write
 
 
 class TestData:
-
-    @pytest.mark.parametrize('spoil, expected', [
-        (shutil.rmtree, "the train dataset is not there: '{}' does not exist"),
-        (without_val, "the val dataset is not there: '{}/val' does not exist"),
-        (without_folders, "the val dataset: '{}/val' must hold a folder of images for each class"),
-        (without_images, "Class folder 'bee' of image folder '{}/train' has no image."),
-        (other_name, "have different folders of classes, by whose order labels are numbered: only "
-         "one has 'bee'."),
-        (another_class, 'The number of subfolders (4)'),
-        (listed('ant/train_0.JPEG 0', 'ant/none.JPEG 1'),
-         "File '{0}/train/ant/none.JPEG', which annotation file '{0}/meta/train.txt' names, does "
-         'not exist.'),
-        (listed('ant/train_0.JPEG 3'), "Image '{0}/train/ant/train_0.JPEG' has label 3 in "
-         "annotation file '{0}/meta/train.txt', allowed are 0 to 2, the classes."),
-        (listed('ant/train_0.JPEG'), "annotation file '{}/meta/train.txt' could not be used: "),
-    ])
+    @pytest.mark.parametrize(
+        'spoil, expected',
+        [
+            (shutil.rmtree, "the train dataset is not there: '{}' does not exist"),
+            (without_val, "the val dataset is not there: '{}/val' does not exist"),
+            (
+                without_folders,
+                "the val dataset: '{}/val' must hold a folder of images for each class",
+            ),
+            (without_images, "Class folder 'bee' of image folder '{}/train' has no image."),
+            (
+                other_name,
+                "have different folders of classes, by whose order labels are numbered: only "
+                "one has 'bee'.",
+            ),
+            (another_class, 'The number of subfolders (4)'),
+            (
+                listed('ant/train_0.JPEG 0', 'ant/none.JPEG 1'),
+                "File '{0}/train/ant/none.JPEG', which annotation file '{0}/meta/train.txt' names, does "
+                'not exist.',
+            ),
+            (
+                listed('ant/train_0.JPEG 3'),
+                "Image '{0}/train/ant/train_0.JPEG' has label 3 in "
+                "annotation file '{0}/meta/train.txt', allowed are 0 to 2, the classes.",
+            ),
+            (listed('ant/train_0.JPEG'), "annotation file '{}/meta/train.txt' could not be used: "),
+        ],
+    )
     def test_what_cannot_work_is_said(self, data, tmp_path, capsys, monkeypatch, spoil, expected):
         spoil(data)
-        said = sentence(capsys, monkeypatch, 'train.py', write_config(tmp_path, data),
-                        '--work-dir', tmp_path)
+        said = sentence(
+            capsys, monkeypatch, 'train.py', write_config(tmp_path, data), '--work-dir', tmp_path
+        )
         assert expected.format(data) in said
 
     def test_another_folder_is_named_by_an_option(self, clean, tmp_path, capsys, monkeypatch):
@@ -343,8 +433,18 @@ class TestData:
         arguments = ['--work-dir', tmp_path, '--data-root']
         said = sentence(capsys, monkeypatch, 'train.py', config, *arguments, tmp_path / 'gone')
         assert str(tmp_path / 'gone') in said and '--data-root' in said
-        assert run_here(tmp_path, 'train.py', config, *arguments, clean, '--cfg-options',
-                        'train_cfg.max_epochs=1') == 0
+        assert (
+            run_here(
+                tmp_path,
+                'train.py',
+                config,
+                *arguments,
+                clean,
+                '--cfg-options',
+                'train_cfg.max_epochs=1',
+            )
+            == 0
+        )
 
     def test_lists_name_images_and_their_classes(self, data, tmp_path, monkeypatch):
         listed('ant/train_0.JPEG 2', 'cow/train_2.JPEG 0')(data)
@@ -353,25 +453,38 @@ class TestData:
         init_default_scope('mmpretrain')
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
         check_files(dataset)
-        assert [(Path(info['img_path']).name, info['gt_label'])
-                for info in map(dataset.get_data_info, range(len(dataset)))] == [
-            ('train_0.JPEG', 2), ('train_2.JPEG', 0)]
+        assert [
+            (Path(info['img_path']).name, info['gt_label'])
+            for info in map(dataset.get_data_info, range(len(dataset)))
+        ] == [('train_0.JPEG', 2), ('train_2.JPEG', 0)]
 
-    def test_an_unreadable_image_ends_the_run_or_is_skipped(self, data, tmp_path, capsys,
-                                                            monkeypatch):
+    def test_an_unreadable_image_ends_the_run_or_is_skipped(
+        self, data, tmp_path, capsys, monkeypatch
+    ):
         bad = data / 'train' / 'bee' / 'train_1.JPEG'
         bad.write_bytes(bad.read_bytes()[:300])
         config = write_config(tmp_path, data)
         said = sentence(capsys, monkeypatch, 'train.py', config, '--work-dir', tmp_path)
         assert said == f"Image '{bad}' is cut short or no image."
-        assert run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path,
-                        '--skip-bad-images', '--cfg-options', 'train_cfg.max_epochs=1') == 0
+        assert (
+            run_here(
+                tmp_path,
+                'train.py',
+                config,
+                '--work-dir',
+                tmp_path,
+                '--skip-bad-images',
+                '--cfg-options',
+                'train_cfg.max_epochs=1',
+            )
+            == 0
+        )
         assert (tmp_path / 'skipped_images.txt').read_text() == (
-            f"Image '{bad}' is cut short or no image.\n")
+            f"Image '{bad}' is cut short or no image.\n"
+        )
 
 
 class TestBenchmark:
-
     @pytest.fixture
     def benchmark(self):
         return load_script(ROOT / 'benchmarks/pretraining.py')
@@ -384,8 +497,20 @@ class TestBenchmark:
             assert run_here(ROOT, Path(tool).name, *arguments) == 0
 
         monkeypatch.setattr(benchmark, 'run', run)  # in this process, for speed
-        monkeypatch.setattr(sys, 'argv', ['pretraining.py', '--smoke', '--seeds', '3', '--out',
-                                          str(tmp_path), '--work-dir', str(tmp_path / 'work')])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                'pretraining.py',
+                '--smoke',
+                '--seeds',
+                '3',
+                '--out',
+                str(tmp_path),
+                '--work-dir',
+                str(tmp_path / 'work'),
+            ],
+        )
         benchmark.main()
         result = json.loads((tmp_path / 'results.json').read_text())
         assert len(result['top1']) == 1 and result['seeds'] == [3]
@@ -393,15 +518,19 @@ class TestBenchmark:
             assert all(np.shape(result[arm][key]) == (1, 1) for key in benchmark.METRICS)
         # The two differ in the weights that they start from alone.
         start = f"model.backbone.init_cfg.checkpoint={tmp_path / 'work/classifier/epoch_1.pth'} "
-        pretrained, random = (line.replace(f'/{arm}_', '')
-                              for line, arm in zip(ran[-2:], benchmark.ARMS))
+        pretrained, random = (
+            line.replace(f'/{arm}_', '') for line, arm in zip(ran[-2:], benchmark.ARMS)
+        )
         assert pretrained.replace(start, '') == random != pretrained
         assert cv2.imread(str(tmp_path / 'curves.png')).std() > 10
         assert '| 1 | ' in (tmp_path / 'table.md').read_text()
 
     def test_every_class_is_drawn_in_its_own_way(self, benchmark):
-        drawn = [benchmark.draw(np.random.default_rng(0), shape, pattern)
-                 for shape in benchmark.CLASSES for pattern in benchmark.PATTERNS]
+        drawn = [
+            benchmark.draw(np.random.default_rng(0), shape, pattern)
+            for shape in benchmark.CLASSES
+            for pattern in benchmark.PATTERNS
+        ]
         assert len({image.tobytes() for image in drawn}) == 16
         assert all(image.shape == (64, 64, 3) for image in drawn)
 
@@ -409,40 +538,74 @@ class TestBenchmark:
 IMAGENET = 'configs/imagenet/cf_t_300e.py'
 
 
-@pytest.mark.parametrize('tool, arguments, expected', [
-    ('train.py', [], "the train dataset is not there: '{}/data/imagenet' does not exist"),
-    ('test.py', ['README.md'], "the test dataset is not there: '{}/data/imagenet' does not exist"),
-    ('test.py', ['README.md', '--tta'], 'defines no test-time augmentation'),
-    ('test.py', ['README.md', '--out', 'x.json'], "'x.json' must end in .pkl for a classifier."),
-    ('predict.py', ['README.md', 'x.jpg', '--out', 'x'],
-     "has default_scope 'mmpretrain', allowed are 'mmdet', 'mmseg'."),
-    ('export.py', ['--out', 'x.onnx'], "has default_scope 'mmpretrain', allowed are"),
-])
+@pytest.mark.parametrize(
+    'tool, arguments, expected',
+    [
+        ('train.py', [], "the train dataset is not there: '{}/data/imagenet' does not exist"),
+        (
+            'test.py',
+            ['README.md'],
+            "the test dataset is not there: '{}/data/imagenet' does not exist",
+        ),
+        ('test.py', ['README.md', '--tta'], 'defines no test-time augmentation'),
+        (
+            'test.py',
+            ['README.md', '--out', 'x.json'],
+            "'x.json' must end in .pkl for a classifier.",
+        ),
+        (
+            'predict.py',
+            ['README.md', 'x.jpg', '--out', 'x'],
+            "has default_scope 'mmpretrain', allowed are 'mmdet', 'mmseg'.",
+        ),
+        ('export.py', ['--out', 'x.onnx'], "has default_scope 'mmpretrain', allowed are"),
+    ],
+)
 def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arguments, expected):
     assert expected.format(ROOT) in sentence(capsys, monkeypatch, tool, IMAGENET, *arguments)
 
 
-@pytest.mark.parametrize('package, expected', [
-    ('mmpretrain', 'needs the package mmpretrain, which is not installed.'),
-    ('torchvision', f'needs a torchvision that fits torch {torch.__version__}')])
+@pytest.mark.parametrize(
+    'package, expected',
+    [
+        ('mmpretrain', 'needs the package mmpretrain, which is not installed.'),
+        ('torchvision', f'needs a torchvision that fits torch {torch.__version__}'),
+    ],
+)
 def test_a_missing_package_is_named(capsys, monkeypatch, package, expected):
     monkeypatch.setitem(sys.modules, package, None)
     for tool in 'train.py', 'get_flops.py':
         assert expected in sentence(capsys, monkeypatch, tool, IMAGENET)
 
 
-@pytest.mark.parametrize('option, expected', [
-    ('model.head.num_classes=4', 'model.data_preprocessor.num_classes = 3 and model.head.num_class'
-     'es = 4 must be equal.'),
-    ('val_evaluator.topk=(1,5)', 'val_evaluator.topk has 5, but there are 3 classes.')])
-def test_parts_that_disagree_on_the_number_of_classes(clean, tmp_path, capsys, monkeypatch, option,
-                                                      expected):
-    said = sentence(capsys, monkeypatch, 'train.py', write_config(tmp_path, clean), '--work-dir',
-                    tmp_path, '--cfg-options', option)
+@pytest.mark.parametrize(
+    'option, expected',
+    [
+        (
+            'model.head.num_classes=4',
+            'model.data_preprocessor.num_classes = 3 and model.head.num_classes = 4 must be equal.',
+        ),
+        ('val_evaluator.topk=(1,5)', 'val_evaluator.topk has 5, but there are 3 classes.'),
+    ],
+)
+def test_parts_that_disagree_on_the_number_of_classes(
+    clean, tmp_path, capsys, monkeypatch, option, expected
+):
+    said = sentence(
+        capsys,
+        monkeypatch,
+        'train.py',
+        write_config(tmp_path, clean),
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        option,
+    )
     assert said == expected
 
 
 def test_a_misspelt_setting_is_named(capsys, monkeypatch):
-    said = sentence(capsys, monkeypatch, 'train.py', IMAGENET, '--cfg-options',
-                    'model.head.num_clases=3')
+    said = sentence(
+        capsys, monkeypatch, 'train.py', IMAGENET, '--cfg-options', 'model.head.num_clases=3'
+    )
     assert re.search("did you mean 'model.head.num_classes'", said)

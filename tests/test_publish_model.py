@@ -1,4 +1,5 @@
 """Publishing a checkpoint, safetensors files, and going on from what mmengine's Runner saves."""
+
 import hashlib
 import json
 import re
@@ -15,13 +16,24 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner
 
-from crossformer_mm import CrossFormer, checkpoint as checkpoint_module
-from crossformer_mm.checkpoint import (CheckpointError, fit_checkpoint, read_checkpoint,
-                                       use_safe_loading)
+from crossformer_mm import CrossFormer
+from crossformer_mm import checkpoint as checkpoint_module
+from crossformer_mm.checkpoint import (
+    CheckpointError,
+    fit_checkpoint,
+    read_checkpoint,
+    use_safe_loading,
+)
 
 from .conftest import SMALL
-from .test_released_files import (imagenet_file, later, model_of, openmmlab_file, outputs,
-                                  own_loaders)  # noqa: F401
+from .test_released_files import (
+    imagenet_file,
+    later,
+    model_of,
+    openmmlab_file,
+    outputs,
+    own_loaders,  # noqa: F401
+)
 from .test_tools import DETECTOR, ROOT, Marker, sentence
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
@@ -35,12 +47,25 @@ def runner_file(model) -> dict:
     cfg = Config.fromfile(ROOT / DETECTOR)
     cfg.model.backbone.out_norm = False
     return dict(
-        meta=dict(epoch=3, iter=12, cfg=cfg.pretty_text, seed=0, experiment_name='small',
-                  mmengine_version='0.10.7', hook_msgs={}, dataset_meta=dict(
-                      classes=CLASSES, palette=np.arange(12).reshape(4, 3))),
-        state_dict=model.state_dict(), optimizer=optimizer.state_dict(), param_schedulers=[{}],
-        message_hub=dict(log_scalars=dict(loss=HistoryBuffer([1., 2.], [1, 1])),
-                         runtime_info=dict(cfg=cfg.pretty_text), resumed_keys={}))
+        meta=dict(
+            epoch=3,
+            iter=12,
+            cfg=cfg.pretty_text,
+            seed=0,
+            experiment_name='small',
+            mmengine_version='0.10.7',
+            hook_msgs={},
+            dataset_meta=dict(classes=CLASSES, palette=np.arange(12).reshape(4, 3)),
+        ),
+        state_dict=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        param_schedulers=[{}],
+        message_hub=dict(
+            log_scalars=dict(loss=HistoryBuffer([1.0, 2.0], [1, 1])),
+            runtime_info=dict(cfg=cfg.pretty_text),
+            resumed_keys={},
+        ),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -117,22 +142,29 @@ def test_safetensors_option_settles_the_suffix(monkeypatch, capsys, file, name):
 
 def test_an_inferencer_needs_nothing_but_the_published_file(monkeypatch, capsys, file, suffix):
     from mmdet.apis import DetInferencer
+
     path = publish(monkeypatch, capsys, file, file.with_name(f'out{suffix}'))
     use_safe_loading()  # by which mmengine reads safetensors
     image = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
-    found = [DetInferencer(weights=str(one), device='cpu', show_progress=False)
-             for one in (file, path)]
+    found = [
+        DetInferencer(weights=str(one), device='cpu', show_progress=False) for one in (file, path)
+    ]
     assert tuple(found[1].model.dataset_meta['classes']) == CLASSES
-    expected, predictions = (one(image, no_save_vis=True, pred_score_thr=0)['predictions'][0]
-                             for one in found)
+    expected, predictions = (
+        one(image, no_save_vis=True, pred_score_thr=0)['predictions'][0] for one in found
+    )
     assert predictions == expected
 
 
 @pytest.mark.parametrize('layout', ['imagenet', 'openmmlab'])
-def test_the_authors_files_can_be_published(monkeypatch, capsys, small, tmp_path, trained, suffix,
-                                            layout):
-    content = (imagenet_file(small(), later) if layout == 'imagenet' else
-               openmmlab_file(trained, later, CLASSES=CLASSES))
+def test_the_authors_files_can_be_published(
+    monkeypatch, capsys, small, tmp_path, trained, suffix, layout
+):
+    content = (
+        imagenet_file(small(), later)
+        if layout == 'imagenet'
+        else openmmlab_file(trained, later, CLASSES=CLASSES)
+    )
     torch.save(content, tmp_path / 'in.pth')
     path = publish(monkeypatch, capsys, tmp_path / 'in.pth', tmp_path / f'out{suffix}')
     meta = read_checkpoint(str(path))['meta']
@@ -151,7 +183,7 @@ def test_a_published_file_is_never_overwritten(monkeypatch, capsys, file):
 def test_an_interrupted_writing_leaves_nothing(monkeypatch, capsys, file):
     def full(path, data):
         with open(path, 'wb') as half:
-            half.write(data[:len(data) // 2])
+            half.write(data[: len(data) // 2])
         raise OSError('No space left on device')
 
     monkeypatch.setattr(Path, 'write_bytes', full)
@@ -174,7 +206,8 @@ def test_bad_input_is_said_in_one_sentence(capsys, monkeypatch, tmp_path):
     assert 'was not run' in said(dict(weights, meta=Marker(tmp_path / 'marker')))
     assert not (tmp_path / 'marker').exists()
     assert "'none.pth' does not exist" in sentence(
-        capsys, monkeypatch, 'publish_model.py', 'none.pth', tmp_path / 'out.pth')
+        capsys, monkeypatch, 'publish_model.py', 'none.pth', tmp_path / 'out.pth'
+    )
     assert [path.name for path in tmp_path.iterdir()] == ['in.pth']
 
 
@@ -186,8 +219,9 @@ def safetensors_file(path: Path, state: dict) -> Path:
     head, data = {}, b''
     for key, value in state.items():
         part = value.contiguous().numpy().tobytes()
-        head[key] = dict(dtype='F32', shape=list(value.shape),
-                         data_offsets=[len(data), len(data) + len(part)])
+        head[key] = dict(
+            dtype='F32', shape=list(value.shape), data_offsets=[len(data), len(data) + len(part)]
+        )
         data += part
     text = json.dumps(head).encode()
     path.write_bytes(len(text).to_bytes(8, 'little') + text + data)
@@ -212,7 +246,7 @@ def test_safetensors_file_gives_its_backbone(small, tmp_path):
 def test_truncated_safetensors_file_is_refused(small, tmp_path, share):
     pytest.importorskip('safetensors')
     path = safetensors_file(tmp_path / 'weights.safetensors', small().state_dict())
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(CheckpointError, match='cut short'):
         load(path)
 
@@ -223,8 +257,9 @@ def test_without_the_package_one_sentence_names_it(capsys, monkeypatch, small, t
     with pytest.raises(CheckpointError, match='pip install safetensors'):
         load(path)
     torch.save(small().state_dict(), tmp_path / 'in.pth')
-    said = sentence(capsys, monkeypatch, 'publish_model.py', tmp_path / 'in.pth',
-                    tmp_path / 'out.safetensors')
+    said = sentence(
+        capsys, monkeypatch, 'publish_model.py', tmp_path / 'in.pth', tmp_path / 'out.safetensors'
+    )
     assert 'pip install safetensors' in said
 
 
@@ -232,7 +267,6 @@ def test_without_the_package_one_sentence_names_it(capsys, monkeypatch, small, t
 
 
 class Toy(BaseModel):
-
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(3, 1)
@@ -242,15 +276,21 @@ class Toy(BaseModel):
 
 
 def toy_runner(work: Path, name: str, **options) -> Runner:
-    data = [dict(inputs=torch.full((3, ), i / 8)) for i in range(12)]
+    data = [dict(inputs=torch.full((3,), i / 8)) for i in range(12)]
     return Runner(
-        Toy(), str(work), train_dataloader=dict(
-            dataset=data, batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False)),
+        Toy(),
+        str(work),
+        train_dataloader=dict(
+            dataset=data, batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False)
+        ),
         train_cfg=dict(by_epoch=False, max_iters=6),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=6),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=3, by_epoch=False)),
-        experiment_name=name, default_scope='mmengine', **options)
+        experiment_name=name,
+        default_scope='mmengine',
+        **options,
+    )
 
 
 def test_resuming_restores_the_whole_state_of_a_training(tmp_path):
@@ -258,8 +298,9 @@ def test_resuming_restores_the_whole_state_of_a_training(tmp_path):
     whole = toy_runner(tmp_path / 'whole', 'whole')
     whole.train()
     saved = read_checkpoint(str(tmp_path / 'whole' / 'iter_3.pth'))
-    again = toy_runner(tmp_path / 'again', 'again', resume=True,
-                       load_from=str(tmp_path / 'whole' / 'iter_3.pth'))
+    again = toy_runner(
+        tmp_path / 'again', 'again', resume=True, load_from=str(tmp_path / 'whole' / 'iter_3.pth')
+    )
     seen = {}  # right after resuming, before the next iteration
 
     resume = again.resume
@@ -267,9 +308,12 @@ def test_resuming_restores_the_whole_state_of_a_training(tmp_path):
     def resume_and_look(*arguments, **options):
         resume(*arguments, **options)
         # Copies: the state that a state_dict names goes on changing.
-        seen.update(optimizer=deepcopy(again.optim_wrapper.state_dict()), iter=again.iter,
-                    schedulers=[deepcopy(one.state_dict()) for one in again.param_schedulers],
-                    loss=again.message_hub.get_scalar('train/loss').data[0].copy())
+        seen.update(
+            optimizer=deepcopy(again.optim_wrapper.state_dict()),
+            iter=again.iter,
+            schedulers=[deepcopy(one.state_dict()) for one in again.param_schedulers],
+            loss=again.message_hub.get_scalar('train/loss').data[0].copy(),
+        )
 
     again.resume = resume_and_look
     again.train()
@@ -285,8 +329,10 @@ def test_resuming_restores_the_whole_state_of_a_training(tmp_path):
     assert len(curves[0]) == 6 and np.array_equal(*curves)
 
 
-@pytest.mark.parametrize('address', ['torchvision://resnet50', 'open-mmlab://resnet50',
-                                     'mmcls://resnet50', 'pavi://resnet50'])
+@pytest.mark.parametrize(
+    'address',
+    ['torchvision://resnet50', 'open-mmlab://resnet50', 'mmcls://resnet50', 'pavi://resnet50'],
+)
 def test_names_in_model_zoos_are_refused(address):
     use_safe_loading()
     with pytest.raises(CheckpointError, match='download the file and give its path'):

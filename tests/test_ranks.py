@@ -1,4 +1,5 @@
 """Two processes (gloo) do what one does with the doubled batch; one that dies ends the job."""
+
 import logging
 import os
 import pickle
@@ -89,33 +90,48 @@ def started(config: Path, path: Path) -> Path:
 def script(name: str, *arguments) -> subprocess.Popen:
     """tools/NAME.sh, as a user starts it."""
     return subprocess.Popen(
-        [str(ROOT / 'tools' / name), *map(str, arguments)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(), 'PYTHON': sys.executable})
+        [str(ROOT / 'tools' / name), *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(), 'PYTHON': sys.executable},
+    )
 
 
 def two(log: Path, tool: str, *arguments) -> None:
     """A tool in two processes, as torchrun starts them, but without importing everything anew."""
     job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
-    processes = [ToolProcess(log.with_name(f'{log.name}{rank}'), tool, *arguments, '--launcher',
-                             'pytorch', environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)))
-                 for rank in (0, 1)]
+    processes = [
+        ToolProcess(
+            log.with_name(f'{log.name}{rank}'),
+            tool,
+            *arguments,
+            '--launcher',
+            'pytorch',
+            environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in (0, 1)
+    ]
     for process in processes:
         assert process.wait() == 0, process.output[-3000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='compares processes without a GPU')
-@pytest.mark.parametrize('with_cp, more', [
-    (False, ''), (True, 'model_wrapper_cfg = dict(static_graph=True)')],
-    ids=['plain', 'static graph, recomputed'])
+@pytest.mark.parametrize(
+    'with_cp, more',
+    [(False, ''), (True, 'model_wrapper_cfg = dict(static_graph=True)')],
+    ids=['plain', 'static graph, recomputed'],
+)
 def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, with_cp, more):
     alone = comparable(tmp_path / 'alone.py', data, batch=4)
     shared = comparable(tmp_path / 'shared.py', data, batch=2, with_cp=with_cp, more=more)
     start = started(alone, tmp_path / 'start.pth')
     options = ['--cfg-options', f'load_from={start}']
 
-    process = ToolProcess(tmp_path / 'log.txt', 'tools/train.py', alone, '--work-dir',
-                          tmp_path / 'alone', *options)
+    process = ToolProcess(
+        tmp_path / 'log.txt', 'tools/train.py', alone, '--work-dir', tmp_path / 'alone', *options
+    )
     assert process.wait() == 0, process.output[-3000:]
     if with_cp:
         job = script('dist_train.sh', shared, 2, '--work-dir', tmp_path / 'shared', *options)
@@ -127,8 +143,10 @@ def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, w
     # DistributedDataParallel refuses the second step if the first left a parameter out.
     before = read_checkpoint(str(start))['state_dict']
     for iteration in ('iter_1.pth', 'iter_2.pth'):
-        one, other = (read_checkpoint(str(tmp_path / name / iteration))['state_dict']
-                      for name in ('alone', 'shared'))
+        one, other = (
+            read_checkpoint(str(tmp_path / name / iteration))['state_dict']
+            for name in ('alone', 'shared')
+        )
         far_above_rounding = 0
         for name, weight in one.items():
             step = weight - before[name]  # the learning rate is 1: minus the gradient
@@ -146,11 +164,14 @@ def test_only_the_first_process_writes_the_results_of_a_test(monkeypatch, tmp_pa
     runner = CarefulRunner.__new__(CarefulRunner)
     runner._hooks = []
     runner.register_hooks()
-    hook, = (hook for hook in runner.hooks if isinstance(hook, LoggerHook))
+    (hook,) = (hook for hook in runner.hooks if isinstance(hook, LoggerHook))
     hook.json_log_path = 'results.json'
-    log = SimpleNamespace(get_log_after_epoch=lambda *args, **kwargs: (dict(mIoU=1.), ''))
-    hook.after_test_epoch(SimpleNamespace(log_processor=log, test_dataloader=[],
-                                          logger=logging.getLogger(), log_dir=str(tmp_path)))
+    log = SimpleNamespace(get_log_after_epoch=lambda *args, **kwargs: (dict(mIoU=1.0), ''))
+    hook.after_test_epoch(
+        SimpleNamespace(
+            log_processor=log, test_dataloader=[], logger=logging.getLogger(), log_dir=str(tmp_path)
+        )
+    )
     assert (tmp_path / 'results.json').exists() == (rank == 0)
 
 
@@ -166,8 +187,12 @@ def test_two_processes_measure_what_one_does(data, tmp_path, kind):
         # Scores of random weights are far below the threshold of detections.
         arguments = [config, weights, '--work-dir', folder]
         if kind is DETECTOR:
-            arguments += ['--out', folder / 'out.pkl', '--cfg-options',
-                          'model.test_cfg.rcnn.score_thr=0.']
+            arguments += [
+                '--out',
+                folder / 'out.pkl',
+                '--cfg-options',
+                'model.test_cfg.rcnn.score_thr=0.',
+            ]
         if name == 'one':
             process = ToolProcess(folder / 'log', 'tools/test.py', *arguments)
             assert process.wait() == 0, process.output[-3000:]
@@ -190,37 +215,61 @@ def test_two_processes_measure_what_one_does(data, tmp_path, kind):
 
 def test_a_process_that_dies_ends_the_job(data, tmp_path):
     config = comparable(tmp_path / 'config.py', data, batch=2)
-    job = script('dist_train.sh', config, 2, '--work-dir', tmp_path / 'work', '--cfg-options',
-                 'train_cfg.max_iters=100000', 'default_hooks.checkpoint.interval=100000')
+    job = script(
+        'dist_train.sh',
+        config,
+        2,
+        '--work-dir',
+        tmp_path / 'work',
+        '--cfg-options',
+        'train_cfg.max_iters=100000',
+        'default_hooks.checkpoint.interval=100000',
+    )
     lines = []
     for line in job.stdout:
         lines.append(line)
         if 'Iter(train)' in line:
             break
-    ranks = {process.environ()['RANK']: process
-             for process in psutil.Process(job.pid).children(recursive=True)
-             if 'tools/train.py' in ' '.join(process.cmdline())
-             and 'RANK' in process.environ()}
+    ranks = {
+        process.environ()['RANK']: process
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if 'tools/train.py' in ' '.join(process.cmdline()) and 'RANK' in process.environ()
+    }
     assert set(ranks) == {'0', '1'}, ''.join(lines)[-3000:]
     ranks['1'].kill()
     output, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert output.strip().splitlines()[-1] == (
-        'error: a process of the job failed, see above; --resume goes on from a checkpoint.')
+        'error: a process of the job failed, see above; --resume goes on from a checkpoint.'
+    )
     assert not ranks['0'].is_running() or ranks['0'].status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_process_that_fails_says_so_last_and_nobody_waits_for_it(data, tmp_path):
     """One process raises amid the second iteration; the other waits for its gradients."""
-    config = comparable(tmp_path / 'config.py', data, batch=2, more=(
-        "custom_hooks = [dict(type='FailsInOne')]\n"
-        "custom_imports = dict(imports=['crossformer_mm', 'tests.test_ranks'])"))
+    config = comparable(
+        tmp_path / 'config.py',
+        data,
+        batch=2,
+        more=(
+            "custom_hooks = [dict(type='FailsInOne')]\n"
+            "custom_imports = dict(imports=['crossformer_mm', 'tests.test_ranks'])"
+        ),
+    )
     job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
     processes = [
-        ToolProcess(tmp_path / f'log{rank}', 'tools/train.py', config, '--work-dir',
-                    tmp_path / 'work', '--launcher', 'pytorch',
-                    environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)))
-        for rank in (0, 1)]
+        ToolProcess(
+            tmp_path / f'log{rank}',
+            'tools/train.py',
+            config,
+            '--work-dir',
+            tmp_path / 'work',
+            '--launcher',
+            'pytorch',
+            environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in (0, 1)
+    ]
     statuses = [process.wait() for process in processes]
     assert statuses[1] == 1 and statuses[0] != 0
     assert processes[1].output.strip().splitlines()[-1] == 'LookupError: a mistake of mine'
@@ -231,8 +280,9 @@ def test_a_job_that_is_done_leaves_its_process_group():
     main = SimpleNamespace(done=False)
 
     def work():
-        torch.distributed.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{free_port()}',
-                                             rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            'gloo', init_method=f'tcp://127.0.0.1:{free_port()}', rank=0, world_size=1
+        )
         main.done = True
 
     command_line.run(work)

@@ -1,4 +1,5 @@
 """What README.md says is so, and README_zh-CN.md says the same."""
+
 import inspect
 import re
 import subprocess
@@ -27,15 +28,18 @@ def blocks(language: str) -> list:
 def rows(first_column: str) -> list:
     """Cells of the table whose head starts with a column."""
     table = README.split(f'| {first_column} |', 1)[1].split('\n\n', 1)[0]
-    return [[cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]]
-            for line in table.splitlines()[2:]]
+    return [
+        [cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]]
+        for line in table.splitlines()[2:]
+    ]
 
 
 def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
-    snippet, = [block for block in blocks('python') if 'custom_imports' in block]
+    (snippet,) = [block for block in blocks('python') if 'custom_imports' in block]
     (tmp_path / 'mine.py').write_text(
         "_base_ = 'mmdet::_base_/models/faster-rcnn_r50_fpn.py'\n"
-        "default_scope = 'mmdet'\n" + snippet)
+        "default_scope = 'mmdet'\n" + snippet
+    )
     cfg = Config.fromfile(tmp_path / 'mine.py')
     assert cfg.model.backbone.init_cfg.checkpoint == 'crossformer-s.pth'
     assert 'depth' not in cfg.model.backbone
@@ -44,16 +48,22 @@ def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
     with torch.no_grad():
         features = model.extract_feat(torch.rand(1, 3, 70, 90))
     assert [tuple(feature.shape[-2:]) for feature in features] == [
-        (18, 23), (9, 12), (5, 6), (3, 3), (2, 2)]
+        (18, 23),
+        (9, 12),
+        (5, 6),
+        (3, 3),
+        (2, 2),
+    ]
 
 
 def test_plain_pytorch_snippet_gives_the_shapes_it_names():
-    snippet, = [block for block in blocks('python') if 'import torch' in block]
+    (snippet,) = [block for block in blocks('python') if 'import torch' in block]
     names = {}
     exec(snippet, names)
     said = re.findall(r'\((\d+), (\d+), (\d+), (\d+)\)', snippet.split('#')[1])
     assert [tuple(feature.shape) for feature in names['features']] == [
-        tuple(map(int, shape)) for shape in said]
+        tuple(map(int, shape)) for shape in said
+    ]
 
 
 def test_constructor_table_has_every_option_with_its_default():
@@ -74,8 +84,13 @@ def test_architecture_table_is_that_of_the_code():
     for name, arch in ARCHITECTURES.items():
         with torch.device('meta'):
             millions = sum(p.numel() for p in CrossFormer(name).parameters()) / 1e6
-        assert said[name] == (arch['embed_dims'], arch['depths'], arch['num_heads'],
-                              arch['drop_path_rate'], f'{millions:.1f} M')
+        assert said[name] == (
+            arch['embed_dims'],
+            arch['depths'],
+            arch['num_heads'],
+            arch['drop_path_rate'],
+            f'{millions:.1f} M',
+        )
 
 
 @pytest.fixture(scope='module')
@@ -83,8 +98,13 @@ def options() -> dict:
     """The options that each tool says it has."""
     found = {}
     for tool in ('train', 'test'):
-        said = subprocess.run([sys.executable, f'tools/{tool}.py', '--help'], cwd=ROOT, text=True,
-                              capture_output=True, check=True).stdout
+        said = subprocess.run(
+            [sys.executable, f'tools/{tool}.py', '--help'],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout
         found[tool] = set(re.findall(r'--[a-z-]+', said))
     return found
 
@@ -92,7 +112,7 @@ def options() -> dict:
 def test_options_table_is_that_of_the_tools(options):
     said = {'train': {'--help'}, 'test': {'--help'}}
     for names, tools, _ in rows('option | of'):
-        for tool in ('train', 'test') if tools == 'both' else (tools, ):
+        for tool in ('train', 'test') if tools == 'both' else (tools,):
             said[tool] |= set(re.findall(r'--[a-z-]+', names))
     assert said == {tool: options[tool] for tool in said}
 
@@ -104,22 +124,30 @@ def test_config_table_names_the_configs_that_exist():
         said |= {f'{stem}{letter}{rest}' for letter in letters.split(',')}
     # Published CrossFormers; the variants and baselines are listed in docs/configs_and_recipes.md,
     # and the same recipes on several GPUs in docs/distributed.md.
-    there = {str(path.relative_to(ROOT)) for path in ROOT.glob('configs/*/cf*_*.py')
-             if not path.stem.endswith('_fsdp')}
+    there = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob('configs/*/cf*_*.py')
+        if not path.stem.endswith('_fsdp')
+    }
     assert said == there
 
 
 @pytest.mark.parametrize('folder', ['crossformer_mm'])
 def test_list_of_files_is_complete(folder):
-    said = set(re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/|engine/) ', README,
-                          re.MULTILINE))
-    there = {path.name + '/' * path.is_dir() for path in (ROOT / folder).iterdir()
-             if not path.name.startswith(('__', '.'))}
+    said = set(
+        re.findall(r'^ *(?:crossformer_mm/ +)?(\w+\.py|kernels/|engine/) ', README, re.MULTILINE)
+    )
+    there = {
+        path.name + '/' * path.is_dir()
+        for path in (ROOT / folder).iterdir()
+        if not path.name.startswith(('__', '.'))
+    }
     assert said == there - {'version.py'}
 
 
 # A translation has the same pieces in the same order. Of one that has Chinese in it, code, names of
 # files, figures, links and pictures are the same; of any other, everything is.
+
 
 def pieces(page: str) -> List[Tuple[str, str]]:
     """Headings, paragraphs, items of lists, cells of tables and blocks of code, in turn."""
@@ -130,9 +158,11 @@ def pieces(page: str) -> List[Tuple[str, str]]:
             continue
         for paragraph in filter(None, re.split(r'\n\s*\n', part.strip())):
             if paragraph.startswith('|'):
-                found += [('cell', cell.strip()) if cell else ('row', '')
-                          for row in paragraph.splitlines()
-                          for cell in re.split(r'(?<!\\)\|', row)[:-1]]
+                found += [
+                    ('cell', cell.strip()) if cell else ('row', '')
+                    for row in paragraph.splitlines()
+                    for cell in re.split(r'(?<!\\)\|', row)[:-1]
+                ]
             elif paragraph.startswith('#'):
                 found.append((f"{paragraph.split(' ')[0]} heading", paragraph))
             else:
@@ -150,29 +180,41 @@ def kept(kind: str, text: str, headings: List[str]) -> list:
     links = r'\]\(([^)]+)\)|\b(?:href|src|srcset)="([^"]+)"'
     targets = [''.join(target) for target in re.findall(links, text)]
     rest = re.sub(links, '', text)
-    return [sorted(str(headings.index(target[1:])) if target.startswith('#') else target
-                   for target in targets),
-            sorted(re.findall(r'!\[|<img|<picture', text)),
-            sorted(re.findall(r'`[^`]+`', rest)),
-            sorted(re.findall(r'\d+(?:[.,]\d+)*', re.sub(r'`[^`]+`', '', rest)))]
+    return [
+        sorted(
+            str(headings.index(target[1:])) if target.startswith('#') else target
+            for target in targets
+        ),
+        sorted(re.findall(r'!\[|<img|<picture', text)),
+        sorted(re.findall(r'`[^`]+`', rest)),
+        sorted(re.findall(r'\d+(?:[.,]\d+)*', re.sub(r'`[^`]+`', '', rest))),
+    ]
 
 
 def differences(english: str, chinese: str) -> List[str]:
     """What one README has and the other has not."""
-    pages = [pieces(page.replace(switch, '', 1)) for page, switch in (
-        (english, '\nEnglish | [简体中文](README_zh-CN.md)\n'),
-        (chinese, '\n[English](README.md) | 简体中文\n'))]
-    headings = [[anchor(text) for kind, text in page if kind.endswith('heading')]
-                for page in pages]
+    pages = [
+        pieces(page.replace(switch, '', 1))
+        for page, switch in (
+            (english, '\nEnglish | [简体中文](README_zh-CN.md)\n'),
+            (chinese, '\n[English](README.md) | 简体中文\n'),
+        )
+    ]
+    headings = [[anchor(text) for kind, text in page if kind.endswith('heading')] for page in pages]
     for (kind, text), (kind_there, translated) in zip(*pages):
         if kind != kind_there:  # what follows is out of step
             return [f'{kind}: {text}\n{kind_there}: {translated}']
-    found = [f'{kind}: {text}\n{translated}'
-             for (kind, text), (_, translated) in zip(*pages)
-             if (kept(kind, text, headings[0]) != kept(kind, translated, headings[1])
-                 if re.search('[\u4e00-\u9fff]', translated) else text != translated)]
+    found = [
+        f'{kind}: {text}\n{translated}'
+        for (kind, text), (_, translated) in zip(*pages)
+        if (
+            kept(kind, text, headings[0]) != kept(kind, translated, headings[1])
+            if re.search('[\u4e00-\u9fff]', translated)
+            else text != translated
+        )
+    ]
     shorter, longer = sorted(pages, key=len)
-    return found + [f'{kind}: {text}' for kind, text in longer[len(shorter):]]
+    return found + [f'{kind}: {text}' for kind, text in longer[len(shorter) :]]
 
 
 def test_chinese_readme_says_the_same():
@@ -182,27 +224,30 @@ def test_chinese_readme_says_the_same():
     assert not found, '\n\n'.join(found)
 
 
-@pytest.mark.parametrize('old, new', [
-    ('--auto-scale-lr \\', '--amp \\'),  # a command
-    ('make demo   #', 'make show   #'),
-    ('[96, 192, 384, 768]', '[96, 192, 384, 769]'),
-    ('# (1, 96, 107, 160)', '# (1, 96, 107, 161)'),  # a figure in a comment
-    ('mark 70', 'mark 71'),
-    ('linear.py ', 'linears.py '),  # a file of the list
-    ('45.4 / 47.2', '45.5 / 47.2'),  # cells
-    ('2, 2, 18, 2', '2, 18, 2, 2'),
-    ('| `--amp [bfloat16]` | train', '| `--fp16` | train'),
-    ('| `(7, 7, 7, 7)`', '| `(8, 8, 8, 8)`'),
-    ('| `--tta` ', '| `--flip` | test | flips |\n| `--tta` '),  # a row
-    ('\n## Predictions\n', '\n### Predictions\n'),
-    ('\n## Predictions\n', '\n'),
-    ('less than 10 minutes', 'less than 11 minutes'),
-    ('docs/model_zoo.md) has', 'docs/how_it_works.md) has'),  # a link
-    ('\nLicence:', '\n![curves](benchmarks/curves.png)\n\nLicence:'),
-    ('\nLicence:', '\n<img src="benchmarks/curves.png">\n\nLicence:'),
-    ('\n\nPut the data', '\n\nA paragraph.\n\nPut the data'),
-    ('\n- `lda=\'block\'`', '\n- An item.\n- `lda=\'block\'`'),
-])
+@pytest.mark.parametrize(
+    'old, new',
+    [
+        ('--auto-scale-lr \\', '--amp \\'),  # a command
+        ('make demo   #', 'make show   #'),
+        ('[96, 192, 384, 768]', '[96, 192, 384, 769]'),
+        ('# (1, 96, 107, 160)', '# (1, 96, 107, 161)'),  # a figure in a comment
+        ('mark 70', 'mark 71'),
+        ('linear.py ', 'linears.py '),  # a file of the list
+        ('45.4 / 47.2', '45.5 / 47.2'),  # cells
+        ('2, 2, 18, 2', '2, 18, 2, 2'),
+        ('| `--amp [bfloat16]` | train', '| `--fp16` | train'),
+        ('| `(7, 7, 7, 7)`', '| `(8, 8, 8, 8)`'),
+        ('| `--tta` ', '| `--flip` | test | flips |\n| `--tta` '),  # a row
+        ('\n## Predictions\n', '\n### Predictions\n'),
+        ('\n## Predictions\n', '\n'),
+        ('less than 10 minutes', 'less than 11 minutes'),
+        ('docs/model_zoo.md) has', 'docs/how_it_works.md) has'),  # a link
+        ('\nLicence:', '\n![curves](benchmarks/curves.png)\n\nLicence:'),
+        ('\nLicence:', '\n<img src="benchmarks/curves.png">\n\nLicence:'),
+        ('\n\nPut the data', '\n\nA paragraph.\n\nPut the data'),
+        ('\n- `lda=\'block\'`', '\n- An item.\n- `lda=\'block\'`'),
+    ],
+)
 def test_a_change_of_one_readme_alone_is_noticed(old, new):
     assert old in README
     assert differences(README.replace(old, new, 1), CHINESE)

@@ -1,4 +1,5 @@
 """Files of the structure that the authors released, in whole models and through the tools."""
+
 import pickle
 import re
 import runpy
@@ -19,7 +20,7 @@ from mmengine.runner import CheckpointLoader
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 
-from .test_tools import (DETECTOR, ROOT, SEGMENTOR, sentence, shapes)  # noqa: F401
+from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence, shapes  # noqa: F401
 
 # As in the demo, but without what published models have not.
 PUBLISHED = ['model.backbone.out_norm=False']
@@ -43,8 +44,10 @@ def model_of(config: str, *options: str):
 
 def earlier(block: str) -> dict:
     """Buffers of a block in files of the authors' earlier code."""
-    return {f'{block}.attn.biases': torch.zeros(169, 2),
-            f'{block}.attn.relative_position_index': torch.zeros(49, 49).long()}
+    return {
+        f'{block}.attn.biases': torch.zeros(169, 2),
+        f'{block}.attn.relative_position_index': torch.zeros(49, 49).long(),
+    }
 
 
 def later(block: str) -> dict:
@@ -59,34 +62,58 @@ def no_buffers(block: str) -> dict:
 def with_buffers(state: dict, buffers) -> OrderedDict:
     """Weights with a set of buffers in each block. No `_metadata`: mmcv of then dropped it."""
     blocks = {key.split('.attn.qkv')[0] for key in state if '.attn.qkv' in key}
-    return OrderedDict(state, **{key: value for block in blocks
-                                 for key, value in buffers(block).items()})
+    return OrderedDict(
+        state, **{key: value for block in blocks for key, value in buffers(block).items()}
+    )
 
 
 def imagenet_file(backbone, buffers) -> dict:
     """As the authors' main.py saves it; the last channels depend on the architecture."""
     state = with_buffers(backbone.state_dict(), buffers)
     channels = backbone.out_channels[-1]
-    state.update({'norm.weight': torch.ones(channels), 'norm.bias': torch.zeros(channels),
-                  'head.weight': torch.zeros(1000, channels), 'head.bias': torch.zeros(1000)})
+    state.update(
+        {
+            'norm.weight': torch.ones(channels),
+            'norm.bias': torch.zeros(channels),
+            'head.weight': torch.zeros(1000, channels),
+            'head.bias': torch.zeros(1000),
+        }
+    )
     optimizer = torch.optim.AdamW(backbone.parameters())
-    return dict(model=state, optimizer=optimizer.state_dict(), max_accuracy=82.5, epoch=299,
-                lr_scheduler=dict(decay_t=9382, t_initial=375300, lr_min=1e-5, base_values=[1e-3]),
-                config=OrderedDict(AMP_OPT_LEVEL='O1', MODEL=OrderedDict(NAME='crossformer')),
-                amp=dict(loss_scaler0=dict(loss_scale=65536.0, unskipped=12)))
+    return dict(
+        model=state,
+        optimizer=optimizer.state_dict(),
+        max_accuracy=82.5,
+        epoch=299,
+        lr_scheduler=dict(decay_t=9382, t_initial=375300, lr_min=1e-5, base_values=[1e-3]),
+        config=OrderedDict(AMP_OPT_LEVEL='O1', MODEL=OrderedDict(NAME='crossformer')),
+        amp=dict(loss_scaler0=dict(loss_scale=65536.0, unskipped=12)),
+    )
 
 
 def openmmlab_file(model, buffers, **meta) -> dict:
     """As MMDetection 2.8 and MMSegmentation 0.12 save it."""
     state = with_buffers(model.state_dict(), buffers)
-    return dict(meta=dict(mmcv_version='1.2.7', env_info='sys.platform: linux', seed=None,
-                          config="model = dict(type='MaskRCNN')\n", epoch=12, iter=87960,
-                          time='Thu Aug  5 12:00:00 2021', hook_msgs=dict(), **meta),
-                state_dict=state, optimizer=dict(state={}, param_groups=[]))
+    return dict(
+        meta=dict(
+            mmcv_version='1.2.7',
+            env_info='sys.platform: linux',
+            seed=None,
+            config="model = dict(type='MaskRCNN')\n",
+            epoch=12,
+            iter=87960,
+            time='Thu Aug  5 12:00:00 2021',
+            hook_msgs=dict(),
+            **meta,
+        ),
+        state_dict=state,
+        optimizer=dict(state={}, param_groups=[]),
+    )
 
 
 DETECTION = dict(mmdet_version='2.8.0')
 SEGMENTATION = dict(mmseg_version='0.12.0')
+
 
 @pytest.mark.parametrize('buffers', [no_buffers, earlier, later])
 @pytest.mark.parametrize('arch', ['s', 'pp-s'])
@@ -94,7 +121,8 @@ def test_imagenet_file_gives_equal_features(tmp_path, small, arch, buffers):
     donor, image = small(arch), torch.rand(1, 3, 65, 97)
     torch.save(imagenet_file(donor, buffers), tmp_path / 'file.pth')
     backbone = CrossFormer(
-        arch, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))).eval()
+        arch, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))
+    ).eval()
     backbone.init_weights()
     with torch.no_grad():
         for feature, expected in zip(backbone(image), donor(image), strict=True):
@@ -103,32 +131,63 @@ def test_imagenet_file_gives_equal_features(tmp_path, small, arch, buffers):
 
 # Parameters of the heads as MMDetection 2.8 and MMSegmentation 0.12 name them.
 BOTH = ('weight', 'bias')
-NECK = [f'neck.{convs}.{i}.conv.{p}' for convs in ('lateral_convs', 'fpn_convs') for i in range(4)
-        for p in BOTH]
+NECK = [
+    f'neck.{convs}.{i}.conv.{p}'
+    for convs in ('lateral_convs', 'fpn_convs')
+    for i in range(4)
+    for p in BOTH
+]
 HEADS = {
-    'configs/mask_rcnn/cf_s_1x.py': NECK + [f'{name}.{p}' for p in BOTH for name in (
-        'rpn_head.rpn_conv', 'rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
-        'roi_head.bbox_head.fc_reg', 'roi_head.bbox_head.shared_fcs.0',
-        'roi_head.bbox_head.shared_fcs.1',
-        *(f'roi_head.mask_head.convs.{i}.conv' for i in range(4)), 'roi_head.mask_head.upsample',
-        'roi_head.mask_head.conv_logits')],
+    'configs/mask_rcnn/cf_s_1x.py': NECK
+    + [
+        f'{name}.{p}'
+        for p in BOTH
+        for name in (
+            'rpn_head.rpn_conv',
+            'rpn_head.rpn_cls',
+            'rpn_head.rpn_reg',
+            'roi_head.bbox_head.fc_cls',
+            'roi_head.bbox_head.fc_reg',
+            'roi_head.bbox_head.shared_fcs.0',
+            'roi_head.bbox_head.shared_fcs.1',
+            *(f'roi_head.mask_head.convs.{i}.conv' for i in range(4)),
+            'roi_head.mask_head.upsample',
+            'roi_head.mask_head.conv_logits',
+        )
+    ],
     'configs/retinanet/cf_s_1x.py': None,
     'configs/upernet/cf_s_160k.py': None,
 }
 HEADS['configs/retinanet/cf_s_1x.py'] = [
-    f'neck.{convs}.{i}.conv.{p}' for convs, count in (('lateral_convs', 3), ('fpn_convs', 5))
-    for i in range(count) for p in BOTH] + [f'bbox_head.{name}.{p}' for p in BOTH for name in (
-        'retina_cls', 'retina_reg', *(f'{branch}_convs.{i}.conv' for branch in ('cls', 'reg')
-                                      for i in range(4)))]
-HEADS['configs/upernet/cf_s_160k.py'] = [f'{head}.conv_seg.{p}' for p in BOTH for head in (
-    'decode_head', 'auxiliary_head')] + [
-        f'{name}.{key}' for key in ('conv.weight', *(f'bn.{p}' for p in (
-            *BOTH, 'running_mean', 'running_var', 'num_batches_tracked')))
-        for name in ('auxiliary_head.convs.0', 'decode_head.bottleneck',
-                     'decode_head.fpn_bottleneck',
-                     *(f'decode_head.psp_modules.{i}.1' for i in range(4)),
-                     *(f'decode_head.{convs}.{i}' for convs in ('lateral_convs', 'fpn_convs')
-                       for i in range(3)))]
+    f'neck.{convs}.{i}.conv.{p}'
+    for convs, count in (('lateral_convs', 3), ('fpn_convs', 5))
+    for i in range(count)
+    for p in BOTH
+] + [
+    f'bbox_head.{name}.{p}'
+    for p in BOTH
+    for name in (
+        'retina_cls',
+        'retina_reg',
+        *(f'{branch}_convs.{i}.conv' for branch in ('cls', 'reg') for i in range(4)),
+    )
+]
+HEADS['configs/upernet/cf_s_160k.py'] = [
+    f'{head}.conv_seg.{p}' for p in BOTH for head in ('decode_head', 'auxiliary_head')
+] + [
+    f'{name}.{key}'
+    for key in (
+        'conv.weight',
+        *(f'bn.{p}' for p in (*BOTH, 'running_mean', 'running_var', 'num_batches_tracked')),
+    )
+    for name in (
+        'auxiliary_head.convs.0',
+        'decode_head.bottleneck',
+        'decode_head.fpn_bottleneck',
+        *(f'decode_head.psp_modules.{i}.1' for i in range(4)),
+        *(f'decode_head.{convs}.{i}' for convs in ('lateral_convs', 'fpn_convs') for i in range(3)),
+    )
+]
 
 
 @pytest.mark.parametrize('config', HEADS)
@@ -143,11 +202,14 @@ def outputs(model) -> list:
     """Tensors of what a model makes of an image, before any of it is thrown away."""
 
     def tensors(value):
-        return [value] if torch.is_tensor(value) else [
-            tensor for part in value for tensor in tensors(part)]
+        return (
+            [value]
+            if torch.is_tensor(value)
+            else [tensor for part in value for tensor in tensors(part)]
+        )
 
     image = torch.rand(1, 3, 65, 97, generator=torch.Generator().manual_seed(0))
-    shape = dict(img_shape=(65, 97), ori_shape=(65, 97), scale_factor=(1., 1.))
+    shape = dict(img_shape=(65, 97), ori_shape=(65, 97), scale_factor=(1.0, 1.0))
     with torch.no_grad():
         return tensors(model(image, [DetDataSample(metainfo=shape)], mode='tensor'))
 
@@ -176,16 +238,35 @@ def save(tmp_path, content, name='file.pth') -> Path:
 def evaluate(monkeypatch, config, checkpoint, data, work, *options) -> list:
     """Predictions that tools/test.py keeps of each image; in this process, for speed."""
     out = work / ('maps' if config == SEGMENTOR else 'predictions.pkl')
-    arguments = [config, checkpoint, '--data-root', data, '--work-dir', work, '--out', out,
-                 *options, '--cfg-options', *PUBLISHED, 'test_dataloader.batch_size=2']
+    arguments = [
+        config,
+        checkpoint,
+        '--data-root',
+        data,
+        '--work-dir',
+        work,
+        '--out',
+        out,
+        *options,
+        '--cfg-options',
+        *PUBLISHED,
+        'test_dataloader.batch_size=2',
+    ]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['test.py', *map(str, arguments)])
     runpy.run_path('tools/test.py', run_name='__main__')
     if config == SEGMENTOR:
         return [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(out.glob('*.png'))]
     kept = pickle.loads(out.read_bytes())
-    return [np.concatenate([one['pred_instances'][key].flatten().float().numpy()
-                            for key in ('bboxes', 'scores', 'labels')]) for one in kept]
+    return [
+        np.concatenate(
+            [
+                one['pred_instances'][key].flatten().float().numpy()
+                for key in ('bboxes', 'scores', 'labels')
+            ]
+        )
+        for one in kept
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -207,8 +288,10 @@ def data(shapes):  # noqa: F811
     return {DETECTOR: shapes / 'coco', SEGMENTOR: shapes / 'ade'}
 
 
-@pytest.mark.parametrize('config, meta', [
-    (DETECTOR, DETECTION), (SEGMENTOR, dict(SEGMENTATION, CLASSES=('disk', 'square')))])
+@pytest.mark.parametrize(
+    'config, meta',
+    [(DETECTOR, DETECTION), (SEGMENTOR, dict(SEGMENTATION, CLASSES=('disk', 'square')))],
+)
 def test_evaluation_gives_equal_predictions(monkeypatch, tmp_path, donors, data, config, meta):
     donor = donors[config]
     ours = save(tmp_path, dict(state_dict=donor.state_dict(), meta={}), 'ours.pth')
@@ -223,13 +306,23 @@ def test_evaluation_gives_equal_predictions(monkeypatch, tmp_path, donors, data,
         assert np.array_equal(one, expected)
 
 
-def refused(capsys, monkeypatch, donors, data, tmp_path, content, *options, tool='test.py',
-            config=DETECTOR) -> str:
+def refused(
+    capsys, monkeypatch, donors, data, tmp_path, content, *options, tool='test.py', config=DETECTOR
+) -> str:
     path = save(tmp_path, content)
     arguments = [config, path] if tool == 'test.py' else [config]
     options = ['--cfg-options', *PUBLISHED, *(str(option).format(path) for option in options)]
-    said = sentence(capsys, monkeypatch, tool, *arguments, '--work-dir', tmp_path / 'work',
-                    '--data-root', data[config], *options)
+    said = sentence(
+        capsys,
+        monkeypatch,
+        tool,
+        *arguments,
+        '--work-dir',
+        tmp_path / 'work',
+        '--data-root',
+        data[config],
+        *options,
+    )
     assert str(path) in said
     return said
 
@@ -243,29 +336,50 @@ def changed(model, missing=(), shape=(), **more) -> dict:
     return openmmlab_file(model, earlier) | dict(state_dict=state)
 
 
-@pytest.mark.parametrize('change, expected', [
-    (dict(missing=['roi_head.bbox_head.fc_cls.bias']), 'missing roi_head.bbox_head.fc_cls.bias'),
-    (dict(missing=['backbone.layers.1.blocks.0.norm1.bias']), 'missing backbone.layers.1.blocks.0'),
-    (dict(extra=torch.ones(2)), 'unexpected extra'),
-    (dict(shape=['rpn_head.rpn_cls.bias']),
-     'of another shape rpn_head.rpn_cls.bias ((7,) in the file, (3,) here)')])
+@pytest.mark.parametrize(
+    'change, expected',
+    [
+        (
+            dict(missing=['roi_head.bbox_head.fc_cls.bias']),
+            'missing roi_head.bbox_head.fc_cls.bias',
+        ),
+        (
+            dict(missing=['backbone.layers.1.blocks.0.norm1.bias']),
+            'missing backbone.layers.1.blocks.0',
+        ),
+        (dict(extra=torch.ones(2)), 'unexpected extra'),
+        (
+            dict(shape=['rpn_head.rpn_cls.bias']),
+            'of another shape rpn_head.rpn_cls.bias ((7,) in the file, (3,) here)',
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(donors, change, expected):
     with pytest.raises(CheckpointError, match=re.escape(expected)):
         fit_checkpoint(donors[DETECTOR], changed(donors[DETECTOR], **change), 'file')
 
 
-def test_evaluation_of_a_partly_random_model_is_refused(capsys, monkeypatch, donors, data,
-                                                        tmp_path):
+def test_evaluation_of_a_partly_random_model_is_refused(
+    capsys, monkeypatch, donors, data, tmp_path
+):
     content = changed(donors[DETECTOR], missing=['roi_head.bbox_head.fc_cls.bias'])
     said = refused(capsys, monkeypatch, donors, data, tmp_path, content)
     assert 'missing roi_head.bbox_head.fc_cls.bias' in said and '--allow-partial' in said
 
 
 def test_a_partial_model_is_evaluated_if_told_to(monkeypatch, donors, data, tmp_path):
-    file = save(tmp_path, changed(donors[DETECTOR], missing=['rpn_head.rpn_cls.bias'],
-                                  shape=['rpn_head.rpn_reg.bias'], extra=torch.ones(2)))
-    assert len(evaluate(monkeypatch, DETECTOR, file, data[DETECTOR], tmp_path,
-                        '--allow-partial')) == 4
+    file = save(
+        tmp_path,
+        changed(
+            donors[DETECTOR],
+            missing=['rpn_head.rpn_cls.bias'],
+            shape=['rpn_head.rpn_reg.bias'],
+            extra=torch.ones(2),
+        ),
+    )
+    assert (
+        len(evaluate(monkeypatch, DETECTOR, file, data[DETECTOR], tmp_path, '--allow-partial')) == 4
+    )
 
 
 def test_everything_that_does_not_fit_is_logged(donors, monkeypatch):
@@ -275,7 +389,9 @@ def test_everything_that_does_not_fit_is_logged(donors, monkeypatch):
     content = changed(donors[DETECTOR], missing=missing, extra=torch.ones(2))
     fit_checkpoint(donors[DETECTOR], content, 'file', None)
     assert [line.split(': ')[1] for line in lines] == [
-        'missing ' + ', '.join(missing), 'unexpected extra']
+        'missing ' + ', '.join(missing),
+        'unexpected extra',
+    ]
     assert 'extra' not in content['state_dict']
 
 
@@ -298,16 +414,27 @@ def test_no_weights_is_said(donors, content):
 
 def test_training_from_another_backbone_is_refused(capsys, monkeypatch, donors, data, tmp_path):
     content = changed(donors[DETECTOR], missing=['backbone.layers.1.blocks.0.norm1.bias'])
-    said = refused(capsys, monkeypatch, donors, data, tmp_path, content, 'load_from={}',
-                   tool='train.py')
+    said = refused(
+        capsys, monkeypatch, donors, data, tmp_path, content, 'load_from={}', tool='train.py'
+    )
     assert 'missing backbone.layers.1.blocks.0.norm1.bias' in said
 
 
-def test_going_on_from_a_file_without_training_state_is_refused(capsys, monkeypatch, donors, data,
-                                                                tmp_path):
+def test_going_on_from_a_file_without_training_state_is_refused(
+    capsys, monkeypatch, donors, data, tmp_path
+):
     content = openmmlab_file(donors[DETECTOR], earlier)
-    said = refused(capsys, monkeypatch, donors, data, tmp_path, content, 'resume=True',
-                   'load_from={}', tool='train.py')
+    said = refused(
+        capsys,
+        monkeypatch,
+        donors,
+        data,
+        tmp_path,
+        content,
+        'resume=True',
+        'load_from={}',
+        tool='train.py',
+    )
     assert 'holds no state of a training (message_hub)' in said
 
 
@@ -318,11 +445,21 @@ def test_training_may_start_from_other_heads(donors):
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
-def test_truncated_files_are_refused_by_the_tools(capsys, monkeypatch, donors, data, tmp_path,
-                                                  tool):
+def test_truncated_files_are_refused_by_the_tools(
+    capsys, monkeypatch, donors, data, tmp_path, tool
+):
     path = save(tmp_path, openmmlab_file(donors[DETECTOR], earlier), 'bad.pth')
     path.write_bytes(path.read_bytes()[:1000])
     arguments = ['--resume', path] if tool == 'train.py' else [path]
-    said = sentence(capsys, monkeypatch, tool, DETECTOR, *arguments, '--work-dir', tmp_path,
-                    '--data-root', data[DETECTOR])
+    said = sentence(
+        capsys,
+        monkeypatch,
+        tool,
+        DETECTOR,
+        *arguments,
+        '--work-dir',
+        tmp_path,
+        '--data-root',
+        data[DETECTOR],
+    )
     assert str(path) in said and 'cut short' in said

@@ -1,4 +1,5 @@
 """A training that is killed goes on as if it had not been; a full disk costs nothing but time."""
+
 import os
 import re
 from pathlib import Path
@@ -50,8 +51,11 @@ def assert_same_training(one: Path, other: Path) -> None:
         mine, theirs = dict(leaves(one[key])), dict(leaves(other[key]))
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
-            same = (torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor)
-                    else value == theirs[name])
+            same = (
+                torch.equal(value, theirs[name])
+                if isinstance(value, torch.Tensor)
+                else value == theirs[name]
+            )
             assert same, f'{key}{name}'
 
 
@@ -108,8 +112,10 @@ def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(data, tmp
     process = train(tmp_path, config)
     assert process.wait() == 2
     said = process.output.strip().splitlines()[-1]
-    assert said == (f"error: '{tmp_path / second}' could not be written: No space left on device; "
-                    f"once it can, go on from '{tmp_path / first}' with --resume.")
+    assert said == (
+        f"error: '{tmp_path / second}' could not be written: No space left on device; "
+        f"once it can, go on from '{tmp_path / first}' with --resume."
+    )
     assert 'Traceback' not in process.output
     assert read_checkpoint(str(tmp_path / first))['meta']['iter'] == 3
     assert not (tmp_path / second).exists()
@@ -119,8 +125,14 @@ def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(data, tmp
 def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, tool):
     config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
     folder = Path('/proc/none')  # where not even root may write
-    process = ToolProcess(tmp_path / 'log.txt', f'tools/{tool}', config,
-                          *([config] if tool == 'test.py' else []), '--work-dir', folder)
+    process = ToolProcess(
+        tmp_path / 'log.txt',
+        f'tools/{tool}',
+        config,
+        *([config] if tool == 'test.py' else []),
+        '--work-dir',
+        folder,
+    )
     assert process.wait() == 2
     assert process.output.strip().startswith(f"error: --work-dir: '{folder}' cannot be written: ")
     assert len(process.output.strip().splitlines()) == 1

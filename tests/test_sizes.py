@@ -1,4 +1,5 @@
 """Images, batches, groups, intervals of any size, against the papers' mask-and-pad formulation."""
+
 import os
 
 import torch
@@ -18,8 +19,9 @@ MOST_PAIRS = 1_500_000  # of positions that the oracle, which pads, compares in 
 EXAMPLES = int(os.environ.get('CROSSFORMER_EXAMPLES', 30))  # `make soak` tries more
 
 # The same examples in every run: a test that fails now and then teaches nothing.
-same_examples = settings(derandomize=True, deadline=None, database=None,
-                         suppress_health_check=list(HealthCheck))
+same_examples = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def pairs(height: int, width: int, group_size: int, interval: int, lda: str) -> int:
@@ -33,8 +35,11 @@ def pairs(height: int, width: int, group_size: int, interval: int, lda: str) -> 
         return (height + -height % multiple) * (width + -width % multiple)
 
     short = padded(group_size) * group_size**2
-    long = (padded(interval)**2 // interval**2 if lda == 'interval' else
-            padded(group_size * interval) * group_size**2)
+    long = (
+        padded(interval) ** 2 // interval**2
+        if lda == 'interval'
+        else padded(group_size * interval) * group_size**2
+    )
     return max(short, long)
 
 
@@ -47,8 +52,11 @@ def cases(draw, batches=st.integers(1, 3)):
     stages = []
     for map_size in zip(out_sides(height), out_sides(width)):
         affordable = [
-            (group_size, interval) for group_size in GROUP_SIZES for interval in INTERVALS
-            if batch * pairs(*map_size, group_size, interval, lda) <= MOST_PAIRS]
+            (group_size, interval)
+            for group_size in GROUP_SIZES
+            for interval in INTERVALS
+            if batch * pairs(*map_size, group_size, interval, lda) <= MOST_PAIRS
+        ]
         assume(affordable)  # the oracle pads a long strip to a square under `block`
         stages.append(draw(st.sampled_from(affordable)))
     group_size, interval = zip(*stages)
@@ -73,17 +81,25 @@ def test_a_batch_is_its_images_one_by_one(small, probe, case):
     joined = [torch.cat(stage) for stage in zip(*singles)]
     for feature, reference in zip(features, joined):
         torch.testing.assert_close(feature, reference, rtol=1e-9, atol=1e-11)
-    gradients, references = (torch.autograd.grad(probe(given), weights)
-                             for given in (features, joined))
+    gradients, references = (
+        torch.autograd.grad(probe(given), weights) for given in (features, joined)
+    )
     for gradient, reference in zip(gradients, references):
-        torch.testing.assert_close(gradient, reference, rtol=1e-8,
-                                   atol=1e-9 * max(1e-3, reference.abs().max().item()))
+        torch.testing.assert_close(
+            gradient, reference, rtol=1e-8, atol=1e-9 * max(1e-3, reference.abs().max().item())
+        )
 
 
 @settings(same_examples, max_examples=EXAMPLES // 4)
-@given(shapes=st.lists(st.tuples(*[st.integers(1, 200)] * 2), min_size=2, max_size=4),
-       chosen=st.tuples(st.sampled_from(['interval', 'block']), st.sampled_from(GROUP_SIZES[:8]),
-                        st.sampled_from(INTERVALS[2:8])), order=st.randoms())
+@given(
+    shapes=st.lists(st.tuples(*[st.integers(1, 200)] * 2), min_size=2, max_size=4),
+    chosen=st.tuples(
+        st.sampled_from(['interval', 'block']),
+        st.sampled_from(GROUP_SIZES[:8]),
+        st.sampled_from(INTERVALS[2:8]),
+    ),
+    order=st.randoms(),
+)
 @torch.no_grad()
 def test_the_order_of_images_changes_nothing(small, shapes, chosen, order):
     lda, group_size, interval = chosen

@@ -1,4 +1,5 @@
 """tools/sweep_groups.py: the metrics of tools/test.py for each setting, what it costs, drawn."""
+
 import json
 import subprocess
 from collections import Counter
@@ -28,8 +29,11 @@ def segmentor(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def detector(tmp_path_factory) -> Path:
-    return random_model(DETECTOR, tmp_path_factory.mktemp('detector') / 'detector.pth',
-                        dict(dataset_meta=dict(CLASSES=CLASSES)))
+    return random_model(
+        DETECTOR,
+        tmp_path_factory.mktemp('detector') / 'detector.pth',
+        dict(dataset_meta=dict(CLASSES=CLASSES)),
+    )
 
 
 @pytest.fixture
@@ -68,8 +72,10 @@ def test_every_setting_has_the_metrics_of_tools_test(shapes, segmentor, one_apar
     own, other = read(out)
     assert own['own'] and (own['group_size'], own['lda']) == ([7, 7, 7, 7], 'interval')
     assert not other['own'] and other['group_size'] == [3, 3, 2, 2]
-    for setting, options in ((own, []), (other, ['--cfg-options',
-                                                 'model.backbone.group_size=(3,3,2,2)'])):
+    for setting, options in (
+        (own, []),
+        (other, ['--cfg-options', 'model.backbone.group_size=(3,3,2,2)']),
+    ):
         assert run_here(ROOT, 'test.py', *here, '--work-dir', work, *options) == 0
         expected = metrics(work)
         assert {'mIoU', 'aAcc'} <= setting['metrics'].keys()
@@ -103,16 +109,39 @@ def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
     """What a process of one setting is told."""
     folder.mkdir(exist_ok=True)
     setting = dict(group_size=group_size, interval=[8, 4, 2, 1], lda='interval')
-    return ['--task', json.dumps(dict(setting=setting, images=images, asked=asked,
-                                      folder=str(folder)))]
+    return [
+        '--task',
+        json.dumps(dict(setting=setting, images=images, asked=asked, folder=str(folder))),
+    ]
 
 
 def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_path, tool):
-    assert run_here(ROOT, 'sweep_groups.py', DETECTOR, detector, '--data-root', shapes / 'coco',
-                    *task(tmp_path / 'task', 2)) == 0
+    assert (
+        run_here(
+            ROOT,
+            'sweep_groups.py',
+            DETECTOR,
+            detector,
+            '--data-root',
+            shapes / 'coco',
+            *task(tmp_path / 'task', 2),
+        )
+        == 0
+    )
     result = json.loads((tmp_path / 'task' / 'result.json').read_text())
-    assert run_here(ROOT, 'test.py', DETECTOR, detector, '--data-root',
-                    cut(shapes, tmp_path / 'cut', 2), '--work-dir', tmp_path / 'test') == 0
+    assert (
+        run_here(
+            ROOT,
+            'test.py',
+            DETECTOR,
+            detector,
+            '--data-root',
+            cut(shapes, tmp_path / 'cut', 2),
+            '--work-dir',
+            tmp_path / 'test',
+        )
+        == 0
+    )
     expected = metrics(tmp_path / 'test')
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= result['metrics'].keys()
     for name, value in result['metrics'].items():
@@ -120,14 +149,26 @@ def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_pat
     # Images are padded to multiples of 32.
     counted = tool.count(Config.fromfile(ROOT / DETECTOR), (128, 128))['parts']
     assert result['shape'] == [128, 128] and result['backbone_flops'] == sum(
-        part['flops'] for name, part in counted.items() if name.startswith('backbone.'))
+        part['flops'] for name, part in counted.items() if name.startswith('backbone.')
+    )
 
 
 def test_a_metric_that_is_not_there_is_said(shapes, segmentor, tmp_path, capsys):
-    assert run_here(ROOT, 'sweep_groups.py', SEGMENTOR, segmentor, '--data-root', shapes / 'ade',
-                    *task(tmp_path / 'task', 2, 'mIoU', 'mDice')) == 2
+    assert (
+        run_here(
+            ROOT,
+            'sweep_groups.py',
+            SEGMENTOR,
+            segmentor,
+            '--data-root',
+            shapes / 'ade',
+            *task(tmp_path / 'task', 2, 'mIoU', 'mDice'),
+        )
+        == 2
+    )
     assert "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
 
 
 def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
@@ -137,8 +178,18 @@ def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
     config.write_text(f'_base_ = {str(ROOT / SEGMENTOR)!r}\nmodel = dict(backbone=dict({bias}))')
     checkpoint = random_model(config, tmp_path / 'relative.pth', {})
     folder = tmp_path / 'task'
-    assert run_here(ROOT, 'sweep_groups.py', config, checkpoint, '--data-root', shapes / 'ade',
-                    *task(folder, 1, group_size=(3, 3, 3, 3))) == 0
+    assert (
+        run_here(
+            ROOT,
+            'sweep_groups.py',
+            config,
+            checkpoint,
+            '--data-root',
+            shapes / 'ade',
+            *task(folder, 1, group_size=(3, 3, 3, 3)),
+        )
+        == 0
+    )
     assert 0 <= json.loads((folder / 'result.json').read_text())['metrics']['mIoU'] <= 100
 
 
@@ -172,8 +223,17 @@ def sweep(monkeypatch, shapes, segmentor, tmp_path):
     def call(*answers, arguments=()) -> int:
         processes = Processes(*answers)
         monkeypatch.setattr(subprocess, 'run', processes)
-        status = run_here(ROOT, 'sweep_groups.py', SEGMENTOR, segmentor, '--data-root',
-                          shapes / 'ade', '--out', tmp_path / 'sweep', *arguments)
+        status = run_here(
+            ROOT,
+            'sweep_groups.py',
+            SEGMENTOR,
+            segmentor,
+            '--data-root',
+            shapes / 'ade',
+            '--out',
+            tmp_path / 'sweep',
+            *arguments,
+        )
         assert not processes.answers
         return status
 
@@ -181,8 +241,14 @@ def sweep(monkeypatch, shapes, segmentor, tmp_path):
 
 
 def answer(miou: float, seconds: float, memory=2**30) -> dict:
-    return dict(metrics=dict(aAcc=50., mIoU=miou), seconds=seconds, backbone_seconds=seconds / 2,
-                peak_memory=memory, backbone_flops=10**9, shape=[64, 64])
+    return dict(
+        metrics=dict(aAcc=50.0, mIoU=miou),
+        seconds=seconds,
+        backbone_seconds=seconds / 2,
+        peak_memory=memory,
+        backbone_flops=10**9,
+        shape=[64, 64],
+    )
 
 
 def test_a_setting_that_fails_is_reported_and_the_others_go_on(sweep, tmp_path, capsys):
@@ -226,9 +292,14 @@ def test_the_grid_around_the_config(tool, monkeypatch):
     settings = tool.settings_of(args, cfg)
     assert settings[0] == dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
     assert Counter(setting['group_size'] for setting in settings) == {
-        (7, 7, 7, 7): 3, (14, 14, 7, 7): 3}
+        (7, 7, 7, 7): 3,
+        (14, 14, 7, 7): 3,
+    }
     assert Counter(setting['interval'] for setting in settings) == {
-        (8, 4, 2, 1): 2, (16, 8, 2, 1): 2, (4, 2, 2, 1): 2}
+        (8, 4, 2, 1): 2,
+        (16, 8, 2, 1): 2,
+        (4, 2, 2, 1): 2,
+    }
     args.lda = ['block']  # something is asked for: no more than that
     assert [setting['lda'] for setting in tool.settings_of(args, cfg)] == ['interval', 'block']
 
@@ -246,23 +317,31 @@ def test_other_position_biases_are_remarked_on(tool):
         assert f"position_bias is '{bias}'" in tool.caution(dict(position_bias=bias))
 
 
-@pytest.mark.parametrize('config, arguments, expected', [
-    (SEGMENTOR, ['--group-size', '7,7'],
-     'CrossFormer: group_size must have one number for each of the 4 stages of depths, got (7, 7)'),
-    (SEGMENTOR, ['--interval', '8,4,2,0'], 'interval must be whole numbers of at least 1'),
-    (SEGMENTOR, ['--interval', '8;4'], "'8;4' is not one whole number for each stage"),
-    (SEGMENTOR, ['--lda', 'tiles'], "invalid choice: 'tiles'"),
-    (SEGMENTOR, ['--max-images', '0'], '--max-images must be at least 1, got 0.'),
-    (SEGMENTOR, ['--data-root', 'nowhere'], 'the test dataset is not there'),
-    (SEGMENTOR, ['--cfg-options', 'model.backbone.with_pc=1'], "mean 'model.backbone.with_cp'"),
-    ('configs/mask_rcnn/swin_t_1x.py', [], 'has the backbone SwinTransformer, no CrossFormer.'),
-    ('configs/none.py', [], "config 'configs/none.py' does not exist."),
-])
+@pytest.mark.parametrize(
+    'config, arguments, expected',
+    [
+        (
+            SEGMENTOR,
+            ['--group-size', '7,7'],
+            'CrossFormer: group_size must have one number for each of the 4 stages of depths, got (7, 7)',
+        ),
+        (SEGMENTOR, ['--interval', '8,4,2,0'], 'interval must be whole numbers of at least 1'),
+        (SEGMENTOR, ['--interval', '8;4'], "'8;4' is not one whole number for each stage"),
+        (SEGMENTOR, ['--lda', 'tiles'], "invalid choice: 'tiles'"),
+        (SEGMENTOR, ['--max-images', '0'], '--max-images must be at least 1, got 0.'),
+        (SEGMENTOR, ['--data-root', 'nowhere'], 'the test dataset is not there'),
+        (SEGMENTOR, ['--cfg-options', 'model.backbone.with_pc=1'], "mean 'model.backbone.with_cp'"),
+        ('configs/mask_rcnn/swin_t_1x.py', [], 'has the backbone SwinTransformer, no CrossFormer.'),
+        ('configs/none.py', [], "config 'configs/none.py' does not exist."),
+    ],
+)
 def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, config, arguments, expected):
-    assert expected in sentence(capsys, monkeypatch, 'sweep_groups.py', config, 'README.md',
-                                *arguments)
+    assert expected in sentence(
+        capsys, monkeypatch, 'sweep_groups.py', config, 'README.md', *arguments
+    )
 
 
 def test_a_missing_checkpoint_is_said(capsys, monkeypatch):
     assert "checkpoint: file 'none.pth' does not exist." in sentence(
-        capsys, monkeypatch, 'sweep_groups.py', SEGMENTOR, 'none.pth')
+        capsys, monkeypatch, 'sweep_groups.py', SEGMENTOR, 'none.pth'
+    )

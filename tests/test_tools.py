@@ -1,4 +1,5 @@
 """The command line tools: train, test, resume, and one clear sentence for what cannot work."""
+
 import ast
 import json
 import os
@@ -25,8 +26,12 @@ DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
 SEGMENTOR = 'configs/demo/upernet_shapes.py'
 SMALL = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
 ONE_EPOCH = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
-FOUR_ITERATIONS = [*SMALL, 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
-                   'default_hooks.checkpoint.interval=2']
+FOUR_ITERATIONS = [
+    *SMALL,
+    'train_cfg.max_iters=4',
+    'train_cfg.val_interval=4',
+    'default_hooks.checkpoint.interval=2',
+]
 
 
 def run(*command, expect=0) -> str:
@@ -37,9 +42,15 @@ def run(*command, expect=0) -> str:
             process = ToolProcess(Path(folder) / 'log', *command)
             status, said = process.wait(), process.output
     else:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=300, env={
-                                  **os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable})
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable},
+        )
         status, said = done.returncode, done.stdout
     assert status == expect, said[-3000:]
     return said
@@ -57,8 +68,18 @@ def shapes(tmp_path_factory) -> Path:
 def detector(shapes, tmp_path_factory) -> Path:
     """Work folder of a detector trained for one epoch."""
     work = tmp_path_factory.mktemp('detector')
-    output = run('tools/train.py', DETECTOR, '--work-dir', work, '--data-root', shapes / 'coco',
-                 '--tensorboard-samples', 2, '--cfg-options', *ONE_EPOCH)
+    output = run(
+        'tools/train.py',
+        DETECTOR,
+        '--work-dir',
+        work,
+        '--data-root',
+        shapes / 'coco',
+        '--tensorboard-samples',
+        2,
+        '--cfg-options',
+        *ONE_EPOCH,
+    )
     assert 'loss_mask' in output and 'eta' in output and 'coco/segm_mAP' in output
     assert output.index('no pretrained checkpoint is given') < output.index('Epoch(train)')
     return work
@@ -68,9 +89,19 @@ def detector(shapes, tmp_path_factory) -> Path:
 def segmentor(shapes, tmp_path_factory) -> Path:
     """Work folder of a segmentor trained for four iterations."""
     work = tmp_path_factory.mktemp('segmentor')
-    output = run('tools/train.py', SEGMENTOR, '--work-dir', work, '--data-root', shapes / 'ade',
-                 '--tensorboard-samples', 3, '--cfg-options', *FOUR_ITERATIONS,
-                 'train_cfg.val_interval=2')
+    output = run(
+        'tools/train.py',
+        SEGMENTOR,
+        '--work-dir',
+        work,
+        '--data-root',
+        shapes / 'ade',
+        '--tensorboard-samples',
+        3,
+        '--cfg-options',
+        *FOUR_ITERATIONS,
+        'train_cfg.val_interval=2',
+    )
     assert 'decode.loss_ce' in output and 'eta' in output and 'mIoU' in output
     return work
 
@@ -87,20 +118,31 @@ def tensorboard(work: Path) -> EventAccumulator:
 
 
 class TestDetector:
-
     def test_training_leaves_a_checkpoint_and_tensorboard_events(self, detector):
         assert (detector / 'epoch_1.pth').is_file()
         events = tensorboard(detector)
         assert {'loss', 'coco/bbox_mAP'} <= set(events.Tags()['scalars'])
         # ground truth and prediction, side by side
-        assert {name: [(image.step, image.height, image.width) for image in events.Images(name)]
-                for name in events.Tags()['images']} == {
-            f'val_00000000000{i}.png': [(4, 96, 192)] for i in (1, 4)}
+        assert {
+            name: [(image.step, image.height, image.width) for image in events.Images(name)]
+            for name in events.Tags()['images']
+        } == {f'val_00000000000{i}.png': [(4, 96, 192)] for i in (1, 4)}
 
     def test_evaluation_keeps_predictions_and_pictures(self, detector, shapes, tmp_path):
         predictions, pictures = tmp_path / 'predictions.pkl', tmp_path / 'pictures'
-        run('tools/test.py', DETECTOR, detector / 'epoch_1.pth', '--data-root', shapes / 'coco',
-            '--work-dir', tmp_path, '--out', predictions, '--show-dir', pictures)
+        run(
+            'tools/test.py',
+            DETECTOR,
+            detector / 'epoch_1.pth',
+            '--data-root',
+            shapes / 'coco',
+            '--work-dir',
+            tmp_path,
+            '--out',
+            predictions,
+            '--show-dir',
+            pictures,
+        )
         assert 'coco/bbox_mAP_50' in metrics(tmp_path)
         kept = pickle.loads(predictions.read_bytes())
         assert len(kept) == 4 and all('bboxes' in one['pred_instances'] for one in kept)
@@ -108,9 +150,19 @@ class TestDetector:
         assert sorted(cv2.imread(str(p)).shape for p in pictures.iterdir()) == [(96, 192, 3)] * 4
 
     def test_resume_goes_on_after_the_newest_epoch(self, detector, shapes):
-        output = run('tools/train.py', DETECTOR, '--work-dir', detector, '--data-root',
-                     shapes / 'coco', '--resume', '--cfg-options', *SMALL,
-                     'train_cfg.max_epochs=2', 'train_cfg.val_interval=2')
+        output = run(
+            'tools/train.py',
+            DETECTOR,
+            '--work-dir',
+            detector,
+            '--data-root',
+            shapes / 'coco',
+            '--resume',
+            '--cfg-options',
+            *SMALL,
+            'train_cfg.max_epochs=2',
+            'train_cfg.val_interval=2',
+        )
         assert 'Epoch(train) [2][1/4]' in output and 'Epoch(train) [1]' not in output
         assert (detector / 'epoch_2.pth').is_file()
 
@@ -129,53 +181,111 @@ test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
         cfg = Config.fromfile(config)
         init_default_scope('mmdet')
         torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'small.pth')
-        run('tools/test.py', config, tmp_path / 'small.pth', '--tta', '--work-dir', tmp_path,
-            '--data-root', shapes / 'coco', '--cfg-options',
-            'tta_pipeline.1.transforms.0.0.scale=(128,128)')
+        run(
+            'tools/test.py',
+            config,
+            tmp_path / 'small.pth',
+            '--tta',
+            '--work-dir',
+            tmp_path,
+            '--data-root',
+            shapes / 'coco',
+            '--cfg-options',
+            'tta_pipeline.1.transforms.0.0.scale=(128,128)',
+        )
         assert 'coco/bbox_mAP' in metrics(tmp_path)
 
     def test_two_processes_train_and_evaluate_together(self, shapes, tmp_path):
-        output = run('tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path, '--data-root',
-                     shapes / 'coco', '--cfg-options', *ONE_EPOCH)
+        output = run(
+            'tools/dist_train.sh',
+            DETECTOR,
+            2,
+            '--work-dir',
+            tmp_path,
+            '--data-root',
+            shapes / 'coco',
+            '--cfg-options',
+            *ONE_EPOCH,
+        )
         assert 'coco/bbox_mAP' in output
-        output = run('tools/dist_test.sh', DETECTOR, tmp_path / 'epoch_1.pth', 2, '--work-dir',
-                     tmp_path, '--data-root', shapes / 'coco')
+        output = run(
+            'tools/dist_test.sh',
+            DETECTOR,
+            tmp_path / 'epoch_1.pth',
+            2,
+            '--work-dir',
+            tmp_path,
+            '--data-root',
+            shapes / 'coco',
+        )
         assert 'coco/bbox_mAP' in output
 
 
 class TestSegmentor:
-
     def test_the_same_validation_images_are_in_tensorboard_each_time(self, segmentor):
         events = tensorboard(segmentor)
-        assert {name: [image.step for image in events.Images(name)]
-                for name in events.Tags()['images']} == {
-            f'val_00000000000{i}.jpg': [2, 4] for i in (1, 3, 4)}
-        image = cv2.imdecode(np.frombuffer(events.Images('val_000000000001.jpg')[0]
-                                           .encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
+        assert {
+            name: [image.step for image in events.Images(name)] for name in events.Tags()['images']
+        } == {f'val_00000000000{i}.jpg': [2, 4] for i in (1, 3, 4)}
+        image = cv2.imdecode(
+            np.frombuffer(events.Images('val_000000000001.jpg')[0].encoded_image_string, np.uint8),
+            cv2.IMREAD_COLOR,
+        )
         truth, predicted = np.hsplit(image, 2)
         assert truth.shape == (96, 96, 3) and cv2.absdiff(truth, predicted).mean() > 1
 
     def test_evaluation_keeps_label_maps_and_pictures(self, segmentor, shapes, tmp_path):
         maps, pictures = tmp_path / 'maps', tmp_path / 'pictures'
-        run('tools/test.py', SEGMENTOR, segmentor / 'iter_4.pth', '--data-root', shapes / 'ade',
-            '--work-dir', tmp_path, '--out', maps, '--show-dir', pictures)
+        run(
+            'tools/test.py',
+            SEGMENTOR,
+            segmentor / 'iter_4.pth',
+            '--data-root',
+            shapes / 'ade',
+            '--work-dir',
+            tmp_path,
+            '--out',
+            maps,
+            '--show-dir',
+            pictures,
+        )
         assert 0 <= metrics(tmp_path)['mIoU'] <= 100
         kept = sorted(maps.glob('*.png'))
         assert len(kept) == 4 and cv2.imread(str(kept[0]), cv2.IMREAD_UNCHANGED).shape == (96, 96)
         assert len(list(pictures.rglob('*.png'))) == 4
 
     def test_multi_scale_and_mirrored_evaluation(self, segmentor, shapes, tmp_path):
-        plain = run('tools/test.py', SEGMENTOR, segmentor / 'iter_4.pth', '--data-root',
-                    shapes / 'ade', '--work-dir', tmp_path, '--tta', '--cfg-options',
-                    # the published sizes are for ADE20K: a fortieth of the work
-                    'tta_pipeline.1.transforms.0.0.scale=(64,64)',
-                    *(f'tta_pipeline.1.transforms.0.{i}.scale=(96,96)' for i in range(1, 6)))
+        plain = run(
+            'tools/test.py',
+            SEGMENTOR,
+            segmentor / 'iter_4.pth',
+            '--data-root',
+            shapes / 'ade',
+            '--work-dir',
+            tmp_path,
+            '--tta',
+            '--cfg-options',
+            # the published sizes are for ADE20K: a fortieth of the work
+            'tta_pipeline.1.transforms.0.0.scale=(64,64)',
+            *(f'tta_pipeline.1.transforms.0.{i}.scale=(96,96)' for i in range(1, 6)),
+        )
         assert 'mIoU' in plain
 
     def test_resume_goes_on_after_the_newest_iteration(self, segmentor, shapes):
-        output = run('tools/train.py', SEGMENTOR, '--work-dir', segmentor, '--data-root',
-                     shapes / 'ade', '--resume', '--cfg-options', *SMALL, 'train_cfg.max_iters=6',
-                     'train_cfg.val_interval=6', 'default_hooks.checkpoint.interval=2')
+        output = run(
+            'tools/train.py',
+            SEGMENTOR,
+            '--work-dir',
+            segmentor,
+            '--data-root',
+            shapes / 'ade',
+            '--resume',
+            '--cfg-options',
+            *SMALL,
+            'train_cfg.max_iters=6',
+            'train_cfg.val_interval=6',
+            'default_hooks.checkpoint.interval=2',
+        )
         assert 'Iter(train) [5/6]' in output and 'Iter(train) [4/6]' not in output
 
 
@@ -183,9 +293,12 @@ def test_each_file_of_tools_is_a_command_that_imports_the_package_alone():
     files = list((ROOT / 'tools').glob('*.py'))
     for file in files:
         tree = ast.parse(file.read_text(encoding='utf-8'))
-        imported = {name.name if isinstance(node, ast.Import) else node.module
-                    for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
-                    for name in node.names}
+        imported = {
+            name.name if isinstance(node, ast.Import) else node.module
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in node.names
+        }
         assert imported.isdisjoint({other.stem for other in files}), file.name
         assert "if __name__ == '__main__':" in file.read_text(encoding='utf-8'), file.name
 
@@ -197,7 +310,7 @@ class Marker:
         self.path = path
 
     def __reduce__(self):
-        return (Path.touch, (self.path, ))
+        return (Path.touch, (self.path,))
 
 
 def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
@@ -212,26 +325,51 @@ def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
     return last.split('error: ', 1)[1]
 
 
-@pytest.mark.parametrize('tool, arguments, expected', [
-    ('train.py', ['configs/none.py'], "config 'configs/none.py' does not exist."),
-    ('train.py', ['configs/_base_/schedules/coco_1x.py'], 'has default_scope None'),
-    ('train.py', [DETECTOR, '--resume', 'none.pth'], "--resume: file 'none.pth' does not exist."),
-    ('train.py', [DETECTOR, '--cfg-options', 'model.backbone.init_cfg.checkpoint=none.pth'],
-     "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist."),
-    ('train.py', ['configs/mask_rcnn/swin_t_1x.py', '--cfg-options',
-                  'model.backbone.init_cfg.checkpoint=none.pth'],
-     "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist."),
-    ('train.py', [DETECTOR, '--cfg-options', 'model.neck.in_channels.9=3'], '--cfg-options: '),
-    ('train.py', ['configs/mask_rcnn/cf_s_1x.py', '--data-root', 'nowhere'],
-     f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
-    ('train.py', ['configs/upernet/cf_s_160k.py', '--data-root', 'nowhere'],
-     f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist"),
-    ('train.py', [DETECTOR, '--tensorboard-samples', '0'],
-     '--tensorboard-samples must be at least 1, got 0.'),
-    ('test.py', [DETECTOR, 'none.pth'], "checkpoint: file 'none.pth' does not exist."),
-    ('test.py', [DETECTOR, 'README.md', '--tta'], 'defines no test-time augmentation'),
-    ('test.py', [DETECTOR, 'README.md', '--out', 'x.json'], 'must end in .pkl'),
-])
+@pytest.mark.parametrize(
+    'tool, arguments, expected',
+    [
+        ('train.py', ['configs/none.py'], "config 'configs/none.py' does not exist."),
+        ('train.py', ['configs/_base_/schedules/coco_1x.py'], 'has default_scope None'),
+        (
+            'train.py',
+            [DETECTOR, '--resume', 'none.pth'],
+            "--resume: file 'none.pth' does not exist.",
+        ),
+        (
+            'train.py',
+            [DETECTOR, '--cfg-options', 'model.backbone.init_cfg.checkpoint=none.pth'],
+            "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist.",
+        ),
+        (
+            'train.py',
+            [
+                'configs/mask_rcnn/swin_t_1x.py',
+                '--cfg-options',
+                'model.backbone.init_cfg.checkpoint=none.pth',
+            ],
+            "model.backbone.init_cfg.checkpoint: file 'none.pth' does not exist.",
+        ),
+        ('train.py', [DETECTOR, '--cfg-options', 'model.neck.in_channels.9=3'], '--cfg-options: '),
+        (
+            'train.py',
+            ['configs/mask_rcnn/cf_s_1x.py', '--data-root', 'nowhere'],
+            f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist",
+        ),
+        (
+            'train.py',
+            ['configs/upernet/cf_s_160k.py', '--data-root', 'nowhere'],
+            f"the train dataset is not there: '{ROOT / 'nowhere'}' does not exist",
+        ),
+        (
+            'train.py',
+            [DETECTOR, '--tensorboard-samples', '0'],
+            '--tensorboard-samples must be at least 1, got 0.',
+        ),
+        ('test.py', [DETECTOR, 'none.pth'], "checkpoint: file 'none.pth' does not exist."),
+        ('test.py', [DETECTOR, 'README.md', '--tta'], 'defines no test-time augmentation'),
+        ('test.py', [DETECTOR, 'README.md', '--out', 'x.json'], 'must end in .pkl'),
+    ],
+)
 def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arguments, expected):
     assert expected in sentence(capsys, monkeypatch, tool, *arguments)
 
@@ -239,8 +377,9 @@ def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arg
 def test_an_incomplete_dataset_names_the_missing_file(capsys, monkeypatch, shapes, tmp_path):
     (tmp_path / 'annotations').mkdir()
     missing = tmp_path / 'annotations' / 'instances_train2017.json'
-    assert str(missing) in sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--data-root',
-                                    tmp_path)
+    assert str(missing) in sentence(
+        capsys, monkeypatch, 'train.py', DETECTOR, '--data-root', tmp_path
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here --amp works')
@@ -249,8 +388,18 @@ def test_amp_without_gpu_is_refused(capsys, monkeypatch):
 
 
 def test_wrong_backbone_option_is_said_before_training(capsys, monkeypatch, shapes, tmp_path):
-    said = sentence(capsys, monkeypatch, 'train.py', DETECTOR, '--work-dir', tmp_path,
-                    '--data-root', shapes / 'coco', '--cfg-options', 'model.backbone.lda=tiles')
+    said = sentence(
+        capsys,
+        monkeypatch,
+        'train.py',
+        DETECTOR,
+        '--work-dir',
+        tmp_path,
+        '--data-root',
+        shapes / 'coco',
+        '--cfg-options',
+        'model.backbone.lda=tiles',
+    )
     assert "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'" in said
 
 
@@ -259,14 +408,22 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(capsys, monkeypatch, shap
     marker, checkpoint = tmp_path / 'marker', tmp_path / 'bad.pth'
     torch.save(dict(state_dict={}, extra=Marker(marker)), checkpoint)
     arguments = ['--resume', checkpoint] if tool == 'train.py' else [checkpoint]
-    said = sentence(capsys, monkeypatch, tool, DETECTOR, *arguments, '--work-dir', tmp_path,
-                    '--data-root', shapes / 'coco')
+    said = sentence(
+        capsys,
+        monkeypatch,
+        tool,
+        DETECTOR,
+        *arguments,
+        '--work-dir',
+        tmp_path,
+        '--data-root',
+        shapes / 'coco',
+    )
     assert str(checkpoint) in said and 'was not run' in said
     assert not marker.exists()
 
 
 class TestMakeShapes:
-
     def test_same_arguments_give_the_same_files(self, shapes, tmp_path):
         run('tools/make_shapes.py', tmp_path / 'again', '--train', 8, '--val', 4, '--size', 96)
         files = sorted(p.relative_to(shapes) for p in shapes.rglob('*') if p.is_file())
@@ -275,8 +432,9 @@ class TestMakeShapes:
             assert (shapes / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
 
     def test_a_whole_set_is_reused(self, shapes):
-        assert 'is there already' in run('tools/make_shapes.py', shapes, '--train', 8, '--val', 4,
-                                         '--size', 96)
+        assert 'is there already' in run(
+            'tools/make_shapes.py', shapes, '--train', 8, '--val', 4, '--size', 96
+        )
 
     def test_other_files_are_never_removed(self, tmp_path):
         (tmp_path / 'thesis.txt').write_text('x')
@@ -286,8 +444,10 @@ class TestMakeShapes:
     def test_label_maps_and_instances_agree(self, shapes):
         coco = COCO(str(shapes / 'coco' / 'annotations' / 'instances_val2017.json'))
         for image in coco.loadImgs(coco.getImgIds()):
-            labels = cv2.imread(str(shapes / 'ade/annotations/validation' / image['file_name']),
-                                cv2.IMREAD_UNCHANGED)
+            labels = cv2.imread(
+                str(shapes / 'ade/annotations/validation' / image['file_name']),
+                cv2.IMREAD_UNCHANGED,
+            )
             drawn = np.ones_like(labels)
             for annotation in coco.loadAnns(coco.getAnnIds(image['id'])):
                 mask = coco.annToMask(annotation).astype(bool)

@@ -1,4 +1,5 @@
 """Training: initial weights, stochastic depth, frozen stages, activation checkpointing."""
+
 import pytest
 import torch
 from torch import nn
@@ -40,11 +41,13 @@ def test_random_weights_are_those_of_the_papers_code():
 
 def test_convolutions_keep_their_default_weights():
     backbone = CrossFormer(SMALL, cooling=True)
-    convs = {name: m.weight.clone() for name, m in backbone.named_modules()
-             if isinstance(m, nn.Conv2d)}
+    convs = {
+        name: m.weight.clone() for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)
+    }
     backbone.init_weights()
-    assert convs and all(torch.equal(backbone.get_submodule(name).weight, weight)
-                         for name, weight in convs.items())
+    assert convs and all(
+        torch.equal(backbone.get_submodule(name).weight, weight) for name, weight in convs.items()
+    )
 
 
 def test_other_initialisers_of_mmengine_are_obeyed():
@@ -63,25 +66,38 @@ def test_stochastic_depth_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.05 * i for i in range(9)])
 
 
-@pytest.mark.parametrize('arch, rate', [
-    ('t', 0.1), ('s', 0.2), ('b', 0.3), ('l', 0.5), ('pp-s', 0.2), ('pp-b', 0.3), ('pp-l', 0.5),
-    ('pp-h', 0.5)])
+@pytest.mark.parametrize(
+    'arch, rate',
+    [
+        ('t', 0.1),
+        ('s', 0.2),
+        ('b', 0.3),
+        ('l', 0.5),
+        ('pp-s', 0.2),
+        ('pp-b', 0.3),
+        ('pp-l', 0.5),
+        ('pp-h', 0.5),
+    ],
+)
 def test_stochastic_depth_is_the_architectures_unless_said(arch, rate):
     def last(**options):
         with torch.device('meta'):
             return CrossFormer(arch, **options).layers[-1].blocks[-1].drop_path.drop_prob
 
     assert last() == pytest.approx(rate)
-    assert last(drop_path_rate=0.) == 0
+    assert last(drop_path_rate=0.0) == 0
     assert last(drop_path_rate=0.25) == pytest.approx(0.25)
 
 
 def test_stages_left_out_do_not_change_the_rates_of_the_others():
-    first, every = (CrossFormer(SMALL, drop_path_rate=0.4, out_indices=out_indices)
-                    for out_indices in ((1,), (3,)))
+    first, every = (
+        CrossFormer(SMALL, drop_path_rate=0.4, out_indices=out_indices)
+        for out_indices in ((1,), (3,))
+    )
     for layer, reference in zip(first.layers, every.layers):
-        assert ([block.drop_path.drop_prob for block in layer.blocks]
-                == [block.drop_path.drop_prob for block in reference.blocks])
+        assert [block.drop_path.drop_prob for block in layer.blocks] == [
+            block.drop_path.drop_prob for block in reference.blocks
+        ]
 
 
 @pytest.mark.parametrize('rate', ['drop_rate', 'attn_drop_rate', 'drop_path_rate'])
@@ -189,8 +205,14 @@ def frozen_prefixes(stages):
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('stages', [-1, 0, 1, 2, 3, 4])
 def test_frozen_stages_stay_frozen_and_the_rest_trains(probe, stages, with_cp):
-    backbone = CrossFormer(SMALL, frozen_stages=stages, with_cp=with_cp, out_norm=True,
-                           drop_rate=0.1, drop_path_rate=0.1)
+    backbone = CrossFormer(
+        SMALL,
+        frozen_stages=stages,
+        with_cp=with_cp,
+        out_norm=True,
+        drop_rate=0.1,
+        drop_path_rate=0.1,
+    )
     prefixes = frozen_prefixes(stages)
     backbone.init_weights()
     backbone.eval()
@@ -207,7 +229,8 @@ def test_frozen_stages_stay_frozen_and_the_rest_trains(probe, stages, with_cp):
     for name, module in backbone.named_modules():
         if name and name != 'layers':
             frozen = f'{name}.'.startswith(prefixes) or (
-                stages >= 0 and name in ('absolute_pos', 'embed_drop'))
+                stages >= 0 and name in ('absolute_pos', 'embed_drop')
+            )
             assert module.training != frozen, name
 
 
@@ -230,8 +253,9 @@ def test_same_seed_trains_to_the_same_weights(probe, lda, with_cp):
         results = []
         for _ in range(2):
             torch.manual_seed(3)
-            backbone = CrossFormer(SMALL, lda=lda, with_cp=with_cp, cooling=True, drop_rate=0.1,
-                                   drop_path_rate=0.2)
+            backbone = CrossFormer(
+                SMALL, lda=lda, with_cp=with_cp, cooling=True, drop_rate=0.1, drop_path_rate=0.2
+            )
             backbone.init_weights()
             optimizer = torch.optim.AdamW(backbone.train().parameters(), 1e-3)
             for size in ((61, 83), (97, 130)):

@@ -1,4 +1,5 @@
 """Where checkpoints are written, which one a training goes on from, and what is never replaced."""
+
 import os
 import re
 import shutil
@@ -35,9 +36,14 @@ def elsewhere(data, tmp_path_factory):
     configuration, its work folder and the folder of checkpoints."""
     folder = tmp_path_factory.mktemp('elsewhere')
     config = trained_by(
-        folder / 'with_out_dir.py', data,
-        default_hooks=dict(checkpoint=dict(out_dir=str(folder / 'kept'), max_keep_ckpts=-1,
-                                           filename_tmpl='after_{}.pth')))
+        folder / 'with_out_dir.py',
+        data,
+        default_hooks=dict(
+            checkpoint=dict(
+                out_dir=str(folder / 'kept'), max_keep_ckpts=-1, filename_tmpl='after_{}.pth'
+            )
+        ),
+    )
     return config, folder / 'work', folder / 'kept' / 'work'
 
 
@@ -47,8 +53,10 @@ def by_iteration(data, tmp_path_factory):
     configuration and its work folder."""
     folder = tmp_path_factory.mktemp('by_iteration')
     config = trained_by(
-        folder / 'by_iteration.py', data,
-        default_hooks=dict(checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=-1)))
+        folder / 'by_iteration.py',
+        data,
+        default_hooks=dict(checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=-1)),
+    )
     return config, folder / 'work'
 
 
@@ -63,17 +71,28 @@ def test_checkpoints_are_written_where_the_config_says(elsewhere):
     assert not list(work.glob('*.pth'))
 
 
-def test_resuming_takes_the_highest_number_and_says_what_has_changed(capfd, elsewhere,
-                                                                    monkeypatch):
+def test_resuming_takes_the_highest_number_and_says_what_has_changed(capfd, elsewhere, monkeypatch):
     config, work, kept = elsewhere
     for name, time in (('after_1.pth', 2e9), ('after_2.pth', 1e9)):  # as a copy may leave them
         os.utime(kept / name, (time, time))
     read = []
     plain = reading.read_plain
-    monkeypatch.setattr(reading, 'read_plain',
-                        lambda file, *options: read.append(file.name) or plain(file, *options))
-    said = run_tool(capfd, config, '--work-dir', work, '--resume', '--cfg-options',
-                    'train_cfg.max_epochs=3', 'train_dataloader.batch_size=4', tool='train.py')
+    monkeypatch.setattr(
+        reading,
+        'read_plain',
+        lambda file, *options: read.append(file.name) or plain(file, *options),
+    )
+    said = run_tool(
+        capfd,
+        config,
+        '--work-dir',
+        work,
+        '--resume',
+        '--cfg-options',
+        'train_cfg.max_epochs=3',
+        'train_dataloader.batch_size=4',
+        tool='train.py',
+    )
     assert epochs_of(said) == [3]
     # To see that it is whole, and to load it.
     assert read == [str(kept / 'after_2.pth')] * 2
@@ -90,7 +109,8 @@ def test_checkpoints_of_another_config_are_not_replaced(capfd, elsewhere, data, 
     said = run_tool(capfd, other, '--work-dir', elsewhere[1], tool='train.py', expect=2)
     assert said.strip().splitlines()[-1] == (
         f"error: '{kept}' has checkpoints of 'with_out_dir', which a training of 'other' would "
-        'replace: give it a folder of its own with --work-dir.')
+        'replace: give it a folder of its own with --work-dir.'
+    )
     assert before == {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
 
 
@@ -103,8 +123,15 @@ def test_no_two_configs_have_the_same_work_folder():
     assert name_of_config('/data/my.py') == 'my'
 
 
-@pytest.mark.parametrize('config', ['mask_rcnn/cf_s_1x.py', 'demo/mask_rcnn_shapes.py',
-                                    'demo/upernet_shapes.py', 'retinanet/cf_s_1x.py'])
+@pytest.mark.parametrize(
+    'config',
+    [
+        'mask_rcnn/cf_s_1x.py',
+        'demo/mask_rcnn_shapes.py',
+        'demo/upernet_shapes.py',
+        'retinanet/cf_s_1x.py',
+    ],
+)
 def test_a_config_without_test_time_augmentation_does_not_name_it(config):
     cfg = Config.fromfile(ROOT / 'configs' / config)
     for name in ('tta_model', 'tta_pipeline'):  # MMDetection's test.py looks whether they are there
@@ -125,10 +152,23 @@ def test_a_test_leaves_the_config_of_the_training_as_it_is(capfd, elsewhere):
 def test_amid_an_epoch_nothing_can_be_resumed(capfd, by_iteration):
     config, work = by_iteration
     assert len(list(work.glob('iter_*.pth'))) == 4
-    said = run_tool(capfd, config, '--work-dir', work, '--resume', work / 'iter_3.pth',
-                    tool='train.py', expect=2)
-    assert said.strip().splitlines()[-1].startswith(
-        f"error: Checkpoint '{work / 'iter_3.pth'}' was written amid epoch 2, after iteration 3, ")
+    said = run_tool(
+        capfd,
+        config,
+        '--work-dir',
+        work,
+        '--resume',
+        work / 'iter_3.pth',
+        tool='train.py',
+        expect=2,
+    )
+    assert (
+        said.strip()
+        .splitlines()[-1]
+        .startswith(
+            f"error: Checkpoint '{work / 'iter_3.pth'}' was written amid epoch 2, after iteration 3, "
+        )
+    )
 
 
 def test_the_newest_from_the_end_of_an_epoch_is_taken(capfd, by_iteration, tmp_path):
@@ -138,7 +178,8 @@ def test_the_newest_from_the_end_of_an_epoch_is_taken(capfd, by_iteration, tmp_p
     said = run_tool(capfd, config, '--work-dir', tmp_path, '--resume', tool='train.py')
     assert epochs_of(said) == [2]
     assert sorted(path.name for path in tmp_path.glob('iter_*.pth')) == [
-        f'iter_{number}.pth' for number in (1, 2, 3, 4)]
+        f'iter_{number}.pth' for number in (1, 2, 3, 4)
+    ]
     meta = reading.read_checkpoint(str(tmp_path / 'iter_4.pth'))['meta']
     assert meta['iter'] == 4
 

@@ -1,6 +1,7 @@
 """Every config of dense prediction, as it stands, trains a step and tests; only data and sizes are
 small. Classifiers are in test_pretraining.py.
 """
+
 import json
 from pathlib import Path
 
@@ -18,8 +19,11 @@ ROOT = Path(__file__).parent.parent
 
 CONFIGS = ROOT / 'configs'
 PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
-ZOO = [name for name in (*PUBLISHED['models'], *PUBLISHED['baselines'])
-       if not name.startswith('imagenet/')]
+ZOO = [
+    name
+    for name in (*PUBLISHED['models'], *PUBLISHED['baselines'])
+    if not name.startswith('imagenet/')
+]
 CATEGORIES = 80
 CLASSES = 150
 SIDES = (64, 96)
@@ -33,10 +37,12 @@ def image_of(generator: np.random.Generator) -> np.ndarray:
 def data(tmp_path_factory) -> Path:
     """Two images for each split, in the layouts of COCO 2017 and of ADE20K, with all classes."""
     from mmdet.datasets import CocoDataset
+
     root = tmp_path_factory.mktemp('data')
     generator = np.random.default_rng(0)
-    categories = [dict(id=i + 1, name=name)
-                  for i, name in enumerate(CocoDataset.METAINFO['classes'])]
+    categories = [
+        dict(id=i + 1, name=name) for i, name in enumerate(CocoDataset.METAINFO['classes'])
+    ]
     for split in ('train', 'val'):
         folder = root / 'coco' / f'{split}2017'
         folder.mkdir(parents=True)
@@ -46,21 +52,31 @@ def data(tmp_path_factory) -> Path:
             images.append(dict(id=i, file_name=f'{i}.png', height=SIDES[0], width=SIDES[1]))
             for x, y, side in ((4, 6, 40), (50, 20, 36)):
                 corners = [x, y, x + side, y, x + side, y + side, x, y + side]
-                annotations.append(dict(
-                    id=len(annotations) + 1, image_id=i, category_id=1 + len(annotations) * 13,
-                    bbox=[x, y, side, side], area=side * side, iscrowd=0,
-                    segmentation=[corners]))
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=i,
+                        category_id=1 + len(annotations) * 13,
+                        bbox=[x, y, side, side],
+                        area=side * side,
+                        iscrowd=0,
+                        segmentation=[corners],
+                    )
+                )
         labels = root / 'coco' / 'annotations'
         labels.mkdir(exist_ok=True)
-        (labels / f'instances_{split}2017.json').write_text(json.dumps(
-            dict(images=images, annotations=annotations, categories=categories)))
+        (labels / f'instances_{split}2017.json').write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories))
+        )
     for split in ('training', 'validation'):
         for kind in ('images', 'annotations'):
             (root / 'ade' / kind / split).mkdir(parents=True)
         for i in range(2):
             cv2.imwrite(str(root / 'ade' / 'images' / split / f'{i}.jpg'), image_of(generator))
-            cv2.imwrite(str(root / 'ade' / 'annotations' / split / f'{i}.png'),
-                        generator.integers(0, CLASSES + 1, SIDES, dtype=np.uint8))
+            cv2.imwrite(
+                str(root / 'ade' / 'annotations' / split / f'{i}.png'),
+                generator.integers(0, CLASSES + 1, SIDES, dtype=np.uint8),
+            )
     return root
 
 
@@ -80,7 +96,7 @@ def shrink(part) -> None:
     if part.get('type') == 'SegDataPreProcessor':
         part['size'] = (64, 64)
     if 'score_thr' in part:  # which untrained heads do not reach
-        part.update(score_thr=0., max_per_img=5)
+        part.update(score_thr=0.0, max_per_img=5)
     if part.get('type') == 'RandomSampler':
         part['num'] = 16
     if 'nms_pre' in part:
@@ -117,19 +133,26 @@ def small_run(config: str, data: Path, work: Path) -> Runner:
 @pytest.mark.parametrize('config', ZOO)
 def test_trains_a_step_and_tests(config, data, tmp_path):
     runner = small_run(config, data, tmp_path)
-    trained = [weight for weight in runner.model.backbone.parameters()
-               if weight.requires_grad and weight.dim() > 1]
+    trained = [
+        weight
+        for weight in runner.model.backbone.parameters()
+        if weight.requires_grad and weight.dim() > 1
+    ]
     first, last = trained[0], trained[-1]
     before = [weight.detach().clone() for weight in (first, last)]
     runner.train()
-    losses = {key: log.current() for key, log in runner.message_hub.log_scalars.items()
-              if 'loss' in key}
+    losses = {
+        key: log.current() for key, log in runner.message_hub.log_scalars.items() if 'loss' in key
+    }
     assert len(losses) > 1 and all(np.isfinite(loss) for loss in losses.values()), losses
     for old, new in zip(before, (first, last)):
         assert not torch.equal(old, new) and new.isfinite().all()
 
     metrics = runner.test()
-    expected = {'retinanet': {'coco/bbox_mAP'}, 'mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
-                'cascade_mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'}}
+    expected = {
+        'retinanet': {'coco/bbox_mAP'},
+        'mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
+        'cascade_mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
+    }
     expected = expected.get(config.split('/')[0], {'mIoU', 'aAcc'})
     assert expected <= metrics.keys(), metrics

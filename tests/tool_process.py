@@ -1,4 +1,5 @@
 """Tools in processes of their own that can be killed, without importing everything each time."""
+
 import importlib.util
 import multiprocessing
 import os
@@ -10,9 +11,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdet.datasets', 'mmseg.datasets',
-                                  'mmdet.evaluation', 'mmseg.evaluation', 'mmdet.visualization',
-                                  'mmseg.visualization', 'crossformer_mm'])
+PROCESSES.set_forkserver_preload(
+    [
+        'mmdet.apis',
+        'mmseg.apis',
+        'mmdet.datasets',
+        'mmseg.datasets',
+        'mmdet.evaluation',
+        'mmseg.evaluation',
+        'mmdet.visualization',
+        'mmseg.visualization',
+        'crossformer_mm',
+    ]
+)
 
 
 def load_script(file: Path):
@@ -27,6 +38,7 @@ def leave_configs_unformatted() -> None:
     """Let MMEngine keep configs as one line for each setting: to lay them out, which it does five
     times in a training, takes longer than a training of the tests."""
     from yapf.yapflib import yapf_api
+
     yapf_api.FormatCode = lambda text, **options: (text, True)
 
 
@@ -43,8 +55,8 @@ class ToolProcess:
         self.log = Path(log)
         self.log.write_text('')
         self.process = PROCESSES.Process(
-            target=run_tool,
-            args=(str(log), environment or {}, *(str(part) for part in command)))
+            target=run_tool, args=(str(log), environment or {}, *(str(part) for part in command))
+        )
         self.process.start()
 
     @property
@@ -82,6 +94,7 @@ def run_tool(log: str, environment: dict, tool: str, *arguments: str) -> None:
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
     import torch
+
     torch.set_num_threads(1)
     leave_configs_unformatted()
     sys.argv = [tool, *arguments]

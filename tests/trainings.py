@@ -1,4 +1,5 @@
 """Trainings that take seconds, of detectors and of a segmentor, and that use random numbers."""
+
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
@@ -8,6 +9,7 @@ from .tool_process import ROOT, load_script
 class Training(NamedTuple):
     """One kind: its name, what it changes of the demo's configuration, its checkpoints, and
     patterns of what it logs before and after the first of them."""
+
     name: str
     config: str
     checkpoints: Tuple[str, ...]
@@ -21,7 +23,9 @@ BACKBONE = '''dict(
     attn_drop_rate=0.1)'''
 
 # The number of images is no multiple of the batch; validation comes between.
-DETECTOR = Training('detector', f'''
+DETECTOR = Training(
+    'detector',
+    f'''
 _base_ = {str(ROOT / 'configs/demo/mask_rcnn_shapes.py')!r}
 model = dict(backbone={BACKBONE}, neck=dict(in_channels=[16, 32, 64, 128]))
 train_dataloader = dict(batch_size=4, dataset=dict(data_root=DATA + '/coco'))
@@ -31,11 +35,16 @@ val_evaluator = dict(ann_file=DATA + '/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=3, val_interval=2)
 default_hooks = dict(logger=dict(interval=1))
-''', tuple(f'epoch_{n}.pth' for n in (1, 2, 3)),
-                    r'Epoch\(train\) +\[1\]', r'Epoch\(train\) +\[2\]\[1/3\]')
+''',
+    tuple(f'epoch_{n}.pth' for n in (1, 2, 3)),
+    r'Epoch\(train\) +\[1\]',
+    r'Epoch\(train\) +\[2\]\[1/3\]',
+)
 
 # With workers that load ahead, averaged weights, and a change of colours.
-SEGMENTOR = Training('segmentor', f'''
+SEGMENTOR = Training(
+    'segmentor',
+    f'''
 _base_ = {str(ROOT / 'configs/demo/upernet_shapes.py')!r}
 model = dict(backbone={BACKBONE}, decode_head=dict(in_channels=[16, 32, 64, 128]),
              auxiliary_head=dict(in_channels=64))
@@ -55,12 +64,17 @@ test_dataloader = val_dataloader
 train_cfg = dict(max_iters=11, val_interval=6)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=3))
 custom_hooks = [dict(type='EMAHook', momentum=0.1)]
-''', tuple(f'iter_{n}.pth' for n in (3, 6, 9, 11)),
-                     r'Iter\(train\) +\[ *[12]/', r'Iter\(train\) +\[ *5/')
+''',
+    tuple(f'iter_{n}.pth' for n in (3, 6, 9, 11)),
+    r'Iter\(train\) +\[ *[12]/',
+    r'Iter\(train\) +\[ *5/',
+)
 
 
 # What is quickest: two iterations in an epoch of four images.
-ONE_STAGE = Training('one_stage', f'''
+ONE_STAGE = Training(
+    'one_stage',
+    f'''
 _base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
 model = dict(
     backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 2, 1),
@@ -89,7 +103,11 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=2, val_interval=9)
 default_hooks = dict(logger=dict(interval=1))
 randomness = dict(seed=0)
-''', ('epoch_1.pth', 'epoch_2.pth'), r'Epoch\(train\) +\[1\]', r'Epoch\(train\) +\[2\]')
+''',
+    ('epoch_1.pth', 'epoch_2.pth'),
+    r'Epoch\(train\) +\[1\]',
+    r'Epoch\(train\) +\[2\]',
+)
 
 
 def make_data(folder: Path, train: int = 10, val: int = 2, size: int = 64) -> Path:

@@ -4,6 +4,7 @@
 
 Run again, it reuses the data set and goes on from the newest checkpoints.
 """
+
 import argparse
 import json
 import subprocess
@@ -25,17 +26,31 @@ MARKS = {
     'upernet': {'mIoU': ('mIoU', 70)},
 }
 # What is shown of a log that also lists the environment and the whole config.
-SHOWN = ('Iter(train)', 'Epoch(train)', 'Epoch(test)', 'Iter(test)', 'Saving checkpoint',
-         'Resumed', 'error: ')
+SHOWN = (
+    'Iter(train)',
+    'Epoch(train)',
+    'Epoch(test)',
+    'Iter(test)',
+    'Saving checkpoint',
+    'Resumed',
+    'error: ',
+)
 
 
 def run(title: str, *command: str) -> None:
     """Run a tool, showing its progress; end the demo if it fails."""
     print(f'\n== {title}\n   {" ".join(command)}', flush=True)
     log = WORK / 'demo.log'
-    with log.open('a') as keep, subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors='replace') as process:
+    with (
+        log.open('a') as keep,
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors='replace',
+        ) as process,
+    ):
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -54,12 +69,18 @@ def newest(pattern: str) -> Path:
 def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> None:
     """Join pictures of equal shape into one file, ground truth left, prediction right in each."""
     images = [cv2.imread(str(picture)) for picture in pictures]
-    images = [cv2.resize(i, (round(i.shape[1] * height / i.shape[0]), height),
-                         interpolation=cv2.INTER_AREA if i.shape[0] > height else cv2.INTER_CUBIC)
-              for i in images]
-    images = [cv2.copyMakeBorder(i, 6, 6, 6, 6, cv2.BORDER_CONSTANT, value=(255,) * 3)
-              for i in images]
-    rows = [np.hstack(images[i:i + columns]) for i in range(0, len(images), columns)]
+    images = [
+        cv2.resize(
+            i,
+            (round(i.shape[1] * height / i.shape[0]), height),
+            interpolation=cv2.INTER_AREA if i.shape[0] > height else cv2.INTER_CUBIC,
+        )
+        for i in images
+    ]
+    images = [
+        cv2.copyMakeBorder(i, 6, 6, 6, 6, cv2.BORDER_CONSTANT, value=(255,) * 3) for i in images
+    ]
+    rows = [np.hstack(images[i : i + columns]) for i in range(0, len(images), columns)]
     cv2.imwrite(str(out), np.vstack(rows))
 
 
@@ -67,15 +88,24 @@ def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     started = time.time()
     check_writable('work folder', WORK)
-    run('Data: shapes on clutter, 400 images to train on and 100 held out',
-        str(ROOT / 'tools/make_shapes.py'), 'data/shapes')
+    run(
+        'Data: shapes on clutter, 400 images to train on and 100 held out',
+        str(ROOT / 'tools/make_shapes.py'),
+        'data/shapes',
+    )
     report, pictures = [], []
     for name, metrics in MARKS.items():
         config = str(ROOT / f'configs/demo/{name}_shapes.py')
         run(f'Training {name}', str(ROOT / 'tools/train.py'), config, '--resume')
         checkpoint = (WORK / name / 'last_checkpoint').read_text().strip()
-        run(f'Evaluating {name} on the held-out images', str(ROOT / 'tools/test.py'), config,
-            checkpoint, '--show-dir', str(WORK / name / 'pictures'))
+        run(
+            f'Evaluating {name} on the held-out images',
+            str(ROOT / 'tools/test.py'),
+            config,
+            checkpoint,
+            '--show-dir',
+            str(WORK / name / 'pictures'),
+        )
         measured = json.loads(newest(f'{name}/test/*/*.json').read_text())
         for key, (label, mark) in metrics.items():
             value = measured[key] * (100 if key.startswith('coco/') else 1)

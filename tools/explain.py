@@ -13,6 +13,7 @@ writes
     contact_sheet.png         all of these
 Those that are there already are replaced.
 """
+
 import argparse
 import io
 from importlib.util import find_spec
@@ -30,8 +31,7 @@ from crossformer_mm.checkpoint import load_backbone
 from crossformer_mm.compat import is_cut_short
 from crossformer_mm.engine.command_line import DENSE, check_file, fail, load_config, run
 from crossformer_mm.engine.option_checks import add_cfg_options
-from crossformer_mm.grouping import (AxisRule, group_map, is_small, long_distance,
-                                     short_distance)
+from crossformer_mm.grouping import AxisRule, group_map, is_small, long_distance, short_distance
 from crossformer_mm.position_bias import bias_of_pairs
 
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
@@ -47,6 +47,7 @@ class Attended(NamedTuple):
         x, out (Tensor): (1, H, W, C) what attention took and returned.
         rows, columns (AxisRule): the groups.
     """
+
     block: int
     x: Tensor
     rows: AxisRule
@@ -62,6 +63,7 @@ class Seen(NamedTuple):
         short, long: the last block of each stage that attends so; None where there is none.
         embeddings: (H, W, C) of each cross-scale embedding, without its norm.
     """
+
     features: List[Tensor]
     short: List[Attended]
     long: List[Optional[Attended]]
@@ -76,25 +78,35 @@ def look(backbone: nn.Module, image: Tensor) -> Seen:
     def keep_attention(stage: int, block: int):
         def hook(module, inputs, out):
             attended[stage, block] = Attended(block, *inputs, out)
+
         return hook
 
     for stage, layer in enumerate(backbone.layers):
-        handles.append(layer.register_forward_hook(
-            lambda module, inputs, out: features.append(out[0].permute(2, 0, 1))))
+        handles.append(
+            layer.register_forward_hook(
+                lambda module, inputs, out: features.append(out[0].permute(2, 0, 1))
+            )
+        )
         for block in last_blocks(layer):
             if block is not None:
-                handles.append(layer.blocks[block].attn.register_forward_hook(
-                    keep_attention(stage, block)))
+                handles.append(
+                    layer.blocks[block].attn.register_forward_hook(keep_attention(stage, block))
+                )
     for convs in embedding_convs(backbone):
-        handles.append(convs.register_forward_hook(
-            lambda module, inputs, out: embeddings.append(out[0])))
+        handles.append(
+            convs.register_forward_hook(lambda module, inputs, out: embeddings.append(out[0]))
+        )
     try:
         backbone(image)
     finally:
         for handle in handles:
             handle.remove()
-    short, long = zip(*([attended.get((stage, block)) for block in last_blocks(layer)]
-                        for stage, layer in enumerate(backbone.layers)))
+    short, long = zip(
+        *(
+            [attended.get((stage, block)) for block in last_blocks(layer)]
+            for stage, layer in enumerate(backbone.layers)
+        )
+    )
     return Seen(features, list(short), list(long), embeddings)
 
 
@@ -121,6 +133,7 @@ class Weights(NamedTuple):
         weights (Tensor): (heads, N, N), queries before keys.
         values (Tensor): (heads, N, d).
     """
+
     members: Tensor
     query: int
     weights: Tensor
@@ -144,15 +157,21 @@ def attention_weights(attention: nn.Module, attended: Attended, token: int) -> W
             break
     height, width = table.shape[1:]
     members = table[group].flatten()
-    q, k, v = rearrange(attention.qkv(x.flatten(0, 2)[members]), 'n (three h d) -> three h n d',
-                        three=3, h=attention.num_heads)
+    q, k, v = rearrange(
+        attention.qkv(x.flatten(0, 2)[members]),
+        'n (three h d) -> three h n d',
+        three=3,
+        h=attention.num_heads,
+    )
     bias = bias_of_pairs(attention.pos(rows.size, columns.size), height, width)
-    return Weights(members, row * width + column,
-                   (q @ k.mT * attention.scale + bias).softmax(-1), v)
+    return Weights(
+        members, row * width + column, (q @ k.mT * attention.scale + bias).softmax(-1), v
+    )
 
 
-def attention_map(attended: Attended, attention: nn.Module, position: Tuple[int, int],
-                  head: Optional[int]) -> np.ndarray:
+def attention_map(
+    attended: Attended, attention: nn.Module, position: Tuple[int, int], head: Optional[int]
+) -> np.ndarray:
     """(H, W) how much a position (row, column) attends to each other; NaN outside its group."""
     _, height, width, _ = attended.x.shape
     found = attention_weights(attention, attended, position[0] * width + position[1])
@@ -171,8 +190,9 @@ def group_numbers(height: int, width: int, rules: Tuple[AxisRule, AxisRule]) -> 
     return numbers.reshape(height, width)
 
 
-def group_colours(height: int, width: int, rules: Tuple[AxisRule, AxisRule],
-                  position: Tuple[int, int]) -> np.ndarray:
+def group_colours(
+    height: int, width: int, rules: Tuple[AxisRule, AxisRule], position: Tuple[int, int]
+) -> np.ndarray:
     """(H, W, 4) the group of a position in one colour, up to three groups beside it in others."""
     numbers = group_numbers(height, width, rules)
     row, column = position
@@ -213,8 +233,10 @@ def kernel_shares(convs: nn.Module, embedding: Tensor) -> Dict[int, Tuple[float,
     parts = embedding.flatten(0, 1).split(channels, dim=1)
     variances = torch.stack([part.var(0, correction=0).sum() for part in parts])
     shares = (variances / variances.sum().clamp(min=1e-12)).tolist()
-    return {conv.kernel_size[0]: (count / sum(channels), share)
-            for conv, count, share in zip(convs, channels, shares)}
+    return {
+        conv.kernel_size[0]: (count / sum(channels), share)
+        for conv, count, share in zip(convs, channels, shares)
+    }
 
 
 class Scene(NamedTuple):
@@ -227,6 +249,7 @@ class Scene(NamedTuple):
         position: x, y in pixels of the picture.
         head: the head to show attention of; None: their mean.
     """
+
     backbone: nn.Module
     picture: np.ndarray
     seen: Seen
@@ -237,11 +260,13 @@ class Scene(NamedTuple):
         """Row and column of the position in a stage's map."""
         _, height, width = self.seen.features[stage].shape
         stride = self.stride(stage)
-        return (min(self.position[1] // stride, height - 1),
-                min(self.position[0] // stride, width - 1))
+        return (
+            min(self.position[1] // stride, height - 1),
+            min(self.position[0] // stride, width - 1),
+        )
 
     def stride(self, stage: int) -> int:
-        return int(np.prod([convs.stride for convs in embedding_convs(self.backbone)[:stage + 1]]))
+        return int(np.prod([convs.stride for convs in embedding_convs(self.backbone)[: stage + 1]]))
 
 
 def show(axes, scene: Scene, stage: int, cells: np.ndarray, faded: bool = False, **options) -> None:
@@ -251,8 +276,12 @@ def show(axes, scene: Scene, stage: int, cells: np.ndarray, faded: bool = False,
         grey = scene.picture.mean(-1, keepdims=True).repeat(3, -1)
         axes.imshow(0.35 + 0.45 * grey, extent=(0, width, height, 0))
     stride = scene.stride(stage)
-    axes.imshow(cells, extent=(0, cells.shape[1] * stride, cells.shape[0] * stride, 0),
-                interpolation='nearest', **options)
+    axes.imshow(
+        cells,
+        extent=(0, cells.shape[1] * stride, cells.shape[0] * stride, 0),
+        interpolation='nearest',
+        **options,
+    )
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
@@ -276,6 +305,7 @@ def mark(axes, scene: Scene, stage: int) -> None:
 
 def rectangle(corner, width: float, height: float, colour: str, line: float):
     from matplotlib.patches import Rectangle
+
     return Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=line)
 
 
@@ -294,8 +324,10 @@ def grid(figure, rows: Sequence[str], columns: Sequence[str], title: str, shape=
 
 
 def stage_names(scene: Scene) -> List[str]:
-    return [f'stage {stage + 1}\n{feature.shape[1]} x {feature.shape[2]} positions'
-            for stage, feature in enumerate(scene.seen.features)]
+    return [
+        f'stage {stage + 1}\n{feature.shape[1]} x {feature.shape[2]} positions'
+        for stage, feature in enumerate(scene.seen.features)
+    ]
 
 
 def draw_groups(figure, scene: Scene) -> None:
@@ -303,9 +335,13 @@ def draw_groups(figure, scene: Scene) -> None:
     kinds = ['interval', 'block']
     if scene.backbone.layers[0].lda == 'shifted':
         kinds.append('shifted')
-    axes = grid(figure, ['short distance', *(f"long distance,\n'{kind}'" for kind in kinds)],
-                stage_names(scene), 'Who attends to whom: four groups, one colour each',
-                scene.picture.shape)
+    axes = grid(
+        figure,
+        ['short distance', *(f"long distance,\n'{kind}'" for kind in kinds)],
+        stage_names(scene),
+        'Who attends to whom: four groups, one colour each',
+        scene.picture.shape,
+    )
     for stage, layer in enumerate(scene.backbone.layers):
         _, height, width = scene.seen.features[stage].shape
         size, interval, stride = layer.group_size, layer.interval, scene.stride(stage)
@@ -318,8 +354,10 @@ def draw_groups(figure, scene: Scene) -> None:
                 for edge in range(-rule.lead, side, rule.size * rule.interval):
                     line(edge * stride, color='white', linewidth=0.6)
             mark(panel, scene, stage)
-            rows, columns = (min(rule.size, -(-side // rule.interval))
-                             for rule, side in zip(rules, (height, width)))
+            rows, columns = (
+                min(rule.size, -(-side // rule.interval))
+                for rule, side in zip(rules, (height, width))
+            )
             apart = '' if rules[0].interval == 1 else f', every {ordinal(rules[0].interval)}'
             panel.set_xlabel(f'{rows} x {columns}{apart}', fontsize=8)
         if is_small(height, width, size):
@@ -334,30 +372,38 @@ def ordinal(number: int) -> str:
 def draw_attention(figure, scene: Scene) -> None:
     """Where the chosen position attends."""
     heads = 'mean of all heads' if scene.head is None else f'head {scene.head}'
-    axes = grid(figure, ['short distance', f"long distance,\n'{scene.backbone.layers[0].lda}'"],
-                stage_names(scene),
-                f'Where the framed position attends ({heads}; black: no weight)',
-                scene.picture.shape)
+    axes = grid(
+        figure,
+        ['short distance', f"long distance,\n'{scene.backbone.layers[0].lda}'"],
+        stage_names(scene),
+        f'Where the framed position attends ({heads}; black: no weight)',
+        scene.picture.shape,
+    )
     for stage, layer in enumerate(scene.backbone.layers):
-        for panel, attended in zip(axes[:, stage], (scene.seen.short[stage],
-                                                    scene.seen.long[stage])):
+        for panel, attended in zip(
+            axes[:, stage], (scene.seen.short[stage], scene.seen.long[stage])
+        ):
             attention = layer.blocks[0 if attended is None else attended.block].attn
             if attended is None or scene.head is not None and scene.head >= attention.num_heads:
-                say(panel, 'no such block' if attended is None else
-                    'no such head')
+                say(panel, 'no such block' if attended is None else 'no such head')
                 continue
             weights = attention_map(attended, attention, scene.place(stage), scene.head)
             show(panel, scene, stage, weights, faded=True, cmap='magma', vmin=0, alpha=0.85)
             mark(panel, scene, stage)
-            panel.set_xlabel(f'block {attended.block + 1}: up to {np.nanmax(weights):.0%}',
-                             fontsize=8)
+            panel.set_xlabel(
+                f'block {attended.block + 1}: up to {np.nanmax(weights):.0%}', fontsize=8
+            )
 
 
 def draw_features(figure, scene: Scene) -> None:
     """The four features, their main directions as colours."""
-    axes = grid(figure, [''], ['image', *stage_names(scene)],
-                'Features: the three main directions of their channels as red, green, blue',
-                scene.picture.shape)
+    axes = grid(
+        figure,
+        [''],
+        ['image', *stage_names(scene)],
+        'Features: the three main directions of their channels as red, green, blue',
+        scene.picture.shape,
+    )
     axes[0, 0].imshow(scene.picture)
     for stage, feature in enumerate(scene.seen.features):
         panel = axes[0, stage + 1]
@@ -380,10 +426,16 @@ def bias_table(scene: Scene, stage: int, size: int) -> np.ndarray:
 def draw_bias(figure, scene: Scene) -> None:
     """The bias of each offset, for some heads of a block of each stage."""
     layers = scene.backbone.layers
-    names = [f'stage {stage + 1}, block {shown_block(scene, stage).block + 1}'
-             for stage in range(len(layers))]
-    axes = grid(figure, [f'head {head}' for head in range(HEADS_SHOWN)], names,
-                'Position bias by offset: groups of the framed size, and twice as large')
+    names = [
+        f'stage {stage + 1}, block {shown_block(scene, stage).block + 1}'
+        for stage in range(len(layers))
+    ]
+    axes = grid(
+        figure,
+        [f'head {head}' for head in range(HEADS_SHOWN)],
+        names,
+        'Position bias by offset: groups of the framed size, and twice as large',
+    )
     for stage, layer in enumerate(layers):
         size = layer.group_size
         table = bias_table(scene, stage, 2 * size)
@@ -394,35 +446,56 @@ def draw_bias(figure, scene: Scene) -> None:
             reach = 2 * size - 0.5
             low, high = table[head].min(), table[head].max()
             # A difference of 0.01 changes a weight by a hundredth: no colours for less.
-            panel.imshow(table[head], cmap='viridis', vmin=low, vmax=max(high, low + 0.01),
-                         extent=(-reach, reach, reach, -reach))
-            panel.add_patch(rectangle((0.5 - size, 0.5 - size), 2 * size - 1, 2 * size - 1,
-                                      'white', 1.2))
-            low, high = (round(float(value), 2) + 0. for value in (low, high))  # no -0.00
+            panel.imshow(
+                table[head],
+                cmap='viridis',
+                vmin=low,
+                vmax=max(high, low + 0.01),
+                extent=(-reach, reach, reach, -reach),
+            )
+            panel.add_patch(
+                rectangle((0.5 - size, 0.5 - size), 2 * size - 1, 2 * size - 1, 'white', 1.2)
+            )
+            low, high = (round(float(value), 2) + 0.0 for value in (low, high))  # no -0.00
             panel.set_xlabel(f'{low:.2f} to {high:.2f}', fontsize=8)
 
 
 def draw_bias_surfaces(figure, scene: Scene) -> None:
     """The bias as surfaces: one head, at the config's group size and at larger ones."""
-    stage = max((stage for stage in range(len(scene.seen.long)) if scene.seen.long[stage]),
-                key=lambda stage: len(scene.backbone.layers[stage].blocks), default=0)
+    stage = max(
+        (stage for stage in range(len(scene.seen.long)) if scene.seen.long[stage]),
+        key=lambda stage: len(scene.backbone.layers[stage].blocks),
+        default=0,
+    )
     layer = scene.backbone.layers[stage]
     sizes = [layer.group_size * factor for factor in (1, 2, 4)]
     head = scene.head or 0
     tables = [bias_table(scene, stage, size) for size in sizes]
     head = min(head, len(tables[0]) - 1)
-    figure.suptitle(f'The same bias for groups of three sizes (stage '
-                    f'{stage + 1}, head {head})', fontsize=12, fontweight='bold')
+    figure.suptitle(
+        f'The same bias for groups of three sizes (stage {stage + 1}, head {head})',
+        fontsize=12,
+        fontweight='bold',
+    )
     low, high = tables[-1][head].min(), tables[-1][head].max()
     axes = figure.subplots(1, 3, subplot_kw=dict(projection='3d'))
     for panel, size, table in zip(axes, sizes, tables):
         offsets = np.arange(1 - size, size)
-        panel.plot_surface(*np.meshgrid(offsets, offsets), table[head], cmap='viridis', vmin=low,
-                           vmax=high, rstride=1, cstride=1, linewidth=0)
+        panel.plot_surface(
+            *np.meshgrid(offsets, offsets),
+            table[head],
+            cmap='viridis',
+            vmin=low,
+            vmax=high,
+            rstride=1,
+            cstride=1,
+            linewidth=0,
+        )
         if low < high:
             panel.set_zlim(low, high)
-        panel.set_title(f'{size} x {size}' + ' members (as configured)' * (size == sizes[0]),
-                        fontsize=9)
+        panel.set_title(
+            f'{size} x {size}' + ' members (as configured)' * (size == sizes[0]), fontsize=9
+        )
         panel.set_xlabel('columns', fontsize=8, labelpad=-6)
         panel.set_ylabel('rows', fontsize=8, labelpad=-6)
         panel.tick_params(labelsize=6, pad=-3)
@@ -435,8 +508,9 @@ def draw_embedding(figure, scene: Scene) -> None:
     convs = embedding_convs(scene.backbone)
     shares = [kernel_shares(*pair) for pair in zip(convs, scene.seen.embeddings)]
     maps, bars = figure.subfigures(1, 2, width_ratios=(1, 1))
-    figure.suptitle('Cross-scale embedding: what each kernel carries', fontsize=12,
-                    fontweight='bold')
+    figure.suptitle(
+        'Cross-scale embedding: what each kernel carries', fontsize=12, fontweight='bold'
+    )
 
     parts = scene.seen.embeddings[0].split([conv.out_channels for conv in convs[0]], dim=-1)
     columns = -(-len(parts) // 2)
@@ -451,48 +525,83 @@ def draw_embedding(figure, scene: Scene) -> None:
     axes = bars.subplots()
     kernels = sorted({kernel for share in shares for kernel in share})
     for stage, share in enumerate(shares):
-        for place, name, index in ((0.2, 'channels', 0), (-0.2, 'variance', 1)):
+        for place, _name, index in ((0.2, 'channels', 0), (-0.2, 'variance', 1)):
             left = 0
             for kernel, values in share.items():
                 colour = KERNELS[kernels.index(kernel) % len(KERNELS)]
-                axes.barh(place - stage * 1.1, values[index], 0.36, left=left, color=colour,
-                          alpha=0.45 if index == 0 else 1)
+                axes.barh(
+                    place - stage * 1.1,
+                    values[index],
+                    0.36,
+                    left=left,
+                    color=colour,
+                    alpha=0.45 if index == 0 else 1,
+                )
                 if values[index] > 0.06:
                     dark = index == 1 and KERNELS.index(colour) in (0, 4)
-                    axes.text(left + values[index] / 2, place - stage * 1.1,
-                              f'{values[index]:.0%}', ha='center', va='center', fontsize=7,
-                              color='white' if dark else 'black')
+                    axes.text(
+                        left + values[index] / 2,
+                        place - stage * 1.1,
+                        f'{values[index]:.0%}',
+                        ha='center',
+                        va='center',
+                        fontsize=7,
+                        color='white' if dark else 'black',
+                    )
                 left += values[index]
-    axes.set_yticks([place - stage * 1.1 for stage in range(len(shares)) for place in (0.2, -0.2)],
-                    [f'stage {stage + 1}: {name}' for stage in range(len(shares))
-                     for name in ('channels', 'variance')], fontsize=8)
+    axes.set_yticks(
+        [place - stage * 1.1 for stage in range(len(shares)) for place in (0.2, -0.2)],
+        [
+            f'stage {stage + 1}: {name}'
+            for stage in range(len(shares))
+            for name in ('channels', 'variance')
+        ],
+        fontsize=8,
+    )
     axes.set(xlim=(0, 1), xticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)
     handles = [rectangle_patch(KERNELS[i % len(KERNELS)]) for i in range(len(kernels))]
-    axes.legend(handles, [f'{kernel} x {kernel}' for kernel in kernels], fontsize=8,
-                ncols=len(kernels), loc='upper center', bbox_to_anchor=(0.4, 0.02), frameon=False,
-                handlelength=1, columnspacing=1)
+    axes.legend(
+        handles,
+        [f'{kernel} x {kernel}' for kernel in kernels],
+        fontsize=8,
+        ncols=len(kernels),
+        loc='upper center',
+        bbox_to_anchor=(0.4, 0.02),
+        frameon=False,
+        handlelength=1,
+        columnspacing=1,
+    )
 
 
 def rectangle_patch(colour: str):
     from matplotlib.patches import Patch
+
     return Patch(color=colour)
 
 
 # Name, what draws it, width and height in inches for a square image.
-PICTURES = (('groups', draw_groups, 9, 7), ('attention', draw_attention, 9, 5),
-            ('features', draw_features, 11, 2.8), ('position_bias', draw_bias, 9, 7),
-            ('position_bias_sizes', draw_bias_surfaces, 9, 3.4),
-            ('embedding', draw_embedding, 10, 3.8))
+PICTURES = (
+    ('groups', draw_groups, 9, 7),
+    ('attention', draw_attention, 9, 5),
+    ('features', draw_features, 11, 2.8),
+    ('position_bias', draw_bias, 9, 7),
+    ('position_bias_sizes', draw_bias_surfaces, 9, 3.4),
+    ('embedding', draw_embedding, 10, 3.8),
+)
 
 
 def draw_contact_sheet(figure, scene: Scene) -> None:
     figure.suptitle('CrossFormer on one image', fontsize=18, fontweight='bold')
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1), wspace=0.02)
-    for part, (heights, drawn) in zip((left, right), (
+    for part, (heights, drawn) in zip(
+        (left, right),
+        (
             ((3, 2.05, 1.3), (draw_groups, draw_attention, draw_features)),
-            ((3, 1.6, 1.75), (draw_bias, draw_bias_surfaces, draw_embedding)))):
+            ((3, 1.6, 1.75), (draw_bias, draw_bias_surfaces, draw_embedding)),
+        ),
+    ):
         for inner, draw in zip(part.subfigures(3, 1, height_ratios=heights, hspace=0.03), drawn):
             draw(inner, scene)
 
@@ -500,20 +609,24 @@ def draw_contact_sheet(figure, scene: Scene) -> None:
 def save(draw, scene: Scene, width: float, height: float, dpi: int, path: Path) -> None:
     """Draw and write a PNG of at most 256 colours, a fifth of the bytes."""
     import matplotlib
+
     matplotlib.use('agg')
     from matplotlib.figure import Figure
     from PIL import Image
+
     figure = Figure(figsize=(width, height), layout='constrained')
     draw(figure, scene)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
     Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(
-        path, optimize=True)
+        path, optimize=True
+    )
 
 
 def read_image(cfg: Config, path: str, sides: Optional[Sequence[int]]) -> Tuple[np.ndarray, float]:
     """The image as (H, W, 3) in BGR, resized as the config tests it, or to ``sides``."""
     import mmcv
+
     try:
         image = None if is_cut_short(Path(path).read_bytes()) else mmcv.imread(path)
     except Exception:
@@ -523,7 +636,7 @@ def read_image(cfg: Config, path: str, sides: Optional[Sequence[int]]) -> Tuple[
     steps = cfg.get('test_pipeline', [])
     scale = sides or next((step.scale for step in steps if step.get('type') == 'Resize'), None)
     if scale is None:
-        return image, 1.
+        return image, 1.0
     return mmcv.imrescale(image, tuple(scale), return_scale=True)
 
 
@@ -532,27 +645,42 @@ def normalised(cfg: Config, image: np.ndarray) -> Tensor:
     known = cfg.model.get('data_preprocessor', {})
     if known.get('bgr_to_rgb'):
         image = image[..., ::-1]
-    mean, std = (np.array(known.get(name) or default)
-                 for name, default in (('mean', (0., 0., 0.)), ('std', (1., 1., 1.))))
+    mean, std = (
+        np.array(known.get(name) or default)
+        for name, default in (('mean', (0.0, 0.0, 0.0)), ('std', (1.0, 1.0, 1.0)))
+    )
     return torch.from_numpy((image - mean) / std).float().permute(2, 0, 1)[None]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description='Make pictures of the groups, the attention, the position bias, the embedding '
-        'and the features of a CrossFormer on an image')
+        'and the features of a CrossFormer on an image'
+    )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of the model, or of the backbone')
     parser.add_argument('image', help='image file')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures')
-    parser.add_argument('--position', type=int, nargs=2, metavar=('X', 'Y'),
-                        help='pixel of the image whose attention is shown (default: the centre)')
-    parser.add_argument('--head', type=int, metavar='N',
-                        help='show the attention of this head, counted from 0 (default: the mean '
-                        'of all)')
-    parser.add_argument('--scale', type=int, nargs=2, metavar=('LONG', 'SHORT'),
-                        help="largest sides that the image is resized to (default: the config's "
-                        'when testing)')
+    parser.add_argument(
+        '--position',
+        type=int,
+        nargs=2,
+        metavar=('X', 'Y'),
+        help='pixel of the image whose attention is shown (default: the centre)',
+    )
+    parser.add_argument(
+        '--head',
+        type=int,
+        metavar='N',
+        help='show the attention of this head, counted from 0 (default: the mean of all)',
+    )
+    parser.add_argument(
+        '--scale',
+        type=int,
+        nargs=2,
+        metavar=('LONG', 'SHORT'),
+        help="largest sides that the image is resized to (default: the config's when testing)",
+    )
     add_cfg_options(parser)
     return parser.parse_args()
 
@@ -585,11 +713,18 @@ def main():
     height, width = (round(side / scale) for side in image.shape[:2])
     x, y = args.position or (width // 2, height // 2)
     if not (0 <= x < width and 0 <= y < height):
-        fail(f'--position must lie in the image, which is {width} wide and {height} high, '
-             f'got {x} {y}.')
+        fail(
+            f'--position must lie in the image, which is {width} wide and {height} high, '
+            f'got {x} {y}.'
+        )
     position = (min(int(x * scale), image.shape[1] - 1), min(int(y * scale), image.shape[0] - 1))
-    scene = Scene(backbone, image[..., ::-1] / 255., look(backbone, normalised(cfg, image)),
-                  position, args.head)
+    scene = Scene(
+        backbone,
+        image[..., ::-1] / 255.0,
+        look(backbone, normalised(cfg, image)),
+        position,
+        args.head,
+    )
     out.mkdir(parents=True, exist_ok=True)
     shape = min(max(height / width, 0.5), 1.5)
     for name, draw, inches_wide, inches_high in PICTURES:

@@ -12,6 +12,7 @@ returns
                                    the second stage picks boxes, which is no arithmetic of arrays
 Before the file gets its name it is run beside PyTorch on images of five other sizes.
 """
+
 import argparse
 import json
 import logging
@@ -62,8 +63,10 @@ class Backbone(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Outputs:
-        return {f'feature_{stage}': feature
-                for stage, feature in zip(self.model.out_indices, self.model(image))}
+        return {
+            f'feature_{stage}': feature
+            for stage, feature in zip(self.model.out_indices, self.model(image))
+        }
 
 
 class Segmentor(nn.Module):
@@ -74,8 +77,12 @@ class Segmentor(nn.Module):
         self.model, self.label_map = model, label_map
 
     def logits(self, image: Tensor) -> Tensor:
-        return F.interpolate(self.model(image, mode='tensor'), image.shape[2:], mode='bilinear',
-                             align_corners=self.model.align_corners)
+        return F.interpolate(
+            self.model(image, mode='tensor'),
+            image.shape[2:],
+            mode='bilinear',
+            align_corners=self.model.align_corners,
+        )
 
     def forward(self, image: Tensor) -> Outputs:
         logits = self.logits(image)
@@ -87,13 +94,15 @@ class Segmentor(nn.Module):
         from mmseg.models.utils import Upsample
 
         class AnySizeUpsample(Upsample):  # in the head of Semantic FPN
-
             def forward(self, x: Tensor) -> Tensor:
                 size = [side * int(self.scale_factor) for side in x.shape[-2:]]
                 return F.interpolate(x, size, None, self.mode, self.align_corners)
 
-        whole = all(not module.size and module.scale_factor == int(module.scale_factor)
-                    for module in self.modules() if isinstance(module, Upsample))
+        whole = all(
+            not module.size and module.scale_factor == int(module.scale_factor)
+            for module in self.modules()
+            if isinstance(module, Upsample)
+        )
         return {Upsample: AnySizeUpsample} if whole else {}
 
 
@@ -114,33 +123,64 @@ class Detector(nn.Module):
         else:
             levels = self.model.bbox_head(features)
             kinds = ['cls_score', 'bbox_pred', *(f'head_{i}' for i in range(2, len(levels)))]
-        return {f'{kind}_{level}': tensor for kind, tensors in zip(kinds, levels)
-                for level, tensor in enumerate(tensors)}
+        return {
+            f'{kind}_{level}': tensor
+            for kind, tensors in zip(kinds, levels)
+            for level, tensor in enumerate(tensors)
+        }
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description='Export a backbone or a whole model with batch, height and width left open, '
-        'and check the file on sizes that were not traced')
+        'and check the file on sizes that were not traced'
+    )
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', nargs='?', help='checkpoint file; a backbone also takes its '
-                        'ImageNet weights (default: random weights)')
-    parser.add_argument('--format', choices=list(SUFFIXES), default='onnx',
-                        help='onnx: for ONNX Runtime and others; torch-export: for '
-                        'torch.export.load, images of any size too (default: onnx)')
-    parser.add_argument('--what', choices=['model', 'backbone'], default='model',
-                        help='model: a segmentor whole, a detector up to the raw outputs of its '
-                        'head or of its region proposal network and neck (default: model)')
-    parser.add_argument('--label-map', action='store_true',
-                        help='of a segmentor the class of each pixel in place of logits')
-    parser.add_argument('--out', required=True, metavar='FILE',
-                        help='file to write, .onnx or .pt2; one that exists is replaced')
-    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), default=(512, 512),
-                        help='height and width of the image that speed is measured on '
-                        '(default: 512 512)')
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(),
-                        help='threads to measure with (default: those of PyTorch, '
-                        '%(default)s here)')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file; a backbone also takes its '
+        'ImageNet weights (default: random weights)',
+    )
+    parser.add_argument(
+        '--format',
+        choices=list(SUFFIXES),
+        default='onnx',
+        help='onnx: for ONNX Runtime and others; torch-export: for '
+        'torch.export.load, images of any size too (default: onnx)',
+    )
+    parser.add_argument(
+        '--what',
+        choices=['model', 'backbone'],
+        default='model',
+        help='model: a segmentor whole, a detector up to the raw outputs of its '
+        'head or of its region proposal network and neck (default: model)',
+    )
+    parser.add_argument(
+        '--label-map',
+        action='store_true',
+        help='of a segmentor the class of each pixel in place of logits',
+    )
+    parser.add_argument(
+        '--out',
+        required=True,
+        metavar='FILE',
+        help='file to write, .onnx or .pt2; one that exists is replaced',
+    )
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        default=(512, 512),
+        help='height and width of the image that speed is measured on (default: 512 512)',
+    )
+    parser.add_argument(
+        '--threads',
+        type=int,
+        default=torch.get_num_threads(),
+        help='threads to measure with (default: those of PyTorch, %(default)s here)',
+    )
     add_cfg_options(parser)
     return parser.parse_args()
 
@@ -158,8 +198,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         fail(f'--threads must be at least 1, got {args.threads}.')
     absent = [name for name in NEEDED[args.format] if find_spec(name) is None]
     if absent:
-        fail(f"--format {args.format} needs {', '.join(absent)}, which is not installed "
-             f"(pip install {' '.join(absent)}).")
+        fail(
+            f"--format {args.format} needs {', '.join(absent)}, which is not installed "
+            f"(pip install {' '.join(absent)})."
+        )
     if args.checkpoint:
         check_file('checkpoint', args.checkpoint)
 
@@ -173,8 +215,10 @@ def build(cfg: Config, args: argparse.Namespace) -> nn.Module:
     try:
         model = MODELS.build(cfg.model.backbone if args.what == 'backbone' else cfg.model)
     except Exception as error:  # whatever a config's model may object to
-        fail(f"the model of config '{args.config}' could not be built: {type(error).__name__}: "
-             f'{error}')
+        fail(
+            f"the model of config '{args.config}' could not be built: {type(error).__name__}: "
+            f'{error}'
+        )
     if not args.checkpoint:
         print('warning: no checkpoint is given, so the file gets random weights.', file=sys.stderr)
     elif args.what == 'backbone':
@@ -194,25 +238,33 @@ def description(cfg: Config, what: str) -> dict:
     known = cfg.model.get('data_preprocessor', {})
     channels = 'RGB' if known.get('bgr_to_rgb') else 'BGR'
     return dict(
-        what=what, input=f'{channels} images (batch, {channels}, height, width), normalised: '
-        '(value from 0 to 255 - mean) / std', mean=json.dumps(known.get('mean')),
-        std=json.dumps(known.get('std')), model=str(cfg.model.type))
+        what=what,
+        input=f'{channels} images (batch, {channels}, height, width), normalised: '
+        '(value from 0 to 255 - mean) / std',
+        mean=json.dumps(known.get('mean')),
+        std=json.dumps(known.get('std')),
+        model=str(cfg.model.type),
+    )
 
 
 def write_onnx(program, names: Sequence[str], described: dict, path: Path) -> Counter:
     """Convert and write; how often each operator occurs."""
     import onnx
-    exported = torch.onnx.export(program, input_names=['image'], output_names=list(names),
-                                 verbose=False)
+
+    exported = torch.onnx.export(
+        program, input_names=['image'], output_names=list(names), verbose=False
+    )
     proto = exported.model_proto
     sides = proto.graph.input[0].type.tensor_type.shape.dim
-    symbols = {sides[axis].dim_param: name
-               for axis, name in {0: 'batch', 2: 'height', 3: 'width'}.items()}
+    symbols = {
+        sides[axis].dim_param: name for axis, name in {0: 'batch', 2: 'height', 3: 'width'}.items()
+    }
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                dim.dim_param = re.sub('|'.join(symbols), lambda found: symbols[found[0]],
-                                       dim.dim_param)
+                dim.dim_param = re.sub(
+                    '|'.join(symbols), lambda found: symbols[found[0]], dim.dim_param
+                )
     onnx.helper.set_model_props(proto, described)
     onnx.save(proto, path)
     return Counter(node.op_type for node in proto.graph.node)
@@ -225,13 +277,16 @@ def write_torch(program, described: dict, path: Path) -> Counter:
 
 def read_onnx(path: Path, threads: int) -> Callable[[Tensor], Outputs]:
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     names = [output.name for output in session.get_outputs()]
-    return lambda image: {name: torch.from_numpy(out) for name, out in zip(
-        names, session.run(names, {'image': image.numpy()}))}
+    return lambda image: {
+        name: torch.from_numpy(out)
+        for name, out in zip(names, session.run(names, {'image': image.numpy()}))
+    }
 
 
 def read_torch(path: Path) -> Callable[[Tensor], Outputs]:
@@ -244,16 +299,25 @@ def difference(module: nn.Module, image: Tensor, results: Outputs) -> float:
     A label map differs by as much as the logits of its classes are below the largest ones.
     """
     expected = module(image)
-    shapes, wanted = ({name: out.shape for name, out in outputs.items()}
-                      for outputs in (results, expected))
+    shapes, wanted = (
+        {name: out.shape for name, out in outputs.items()} for outputs in (results, expected)
+    )
     if shapes != wanted:
         raise ValueError(f'shapes {shapes} in place of {wanted}')
     if getattr(module, 'label_map', False):
         logits = module.logits(image)
         chosen = logits.gather(1, results['label_map'][:, None].long())
         results, expected = dict(largest=chosen), dict(largest=logits.amax(1, keepdim=True))
-    return torch.stack([(results[name] - out).abs().max() / out.abs().max().clamp(min=1e-6)
-                        for name, out in expected.items()]).max().item()  # NaN if any is
+    return (
+        torch.stack(
+            [
+                (results[name] - out).abs().max() / out.abs().max().clamp(min=1e-6)
+                for name, out in expected.items()
+            ]
+        )
+        .max()
+        .item()
+    )  # NaN if any is
 
 
 def milliseconds(function: Callable, image: Tensor, runs: int = 3) -> float:
@@ -273,12 +337,16 @@ def check(module: nn.Module, exported: Callable, channels: int) -> None:
         try:
             differs = difference(module, image, exported(image))
         except Exception as error:  # of ONNX Runtime, or a guard of torch.export
-            raise ValueError(f'it does not run on a batch of {batch} of {sides[0]} x {sides[1]}: '
-                             f'{first_line(error)}') from None
+            raise ValueError(
+                f'it does not run on a batch of {batch} of {sides[0]} x {sides[1]}: '
+                f'{first_line(error)}'
+            ) from None
         print(f'   {batch} x {sides[0]} x {sides[1]}: relative difference {differs:.1e}')
         if not differs <= TOLERANCE:  # NaN is not
-            raise ValueError(f'it differs from PyTorch by {differs:.1e} on a batch of {batch} of '
-                             f'{sides[0]} x {sides[1]}, allowed is {TOLERANCE:.0e}')
+            raise ValueError(
+                f'it differs from PyTorch by {differs:.1e} on a batch of {batch} of '
+                f'{sides[0]} x {sides[1]}, allowed is {TOLERANCE:.0e}'
+            )
 
 
 def first_line(error: Exception) -> str:
@@ -314,8 +382,10 @@ def main():
         else:
             operators = write_torch(program, described, part)
             exported = read_torch(part)
-        print(f'3/4 checking it beside PyTorch on {len(CHECKED)} sizes that were not traced',
-              flush=True)
+        print(
+            f'3/4 checking it beside PyTorch on {len(CHECKED)} sizes that were not traced',
+            flush=True,
+        )
         check(module, exported, channels)
         print('4/4 measuring', flush=True)
         image = torch.randn(1, channels, *args.shape)
@@ -323,8 +393,10 @@ def main():
         part.replace(out)
     except Exception as error:
         said = error if type(error) is ValueError else first_line(error)
-        fail(f"'{args.out}' was not written, for the export of config '{args.config}' failed: "
-             f'{said}.')
+        fail(
+            f"'{args.out}' was not written, for the export of config '{args.config}' failed: "
+            f'{said}.'
+        )
     finally:
         part.unlink(missing_ok=True)
 
@@ -332,8 +404,10 @@ def main():
     print(f'{out}: {out.stat().st_size / 1e6:.1f} MB, {sum(operators.values())} operators')
     print('outputs: ' + ', '.join(names))
     print('operators: ' + ', '.join(f'{name} {count}' for name, count in operators.most_common()))
-    print(f'one image of {args.shape[0]} x {args.shape[1]}, {args.threads} thread'
-          f'{"s" * (args.threads > 1)}: {runtime} {theirs:.0f} ms, PyTorch {ours:.0f} ms')
+    print(
+        f'one image of {args.shape[0]} x {args.shape[1]}, {args.threads} thread'
+        f'{"s" * (args.threads > 1)}: {runtime} {theirs:.0f} ms, PyTorch {ours:.0f} ms'
+    )
 
 
 if __name__ == '__main__':

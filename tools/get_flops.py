@@ -4,6 +4,7 @@
 
 What is counted, and what is not, says crossformer_mm/flops.py.
 """
+
 import argparse
 import json
 from typing import Dict
@@ -17,22 +18,33 @@ def table(counted: Dict) -> str:
     rows = {**counted['parts'], 'whole model': counted}
     height, width = counted['shape']
     lines = [f'{f"image {height} x {width}":28}{"parameters":>13}{"multiply-accumulates":>23}']
-    lines += [f'{name:28}{row["params"] / 1e6:11.3f} M{row["flops"] / 1e9:21.3f} G'
-              for name, row in rows.items()]
+    lines += [
+        f'{name:28}{row["params"] / 1e6:11.3f} M{row["flops"] / 1e9:21.3f} G'
+        for name, row in rows.items()
+    ]
     return '\n'.join(lines)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description='Count the parameters and the multiply-accumulates of a model')
+        description='Count the parameters and the multiply-accumulates of a model'
+    )
     parser.add_argument('config', help='config file')
-    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'),
-                        help='height and width of the image (default: '
-                        f'{" ".join(map(str, SHAPES["mmdet"]))} for a detector, '
-                        f'{" ".join(map(str, SHAPES["mmseg"]))} for a segmentor, '
-                        f'{" ".join(map(str, SHAPES["mmpretrain"]))} for a classifier)')
-    parser.add_argument('--json', action='store_true',
-                        help='one line of JSON with plain numbers, in place of the table')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='height and width of the image (default: '
+        f'{" ".join(map(str, SHAPES["mmdet"]))} for a detector, '
+        f'{" ".join(map(str, SHAPES["mmseg"]))} for a segmentor, '
+        f'{" ".join(map(str, SHAPES["mmpretrain"]))} for a classifier)',
+    )
+    parser.add_argument(
+        '--json',
+        action='store_true',
+        help='one line of JSON with plain numbers, in place of the table',
+    )
     return parser.parse_args()
 
 
@@ -45,8 +57,10 @@ def main():
     try:
         counted = count(cfg, shape)
     except Exception as error:  # whatever a config's model may object to
-        fail(f"the model of config '{args.config}' could not be counted at {shape[0]} x "
-             f'{shape[1]}: {type(error).__name__}: {error}')
+        fail(
+            f"the model of config '{args.config}' could not be counted at {shape[0]} x "
+            f'{shape[1]}: {type(error).__name__}: {error}'
+        )
     print(json.dumps(counted) if args.json else table(counted))
 
 

@@ -6,6 +6,7 @@ The same images, instances and label maps in both: ``DIR/coco`` has the layout
 of COCO 2017, ``DIR/ade`` that of ADEChallengeData2016. The same arguments give
 the same files.
 """
+
 import argparse
 import json
 import shutil
@@ -35,19 +36,25 @@ def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarra
     rows, columns = np.mgrid[:size, :size]
     x, y = columns - centre[0], rows - centre[1]
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    pattern = {'disk': np.zeros_like(x), 'square': across // 4,
-               'triangle': along // 5 + across // 5, 'star': np.hypot(x, y) // 4}[kind]
+    pattern = {
+        'disk': np.zeros_like(x),
+        'square': across // 4,
+        'triangle': along // 5 + across // 5,
+        'star': np.hypot(x, y) // 4,
+    }[kind]
     return pattern % 2 == 1
 
 
 def clutter(rng: np.random.Generator, size: int, unit: int) -> np.ndarray:
     """A background (size, size, 3) of pale, noisy colours with bright lines and dots on it."""
     cells = max(round(4 * size / unit), 1)
-    image = cv2.resize(rng.uniform(90, 190, (cells, cells, 1))
-                       + rng.uniform(-25, 25, (cells, cells, 3)),
-                       (size, size), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(
+        rng.uniform(90, 190, (cells, cells, 1)) + rng.uniform(-25, 25, (cells, cells, 3)),
+        (size, size),
+        interpolation=cv2.INTER_CUBIC,
+    )
     image = np.clip(image + rng.normal(0, 10, image.shape), 0, 255).astype(np.uint8)
-    density = (size / unit)**2
+    density = (size / unit) ** 2
     for _ in range(round(rng.integers(4, 10) * density)):
         ends = rng.integers(0, unit, (2, 2))
         if size != unit:  # as long as in an image of side unit, somewhere
@@ -83,7 +90,7 @@ def scene(rng: np.random.Generator, size: int, unit: Optional[int] = None):
     unit = unit or size
     image = clutter(rng, size, unit)
     drawn = []
-    for _ in range(max(round(rng.integers(3, 7) * (size / unit)**2), 1)):
+    for _ in range(max(round(rng.integers(3, 7) * (size / unit) ** 2), 1)):
         kind = int(rng.integers(len(CLASSES)))
         radius = rng.uniform(0.1, 0.22) * unit
         centre = rng.uniform(radius, size - radius, 2)
@@ -98,8 +105,9 @@ def scene(rng: np.random.Generator, size: int, unit: Optional[int] = None):
         image[full & surface(CLASSES[kind], size, centre, angle)] = light // 2
         drawn = [(k, visible & ~full, area) for k, visible, area in drawn]
         drawn.append((kind, full, full.sum()))
-    return image, [(k, visible) for k, visible, area in drawn
-                   if visible.sum() >= MIN_VISIBLE * area]
+    return image, [
+        (k, visible) for k, visible, area in drawn if visible.sum() >= MIN_VISIBLE * area
+    ]
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
@@ -129,14 +137,22 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int, draw
         for kind, visible in objects:
             labels[visible] = kind + 2
             code = rle.encode(np.asfortranarray(visible.astype(np.uint8)))
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=index, category_id=kind + 1, iscrowd=0,
-                area=float(visible.sum()), bbox=rle.toBbox(code).tolist(),
-                segmentation=dict(size=code['size'], counts=code['counts'].decode())))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index,
+                    category_id=kind + 1,
+                    iscrowd=0,
+                    area=float(visible.sum()),
+                    bbox=rle.toBbox(code).tolist(),
+                    segmentation=dict(size=code['size'], counts=code['counts'].decode()),
+                )
+            )
         write_image(ade_labels / name, labels)
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
     (folder / 'coco' / 'annotations' / f'instances_{split}2017.json').write_text(
-        json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
     print(f"wrote {count} {split} images with {len(annotations)} objects to '{folder}'")
 
 
@@ -149,8 +165,9 @@ def parse_args():
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     if min(args.train, args.val) < 1 or args.size < 32 or args.seed < 0:
-        parser.error('--train and --val must be at least 1, --size at least 32 and --seed at '
-                     'least 0')
+        parser.error(
+            '--train and --val must be at least 1, --size at least 32 and --seed at least 0'
+        )
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"out: '{args.out}' is a file; name a folder")
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / 'coco').is_dir():

@@ -13,6 +13,7 @@ writes into the folder of --out:
 
 A file that cannot be read is named at the end, and the exit status is then 1.
 """
+
 import argparse
 import copy
 import glob
@@ -39,8 +40,17 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import is_cut_short
-from crossformer_mm.engine.command_line import (DENSE, check_file, fail, innermost, kind_of,
-                                                load_config, run, sentences_for, write_whole)
+from crossformer_mm.engine.command_line import (
+    DENSE,
+    check_file,
+    fail,
+    innermost,
+    kind_of,
+    load_config,
+    run,
+    sentences_for,
+    write_whole,
+)
 from crossformer_mm.engine.option_checks import add_cfg_options
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -57,6 +67,7 @@ class Source(NamedTuple):
         frames: how many images it holds, as far as it says, but at least 1.
         video: the open video, or None for an image.
     """
+
     path: Path
     name: str
     stem: str
@@ -66,6 +77,7 @@ class Source(NamedTuple):
 
 class Image(NamedTuple):
     """One image, or frame of a video, ready for the model."""
+
     source: Source
     entry: dict  # what images.json says of it
     pixels: np.ndarray  # (H, W, 3) uint8, BGR, as it was read
@@ -74,27 +86,47 @@ class Image(NamedTuple):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description='Predict the objects or the label maps of images and videos, with pictures')
+        description='Predict the objects or the label maps of images and videos, with pictures'
+    )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('images', nargs='+', help='images, videos, folders of them, or patterns '
-                        "such as 'photos/*.jpg'")
-    parser.add_argument('--out', default='predictions', metavar='DIR',
-                        help='folder to write (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=1, metavar='N',
-                        help='images at a time; those of one batch have the same size, so that '
-                        'no prediction depends on this (default: %(default)s)')
-    parser.add_argument('--device', help="such as cpu, cuda or cuda:1 (default: a GPU if there's "
-                        'one)')
-    parser.add_argument('--bf16', action='store_true',
-                        help='compute in bfloat16: backbone and neck of a detector, all of a '
-                        'segmentor')
-    parser.add_argument('--score-thr', type=float, metavar='SCORE',
-                        help='lowest score of the objects in pictures (default: 0.3); the .json '
-                        'files have all that the detector returns')
-    parser.add_argument('--ann-file', metavar='FILE.json',
-                        help='take the ids of images and categories from these COCO annotations, '
-                        'by name; without, they count from 1')
+    parser.add_argument(
+        'images',
+        nargs='+',
+        help='images, videos, folders of them, or patterns such as \'photos/*.jpg\'',
+    )
+    parser.add_argument(
+        '--out', default='predictions', metavar='DIR', help='folder to write (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=1,
+        metavar='N',
+        help='images at a time; those of one batch have the same size, so that '
+        'no prediction depends on this (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--device', help="such as cpu, cuda or cuda:1 (default: a GPU if there's one)"
+    )
+    parser.add_argument(
+        '--bf16',
+        action='store_true',
+        help='compute in bfloat16: backbone and neck of a detector, all of a segmentor',
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        metavar='SCORE',
+        help='lowest score of the objects in pictures (default: 0.3); the .json '
+        'files have all that the detector returns',
+    )
+    parser.add_argument(
+        '--ann-file',
+        metavar='FILE.json',
+        help='take the ids of images and categories from these COCO annotations, '
+        'by name; without, they count from 1',
+    )
     add_cfg_options(parser)
     return parser.parse_args()
 
@@ -115,17 +147,23 @@ def find_files(patterns: Sequence[str], out: Path) -> List[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob('*') if file.is_file()
-                            and file.suffix.lower() in IMAGES + VIDEOS and not ours(file))
+            inside = sorted(
+                file
+                for file in path.rglob('*')
+                if file.is_file() and file.suffix.lower() in IMAGES + VIDEOS and not ours(file)
+            )
             if not inside:
-                fail(f"folder '{pattern}' holds no images or videos: looked for "
-                     f"{', '.join(IMAGES + VIDEOS)}.")
+                fail(
+                    f"folder '{pattern}' holds no images or videos: looked for "
+                    f"{', '.join(IMAGES + VIDEOS)}."
+                )
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            inside = sorted(Path(file) for file in glob.glob(pattern, recursive=True)
-                            if os.path.isfile(file))
+            inside = sorted(
+                Path(file) for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)
+            )
             if not inside:
                 fail(f"images: '{pattern}' is no file, no folder and matches nothing.")
             found += inside
@@ -141,8 +179,15 @@ def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
     for file, name in zip(files, names):
         stem = name if alike[name.with_suffix('')] > 1 else name.with_suffix('')
         video = mmcv.VideoReader(str(file)) if file.suffix.lower() in VIDEOS else None
-        sources.append(Source(file, name.as_posix(), stem.as_posix(),
-                              1 if video is None else max(video.frame_cnt, 1), video))
+        sources.append(
+            Source(
+                file,
+                name.as_posix(),
+                stem.as_posix(),
+                1 if video is None else max(video.frame_cnt, 1),
+                video,
+            )
+        )
         for written in (picture_path(out, sources[-1]), label_path(out, stem.as_posix())):
             if written.absolute() == file.absolute():
                 fail(f"--out: what is predicted of '{file}' would replace it; name another folder.")
@@ -173,8 +218,9 @@ def build_model(cfg: Config, checkpoint: str, device: torch.device) -> Tuple[nn.
     except CheckpointError as error:
         raise CheckpointError(f'{error} Give the config that it was trained with.') from None
     meta = content['meta'] if isinstance(content.get('meta'), dict) else {}
-    known = meta.get('dataset_meta') or {key: meta[key] for key in ('CLASSES', 'PALETTE')
-                                         if meta.get(key)}
+    known = meta.get('dataset_meta') or {
+        key: meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key)
+    }
     return model.to(device).eval(), {key.lower(): value for key, value in known.items()}
 
 
@@ -187,8 +233,10 @@ def names_and_colours(model: nn.Module, dataset_meta: dict, known: dict, config:
     head = head[-1] if isinstance(head, nn.ModuleList) else head
     needed = getattr(head, 'num_classes', 0)
     if len(classes) < needed:
-        fail(f"config '{config}': the model has {needed} classes, but the names of "
-             f'{len(classes)} are known; name them in test_dataloader.dataset.metainfo.classes.')
+        fail(
+            f"config '{config}': the model has {needed} classes, but the names of "
+            f'{len(classes)} are known; name them in test_dataloader.dataset.metainfo.classes.'
+        )
     palette = meta.get('palette')
     if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
         palette = np.random.default_rng(0).integers(256, size=(len(classes), 3))
@@ -217,16 +265,19 @@ class Pipeline:
         steps = copy.deepcopy(innermost(cfg.test_dataloader.dataset).pipeline)
         steps = [step for step in steps if 'Annotation' not in kind_of(step)]
         if kind_of(steps[0]) != 'LoadImageFromFile':
-            fail(f"config '{config}': its test pipeline must begin with LoadImageFromFile, found "
-                 f"'{kind_of(steps[0])}'.")
+            fail(
+                f"config '{config}': its test pipeline must begin with LoadImageFromFile, found "
+                f"'{kind_of(steps[0])}'."
+            )
         steps[0].type = f'{cfg.default_scope}.InferencerLoader'  # takes arrays as well as files
         self.loader = TRANSFORMS.build(steps[0])
         self.steps = Compose(steps[1:])
 
     def load(self, image) -> dict:
         """An image, by its path or as an array."""
-        return self.loader(dict(img_path=str(image)) if isinstance(image, Path) else
-                           dict(img=image))
+        return self.loader(
+            dict(img_path=str(image)) if isinstance(image, Path) else dict(img=image)
+        )
 
     def prepare(self, source: Source, entry: dict, loaded: dict) -> Image:
         """What the model takes; an error names the image and goes on its way."""
@@ -235,8 +286,11 @@ class Pipeline:
         try:
             inputs = self.steps({**loaded, 'img_id': entry['id']})
         except Exception:
-            print(f"'{entry['file_name']}' can be read, but the config's test pipeline could not "
-                  'prepare it:', file=sys.stderr)
+            print(
+                f"'{entry['file_name']}' can be read, but the config's test pipeline could not "
+                'prepare it:',
+                file=sys.stderr,
+            )
             raise
         return Image(source, entry, np.uint8(pixels), inputs)
 
@@ -276,8 +330,13 @@ class Ids:
         self.next += count
 
 
-def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress: ProgressBar,
-              skipped: List[dict]) -> Iterator[Image]:
+def images_of(
+    sources: Sequence[Source],
+    pipeline: Pipeline,
+    ids: Ids,
+    progress: ProgressBar,
+    skipped: List[dict],
+) -> Iterator[Image]:
     """Every image of the sources that can be read; the others go to ``skipped``."""
 
     def skip(source: Source, reason: str) -> None:
@@ -296,8 +355,9 @@ def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress:
                 skip(source, 'it is cut short or no image that OpenCV reads')
                 progress.update()
             else:
-                yield pipeline.prepare(source, dict(id=ids.of(source), file_name=source.name),
-                                       loaded)
+                yield pipeline.prepare(
+                    source, dict(id=ids.of(source), file_name=source.name), loaded
+                )
             ids.leave(1)
             continue
         read = 0
@@ -307,8 +367,12 @@ def images_of(sources: Sequence[Source], pipeline: Pipeline, ids: Ids, progress:
             read += 1
         # What a video says of its length may be an estimate from its duration.
         if read < 0.98 * source.frames or not read:
-            skip(source, f'its frames from {read + 1} on could not be read' if read else
-                 'it is no video that OpenCV reads')
+            skip(
+                source,
+                f'its frames from {read + 1} on could not be read'
+                if read
+                else 'it is no video that OpenCV reads',
+            )
             progress.update(source.frames - read)
         ids.leave(max(source.frames, read))
 
@@ -321,8 +385,9 @@ def batches(images: Iterator[Image], size: int) -> Iterator[List[Image]]:
     """
     batch: List[Image] = []
     for image in images:
-        if batch and (len(batch) == size
-                      or image.inputs['inputs'].shape != batch[0].inputs['inputs'].shape):
+        if batch and (
+            len(batch) == size or image.inputs['inputs'].shape != batch[0].inputs['inputs'].shape
+        ):
             yield batch
             batch = []
         batch.append(image)
@@ -353,8 +418,9 @@ class Pictures:
 
     def add(self, image: Image, sample) -> None:
         rgb = np.ascontiguousarray(image.pixels[..., ::-1])
-        self.visualizer.add_datasample(image.entry['file_name'], rgb, sample, draw_gt=False,
-                                       **self.options)
+        self.visualizer.add_datasample(
+            image.entry['file_name'], rgb, sample, draw_gt=False, **self.options
+        )
         drawn = np.ascontiguousarray(self.visualizer.get_image()[..., ::-1])
         path = picture_path(self.out, image.source)
         if image.source.video is None:
@@ -364,8 +430,12 @@ class Pictures:
             self.finish_video()
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f'.{os.getpid()}.{path.name}')
-            writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*'mp4v'),
-                                     image.source.video.fps or 25, drawn.shape[1::-1])
+            writer = cv2.VideoWriter(
+                str(part),
+                cv2.VideoWriter_fourcc(*'mp4v'),
+                image.source.video.fps or 25,
+                drawn.shape[1::-1],
+            )
             if not writer.isOpened():
                 fail(f"'{path}' could not be written.")
             self.video = image.source, part, writer
@@ -401,19 +471,30 @@ class Objects:
 
         found = sample.pred_instances.numpy()
         labels = [self.categories[label] for label in found.labels]
-        for label, score, (left, top, right, bottom) in zip(labels, found.scores.tolist(),
-                                                            found.bboxes.tolist()):
-            self.results['bbox'].append(dict(
-                image_id=image.entry['id'], category_id=label, score=score,
-                bbox=[left, top, right - left, bottom - top]))
+        for label, score, (left, top, right, bottom) in zip(
+            labels, found.scores.tolist(), found.bboxes.tolist()
+        ):
+            self.results['bbox'].append(
+                dict(
+                    image_id=image.entry['id'],
+                    category_id=label,
+                    score=score,
+                    bbox=[left, top, right - left, bottom - top],
+                )
+            )
         if 'masks' not in found:
             return
         scores = found.get('mask_scores', found.scores).tolist()
         kept = self.results.setdefault('segm', [])
         for label, score, mask in zip(labels, scores, encode_mask_results(found.masks)):
-            kept.append(dict(
-                image_id=image.entry['id'], category_id=label, score=score,
-                segmentation=dict(size=mask['size'], counts=mask['counts'].decode())))
+            kept.append(
+                dict(
+                    image_id=image.entry['id'],
+                    category_id=label,
+                    score=score,
+                    segmentation=dict(size=mask['size'], counts=mask['counts'].decode()),
+                )
+            )
 
     def write(self, out: Path) -> None:
         for kind, results in self.results.items():
@@ -511,8 +592,10 @@ def main():
                 with context:
                     samples = model.test_step(pseudo_collate([image.inputs for image in batch]))
             except torch.OutOfMemoryError:
-                fail(f'--batch-size: {len(batch)} images like '
-                     f"'{batch[0].entry['file_name']}' do not fit into the memory of {device}.")
+                fail(
+                    f'--batch-size: {len(batch)} images like '
+                    f"'{batch[0].entry['file_name']}' do not fit into the memory of {device}."
+                )
             for image, sample in zip(batch, samples):
                 sample = sample.cpu()
                 results.add(image, sample)
@@ -522,8 +605,10 @@ def main():
     print()
     results.write(out)
     categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, meta['classes'])]
-    write_whole(out / 'images.json', json.dumps(
-        dict(images=entries, categories=categories, skipped=skipped), indent=1).encode())
+    write_whole(
+        out / 'images.json',
+        json.dumps(dict(images=entries, categories=categories, skipped=skipped), indent=1).encode(),
+    )
     print(f"{len(entries)} images predicted, see '{out}'; {len(skipped)} files skipped")
     for one in skipped:
         print(f"error: '{one['file_name']}' was skipped: {one['reason']}.", file=sys.stderr)

@@ -4,6 +4,7 @@
 
 writes mask_rcnn_cf_s_1x-1a2b3c4d.pth, with the first 8 digits of the file's sha256 in its name.
 """
+
 import argparse
 import hashlib
 import io
@@ -13,24 +14,41 @@ from pathlib import Path
 
 import torch
 
-from crossformer_mm.checkpoint import (CheckpointError, read_checkpoint, require_safetensors,
-                                       weights_in)
+from crossformer_mm.checkpoint import (
+    CheckpointError,
+    read_checkpoint,
+    require_safetensors,
+    weights_in,
+)
 from crossformer_mm.engine.command_line import check_file, fail, run, write_whole
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
 # What inferencers and readers of today and of the authors' days look for in `meta`.
-KEPT_META = ('dataset_meta', 'cfg', 'config', 'CLASSES', 'PALETTE', 'epoch', 'iter',
-             'mmengine_version', 'mmdet_version', 'mmseg_version')
+KEPT_META = (
+    'dataset_meta',
+    'cfg',
+    'config',
+    'CLASSES',
+    'PALETTE',
+    'epoch',
+    'iter',
+    'mmengine_version',
+    'mmdet_version',
+    'mmseg_version',
+)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Strip a checkpoint of the state of its training '
-                                     'and name it by its hash')
+    parser = argparse.ArgumentParser(
+        description='Strip a checkpoint of the state of its training and name it by its hash'
+    )
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('out', help='NAME.pth or NAME.safetensors: NAME-HASH with this suffix is '
-                        'written')
-    parser.add_argument('--safetensors', action='store_true',
-                        help='write safetensors, whatever the suffix')
+    parser.add_argument(
+        'out', help='NAME.pth or NAME.safetensors: NAME-HASH with this suffix is written'
+    )
+    parser.add_argument(
+        '--safetensors', action='store_true', help='write safetensors, whatever the suffix'
+    )
     return parser.parse_args()
 
 
@@ -56,7 +74,8 @@ def published(checkpoint, name: str) -> dict:
     """Weights and their meaning; copies, as a tensor may be a part of a larger one on disk."""
     weights = OrderedDict(
         (key, value.detach().clone(memory_format=torch.contiguous_format))
-        for key, value in weights_in(checkpoint, name).items())
+        for key, value in weights_in(checkpoint, name).items()
+    )
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, dict) else {}
     return dict(state_dict=weights, meta={key: meta[key] for key in KEPT_META if key in meta})
@@ -66,6 +85,7 @@ def serialized(content: dict, safetensors: bool) -> bytes:
     """The file: the same bytes, and hash, whenever the content is the same."""
     if safetensors:
         from safetensors.torch import save
+
         meta = json.dumps(content['meta'], default=lambda value: value.tolist())  # of numpy
         return save(content['state_dict'], metadata=dict(format='pt', meta=meta))
     buffer = io.BytesIO()  # a file would put its name inside

@@ -19,6 +19,7 @@ meanwhile: of the process on a CPU, of PyTorch's tensors on a GPU. What sweep.js
 model and data is not measured again, so that the same command goes on after an interruption, and
 another one adds settings.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -47,11 +48,21 @@ from mmengine.utils import ProgressBar
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import use_safe_loading
-from crossformer_mm.engine.command_line import (build_runner, check_dataset, check_file,
-                                                check_writable, fail, innermost, kind_of,
-                                                load_config,
-                                                prepare_for_cpu, replace_data_root, run,
-                                                sentences_for, write_whole)
+from crossformer_mm.engine.command_line import (
+    build_runner,
+    check_dataset,
+    check_file,
+    check_writable,
+    fail,
+    innermost,
+    kind_of,
+    load_config,
+    prepare_for_cpu,
+    replace_data_root,
+    run,
+    sentences_for,
+    write_whole,
+)
 from crossformer_mm.engine.data_checks import categories_checked, check_files, explained_data
 from crossformer_mm.engine.option_checks import add_cfg_options
 from crossformer_mm.engine.whole_files import name_of_config
@@ -72,7 +83,8 @@ def of_stages(text: str) -> tuple:
         return tuple(int(number) for number in text.split(','))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not one whole number for each stage, as in 7,7,7,7") from None
+            f"'{text}' is not one whole number for each stage, as in 7,7,7,7"
+        ) from None
 
 
 def settings_of(args: argparse.Namespace, cfg: Config) -> List[dict]:
@@ -87,11 +99,15 @@ def settings_of(args: argparse.Namespace, cfg: Config) -> List[dict]:
         if not (sizes or intervals or args.lda):
             # The first stages, whose maps are large, are what costs.
             sizes = [own['group_size'], first_half(own['group_size'], lambda size: 2 * size)]
-            intervals = [own['interval'], first_half(own['interval'], lambda apart: 2 * apart),
-                         first_half(own['interval'], lambda apart: max(apart // 2, 1))]
+            intervals = [
+                own['interval'],
+                first_half(own['interval'], lambda apart: 2 * apart),
+                first_half(own['interval'], lambda apart: max(apart // 2, 1)),
+            ]
         found = [own]
-        for values in itertools.product(sizes or [own['group_size']],
-                                        intervals or [own['interval']], args.lda or [own['lda']]):
+        for values in itertools.product(
+            sizes or [own['group_size']], intervals or [own['interval']], args.lda or [own['lda']]
+        ):
             setting = dict(zip(SETTING, values))
             if setting not in found:
                 CrossFormer(**{**options, **setting})  # says what is wrong
@@ -115,8 +131,10 @@ def caution(backbone: dict) -> Optional[str]:
     bias = backbone.get('position_bias', 'dynamic')
     if bias.startswith('dynamic'):
         return None
-    return (f"note: the model's position_bias is '{bias}'; only a dynamic one is made for groups "
-            'of other sizes than in training.')
+    return (
+        f"note: the model's position_bias is '{bias}'; only a dynamic one is made for groups "
+        'of other sizes than in training.'
+    )
 
 
 # One setting, in a process of its own
@@ -136,7 +154,7 @@ class Watch(Hook):
         self.backbone: List[float] = []
         self.memory: Optional[int] = None  # in bytes, at its highest
         self.shapes = Counter()
-        self.inside = self.entered = 0.
+        self.inside = self.entered = 0.0
 
     def before_test(self, runner) -> None:
         loop, self.model = runner.test_loop, runner.model
@@ -164,7 +182,7 @@ class Watch(Hook):
         check_names(self.metrics, loop.evaluator.evaluate(len(batch['inputs'])))
 
     def step(self, batch: dict):
-        self.inside = 0.
+        self.inside = 0.0
         reset_peak()
         start = now()
         out = self.test_step(batch)
@@ -186,9 +204,11 @@ class Watch(Hook):
 
     def result(self) -> dict:
         """Medians, without the first images, with which a model warms up."""
-        return dict(seconds=statistics.median(self.seconds[1:] or self.seconds),
-                    backbone_seconds=statistics.median(self.backbone[1:] or self.backbone),
-                    peak_memory=self.memory)
+        return dict(
+            seconds=statistics.median(self.seconds[1:] or self.seconds),
+            backbone_seconds=statistics.median(self.backbone[1:] or self.backbone),
+            peak_memory=self.memory,
+        )
 
 
 def now() -> float:
@@ -219,8 +239,10 @@ def peak() -> Optional[int]:
 def check_names(asked: Sequence[str], metrics: dict) -> None:
     for name in asked:
         if metrics and name not in metrics:  # there are none where nothing is found
-            fail(f"--metric: the config's evaluator has no '{name}', but "
-                 f"{', '.join(map(repr, metrics))}.")
+            fail(
+                f"--metric: the config's evaluator has no '{name}', but "
+                f"{', '.join(map(repr, metrics))}."
+            )
 
 
 def measure(cfg: Config, setting: dict, asked: Sequence[str]) -> dict:
@@ -235,9 +257,14 @@ def measure(cfg: Config, setting: dict, asked: Sequence[str]) -> dict:
         cfg.model.backbone.update(setting)
         parts = count(cfg, shape)['parts']
     flops = sum(part['flops'] for name, part in parts.items() if name.startswith('backbone.'))
-    return dict(metrics={name: float(value) for name, value in metrics.items()
-                         if isinstance(value, numbers.Real)},
-                **watch.result(), backbone_flops=flops, shape=shape)
+    return dict(
+        metrics={
+            name: float(value) for name, value in metrics.items() if isinstance(value, numbers.Real)
+        },
+        **watch.result(),
+        backbone_flops=flops,
+        shape=shape,
+    )
 
 
 def measure_apart(setting: dict, images: Optional[int], asked: Sequence[str], log: Path) -> dict:
@@ -253,7 +280,8 @@ def measure_apart(setting: dict, images: Optional[int], asked: Sequence[str], lo
         task = dict(setting=setting, images=images, asked=asked, folder=folder)
         status = subprocess.run(
             [sys.executable, '-W', 'ignore', __file__, *sys.argv[1:], '--task', json.dumps(task)],
-            stderr=said_there).returncode
+            stderr=said_there,
+        ).returncode
         print()
         if not status:
             return json.loads(Path(folder, 'result.json').read_text(encoding='utf-8'))
@@ -261,7 +289,8 @@ def measure_apart(setting: dict, images: Optional[int], asked: Sequence[str], lo
         lines = said_there.read().strip().splitlines()
     if status < 0:
         reason = f'it was ended by signal {-status}' + (
-            ', which is what happens when memory is full' if status == -9 else '')
+            ', which is what happens when memory is full' if status == -9 else ''
+        )
     else:
         reason = lines[-1].removeprefix('error: ') if lines else f'exit status {status}'
     return dict(error=reason.rstrip('.'), refused=status == 2)
@@ -288,8 +317,11 @@ def shown_metrics(asked: Sequence[str], results: Sequence[dict]) -> List[str]:
 def table(results: Sequence[dict], metrics: Sequence[str]) -> str:
     """For people: a line for each setting, a star at the config's own."""
     width = max(len(name_of(result)) for result in results)
-    lines = [f"{'':6}{'setting':{width}}" + ''.join(f'{name:>15}' for name in metrics)
-             + f"{'time':>11}{'of backbone':>13}{'memory':>11}{'FLOPs of backbone':>19}"]
+    lines = [
+        f"{'':6}{'setting':{width}}"
+        + ''.join(f'{name:>15}' for name in metrics)
+        + f"{'time':>11}{'of backbone':>13}{'memory':>11}{'FLOPs of backbone':>19}"
+    ]
     for number, result in enumerate(results, start=1):
         line = f"{number:3} {'*' if result['own'] else ' '} {name_of(result):{width}}"
         if 'error' in result:
@@ -297,59 +329,98 @@ def table(results: Sequence[dict], metrics: Sequence[str]) -> str:
             continue
         memory = result['peak_memory']
         lines.append(
-            line + ''.join(f"{result['metrics'].get(name, float('nan')):15.4g}" for name in metrics)
+            line
+            + ''.join(f"{result['metrics'].get(name, float('nan')):15.4g}" for name in metrics)
             + f"{1000 * result['seconds']:8.1f} ms{1000 * result['backbone_seconds']:10.1f} ms"
             + (f'{memory / 2**20:7.0f} MiB' if memory else f"{'–':>11}")
-            + f"{result['backbone_flops'] / 1e9:17.2f} G")
+            + f"{result['backbone_flops'] / 1e9:17.2f} G"
+        )
     return '\n'.join([*lines, '* as in the config'])
 
 
 def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) -> None:
     """Each metric against time and memory; the numbers are those of the table."""
     import matplotlib
+
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
 
-    costs = [('seconds', 1000, 'milliseconds per image'),
-             ('peak_memory', 2**-20, f"peak memory in MiB, {of['device']}")]
+    costs = [
+        ('seconds', 1000, 'milliseconds per image'),
+        ('peak_memory', 2**-20, f"peak memory in MiB, {of['device']}"),
+    ]
     sizes = list(dict.fromkeys(tuple(result['group_size']) for result in results))
     markers = dict(zip(dict.fromkeys(result['lda'] for result in results), 'osD^'))
-    figure, axes = plt.subplots(len(metrics), 2, figsize=(11, 4.2 * len(metrics) + 0.5),
-                                squeeze=False, layout='constrained')
+    figure, axes = plt.subplots(
+        len(metrics), 2, figsize=(11, 4.2 * len(metrics) + 0.5), squeeze=False, layout='constrained'
+    )
     handles = {}
     for metric, row in zip(metrics, axes):
         for (cost, unit, label), axis in zip(costs, row):
             # To three digits: a difference of less is noise, and no trade.
-            points = {number: (float(f'{result[cost] * unit:.3g}'), result['metrics'][metric])
-                      for number, result in enumerate(results, start=1)
-                      if result.get(cost) is not None and metric in result['metrics']}
+            points = {
+                number: (float(f'{result[cost] * unit:.3g}'), result['metrics'][metric])
+                for number, result in enumerate(results, start=1)
+                if result.get(cost) is not None and metric in result['metrics']
+            }
             front = pareto(points.values())
             if len(front) > 1:
-                handles['Pareto front'], = axis.step(*zip(*front), where='post', color='0.55',
-                                                     linestyle='--', linewidth=1.2, zorder=1)
+                (handles['Pareto front'],) = axis.step(
+                    *zip(*front),
+                    where='post',
+                    color='0.55',
+                    linestyle='--',
+                    linewidth=1.2,
+                    zorder=1,
+                )
             for number, point in points.items():
                 result = results[number - 1]
                 colour = f"C{sizes.index(tuple(result['group_size'])) % 10}"
                 handles[number] = axis.scatter(
-                    *point, s=200 if result['own'] else 70, zorder=2 if result['own'] else 3,
-                    marker=markers[result['lda']], alpha=0.85, linewidths=2, color=colour,
-                    edgecolors='black' if result['own'] else 'white')
+                    *point,
+                    s=200 if result['own'] else 70,
+                    zorder=2 if result['own'] else 3,
+                    marker=markers[result['lda']],
+                    alpha=0.85,
+                    linewidths=2,
+                    color=colour,
+                    edgecolors='black' if result['own'] else 'white',
+                )
                 # Around the point, each number elsewhere: points may lie on each other.
                 away = 14 * np.exp(2.4j * number)
-                axis.annotate(str(number), point, (away.real, away.imag), ha='center', va='center',
-                              textcoords='offset points', fontsize=9, color=colour,
-                              fontweight='bold', zorder=4)
+                axis.annotate(
+                    str(number),
+                    point,
+                    (away.real, away.imag),
+                    ha='center',
+                    va='center',
+                    textcoords='offset points',
+                    fontsize=9,
+                    color=colour,
+                    fontweight='bold',
+                    zorder=4,
+                )
             axis.set(xlabel=label, ylabel=metric)
             axis.margins(0.15)
             axis.grid(alpha=0.3)
-    names = {number: f"{number}  {name_of(result)}{' (as in the config)' if result['own'] else ''}"
-             for number, result in enumerate(results, start=1)}
-    order = sorted((key for key in handles if key in names)) + [
-        key for key in handles if key not in names]
-    figure.legend([handles[key] for key in order], [names.get(key, key) for key in order],
-                  loc='outside lower center', ncols=2, fontsize=8, frameon=False)
-    figure.suptitle(f"{Path(of['config']).stem} at other groups, {of['images']} images",
-                    fontweight='bold')
+    names = {
+        number: f"{number}  {name_of(result)}{' (as in the config)' if result['own'] else ''}"
+        for number, result in enumerate(results, start=1)
+    }
+    order = sorted(key for key in handles if key in names) + [
+        key for key in handles if key not in names
+    ]
+    figure.legend(
+        [handles[key] for key in order],
+        [names.get(key, key) for key in order],
+        loc='outside lower center',
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
+    figure.suptitle(
+        f"{Path(of['config']).stem} at other groups, {of['images']} images", fontweight='bold'
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
     plt.close(figure)
@@ -363,8 +434,10 @@ def read_record(file: Path, of: dict) -> Dict[str, dict]:
     try:
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['of'] != of:
-            fail(f"--out: '{file}' is of another model, other data or another machine; name "
-                 'another folder, or remove it.')
+            fail(
+                f"--out: '{file}' is of another model, other data or another machine; name "
+                'another folder, or remove it.'
+            )
         return {name_of(result): result for result in record['settings']}
     except (ValueError, KeyError, TypeError):
         fail(f"--out: '{file}' is no result of this tool; name another folder, or remove it.")
@@ -373,25 +446,49 @@ def read_record(file: Path, of: dict) -> Dict[str, dict]:
 def parse_args():
     parser = argparse.ArgumentParser(
         description='Evaluate a trained model at other group sizes and intervals, and draw its '
-        'metrics against time and memory')
+        'metrics against time and memory'
+    )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--group-size', type=of_stages, nargs='+', metavar='G,G,G,G',
-                        help="group sizes, one number for each stage (default: the config's; "
-                        'without this, --interval and --lda: a grid around the config)')
-    parser.add_argument('--interval', type=of_stages, nargs='+', metavar='I,I,I,I',
-                        help="the same for intervals; measured are all combinations, and the "
-                        "config's own")
-    parser.add_argument('--lda', nargs='+', choices=LDA_DEFINITIONS,
-                        help="definitions of long distance attention (default: the config's)")
-    parser.add_argument('--metric', nargs='+', default=[], metavar='NAME',
-                        help='metrics of table and picture (default: '
-                        f"{', '.join(METRICS)}, if there); sweep.json has all")
-    parser.add_argument('--max-images', type=int, metavar='N',
-                        help='evaluate on the first N images alone (default: all)')
+    parser.add_argument(
+        '--group-size',
+        type=of_stages,
+        nargs='+',
+        metavar='G,G,G,G',
+        help="group sizes, one number for each stage (default: the config's; "
+        'without this, --interval and --lda: a grid around the config)',
+    )
+    parser.add_argument(
+        '--interval',
+        type=of_stages,
+        nargs='+',
+        metavar='I,I,I,I',
+        help="the same for intervals; measured are all combinations, and the config's own",
+    )
+    parser.add_argument(
+        '--lda',
+        nargs='+',
+        choices=LDA_DEFINITIONS,
+        help="definitions of long distance attention (default: the config's)",
+    )
+    parser.add_argument(
+        '--metric',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='metrics of table and picture (default: '
+        f"{', '.join(METRICS)}, if there); sweep.json has all",
+    )
+    parser.add_argument(
+        '--max-images',
+        type=int,
+        metavar='N',
+        help='evaluate on the first N images alone (default: all)',
+    )
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
-    parser.add_argument('--out', metavar='DIR',
-                        help='folder to write (default: sweep in the folder of a training)')
+    parser.add_argument(
+        '--out', metavar='DIR', help='folder to write (default: sweep in the folder of a training)'
+    )
     add_cfg_options(parser)
     parser.add_argument('--task', help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -454,10 +551,15 @@ def main():
     file, log = out / 'sweep.json', out / 'log.txt'
     cuda = torch.cuda.is_available()
     digest = hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16]
-    of = dict(config=args.config, digest=digest, checkpoint=args.checkpoint,
-              written=os.stat(args.checkpoint).st_mtime, images=images,
-              device=torch.cuda.get_device_name() if cuda else 'CPU',
-              threads=torch.get_num_threads())
+    of = dict(
+        config=args.config,
+        digest=digest,
+        checkpoint=args.checkpoint,
+        written=os.stat(args.checkpoint).st_mtime,
+        images=images,
+        device=torch.cuda.get_device_name() if cuda else 'CPU',
+        threads=torch.get_num_threads(),
+    )
     known = read_record(file, of)
     if caution(cfg.model.backbone):
         print(caution(cfg.model.backbone))
@@ -471,8 +573,9 @@ def main():
             continue
         own = number == 1
         try:
-            result = measure_apart(setting, images if images < there else None,
-                                   args.metric if own else [], log)
+            result = measure_apart(
+                setting, images if images < there else None, args.metric if own else [], log
+            )
         except KeyboardInterrupt:
             fail(f"interrupted; '{file}' keeps {len(known)} settings, the same command goes on.")
         if result.pop('refused', False) and own:

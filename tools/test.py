@@ -3,34 +3,55 @@
     python tools/test.py configs/upernet/cf_s_160k.py \\
         work_dirs/upernet/cf_s_160k/iter_160000.pth --tta
 """
+
 from pathlib import Path
 
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
 
-from crossformer_mm.engine.command_line import (argument_parser, build_runner, check_dataset,
-                                                check_file, check_writable, data_sets, fail,
-                                                kind_of, let_draw, metrics_of, read_config, run)
+from crossformer_mm.engine.command_line import (
+    argument_parser,
+    build_runner,
+    check_dataset,
+    check_file,
+    check_writable,
+    data_sets,
+    fail,
+    kind_of,
+    let_draw,
+    metrics_of,
+    read_config,
+    run,
+)
 from crossformer_mm.engine.weight_checks import CheckWeightsHook
 
 
 def parse_args():
     parser = argument_parser('Evaluate a checkpoint of a detector, a segmentor or a classifier')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', help='keep the predictions: a .pkl file for a detector or a '
-                        'classifier, a folder of label maps for a segmentor')
+    parser.add_argument(
+        '--out',
+        help='keep the predictions: a .pkl file for a detector or a '
+        'classifier, a folder of label maps for a segmentor',
+    )
     parser.add_argument('--show-dir', help='folder for pictures of predictions beside ground truth')
-    parser.add_argument('--tta', action='store_true',
-                        help='test-time augmentation, as the config defines it')
-    parser.add_argument('--allow-partial', action='store_true',
-                        help='evaluate even if weights are missing, unexpected or of another shape')
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation, as the config defines it'
+    )
+    parser.add_argument(
+        '--allow-partial',
+        action='store_true',
+        help='evaluate even if weights are missing, unexpected or of another shape',
+    )
     return parser.parse_args()
 
 
 def use_test_time_augmentation(cfg, config_file):
     if not cfg.get('tta_model') or not cfg.get('tta_pipeline'):
-        fail(f"--tta: config '{config_file}' defines no test-time augmentation "
-             '(tta_model and tta_pipeline).')
+        fail(
+            f"--tta: config '{config_file}' defines no test-time augmentation "
+            '(tta_model and tta_pipeline).'
+        )
     for dataset in data_sets(cfg.test_dataloader.dataset):
         dataset['pipeline'] = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
@@ -41,10 +62,12 @@ def show_predictions(cfg, folder: str) -> None:
     kind, switched = {
         'mmdet': ('DetVisualizationHook', dict(draw=True, test_out_dir=folder)),
         'mmseg': ('SegVisualizationHook', dict(draw=True)),
-        'mmpretrain': ('VisualizationHook', dict(enable=True, out_dir=folder))}[cfg.default_scope]
+        'mmpretrain': ('VisualizationHook', dict(enable=True, out_dir=folder)),
+    }[cfg.default_scope]
     hooks = cfg.get('default_hooks') or {}
-    hook = dict(hooks.get('visualization') or dict(type=kind), interval=1,
-                **switched)  # mmsegmentation 1.2 would skip images
+    hook = dict(
+        hooks.get('visualization') or dict(type=kind), interval=1, **switched
+    )  # mmsegmentation 1.2 would skip images
     cfg.default_hooks = {**hooks, 'visualization': hook}
     visualizer = let_draw(cfg)
     if cfg.default_scope == 'mmseg':

@@ -1,7 +1,8 @@
 """Train a detector, a segmentor or a classifier.
 
-    python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
+python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
 """
+
 import logging
 import sys
 from pathlib import Path
@@ -9,9 +10,18 @@ from pathlib import Path
 import torch
 from mmengine.device import get_device
 
-from crossformer_mm.engine.command_line import (argument_parser, build_runner, check_dataset,
-                                                check_file, check_writable, fail, kind_of,
-                                                let_draw, read_config, run)
+from crossformer_mm.engine.command_line import (
+    argument_parser,
+    build_runner,
+    check_dataset,
+    check_file,
+    check_writable,
+    fail,
+    kind_of,
+    let_draw,
+    read_config,
+    run,
+)
 from crossformer_mm.engine.runner import Careful
 from crossformer_mm.engine.whole_files import FULL, newest_checkpoint
 
@@ -21,23 +31,45 @@ PRECISIONS = ('float16', 'bfloat16')
 
 def parse_args():
     parser = argument_parser('Train a detector, a segmentor or a classifier')
-    parser.add_argument('--amp', nargs='?', const='float16', choices=PRECISIONS,
-                        help='automatic mixed precision, in float16 (default; GPU) or bfloat16 '
-                        '(GPU or CPU)')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate by the actual total batch size')
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from CHECKPOINT, or from the newest one in the work folder')
-    parser.add_argument('--tensorboard-samples', type=int, metavar='N',
-                        help='also log to TensorBoard, with the predictions on N validation images '
-                        'at every validation')
-    parser.add_argument('--skip-bad-images', action='store_true',
-                        help='train on without images that cannot be used, and list them in '
-                        f'WORK_DIR/{SKIPPED} (default: stop at the first)')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='float16',
+        choices=PRECISIONS,
+        help='automatic mixed precision, in float16 (default; GPU) or bfloat16 (GPU or CPU)',
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the actual total batch size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from CHECKPOINT, or from the newest one in the work folder',
+    )
+    parser.add_argument(
+        '--tensorboard-samples',
+        type=int,
+        metavar='N',
+        help='also log to TensorBoard, with the predictions on N validation images '
+        'at every validation',
+    )
+    parser.add_argument(
+        '--skip-bad-images',
+        action='store_true',
+        help='train on without images that cannot be used, and list them in '
+        f'WORK_DIR/{SKIPPED} (default: stop at the first)',
+    )
     # --amp alone may stand before the config.
-    args = parser.parse_args([
-        '--amp=float16' if word == '--amp' and following not in PRECISIONS else word
-        for word, following in zip(sys.argv[1:], [*sys.argv[2:], None])])
+    args = parser.parse_args(
+        [
+            '--amp=float16' if word == '--amp' and following not in PRECISIONS else word
+            for word, following in zip(sys.argv[1:], [*sys.argv[2:], None])
+        ]
+    )
     if args.tensorboard_samples is not None:
         if args.tensorboard_samples < 1:
             fail(f'--tensorboard-samples must be at least 1, got {args.tensorboard_samples}.')
@@ -49,8 +81,10 @@ def use_mixed_precision(cfg, precision: str) -> None:
     """Let a configuration train in it; end the program with a sentence where that cannot work."""
     if precision == 'float16':
         if get_device() in ('cpu', 'mps'):
-            fail('--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
-                 'train in bfloat16 with --amp bfloat16.')
+            fail(
+                '--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
+                'train in bfloat16 with --amp bfloat16.'
+            )
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
         return
@@ -77,8 +111,10 @@ def check_weights(cfg, args) -> None:
         check_file('model.backbone.init_cfg.checkpoint', file)
     if not any(files) and not cfg.get('load_from') and not args.resume:
         if backbone and kind_of(backbone) != 'CrossFormer':  # which says so itself
-            print('No pretrained checkpoint is given, the backbone starts from random weights: '
-                  'name a file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.')
+            print(
+                'No pretrained checkpoint is given, the backbone starts from random weights: '
+                'name a file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.'
+            )
 
 
 def main():
@@ -96,8 +132,10 @@ def main():
         if not cfg.get('val_dataloader'):
             fail(f"--tensorboard-samples: config '{args.config}' has no val_dataloader.")
         let_draw(cfg)
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []),
-                            dict(type='ValidationSamplesHook', count=args.tensorboard_samples)]
+        cfg.custom_hooks = [
+            *(cfg.get('custom_hooks') or []),
+            dict(type='ValidationSamplesHook', count=args.tensorboard_samples),
+        ]
     check_writable('--work-dir', cfg.work_dir)
     runner = build_runner(cfg)
     if isinstance(runner, Careful):
@@ -105,8 +143,10 @@ def main():
         if args.skip_bad_images:
             runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not args.resume)
     elif args.resume or args.skip_bad_images:
-        fail(f'--resume and --skip-bad-images need a runner of MMEngine, config '
-             f"'{args.config}' has runner_type {cfg.runner_type!r}.")
+        fail(
+            f'--resume and --skip-bad-images need a runner of MMEngine, config '
+            f"'{args.config}' has runner_type {cfg.runner_type!r}."
+        )
     logging.raiseExceptions = False  # a full disk ends the run below, not with each line of the log
     try:
         runner.train()
@@ -114,9 +154,14 @@ def main():
         if error.errno not in FULL:
             raise
         newest = newest_checkpoint(runner)
-        fail(f"'{error.filename or cfg.work_dir}' could not be written: {error.strerror}; "
-             + (f"once it can, go on from '{newest}' with --resume." if newest else
-                'there is no checkpoint yet.'))
+        fail(
+            f"'{error.filename or cfg.work_dir}' could not be written: {error.strerror}; "
+            + (
+                f"once it can, go on from '{newest}' with --resume."
+                if newest
+                else 'there is no checkpoint yet.'
+            )
+        )
 
 
 if __name__ == '__main__':

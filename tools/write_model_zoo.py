@@ -6,6 +6,7 @@ Written are docs/model_zoo.md, the table of configs in README.md and README_zh-C
 metafile.yml for each method and model-index.yml, which OpenMMLab's tools read. With --check,
 nothing is: the program ends with a sentence if a file is not up to date.
 """
+
 import argparse
 import json
 import re
@@ -25,8 +26,14 @@ PUBLISHED = ROOT / 'docs' / 'published.json'
 GENERATED = 'Written by tools/write_model_zoo.py'
 README_TABLE = re.compile(
     r"(\| (?:config \| paper's result|配置文件 \| 论文结果) \| \|\n\|---\|---\|---\|\n).*?(?=\n\n)",
-    flags=re.DOTALL)
-CHINESE = {' epochs ': ' 轮 ', 'k iterations ': 'k 次迭代 ', ' to ': ' 至 ', 'multi-scale': '多尺度'}
+    flags=re.DOTALL,
+)
+CHINESE = {
+    ' epochs ': ' 轮 ',
+    'k iterations ': 'k 次迭代 ',
+    ' to ': ' 至 ',
+    'multi-scale': '多尺度',
+}
 INTRODUCTION = '''\
 Every model here is one for which the authors publish a result. Results are theirs; none was
 trained anew here. Detectors and segmentors start from ImageNet weights, for which the authors'
@@ -77,8 +84,9 @@ class Model:
     @property
     def groups(self) -> str:
         backbone = self.cfg.model.backbone
-        groups = ', '.join('·'.join(map(str, of_stages))
-                           for of_stages in (backbone.group_size, backbone.interval))
+        groups = ', '.join(
+            '·'.join(map(str, of_stages)) for of_stages in (backbone.group_size, backbone.interval)
+        )
         return groups if backbone.lda == 'interval' else f'{groups}, {backbone.lda}'
 
     @property
@@ -96,8 +104,11 @@ class Model:
         else:
             size = '{}x{}'.format(*steps['Resize'].scale)
         train = self.cfg.train_cfg
-        length = (f'{train.max_epochs} epochs' if 'max_epochs' in train
-                  else f'{train.max_iters // 1000}k iterations')
+        length = (
+            f'{train.max_epochs} epochs'
+            if 'max_epochs' in train
+            else f'{train.max_iters // 1000}k iterations'
+        )
         return f'{size}, {length}'
 
 
@@ -127,28 +138,42 @@ def by(models: List[Model], key) -> Dict[object, List[Model]]:
 
 def model_zoo(models: List[Model], counted: Dict[str, dict]) -> str:
     """The text of docs/model_zoo.md."""
-    lines = ['# Model zoo', '',
-             f"<!-- {GENERATED}; the papers' figures are in {PUBLISHED.name}. -->", '', INTRODUCTION]
-    for folder, members in by(models, lambda model: model.folder).items():
+    lines = [
+        '# Model zoo',
+        '',
+        f"<!-- {GENERATED}; the papers' figures are in {PUBLISHED.name}. -->",
+        '',
+        INTRODUCTION,
+    ]
+    for _folder, members in by(models, lambda model: model.folder).items():
         metrics = list(members[0].published['results'])
         height, width = members[0].counted['shape']
         method = members[0].method
-        lines += ['', f"## {method['name']}, {method['dataset']}, FLOPs at {height}x{width}", '',
-                  f"| config | backbone | G, I | training | parameters | published | FLOPs | "
-                  f"published | {' | '.join(metrics)} |", '|---' * (8 + len(metrics)) + '|']
+        lines += [
+            '',
+            f"## {method['name']}, {method['dataset']}, FLOPs at {height}x{width}",
+            '',
+            f"| config | backbone | G, I | training | parameters | published | FLOPs | "
+            f"published | {' | '.join(metrics)} |",
+            '|---' * (8 + len(metrics)) + '|',
+        ]
         notes = []
         for model in members:
             results, mark = model.published['results'], ''
             if 'note' in model.published:
                 notes.append(model.published['note'])
                 mark = f' [{len(notes)}]'
-            cells = [f'[{model.stem}](../configs/{model.name}.py){mark}', model.backbone,
-                     model.groups, model.recipe,
-                     f"{model.counted['params'] / 1e6:.1f} M",
-                     figure(model.published['params'], 'M'),
-                     f"{model.counted['flops'] / 1e9:.1f} G",
-                     figure(model.published['flops'], 'G'),
-                     *(str(results[metric]) for metric in metrics)]
+            cells = [
+                f'[{model.stem}](../configs/{model.name}.py){mark}',
+                model.backbone,
+                model.groups,
+                model.recipe,
+                f"{model.counted['params'] / 1e6:.1f} M",
+                figure(model.published['params'], 'M'),
+                f"{model.counted['flops'] / 1e9:.1f} G",
+                figure(model.published['flops'], 'G'),
+                *(str(results[metric]) for metric in metrics),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         for index, note in enumerate(notes, start=1):
             lines += ['', f'[{index}] {note}']
@@ -157,14 +182,20 @@ def model_zoo(models: List[Model], counted: Dict[str, dict]) -> str:
 
 def baselines(counted: Dict[str, dict]) -> List[str]:
     """The lines of docs/model_zoo.md on other backbones."""
-    lines = [BASELINES, '', '| config | backbone | parameters | published | FLOPs | published | '
-             'published result |', '|---' * 7 + '|']
+    lines = [
+        BASELINES,
+        '',
+        '| config | backbone | parameters | published | FLOPs | published | published result |',
+        '|---' * 7 + '|',
+    ]
     for name, row in json.loads(PUBLISHED.read_text(encoding='utf-8'))['baselines'].items():
         results = ', '.join(f'{value} {metric}' for metric, value in row['results'].items())
-        lines.append(f"| [{name}](../configs/{name}.py) | {row['backbone']} | "
-                     f"{counted[name]['params'] / 1e6:.1f} M | {figure(row['params'], 'M')} | "
-                     f"{counted[name]['flops'] / 1e9:.1f} G | {figure(row['flops'], 'G')} | "
-                     f"{results or figure(None, '')} |")
+        lines.append(
+            f"| [{name}](../configs/{name}.py) | {row['backbone']} | "
+            f"{counted[name]['params'] / 1e6:.1f} M | {figure(row['params'], 'M')} | "
+            f"{counted[name]['flops'] / 1e9:.1f} G | {figure(row['flops'], 'G')} | "
+            f"{results or figure(None, '')} |"
+        )
     return lines
 
 
@@ -181,9 +212,12 @@ def readme_table(models: List[Model]) -> str:
         sizes = f'{{{sizes}}}' if len(members) > 1 else sizes
         results = ', '.join(
             f"{' / '.join(str(model.published['results'][metric]) for model in members)} {metric}"
-            for metric in members[0].published['results'])
-        rows.append(f'| `configs/{folder}/{family}_{sizes}_{schedule}.py` | {results} | '
-                    f'{members[0].recipe} |')
+            for metric in members[0].published['results']
+        )
+        rows.append(
+            f'| `configs/{folder}/{family}_{sizes}_{schedule}.py` | {results} | '
+            f'{members[0].recipe} |'
+        )
     return '\n'.join(rows)
 
 
@@ -200,21 +234,25 @@ def metafile(models: List[Model]) -> dict:
         tasks = {}
         for metric, value in model.published['results'].items():
             tasks.setdefault(model.metrics[metric], {})[metric] = value
-        entries.append({
-            'Name': f'{model.folder}_{model.stem}',
-            'In Collection': model.method['name'],
-            'Config': f'configs/{model.name}.py',
-            'Metadata': {
-                'Training Data': model.method['dataset'],
-                'Architecture': [model.backbone, model.method['name']],
-                'Parameters': model.counted['params'],
-                'FLOPs': model.counted['flops'],
-                'Image Size': 'x'.join(map(str, model.counted['shape'])),
-            },
-            'Results': [{'Task': task, 'Dataset': model.method['dataset'], 'Metrics': metrics}
-                        for task, metrics in tasks.items()],
-            'Paper': {'Title': model.paper['title'], 'URL': model.paper['url']},
-        })
+        entries.append(
+            {
+                'Name': f'{model.folder}_{model.stem}',
+                'In Collection': model.method['name'],
+                'Config': f'configs/{model.name}.py',
+                'Metadata': {
+                    'Training Data': model.method['dataset'],
+                    'Architecture': [model.backbone, model.method['name']],
+                    'Parameters': model.counted['params'],
+                    'FLOPs': model.counted['flops'],
+                    'Image Size': 'x'.join(map(str, model.counted['shape'])),
+                },
+                'Results': [
+                    {'Task': task, 'Dataset': model.method['dataset'], 'Metrics': metrics}
+                    for task, metrics in tasks.items()
+                ],
+                'Paper': {'Title': model.paper['title'], 'URL': model.paper['url']},
+            }
+        )
     return {'Collections': [{'Name': models[0].method['name']}], 'Models': entries}
 
 
@@ -230,25 +268,36 @@ def render(counted: Dict[str, dict]) -> Dict[Path, str]:
     translated = rows
     for english, chinese in CHINESE.items():
         translated = translated.replace(english, chinese)
-    files = {ROOT / 'docs' / 'model_zoo.md': model_zoo(models, counted),
-             **with_table(ROOT / 'README.md', rows),
-             **with_table(ROOT / 'README_zh-CN.md', translated),
-             ROOT / 'model-index.yml': dump(
-                 {'Import': [f'configs/{folder}/metafile.yml' for folder in methods]})}
-    files.update({CONFIGS / folder / 'metafile.yml': dump(metafile(members))
-                  for folder, members in methods.items()})
+    files = {
+        ROOT / 'docs' / 'model_zoo.md': model_zoo(models, counted),
+        **with_table(ROOT / 'README.md', rows),
+        **with_table(ROOT / 'README_zh-CN.md', translated),
+        ROOT / 'model-index.yml': dump(
+            {'Import': [f'configs/{folder}/metafile.yml' for folder in methods]}
+        ),
+    }
+    files.update(
+        {
+            CONFIGS / folder / 'metafile.yml': dump(metafile(members))
+            for folder, members in methods.items()
+        }
+    )
     return files
 
 
 def outdated(files: Dict[Path, str]) -> List[str]:
     """Files that are not what :func:`render` says."""
-    return [str(path.relative_to(ROOT)) for path, text in files.items()
-            if not path.is_file() or path.read_text(encoding='utf-8') != text]
+    return [
+        str(path.relative_to(ROOT))
+        for path, text in files.items()
+        if not path.is_file() or path.read_text(encoding='utf-8') != text
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description='Write docs/model_zoo.md, the configs in both READMEs and the metafiles')
+        description='Write docs/model_zoo.md, the configs in both READMEs and the metafiles'
+    )
     parser.add_argument('--check', action='store_true', help='write nothing, only say what is old')
     args = parser.parse_args()
     warnings.simplefilter('ignore')  # of losses, which are of no interest here

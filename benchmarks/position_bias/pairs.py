@@ -11,7 +11,8 @@ model = dict(
         merge_sizes=(),
         group_size=(8,),
         interval=(2,),
-        out_indices=(0,)),
+        out_indices=(0,),
+    ),
     decode_head=dict(
         _delete_=True,
         type='FCNHead',
@@ -20,12 +21,14 @@ model = dict(
         channels=128,
         num_convs=0,
         concat_input=False,
-        dropout_ratio=0.,
+        dropout_ratio=0.0,
         norm_cfg=dict(type='BN'),
         num_classes=5,
         align_corners=False,
         init_cfg=dict(type='Normal', std=0.05, override=dict(name='conv_seg')),
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)))
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+    ),
+)
 
 train_pipeline = [  # a flip would change the class of an object
     dict(type='LoadImageFromFile'),
@@ -38,4 +41,5 @@ train_cfg = dict(max_iters=250)
 positions = dict(lr_mult=5, decay_mult=0)
 optim_wrapper = dict(
     optimizer=dict(lr=1.5e-3),
-    paramwise_cfg=dict(custom_keys={'attn.pos': positions, 'absolute_pos': positions}))
+    paramwise_cfg=dict(custom_keys={'attn.pos': positions, 'absolute_pos': positions}),
+)

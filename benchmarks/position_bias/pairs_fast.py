@@ -4,4 +4,5 @@ _base_ = ['pairs.py']
 
 positions = dict(lr_mult=20, decay_mult=0)
 optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'attn.pos': positions, 'absolute_pos': positions}))
+    paramwise_cfg=dict(custom_keys={'attn.pos': positions, 'absolute_pos': positions})
+)

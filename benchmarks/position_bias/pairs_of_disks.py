@@ -1,4 +1,5 @@
 """Images in which the class of an object is how its two parts lie to each other, nothing else."""
+
 import cv2
 import numpy as np
 
@@ -16,7 +17,7 @@ def scene(rng: np.random.Generator, size: int, unit: int):
     image = image.astype(np.uint8)
     taken = np.zeros((size, size), np.uint8)
     objects = []
-    for _ in range(max(round(rng.integers(4, 7) * (size / unit)**2), 1)):
+    for _ in range(max(round(rng.integers(4, 7) * (size / unit) ** 2), 1)):
         kind = int(rng.integers(len(DIRECTIONS)))
         radius = rng.uniform(0.05, 0.075) * unit
         apart = DIRECTIONS[kind] * radius * rng.uniform(2.2, 2.8)

@@ -1,13 +1,14 @@
 """Gather the results of the study's trainings: one file of figures, a table, pictures."""
+
 import json
 from pathlib import Path
 from typing import Dict, List
 
 import numpy as np
 from scipy import stats
+from study import EXPERIMENTS, OPTIONS, TRAININGS, Test
 
 from crossformer_mm.engine.errors import fail
-from study import EXPERIMENTS, OPTIONS, TRAININGS, Test
 
 BASE = 'dynamic'  # what the others are compared with
 AT_HOME = Test('scaled').name
@@ -20,24 +21,30 @@ class Scores:
     """``scores(experiment, training, option, test)``: the metric by seed."""
 
     def __init__(self, runs: List[dict]):
-        self.runs = {(run['experiment'], run['training'], run['option'], run['seed']): run
-                     for run in runs}
+        self.runs = {
+            (run['experiment'], run['training'], run['option'], run['seed']): run for run in runs
+        }
 
     def __call__(self, experiment: str, training: str, option: str, test: str) -> Dict[int, float]:
-        return {key[3]: run['scores'][test] for key, run in sorted(self.runs.items())
-                if key[:3] == (experiment, training, option) and test in run['scores']}
+        return {
+            key[3]: run['scores'][test]
+            for key, run in sorted(self.runs.items())
+            if key[:3] == (experiment, training, option) and test in run['scores']
+        }
 
     def beside(self, experiment: str, training: str, option: str, test: str) -> Dict[int, float]:
         """The same, or that of the experiment beside where this one leaves an option out."""
         return self(experiment, training, option, test) or self(
-            EXPERIMENTS[experiment].beside, training, option, test)
+            EXPERIMENTS[experiment].beside, training, option, test
+        )
 
     def has(self, *start: str) -> bool:
-        return any(key[:len(start)] == start for key in self.runs)
+        return any(key[: len(start)] == start for key in self.runs)
 
     def tests(self, experiment: str) -> List[str]:
-        return list(next(run['scores'] for key, run in sorted(self.runs.items())
-                         if key[0] == experiment))
+        return list(
+            next(run['scores'] for key, run in sorted(self.runs.items()) if key[0] == experiment)
+        )
 
 
 def gather(out: Path) -> dict:
@@ -45,8 +52,10 @@ def gather(out: Path) -> dict:
     files = sorted((out / 'jobs').glob('[!.]*.json'))
     if not files:
         fail(f"--out: '{out}' holds no results yet.")
-    return dict(plan=json.loads((out / 'plan.json').read_text()),
-                runs=[json.loads(file.read_text()) for file in files])
+    return dict(
+        plan=json.loads((out / 'plan.json').read_text()),
+        runs=[json.loads(file.read_text()) for file in files],
+    )
 
 
 def less(values: Dict[int, float], base: Dict[int, float]) -> Dict[int, float]:
@@ -73,24 +82,31 @@ def difference(values: Dict[int, float], base: Dict[int, float]) -> str:
     mean = np.mean(pairs)
     if len(pairs) < 2:
         return f'{mean:+.1f}'
-    half = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / len(pairs)**0.5
+    half = stats.t.ppf(0.975, len(pairs) - 1) * np.std(pairs, ddof=1) / len(pairs) ** 0.5
     mark = '**' if abs(mean) > half else ''
     return f'{mark}{mean:+.1f}{mark} [{mean - half:+.1f}, {mean + half:+.1f}]'
 
 
 def rows_of(heading: str, tests: List[str], options, cell) -> List[str]:
-    return [f'| {heading} | {" | ".join(options)} |', '|---' * (len(options) + 1) + '|',
-            *(f'| {test} | {" | ".join(cell(test, option) for option in options)} |'
-              for test in tests), '']
+    return [
+        f'| {heading} | {" | ".join(options)} |',
+        '|---' * (len(options) + 1) + '|',
+        *(f'| {test} | {" | ".join(cell(test, option) for option in options)} |' for test in tests),
+        '',
+    ]
 
 
 def table(scores: Scores) -> str:
-    lines = ['# Scores of every training', '',
-             'Mean ± standard deviation over seeds; then the mean difference to `dynamic` with the '
-             "same seed and its 95 % interval (Student's t), in bold where that leaves 0 out; then "
-             'the same of the change from the training size. No correction for the number of '
-             'comparisons: one in twenty is bold by chance. Written by `study.py --report`.', '',
-             *used(scores)]
+    lines = [
+        '# Scores of every training',
+        '',
+        'Mean ± standard deviation over seeds; then the mean difference to `dynamic` with the '
+        "same seed and its 95 % interval (Student's t), in bold where that leaves 0 out; then "
+        'the same of the change from the training size. No correction for the number of '
+        'comparisons: one in twenty is bold by chance. Written by `study.py --report`.',
+        '',
+        *used(scores),
+    ]
     for experiment, training in ((e, t) for e in EXPERIMENTS for t in TRAININGS):
         if not scores.has(experiment, training):
             continue
@@ -101,8 +117,12 @@ def table(scores: Scores) -> str:
             return scores(experiment, training, option, test)
 
         counts = ', '.join(f'{option} {len(values(tests[0], option))}' for option in options)
-        lines += [f'## {EXPERIMENTS[experiment].label}, {TRAINED[training]}', '',
-                  f'Seeds: {counts}.', '']
+        lines += [
+            f'## {EXPERIMENTS[experiment].label}, {TRAINED[training]}',
+            '',
+            f'Seeds: {counts}.',
+            '',
+        ]
         lines += rows_of('test', tests, options, lambda test, option: spread(values(test, option)))
         others = [option for option in options if option != BASE]
 
@@ -110,16 +130,22 @@ def table(scores: Scores) -> str:
             return scores.beside(experiment, training, option, test)
 
         if beside(AT_HOME, BASE) and others:
-            lines += rows_of(f'minus {BASE}', tests, others, lambda test, option: difference(
-                beside(test, option), beside(test, BASE)))
+            lines += rows_of(
+                f'minus {BASE}',
+                tests,
+                others,
+                lambda test, option: difference(beside(test, option), beside(test, BASE)),
+            )
 
             def change(test, option):
                 return less(beside(test, option), beside(AT_HOME, option))
 
-            lines += rows_of(f'change from {AT_HOME}, minus that of {BASE}',
-                             [test for test in tests if test != AT_HOME], others,
-                             lambda test, option: difference(change(test, option),
-                                                             change(test, BASE)))
+            lines += rows_of(
+                f'change from {AT_HOME}, minus that of {BASE}',
+                [test for test in tests if test != AT_HOME],
+                others,
+                lambda test, option: difference(change(test, option), change(test, BASE)),
+            )
     return '\n'.join(lines)
 
 
@@ -127,17 +153,31 @@ def used(scores: Scores) -> List[str]:
     """What taking the positions away costs each option."""
 
     def cell(kind, option):
-        with_positions, without = (scores(*kind.split(', '), option, test.name) for test in
-                                   (Test('scaled'), Test('scaled', without_position=True)))
+        with_positions, without = (
+            scores(*kind.split(', '), option, test.name)
+            for test in (Test('scaled'), Test('scaled', without_position=True))
+        )
         return difference(with_positions, without)
 
-    kinds = [f'{experiment}, {training}' for experiment in EXPERIMENTS for training in TRAININGS
-             if scores.has(experiment, training)]
-    options = [option for option in OPTIONS if option != 'none'
-               and any(run[2] == option for run in scores.runs)]
-    return ['## What positions contribute', '', 'Score at the training size minus that of the same '
-            'model whose position bias, or map, is taken away for the test.', '',
-            *rows_of('', kinds, options, cell)]
+    kinds = [
+        f'{experiment}, {training}'
+        for experiment in EXPERIMENTS
+        for training in TRAININGS
+        if scores.has(experiment, training)
+    ]
+    options = [
+        option
+        for option in OPTIONS
+        if option != 'none' and any(run[2] == option for run in scores.runs)
+    ]
+    return [
+        '## What positions contribute',
+        '',
+        'Score at the training size minus that of the same '
+        'model whose position bias, or map, is taken away for the test.',
+        '',
+        *rows_of('', kinds, options, cell),
+    ]
 
 
 def draw_line(axes, option: str, x: List[float], values: List[Dict[int, float]]) -> None:
@@ -148,8 +188,15 @@ def draw_line(axes, option: str, x: List[float], values: List[Dict[int, float]])
     mean = np.array([np.mean(v) for _, v in points])
     half = np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in points])
     x = [a for a, _ in points]
-    axes.plot(x, mean, marker='o', markersize=3, linewidth=1.5, color=COLOURS[option],
-              label=f'{option} ({min(len(v) for _, v in points)})')
+    axes.plot(
+        x,
+        mean,
+        marker='o',
+        markersize=3,
+        linewidth=1.5,
+        color=COLOURS[option],
+        label=f'{option} ({min(len(v) for _, v in points)})',
+    )
     axes.fill_between(x, mean - half, mean + half, color=COLOURS[option], alpha=0.13, linewidth=0)
 
 
@@ -165,22 +212,40 @@ def label(axes, ticks: List[float], below: str, title: str) -> None:
 def draw(scores: Scores, plan: dict, folder: Path) -> None:
     """For each experiment, curves against size; for all, curves against the group size."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     experiments = [name for name in EXPERIMENTS if scores.has(name)]
     for experiment in experiments:
         trainings = [training for training in TRAININGS if scores.has(experiment, training)]
-        figure, grid = plt.subplots(len(trainings), 2, figsize=(11, 4 * len(trainings)),
-                                    sharey=True, squeeze=False, layout='constrained')
+        figure, grid = plt.subplots(
+            len(trainings),
+            2,
+            figsize=(11, 4 * len(trainings)),
+            sharey=True,
+            squeeze=False,
+            layout='constrained',
+        )
         for row, training in zip(grid, trainings):
             for axes, way in zip(row, WAYS):
                 for option in OPTIONS:
-                    names = [Test('scaled' if factor == 1 else way, factor).name
-                             for factor in plan['factors']]
-                    draw_line(axes, option, plan['factors'],
-                              [scores.beside(experiment, training, option, name) for name in names])
-                label(axes, plan['factors'], 'test size / training size',
-                      f'{TRAINED[training]}: {WAYS[way]}')
+                    names = [
+                        Test('scaled' if factor == 1 else way, factor).name
+                        for factor in plan['factors']
+                    ]
+                    draw_line(
+                        axes,
+                        option,
+                        plan['factors'],
+                        [scores.beside(experiment, training, option, name) for name in names],
+                    )
+                label(
+                    axes,
+                    plan['factors'],
+                    'test size / training size',
+                    f'{TRAINED[training]}: {WAYS[way]}',
+                )
             row[0].set_ylabel(EXPERIMENTS[experiment].label.rsplit(', ', 1)[1])
             row[0].legend(title='option (seeds)', fontsize=8, title_fontsize=8)
         figure.suptitle(f'{EXPERIMENTS[experiment].label}; mean and standard deviation over seeds')
@@ -188,15 +253,23 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
         plt.close(figure)
 
     sizes = sorted([*plan['group_factors'], 1])
-    figure, (row,) = plt.subplots(1, len(experiments), figsize=(4.5 * len(experiments), 4),
-                                  squeeze=False, layout='constrained')
+    figure, (row,) = plt.subplots(
+        1,
+        len(experiments),
+        figsize=(4.5 * len(experiments), 4),
+        squeeze=False,
+        layout='constrained',
+    )
     for axes, experiment in zip(row, experiments):
         for option in OPTIONS:
             names = [Test('scaled', 1, size).name for size in sizes]
-            draw_line(axes, option, sizes,
-                      [scores.beside(experiment, 'single', option, name) for name in names])
-        label(axes, sizes, 'group size in the test / in training',
-              EXPERIMENTS[experiment].label)
+            draw_line(
+                axes,
+                option,
+                sizes,
+                [scores.beside(experiment, 'single', option, name) for name in names],
+            )
+        label(axes, sizes, 'group size in the test / in training', EXPERIMENTS[experiment].label)
     row[0].legend(title='option (seeds)', fontsize=8, title_fontsize=8)
     figure.suptitle('Trained at one size and tested at it, with other group sizes')
     figure.savefig(folder / 'group_sizes.png', dpi=90)
@@ -206,11 +279,14 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
 def write(out: Path, folder: Path) -> None:
     """results.json, table.md and pictures from what the trainings have left in ``out``."""
     from crossformer_mm.engine.command_line import check_writable, write_whole
+
     results = gather(out)
     check_writable('--report-to', folder)
     lines = ',\n'.join(json.dumps(run) for run in results['runs'])
-    write_whole(folder / 'results.json',
-                f'{{"plan": {json.dumps(results["plan"])},\n"runs": [\n{lines}\n]}}\n'.encode())
+    write_whole(
+        folder / 'results.json',
+        f'{{"plan": {json.dumps(results["plan"])},\n"runs": [\n{lines}\n]}}\n'.encode(),
+    )
     scores = Scores(results['runs'])
     write_whole(folder / 'table.md', (table(scores) + '\n').encode())
     draw(scores, results['plan'], folder)

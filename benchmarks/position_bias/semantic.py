@@ -14,7 +14,8 @@ model = dict(
         group_size=(4, 4, 4),
         interval=(4, 2, 1),
         out_indices=(0, 1, 2),
-        out_norm=True),
+        out_norm=True,
+    ),
     neck=None,
     decode_head=dict(
         _delete_=True,
@@ -26,7 +27,9 @@ model = dict(
         norm_cfg=dict(type='BN'),
         num_classes=5,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)))
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+    ),
+)
 
 dataset = dict(
     type='BaseSegDataset',
@@ -36,7 +39,9 @@ dataset = dict(
     reduce_zero_label=True,
     metainfo=dict(
         classes=('background', 'disk', 'square', 'triangle', 'star'),
-        palette=[(0, 0, 0), (220, 60, 60), (60, 180, 75), (0, 130, 200), (245, 130, 48)]))
+        palette=[(0, 0, 0), (220, 60, 60), (60, 180, 75), (0, 130, 200), (245, 130, 48)],
+    ),
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
@@ -58,7 +63,9 @@ train_dataloader = dict(
         _delete_=True,
         **dataset,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=8,
     num_workers=0,
@@ -67,7 +74,9 @@ val_dataloader = dict(
         _delete_=True,
         **dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=200, val_interval=100000)
@@ -80,4 +89,5 @@ positions = dict(lr_mult=10, decay_mult=0)
 optim_wrapper = dict(
     optimizer=dict(lr=2e-3),
     clip_grad=dict(max_norm=5),
-    paramwise_cfg=dict(custom_keys={'attn.pos': positions, 'absolute_pos': positions}))
+    paramwise_cfg=dict(custom_keys={'attn.pos': positions, 'absolute_pos': positions}),
+)

@@ -7,6 +7,7 @@ and tests them at 0.5 to 3 times that size, with objects scaled along or not, an
 sizes. Each finished training leaves one file; the same command again goes on where it was ended.
 ``--report`` only gathers what is there. docs/position_bias_study.md has what came out.
 """
+
 import argparse
 import contextlib
 import copy
@@ -36,6 +37,7 @@ MIXED = (0.5, 0.75, 1, 1.25, 1.5)  # sizes of mixed training: mean area 1.1, abo
 
 class Experiment(NamedTuple):
     """One task on one kind of images: its config, and the metric that counts, with a name."""
+
     config: str
     images: str
     metric: str
@@ -47,20 +49,31 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS = {
     'semantic': Experiment('semantic.py', 'shapes', 'mIoU', 'semantic segmentation, mIoU', 1),
-    'instance': Experiment('instance.py', 'shapes', 'coco/segm_mAP_50',
-                           'instance segmentation, mask AP50', 100),
-    'pairs': Experiment('pairs.py', 'pairs', 'mIoU',
-                        'pairs: only positions count, mIoU', 1),
-    'pairs_fast': Experiment('pairs_fast.py', 'pairs', 'mIoU',
-                             'pairs: tables, maps 4 times as fast, mIoU', 1,
-                             beside='pairs', options=('relative', 'absolute')),
+    'instance': Experiment(
+        'instance.py', 'shapes', 'coco/segm_mAP_50', 'instance segmentation, mask AP50', 100
+    ),
+    'pairs': Experiment('pairs.py', 'pairs', 'mIoU', 'pairs: only positions count, mIoU', 1),
+    'pairs_fast': Experiment(
+        'pairs_fast.py',
+        'pairs',
+        'mIoU',
+        'pairs: tables, maps 4 times as fast, mIoU',
+        1,
+        beside='pairs',
+        options=('relative', 'absolute'),
+    ),
 }
 
 
 class Plan(NamedTuple):
     """What the results depend on, next to the configs."""
-    iterations: Tuple[Tuple[str, int], ...] = (('semantic', 200), ('instance', 130),
-                                               ('pairs', 250), ('pairs_fast', 250))
+
+    iterations: Tuple[Tuple[str, int], ...] = (
+        ('semantic', 200),
+        ('instance', 130),
+        ('pairs', 250),
+        ('pairs_fast', 250),
+    )
     train_images: int = 800
     test_images: int = 24
     factors: Tuple[float, ...] = (0.5, 0.75, 1, 1.5, 2, 3)
@@ -72,6 +85,7 @@ SHORT = Plan(tuple((name, 4) for name in EXPERIMENTS), 16, 4, (1, 1.5), (0.75,))
 
 class Test(NamedTuple):
     """One evaluation: objects scaled along or on a larger canvas, at ``factor`` times the size."""
+
     way: str
     factor: float = 1
     group_factor: float = 1  # on the group size in training
@@ -80,27 +94,37 @@ class Test(NamedTuple):
 
     @property
     def name(self) -> str:
-        changes = [f'{what} x{factor:g}' for what, factor in
-                   (('G', self.group_factor), ('I', self.interval_factor)) if factor != 1]
+        changes = [
+            f'{what} x{factor:g}'
+            for what, factor in (('G', self.group_factor), ('I', self.interval_factor))
+            if factor != 1
+        ]
         changes += ['without position'] * self.without_position
         return ', '.join([f'{self.way} x{self.factor:g}', *changes])
 
 
 def tests(plan: Plan) -> list:
     """Every evaluation of a trained model."""
-    sizes = [Test(way, factor) for way in ('scaled', 'canvas') for factor in plan.factors
-             if factor != 1 or way == 'scaled']  # at 1 they are the same
+    sizes = [
+        Test(way, factor)
+        for way in ('scaled', 'canvas')
+        for factor in plan.factors
+        if factor != 1 or way == 'scaled'
+    ]  # at 1 they are the same
     groups = [Test('scaled', 1, factor) for factor in plan.group_factors]
     # Groups that grow with the objects, and intervals that grow with the canvas.
     groups += [Test('scaled', 2, 2)] if 2 in plan.factors else []
     groups += [Test('canvas', factor, 1, factor) for factor in plan.factors if factor in (2, 3)]
-    without = [Test('scaled', without_position=True),
-               Test('canvas', max(plan.factors), without_position=True)]
+    without = [
+        Test('scaled', without_position=True),
+        Test('canvas', max(plan.factors), without_position=True),
+    ]
     return sizes + groups + without
 
 
 class Job(NamedTuple):
     """One training with its evaluations."""
+
     seed: int
     experiment: str
     training: str
@@ -119,8 +143,10 @@ def make_data(out: Path, plan: Plan, images: str) -> None:
     """Training images, and test images of each size, with objects of the same size in pixels."""
     import make_shapes
     import pairs_of_disks
+
     draw = functools.partial(
-        {'shapes': make_shapes.scene, 'pairs': pairs_of_disks.scene}[images], unit=SIDE)
+        {'shapes': make_shapes.scene, 'pairs': pairs_of_disks.scene}[images], unit=SIDE
+    )
     for factor in plan.factors:
         folder = data_folder(out, images, round(SIDE * factor))
         if (folder / 'made').exists():
@@ -136,8 +162,10 @@ def make_data(out: Path, plan: Plan, images: str) -> None:
 
 def read_config(out: Path, plan: Plan, job: Job):
     """The config of a training."""
-    from crossformer_mm.engine.command_line import prepare_for_cpu
     from mmengine.config import Config
+
+    from crossformer_mm.engine.command_line import prepare_for_cpu
+
     experiment = EXPERIMENTS[job.experiment]
     cfg = Config.fromfile(HERE / experiment.config)
     cfg.launcher = 'none'
@@ -164,6 +192,7 @@ def read_config(out: Path, plan: Plan, job: Job):
 def point_at(cfg, folder: Path) -> None:
     """Let a config's data and metrics be those of a folder that make_shapes has written."""
     from crossformer_mm.engine.command_line import replace_data_root
+
     replace_data_root(cfg, str(folder / ('coco' if cfg.default_scope == 'mmdet' else 'ade')))
 
 
@@ -182,7 +211,7 @@ def register_hook() -> None:
         def before_train(self, runner) -> None:
             self.random = np.random.default_rng(runner.seed)
             pipeline = runner.train_dataloader.dataset.pipeline.transforms
-            self.resize, = [part for part in pipeline if type(part).__name__ == 'Resize']
+            (self.resize,) = [part for part in pipeline if type(part).__name__ == 'Resize']
             self.after_train_iter(runner, 0)
 
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -193,8 +222,10 @@ def register_hook() -> None:
 @contextlib.contextmanager
 def no_position(backbone):
     """Meanwhile, attention has no bias and nothing is added to the first embedding."""
-    from crossformer_mm.position_bias import NoPositionBias
     from torch.nn import Identity
+
+    from crossformer_mm.position_bias import NoPositionBias
+
     attentions = [block.attn for stage in backbone.layers for block in stage.blocks]
     kept, position = [attention.pos for attention in attentions], backbone.absolute_pos
     backbone.absolute_pos = Identity()
@@ -209,10 +240,11 @@ def no_position(backbone):
 def evaluate(runner, out: Path, experiment: Experiment, test: Test) -> float:
     """The metric of a trained model, at other sizes and with other groups."""
     from mmengine.runner import TestLoop
+
     cfg = copy.deepcopy(runner.cfg)
     side = round(SIDE * test.factor)
     point_at(cfg, data_folder(out, experiment.images, SIDE if test.way == 'scaled' else side))
-    resize, = [part for part in cfg.test_dataloader.dataset.pipeline if part.type == 'Resize']
+    (resize,) = [part for part in cfg.test_dataloader.dataset.pipeline if part.type == 'Resize']
     resize.scale = (side, side)
     backbone = runner.model.backbone
     trained = cfg.model.backbone
@@ -232,16 +264,21 @@ def run_job(out: Path, plan: Plan, job: Job) -> float:
     import warnings
 
     import torch
-    from crossformer_mm.engine.command_line import write_whole
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
+
+    from crossformer_mm.engine.command_line import write_whole
+
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
     start = time.process_time()
     experiment = EXPERIMENTS[job.experiment]
     register_hook()
-    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), \
-            contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, 'w') as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         cfg = read_config(out, plan, job)
         init_default_scope(cfg.default_scope)
         runner = Runner.from_cfg(cfg)
@@ -252,8 +289,13 @@ def run_job(out: Path, plan: Plan, job: Job) -> float:
         scores = {test.name: evaluate(runner, out, experiment, test) for test in tests(plan)}
         logging.disable(logging.NOTSET)
     took = time.process_time() - start
-    result = dict(job._asdict(), loss=round(float(loss), 4), train_seconds=round(trained, 1),
-                  seconds=round(took, 1), scores=scores)
+    result = dict(
+        job._asdict(),
+        loss=round(float(loss), 4),
+        train_seconds=round(trained, 1),
+        seconds=round(took, 1),
+        scores=scores,
+    )
     write_whole(out / 'jobs' / f'{job.name}.json', json.dumps(result).encode())
     shutil.rmtree(cfg.work_dir, ignore_errors=True)
     return took
@@ -262,11 +304,14 @@ def run_job(out: Path, plan: Plan, job: Job) -> float:
 def check_plan(out: Path, plan: Plan) -> None:
     """End the program if a folder holds results that were obtained otherwise."""
     from crossformer_mm.engine.command_line import check_writable, write_whole
+
     check_writable('--out', out)
     stamp, said = out / 'plan.json', json.dumps(plan._asdict())
     if stamp.is_file() and stamp.read_text() != said:
-        fail(f"--out: '{out}' holds results of another plan, {stamp.read_text()}; name another "
-             'folder.')
+        fail(
+            f"--out: '{out}' holds results of another plan, {stamp.read_text()}; name another "
+            'folder.'
+        )
     write_whole(stamp, said.encode())
 
 
@@ -298,29 +343,52 @@ def run_all(out: Path, plan: Plan, jobs: list, workers: int) -> None:
         if error:
             failed[job.name] = error
         rate = (time.time() - start) / done
-        print(f'[{done}/{len(left)}] {job.name}: '
-              + (f'failed, {type(error).__name__}: {error}' if error else f'{seconds:.0f} s of CPU')
-              + f', {rate * (len(left) - done) / 60:.0f} minutes to go', flush=True)
+        print(
+            f'[{done}/{len(left)}] {job.name}: '
+            + (f'failed, {type(error).__name__}: {error}' if error else f'{seconds:.0f} s of CPU')
+            + f', {rate * (len(left) - done) / 60:.0f} minutes to go',
+            flush=True,
+        )
     if failed:
-        fail(f'{len(failed)} of {len(left)} trainings failed ({", ".join(failed)}); the same '
-             'command tries them again.')
+        fail(
+            f'{len(failed)} of {len(left)} trainings failed ({", ".join(failed)}); the same '
+            'command tries them again.'
+        )
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, help='folder for data and for the result of each '
-                        'training (default: work_dirs/position_bias, with --short ..._short)')
-    parser.add_argument('--report-to', type=Path, help='folder for results.json, table.md and '
-                        'pictures (default: results beside this file, with --short in --out)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        help='folder for data and for the result of each '
+        'training (default: work_dirs/position_bias, with --short ..._short)',
+    )
+    parser.add_argument(
+        '--report-to',
+        type=Path,
+        help='folder for results.json, table.md and '
+        'pictures (default: results beside this file, with --short in --out)',
+    )
     parser.add_argument('--report', action='store_true', help='gather what is there, no training')
-    parser.add_argument('--short', action='store_true',
-                        help='try the machinery: few images, iterations and sizes')
+    parser.add_argument(
+        '--short', action='store_true', help='try the machinery: few images, iterations and sizes'
+    )
     parser.add_argument('--workers', type=int, default=2, help='trainings at a time')
     parser.add_argument('--seeds', type=int, default=5, help='trainings of each kind')
-    for name, known in (('experiments', tuple(EXPERIMENTS)), ('trainings', TRAININGS),
-                        ('options', OPTIONS)):
-        parser.add_argument(f'--{name}', nargs='+', choices=known, default=known, metavar='NAME',
-                            help=f'of {", ".join(known)}')
+    for name, known in (
+        ('experiments', tuple(EXPERIMENTS)),
+        ('trainings', TRAININGS),
+        ('options', OPTIONS),
+    ):
+        parser.add_argument(
+            f'--{name}',
+            nargs='+',
+            choices=known,
+            default=known,
+            metavar='NAME',
+            help=f'of {", ".join(known)}',
+        )
     args = parser.parse_args()
     if min(args.workers, args.seeds) < 1:
         parser.error('--workers and --seeds must be at least 1')
@@ -333,16 +401,22 @@ def main():
     args = parse_args()
     plan = SHORT if args.short else Plan()
     # First one size, then mixed sizes; every seed for all before the next, whenever it is ended.
-    jobs = [Job(seed, experiment, training, option)
-            for training, seed, experiment, option in itertools.product(
-                args.trainings, range(args.seeds), args.experiments, args.options)
-            if option in EXPERIMENTS[experiment].options]
+    jobs = [
+        Job(seed, experiment, training, option)
+        for training, seed, experiment, option in itertools.product(
+            args.trainings, range(args.seeds), args.experiments, args.options
+        )
+        if option in EXPERIMENTS[experiment].options
+    ]
     if not jobs:
-        fail(f'--options: {", ".join(args.options)} is not part of --experiments '
-             f'{", ".join(args.experiments)}.')
+        fail(
+            f'--options: {", ".join(args.options)} is not part of --experiments '
+            f'{", ".join(args.experiments)}.'
+        )
     if not args.report:
         run_all(args.out, plan, jobs, args.workers)
     import report
+
     report.write(args.out, args.report_to)
 
 

@@ -7,10 +7,12 @@ model = dict(
     data_preprocessor=dict(num_classes=num_classes),
     # As in configs/demo/.
     backbone=dict(
-        arch=dict(_delete_=True, embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))),
+        arch=dict(_delete_=True, embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+    ),
     neck=dict(in_channels=256),
     head=dict(in_channels=256, num_classes=num_classes),
-    train_cfg=None)
+    train_cfg=None,
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -18,17 +20,18 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
-dataset = dict(
-    type='CustomDataset', _delete_=True, data_root='work_dirs/pretraining/data/classes')
+dataset = dict(type='CustomDataset', _delete_=True, data_root='work_dirs/pretraining/data/classes')
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(**dataset, data_prefix='train', pipeline=train_pipeline))
+    dataset=dict(**dataset, data_prefix='train', pipeline=train_pipeline),
+)
 val_dataloader = dict(
     num_workers=0,
     persistent_workers=False,
-    dataset=dict(**dataset, data_prefix='val', pipeline=test_pipeline))
+    dataset=dict(**dataset, data_prefix='val', pipeline=test_pipeline),
+)
 test_dataloader = val_dataloader
 
 train_cfg = dict(max_epochs=6)

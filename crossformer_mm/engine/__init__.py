@@ -10,6 +10,7 @@ MMPretrain all of it. For single pieces, name in ``custom_hooks``:
 - ``SeedHook``: what is random is a function of seed and iteration, with ``CountedSampler`` or
   ``CountedInfiniteSampler`` in place of MMEngine's samplers to cover images, too.
 """
+
 from .data_checks import CheckDataHook
 from .errors import ConfigError, DataError, UserError
 from .mixed_precision import BFloat16OptimWrapper
@@ -18,6 +19,18 @@ from .runner import CarefulFlexibleRunner, CarefulRunner
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 from .whole_files import WholeFilesHook
 
-__all__ = ['BFloat16OptimWrapper', 'CarefulFlexibleRunner', 'CarefulRunner', 'CheckDataHook',
-           'CheckWeightsHook', 'ConfigError', 'CountedInfiniteSampler', 'CountedSampler',
-           'DataError', 'SafeLoadingHook', 'SeedHook', 'UserError', 'WholeFilesHook']
+__all__ = [
+    'BFloat16OptimWrapper',
+    'CarefulFlexibleRunner',
+    'CarefulRunner',
+    'CheckDataHook',
+    'CheckWeightsHook',
+    'ConfigError',
+    'CountedInfiniteSampler',
+    'CountedSampler',
+    'DataError',
+    'SafeLoadingHook',
+    'SeedHook',
+    'UserError',
+    'WholeFilesHook',
+]

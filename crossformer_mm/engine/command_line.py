@@ -1,4 +1,5 @@
 """What commands share: arguments, reading a config, checks before long work, how they end."""
+
 import argparse
 import logging
 import os
@@ -46,20 +47,27 @@ def sentences_for(*errors):
 def argument_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints '
-                        '(default: work_dirs/ and the path of the config below configs/)')
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints '
+        '(default: work_dirs/ and the path of the config below configs/)',
+    )
     parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
     parser.add_argument('--tensorboard', action='store_true', help='also log to TensorBoard')
     add_cfg_options(parser, ', such as train_dataloader.batch_size=4 model.backbone.with_cp=True')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                        help='how the processes of a distributed job were started')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
-                        help=argparse.SUPPRESS)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed job were started',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-def load_config(file: str, options: Optional[dict] = None,
-                scopes: Iterable[str] = tuple(SCOPES)) -> Config:
+def load_config(
+    file: str, options: Optional[dict] = None, scopes: Iterable[str] = tuple(SCOPES)
+) -> Config:
     """A config with some settings replaced; ends the program where its package is not there.
 
     Args:
@@ -78,8 +86,10 @@ def load_config(file: str, options: Optional[dict] = None,
         cfg.default_scope = scope_of(cfg.model.get('type'))
     scope = cfg.get('default_scope')
     if scope not in scopes:
-        fail(f"config '{file}' has default_scope {scope!r}, allowed are "
-             f"{', '.join(map(repr, scopes))}.")
+        fail(
+            f"config '{file}' has default_scope {scope!r}, allowed are "
+            f"{', '.join(map(repr, scopes))}."
+        )
     if find_spec(scope) is None:
         fail(f"config '{file}' needs the package {SCOPES[scope]}, which is not installed.")
     if scope == 'mmpretrain':
@@ -108,8 +118,10 @@ def check_torchvision(file: str) -> None:
     try:
         import torchvision  # noqa: F401
     except Exception as error:  # of another build than torch it fails in many ways
-        fail(f"config '{file}' needs a torchvision that fits torch {torch.__version__}, see "
-             f'docs/pretraining.md; the import ends in {said(error)}.')
+        fail(
+            f"config '{file}' needs a torchvision that fits torch {torch.__version__}, see "
+            f'docs/pretraining.md; the import ends in {said(error)}.'
+        )
 
 
 def forget_scope(part) -> None:
@@ -131,8 +143,10 @@ def read_config(args: argparse.Namespace) -> Config:
     cfg = load_config(args.config, args.cfg_options)
 
     if args.launcher != 'none' and STARTED[args.launcher] not in os.environ:
-        fail(f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
-             'of such a job; tools/dist_train.sh and tools/dist_test.sh start one.')
+        fail(
+            f'--launcher {args.launcher}: {STARTED[args.launcher]} is not set, this is no process '
+            'of such a job; tools/dist_train.sh and tools/dist_test.sh start one.'
+        )
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
@@ -141,8 +155,10 @@ def read_config(args: argparse.Namespace) -> Config:
     if args.tensorboard:
         if find_spec('tensorboard') is None:
             fail('--tensorboard needs the package tensorboard, which is not installed.')
-        let_draw(cfg).vis_backends = [*(cfg.visualizer.get('vis_backends') or []),
-                                      dict(type='TensorboardVisBackend')]
+        let_draw(cfg).vis_backends = [
+            *(cfg.visualizer.get('vis_backends') or []),
+            dict(type='TensorboardVisBackend'),
+        ]
     for name in ('custom_hooks', 'auto_scale_lr'):
         if name in cfg and cfg[name] is None:
             cfg.pop(name)
@@ -158,8 +174,11 @@ def let_draw(cfg: Config) -> ConfigDict:
     """The config's visualizer; where it has none, its library's."""
     if not cfg.get('visualizer'):
         kind = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
-        cfg.visualizer = dict(type=kind.get(cfg.default_scope, 'UniversalVisualizer'),
-                              name='visualizer', vis_backends=[dict(type='LocalVisBackend')])
+        cfg.visualizer = dict(
+            type=kind.get(cfg.default_scope, 'UniversalVisualizer'),
+            name='visualizer',
+            vis_backends=[dict(type='LocalVisBackend')],
+        )
     return cfg.visualizer
 
 
@@ -187,14 +206,21 @@ def prepare_for_cpu(cfg: Config) -> None:
         device = 'device_ids' if kind_of(cfg.strategy) == 'DDPStrategy' else 'device_id'
         wrapper = cfg.strategy.get('model_wrapper') or dict(
             dict(type='MMDistributedDataParallel', broadcast_buffers=False)
-            if device == 'device_ids' else dict(type='MMFullyShardedDataParallel'))
+            if device == 'device_ids'
+            else dict(type='MMFullyShardedDataParallel')
+        )
         if kind_of(cfg.strategy) in ('DDPStrategy', 'FSDPStrategy'):
             cfg.strategy.model_wrapper = {**wrapper, device: None}
         return
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel', broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    ) | dict(cfg.get('model_wrapper_cfg') or {}) | dict(device_ids=None)
+    cfg.model_wrapper_cfg = (
+        dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+        | dict(cfg.get('model_wrapper_cfg') or {})
+        | dict(device_ids=None)
+    )
 
 
 def kind_of(part: dict) -> str:
@@ -235,12 +261,14 @@ def replace_data_root(cfg: Config, root: str) -> None:
         inside = list(data_sets(cfg[f'{split}_dataloader'].dataset))
         old = {dataset.get('data_root') for dataset in inside}
         if len(old) > 1:
-            fail(f"--data-root: the {split} dataset is made of several, in "
-                 f"{' and '.join(sorted(map(repr, old)))}; name them one by one with "
-                 '--cfg-options.')
+            fail(
+                f"--data-root: the {split} dataset is made of several, in "
+                f"{' and '.join(sorted(map(repr, old)))}; name them one by one with "
+                '--cfg-options.'
+            )
         for dataset in inside:
             dataset['data_root'] = root
-        old, = old
+        (old,) = old
         for evaluator in metrics_of(cfg, split):
             below = os.path.relpath(evaluator.get('ann_file') or '..', old or '.')
             if not below.startswith('..'):  # a file elsewhere stays where it is
@@ -257,22 +285,31 @@ def check_dataset(cfg: Config, *splits: str) -> None:
         for dataset in data_sets(cfg[f'{split}_dataloader'].dataset):
             root = Path(dataset.get('data_root') or '.')
             parts = [dataset.get('ann_file'), *image_folders(dataset).values()]
-            if (dataset.get('backend_args') or any('://' in str(part) for part in (
-                    dataset.get('data_root'), *parts))):
+            if dataset.get('backend_args') or any(
+                '://' in str(part) for part in (dataset.get('data_root'), *parts)
+            ):
                 continue
             reached = any(step.get('backend_args') for step in dataset.get('pipeline') or ())
-            for path in [root, *(root / part for part in parts[:1 if reached else None] if part)]:
+            for path in [root, *(root / part for part in parts[: 1 if reached else None] if part)]:
                 if not path.exists():
-                    fail(f"the {split} dataset is not there: '{path.absolute()}' does not exist; "
-                         f"put it there or name another folder with --data-root (now '{root}').")
-            if (cfg.default_scope == 'mmpretrain' and dataset.get('with_label', True)
-                    and not reached and not list_of_images(dataset)):
+                    fail(
+                        f"the {split} dataset is not there: '{path.absolute()}' does not exist; "
+                        f"put it there or name another folder with --data-root (now '{root}')."
+                    )
+            if (
+                cfg.default_scope == 'mmpretrain'
+                and dataset.get('with_label', True)
+                and not reached
+                and not list_of_images(dataset)
+            ):
                 folders[split] = class_folders(split, root, image_folders(dataset))
     if len(set(map(tuple, folders.values()))) > 1:
         (first, names), (second, others) = folders.items()
         name = sorted(set(names) ^ set(others))[0]
-        fail(f"the {first} and the {second} dataset have different folders of classes, by whose "
-             f"order labels are numbered: only one has '{name}'.")
+        fail(
+            f"the {first} and the {second} dataset have different folders of classes, by whose "
+            f"order labels are numbered: only one has '{name}'."
+        )
 
 
 def image_folders(dataset: dict) -> dict:
@@ -296,8 +333,10 @@ def class_folders(split: str, root: Path, prefix: dict) -> List[str]:
     folder = root / prefix.get('img_path', '')
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not names:
-        fail(f"the {split} dataset: '{folder}' must hold a folder of images for each class, and "
-             f"has no folder; or list the images with their classes in '{root}/meta/{split}.txt'.")
+        fail(
+            f"the {split} dataset: '{folder}' must hold a folder of images for each class, and "
+            f"has no folder; or list the images with their classes in '{root}/meta/{split}.txt'."
+        )
     return names
 
 
@@ -339,8 +378,11 @@ def run(main) -> None:
         main()
     except (CheckpointError, UserError) as error:
         if error.__cause__ is not None and is_of_users_code(error):
-            print_log(''.join(traceback.format_exception(
-                type(error), error, error.__traceback__)), 'current', logging.ERROR)
+            print_log(
+                ''.join(traceback.format_exception(type(error), error, error.__traceback__)),
+                'current',
+                logging.ERROR,
+            )
             traceback.print_exc()
         leave(2, f'error: {error}')
     except SystemExit as stopped:

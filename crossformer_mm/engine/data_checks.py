@@ -1,4 +1,5 @@
 """Data sets that say what is wrong with their files, in one sentence that names the file."""
+
 import logging
 import os
 from contextlib import contextmanager, suppress
@@ -19,8 +20,10 @@ from ..compat import is_cut_short
 from .errors import ConfigError, DataError, frames_of, said
 from .randomness import restart_workers
 
-EMPTY = ('{} leaves no image to use: there is none, or filter_cfg drops all, for they are small or '
-         'have no objects of the classes.')
+EMPTY = (
+    '{} leaves no image to use: there is none, or filter_cfg drops all, for they are small or '
+    'have no objects of the classes.'
+)
 MOST_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
 # What OpenCV reads; of files with other names nothing is said but that they cannot be opened.
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -142,8 +145,10 @@ def check_files(dataset, skip_to: Optional[str] = None) -> None:
         if isinstance(label, int) and label not in seen:
             seen.add(label)
             if classes and label not in range(len(classes)):
-                raise DataError(f"Image '{info['img_path']}' has label {label} in {source}, "
-                                f'allowed are 0 to {len(classes) - 1}, the classes.')
+                raise DataError(
+                    f"Image '{info['img_path']}' has label {label} in {source}, "
+                    f'allowed are 0 to {len(classes) - 1}, the classes.'
+                )
         for path in files_of(dataset, info).values() if local else ():
             folder, name = os.path.split(path)
             if '://' in path:
@@ -175,8 +180,11 @@ def explained_data() -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # whatever there is in a file
-        owners = [frame.f_locals.get('self') for frame in frames_of(error)
-                  if frame.f_code.co_name in ('full_init', 'load_data_list')]
+        owners = [
+            frame.f_locals.get('self')
+            for frame in frames_of(error)
+            if frame.f_code.co_name in ('full_init', 'load_data_list')
+        ]
         if not owners:
             raise
         source = source_of(owners[-1])
@@ -195,30 +203,42 @@ def check_number_of_classes(runner, mode: str) -> None:
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if not classes or isinstance(classes, str):
         return
-    small = [(name, module) for name, module in runner.model.named_modules()
-             if isinstance(getattr(module, 'num_classes', None), int)
-             and module.num_classes < len(classes)]
+    small = [
+        (name, module)
+        for name, module in runner.model.named_modules()
+        if isinstance(getattr(module, 'num_classes', None), int)
+        and module.num_classes < len(classes)
+    ]
     scope = getattr(runner.default_scope, 'scope_name', None)
     if scope == 'mmseg':  # auxiliary heads may tell something else apart, as borders
-        small = [(name, module) for name, module in small
-                 if name.rstrip('.0123456789').endswith('decode_head')]
+        small = [
+            (name, module)
+            for name, module in small
+            if name.rstrip('.0123456789').endswith('decode_head')
+        ]
     elif small and type(runner.model).__module__.startswith('mmdet') or scope == 'mmdet':
         small = [part for part in small if not passes_in_mmdet(runner, part, dataset)]
     else:
         small = []
     if small:
         name, module = small[0]
-        raise ConfigError(f'model.{name}.num_classes = {module.num_classes} is too small for the '
-                          f'{len(classes)} classes of the data set, {classes[0]} to {classes[-1]}.')
+        raise ConfigError(
+            f'model.{name}.num_classes = {module.num_classes} is too small for the '
+            f'{len(classes)} classes of the data set, {classes[0]} to {classes[-1]}.'
+        )
 
 
 def passes_in_mmdet(runner, part: Tuple[str, Any], dataset) -> bool:
     """Whether MMDetection's own hook lets a module have another number of classes."""
     hook = HOOKS.get('mmdet.NumClassCheckHook')()
     try:
-        hook.before_val_epoch(SimpleNamespace(
-            model=SimpleNamespace(named_modules=lambda: [part]), logger=runner.logger,
-            val_dataloader=SimpleNamespace(dataset=dataset)))
+        hook.before_val_epoch(
+            SimpleNamespace(
+                model=SimpleNamespace(named_modules=lambda: [part]),
+                logger=runner.logger,
+                val_dataloader=SimpleNamespace(dataset=dataset),
+            )
+        )
     except AssertionError:
         return False
     return True
@@ -265,16 +285,24 @@ def check_categories(source: str, categories: dict, used: list, classes: list) -
     there = [category['name'] for category in categories.values()]
     absent = [name for name in classes if name not in there]
     if absent:
-        raise DataError(f"Class '{absent[0]}' of the config's metainfo.classes is no category of "
-                        f"{source}, which has {', '.join(map(repr, there))}.")
+        raise DataError(
+            f"Class '{absent[0]}' of the config's metainfo.classes is no category of "
+            f"{source}, which has {', '.join(map(repr, there))}."
+        )
     order = [categories[number]['name'] for number in used]
     if order != classes:
-        raise DataError(f"The config's metainfo.classes are in another order than in {source}, by "
-                        f"which labels are numbered: give them as {', '.join(map(repr, order))}.")
+        raise DataError(
+            f"The config's metainfo.classes are in another order than in {source}, by "
+            f"which labels are numbered: give them as {', '.join(map(repr, order))}."
+        )
     left = [name for name in there if name not in classes]
     if left:
-        print_log(f"Objects of {', '.join(map(repr, left))} in {source} are left out, for the "
-                  "config's metainfo.classes do not name them.", 'current', logging.WARNING)
+        print_log(
+            f"Objects of {', '.join(map(repr, left))} in {source} are left out, for the "
+            "config's metainfo.classes do not name them.",
+            'current',
+            logging.WARNING,
+        )
 
 
 # When an image is loaded
@@ -317,9 +345,12 @@ class Guard:
             if problem is None:
                 files = files_of(self.dataset, self.dataset.get_data_info(index)).values()
                 names = ' and '.join(map(repr, files))
-                print_log(f'{names} can be read, but preparing it ended in {said(error)}: a '
-                          "transform or the image's annotation is at fault.", 'current',
-                          logging.ERROR)
+                print_log(
+                    f'{names} can be read, but preparing it ended in {said(error)}: a '
+                    "transform or the image's annotation is at fault.",
+                    'current',
+                    logging.ERROR,
+                )
                 raise
             if self.skip_to is None:
                 raise problem from error
@@ -327,8 +358,9 @@ class Guard:
             raise problem
         self.in_a_row += 1
         if self.in_a_row == MOST_IN_A_ROW:
-            raise DataError(f'{MOST_IN_A_ROW} images in a row could not be used, the last of them: '
-                            f'{problem}')
+            raise DataError(
+                f'{MOST_IN_A_ROW} images in a row could not be used, the last of them: {problem}'
+            )
         self.skip(problem)
         return None
 
@@ -348,8 +380,10 @@ class Guard:
         if truth is not None:
             labels = truth.data.numpy()
             # Cropped with its image, or read for the metrics at its first size.
-            sizes = (tuple(getattr(item['inputs'], 'shape', ())[-2:]),
-                     tuple(item['data_samples'].ori_shape))
+            sizes = (
+                tuple(getattr(item['inputs'], 'shape', ())[-2:]),
+                tuple(item['data_samples'].ori_shape),
+            )
         elif isinstance(item.get('gt_seg_map'), np.ndarray):  # what a wrapper goes on with
             labels = item['gt_seg_map']
             sizes = (tuple(item['img'].shape[:2]), tuple(item.get('ori_shape', ())))
@@ -366,11 +400,15 @@ class Guard:
             raise DataError(f"Label map '{path()}' is of another size than its image.")
         wrong = labels[(labels >= len(classes)) & (labels != ignored)]
         if len(wrong):
-            reduced = ' (1 was taken from each, as reduce_zero_label says)' if (
-                self.dataset.reduce_zero_label) else ''
+            reduced = (
+                ' (1 was taken from each, as reduce_zero_label says)'
+                if (self.dataset.reduce_zero_label)
+                else ''
+            )
             raise DataError(
                 f"Label map '{path()}' has label {int(wrong[0])}{reduced}, allowed "
-                f'are 0 to {len(classes) - 1}, the classes, and {ignored}, which is ignored.')
+                f'are 0 to {len(classes) - 1}, the classes, and {ignored}, which is ignored.'
+            )
 
     def problem(self, index: int) -> Optional[DataError]:
         """What is wrong with the files of an image that could not be prepared; None: nothing."""
@@ -378,8 +416,7 @@ class Guard:
             try:
                 content = get(path, backend_args=backend_of(self.dataset))
             except OSError as fault:
-                return DataError(f"{what} '{path}' could not be opened: "
-                                 f'{fault.strerror or fault}.')
+                return DataError(f"{what} '{path}' could not be opened: {fault.strerror or fault}.")
             if not path.lower().endswith(IMAGES):
                 continue
             try:
@@ -389,8 +426,10 @@ class Guard:
             if pixels is None:
                 return DataError(f"{what} '{path}' is cut short or no image.")
             if what == 'Label map' and 1 in pixels.shape[:2]:
-                return DataError(f"{what} '{path}' has {pixels.shape[0]} x {pixels.shape[1]} "
-                                 'pixels, MMSegmentation needs 2 or more on each side.')
+                return DataError(
+                    f"{what} '{path}' has {pixels.shape[0]} x {pixels.shape[1]} "
+                    'pixels, MMSegmentation needs 2 or more on each side.'
+                )
         return None
 
     def skip(self, problem: DataError) -> None:

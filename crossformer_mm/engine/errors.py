@@ -1,4 +1,5 @@
 """Errors that say all a user needs in one sentence; what is not recognised keeps its cause."""
+
 import site
 import sys
 import sysconfig
@@ -7,9 +8,16 @@ from types import FrameType
 from typing import Iterator
 
 # Code of others that reads what a user gives: an error that it raises is of what was given.
-LIBRARIES = tuple({str(Path(folder).resolve()) for folder in (
-    *sysconfig.get_paths().values(), *getattr(site, 'getsitepackages', list)(),
-    Path(__file__).parents[1])})
+LIBRARIES = tuple(
+    {
+        str(Path(folder).resolve())
+        for folder in (
+            *sysconfig.get_paths().values(),
+            *getattr(site, 'getsitepackages', list)(),
+            Path(__file__).parents[1],
+        )
+    }
+)
 
 
 class UserError(ValueError):

@@ -1,4 +1,5 @@
 """Training in bfloat16, on GPUs and CPUs."""
+
 import functools
 from contextlib import contextmanager
 from typing import Callable
@@ -53,8 +54,14 @@ def in_float32(forward: Callable) -> Callable:
     def wide(*args, **kwargs):
         with torch.autocast(get_device(), enabled=False):
             out = forward(*widened(args), **widened(kwargs))
-        given = next((value for value in (*args, *kwargs.values())
-                      if isinstance(value, Tensor) and value.is_floating_point()), None)
+        given = next(
+            (
+                value
+                for value in (*args, *kwargs.values())
+                if isinstance(value, Tensor) and value.is_floating_point()
+            ),
+            None,
+        )
         return out.to(given.dtype) if isinstance(out, Tensor) and given is not None else out
 
     return wide

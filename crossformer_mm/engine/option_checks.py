@@ -1,4 +1,5 @@
 """``--cfg-options`` with checked keys: MMEngine adds any key, and nothing would read it."""
+
 import argparse
 import difflib
 import inspect
@@ -16,9 +17,20 @@ from .errors import UserError
 # What is read besides the arguments of what is built: at the top of a config, by mmengine's Runner
 # and by the tools; of the optimizer, by what constructs it, and by --amp.
 READ_BY_OTHERS = {
-    '': {'find_unused_parameters', 'model_wrapper_cfg', 'activation_checkpointing', 'compile',
-         'efficient_conv_bn_eval', 'sync_bn', 'custom_imports', 'tta_model', 'tta_pipeline',
-         'runner_type', 'strategy', 'init_weights_for_test_or_val'},
+    '': {
+        'find_unused_parameters',
+        'model_wrapper_cfg',
+        'activation_checkpointing',
+        'compile',
+        'efficient_conv_bn_eval',
+        'sync_bn',
+        'custom_imports',
+        'tta_model',
+        'tta_pipeline',
+        'runner_type',
+        'strategy',
+        'init_weights_for_test_or_val',
+    },
     'optim_wrapper': {'paramwise_cfg', 'constructor', 'loss_scale', 'dtype'},
 }
 
@@ -39,15 +51,23 @@ class KeyValues(DictAction):
 
 def add_cfg_options(parser: argparse.ArgumentParser, such_as: str = '') -> None:
     """Give a tool the option ``--cfg-options``; ``such_as`` ends its help."""
-    parser.add_argument('--cfg-options', nargs='+', action=KeyValues, metavar='KEY=VALUE',
-                        help=f'settings that replace those of the config{such_as}')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help=f'settings that replace those of the config{such_as}',
+    )
 
 
 def let_weights_be_named(cfg, options: dict) -> None:
     """Let ``model.backbone.init_cfg.checkpoint`` name weights where a config has none."""
     backbone = cfg.model.get('backbone')
-    if ('model.backbone.init_cfg.checkpoint' in options and isinstance(backbone, dict)
-            and backbone.get('init_cfg') is None):
+    if (
+        'model.backbone.init_cfg.checkpoint' in options
+        and isinstance(backbone, dict)
+        and backbone.get('init_cfg') is None
+    ):
         backbone.init_cfg = dict(type='Pretrained', checkpoint=None)
 
 
@@ -78,8 +98,12 @@ def uses_of(cfg, name: str, value) -> List[str]:
         pairs = part.items() if isinstance(part, dict) else enumerate(part)
         for key, inside in pairs:
             where = (*path, str(key))
-            if len(where) > 1 and (key == name or type(inside) is type(value) and inside == value
-                                   and not isinstance(value, (bool, int, float, type(None)))):
+            if len(where) > 1 and (
+                key == name
+                or type(inside) is type(value)
+                and inside == value
+                and not isinstance(value, (bool, int, float, type(None)))
+            ):
                 found.append('.'.join(where))
             elif isinstance(inside, (dict, list, tuple)):
                 parts.append((where, inside))
@@ -99,17 +123,23 @@ def check_keys(cfg, options: dict) -> None:
         if name in part and name not in read:
             uses = [use for use in uses_of(cfg, name, part[name]) if use.split('.')[0] in read]
             used = f": give {', '.join(uses[:4])}" + (', ...' if uses[4:] else '') if uses else ''
-            raise UserError(f"--cfg-options: '{name}' is a variable of the config file, which has "
-                            f"been used by then{used}, got '{option}'.")
+            raise UserError(
+                f"--cfg-options: '{name}' is a variable of the config file, which has "
+                f"been used by then{used}, got '{option}'."
+            )
         for name in option.split('.'):
             if isinstance(part, (list, tuple)):
                 if not name.isdigit() or int(name) >= len(part):
-                    raise UserError(f"--cfg-options: {'.'.join(path)} has {len(part)} elements, "
-                                    f"named by 0 to {len(part) - 1}, got '{option}'.")
+                    raise UserError(
+                        f"--cfg-options: {'.'.join(path)} has {len(part)} elements, "
+                        f"named by 0 to {len(part) - 1}, got '{option}'."
+                    )
                 part = part[int(name)]
             elif not isinstance(part, dict):
-                raise UserError(f"--cfg-options: {'.'.join(path)} is {part!r}, which has no part "
-                                f"'{name}', got '{option}'.")
+                raise UserError(
+                    f"--cfg-options: {'.'.join(path)} is {part!r}, which has no part "
+                    f"'{name}', got '{option}'."
+                )
             elif name in part:
                 part = part[name]
             else:
@@ -130,8 +160,10 @@ def check_new(part: dict, name: str, path: list, built: Optional[type]) -> None:
     if more and not near:
         return
     asked = f", did you mean '{'.'.join([*path, *near])}'?" if near else '.'
-    raise UserError(f"--cfg-options: there is no '{'.'.join([*path, name])}' in the config, and "
-                    f'nothing would read it{asked}')
+    raise UserError(
+        f"--cfg-options: there is no '{'.'.join([*path, name])}' in the config, and "
+        f'nothing would read it{asked}'
+    )
 
 
 def class_of(name, scope: Optional[str]) -> Optional[type]:

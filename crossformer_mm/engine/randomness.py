@@ -16,6 +16,7 @@ The runner of this package does it by itself. With any other, a config has it by
 ``sampler=dict(type='CountedSampler')`` (``'CountedInfiniteSampler'``) in the training's data loader
 and ``custom_hooks = [dict(type='SeedHook')]``.
 """
+
 import itertools
 import random
 from typing import Iterator, List, Optional, Sequence

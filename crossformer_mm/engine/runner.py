@@ -1,4 +1,5 @@
 """MMEngine's runners, made for trainings that are killed and for data of other people."""
+
 import functools
 import logging
 import traceback
@@ -162,7 +163,8 @@ class CarefulRunner(Careful, Runner):
     build_train_loop = says_what('train_cfg or train_dataloader')(Runner.build_train_loop)
     build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(Runner.build_val_loop)
     build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
-        Runner.build_test_loop)
+        Runner.build_test_loop
+    )
     build_optim_wrapper = says_what('optim_wrapper')(Runner.build_optim_wrapper)
     build_param_scheduler = says_what('param_scheduler')(Runner.build_param_scheduler)
 
@@ -187,9 +189,11 @@ class CarefulFlexibleRunner(Careful, FlexibleRunner):
     build_visualizer = says_what('visualizer')(FlexibleRunner.build_visualizer)
     build_train_loop = says_what('train_cfg or train_dataloader')(FlexibleRunner.build_train_loop)
     build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(
-        FlexibleRunner.build_val_loop)
+        FlexibleRunner.build_val_loop
+    )
     build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
-        FlexibleRunner.build_test_loop)
+        FlexibleRunner.build_test_loop
+    )
     build_strategy = says_what('strategy')(FlexibleRunner.build_strategy)
 
     def to_the_end(self, run: Callable):
@@ -221,16 +225,22 @@ def check_classifier(cfg) -> None:
     """See that all of a classifier and its metrics have the same number of classes."""
     head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None
     classes = head.get('num_classes') if isinstance(head, dict) else None
-    mixed = ((cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
-             if classes else None)
+    mixed = (
+        (cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
+        if classes
+        else None
+    )
     if classes != mixed:
-        raise ConfigError(f'model.data_preprocessor.num_classes = {mixed} and model.head.'
-                          f'num_classes = {classes} must be equal.')
+        raise ConfigError(
+            f'model.data_preprocessor.num_classes = {mixed} and model.head.'
+            f'num_classes = {classes} must be equal.'
+        )
     for split in ('val', 'test') if classes else ():
         evaluator = cfg.get(f'{split}_evaluator') or {}
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
             best = metric.get('topk') or 1
             best = best if isinstance(best, int) else max(best)
             if best > classes:
-                raise ConfigError(f'{split}_evaluator.topk has {best}, but there are '
-                                  f'{classes} classes.')
+                raise ConfigError(
+                    f'{split}_evaluator.topk has {best}, but there are {classes} classes.'
+                )

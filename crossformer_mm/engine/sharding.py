@@ -3,6 +3,7 @@
 A config names it by ``custom_imports = dict(imports=['crossformer_mm',
 'crossformer_mm.engine.sharding'])``, see ``configs/mask_rcnn/cfpp_b_1x_fsdp.py``.
 """
+
 import inspect
 
 import torch
@@ -56,13 +57,18 @@ class ShardedStrategy(FSDPStrategy):
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if get_device() == 'cpu':
             if not inspect.signature(torch.cpu.Stream).parameters:  # FSDP gives it a priority
-                raise UserError('Sharded training without a GPU needs a PyTorch whose '
-                                f'torch.cpu.Stream takes a priority, this is {torch.__version__}.')
+                raise UserError(
+                    'Sharded training without a GPU needs a PyTorch whose '
+                    f'torch.cpu.Stream takes a priority, this is {torch.__version__}.'
+                )
             self.model_wrapper = dict(self.model_wrapper or dict(type='MMFullyShardedDataParallel'))
             if self.model_wrapper.get('device_id') is None:
                 self.model_wrapper['device_id'] = 'cpu'
         return super()._wrap_model(model)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
-        self.optim_wrapper.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(
-            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict))
+        self.optim_wrapper.load_state_dict(
+            FullyShardedDataParallel.optim_state_dict_to_load(
+                model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict
+            )
+        )

@@ -1,4 +1,5 @@
 """Weights are read as plain data, under any of their names, and none stay random unsaid."""
+
 import logging
 from typing import Optional
 
@@ -47,8 +48,9 @@ class SafeLoadingHook(Hook):
         if isinstance(checkpoint.get('meta'), dict):
             checkpoint['meta'].pop('config', None)  # MMEngine would run it as a program
         if not is_sharded(runner):
-            checkpoint['state_dict'] = model_weights(bare_model(runner), checkpoint,
-                                                     checkpoint_name(runner))
+            checkpoint['state_dict'] = model_weights(
+                bare_model(runner), checkpoint, checkpoint_name(runner)
+            )
 
 
 @HOOKS.register_module()
@@ -70,7 +72,8 @@ class CheckWeightsHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         name, training = checkpoint_name(runner), isinstance(runner._train_loop, BaseLoop)
         advice = 'Give the config that it was trained with' + (
-            '.' if training else ', or evaluate a partly random model with --allow-partial.')
+            '.' if training else ', or evaluate a partly random model with --allow-partial.'
+        )
         required: Optional[str] = ''
         if self.allow_partial and not training:
             required = None
@@ -86,7 +89,8 @@ class CheckWeightsHook(Hook):
             if absent:
                 raise CheckpointError(
                     f"Checkpoint '{name}' holds no state of a training ({', '.join(absent)}): "
-                    'start a new one from its weights with --cfg-options load_from=FILE.')
+                    'start a new one from its weights with --cfg-options load_from=FILE.'
+                )
             if isinstance(runner.train_loop, EpochBasedTrainLoop):
                 go_on_after_whole_epoch(runner, checkpoint, name)
         compare_classes(runner, checkpoint)
@@ -117,12 +121,17 @@ def go_on_after_whole_epoch(runner, checkpoint: dict, name: str) -> None:
         raise CheckpointError(
             f"Checkpoint '{name}' was written amid epoch {meta['epoch'] + 1}, after iteration "
             f"{meta['iter']}, where a loop of epochs cannot go on: resume from one that was "
-            'written at the end of an epoch.')
+            'written at the end of an epoch.'
+        )
     if epoch and epoch * length != meta['iter']:
-        print_log(f"Checkpoint '{name}' was written when an epoch had {meta['iter'] / epoch:g} "
-                  f'iterations, now it has {length}: with other processes or another batch the '
-                  'learning rate, whose schedule counts iterations, is not what it would have '
-                  'been.', 'current', logging.WARNING)
+        print_log(
+            f"Checkpoint '{name}' was written when an epoch had {meta['iter'] / epoch:g} "
+            f'iterations, now it has {length}: with other processes or another batch the '
+            'learning rate, whose schedule counts iterations, is not what it would have '
+            'been.',
+            'current',
+            logging.WARNING,
+        )
     meta.update(epoch=epoch, iter=epoch * length)
 
 
@@ -134,5 +143,9 @@ def compare_classes(runner, checkpoint: dict) -> None:
     dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if said and classes and list(said) != list(classes):
-        print_log('The checkpoint names other classes than the dataset, whose names are used: '
-                  f'{list(said)[:3]}... and {list(classes)[:3]}...', 'current', logging.WARNING)
+        print_log(
+            'The checkpoint names other classes than the dataset, whose names are used: '
+            f'{list(said)[:3]}... and {list(classes)[:3]}...',
+            'current',
+            logging.WARNING,
+        )

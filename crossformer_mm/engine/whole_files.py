@@ -1,4 +1,5 @@
 """Checkpoints that are whole or not there, whenever a training is killed."""
+
 import errno
 import logging
 import os
@@ -81,8 +82,12 @@ class WholeFilesHook(Hook):
 
     def before_run(self, runner) -> None:
         for hook in runner.hooks:
-            if (isinstance(hook, CheckpointHook) and '://' not in str(hook.out_dir)
-                    and hook.backend_args is None and hook.file_client_args is None):
+            if (
+                isinstance(hook, CheckpointHook)
+                and '://' not in str(hook.out_dir)
+                and hook.backend_args is None
+                and hook.file_client_args is None
+            ):
                 hook.backend_args = dict(backend='whole')
 
     def before_train(self, runner) -> None:
@@ -96,9 +101,11 @@ class WholeFilesHook(Hook):
                 except (CheckpointError, FileNotFoundError):
                     continue  # what cannot be read is no loss
                 if theirs and theirs != mine:
-                    raise UserError(f"'{folder}' has checkpoints of '{theirs}', which a training "
-                                    f"of '{mine}' would replace: give it a folder of its own with "
-                                    '--work-dir.')
+                    raise UserError(
+                        f"'{folder}' has checkpoints of '{theirs}', which a training "
+                        f"of '{mine}' would replace: give it a folder of its own with "
+                        '--work-dir.'
+                    )
                 return  # one tells it of all
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -113,7 +120,7 @@ def name_of_config(file: Optional[str]) -> Optional[str]:
     folders = path.parts[:-1]
     if 'configs' not in folders:
         return path.name
-    return '/'.join(path.parts[len(folders) - folders[::-1].index('configs'):])
+    return '/'.join(path.parts[len(folders) - folders[::-1].index('configs') :])
 
 
 def places(runner) -> Iterator[Tuple[str, str, Optional[dict]]]:
@@ -159,15 +166,22 @@ def newest_checkpoint(runner) -> Optional[str]:
         for number, path in numbered(*place):
             content = whole_content(path)
             if content is None:
-                print_log(f"Checkpoint '{path}' is cut short or damaged: the one before it is "
-                          'taken.', 'current', logging.WARNING)
+                print_log(
+                    f"Checkpoint '{path}' is cut short or damaged: the one before it is taken.",
+                    'current',
+                    logging.WARNING,
+                )
                 continue
             if 'meta' not in content or 'message_hub' not in content:
                 done = number  # a sharded one: the strategy knows what is in it
             elif epochs and epoch_of(content, len(runner.train_dataloader)) is None:
                 amid = path
-                print_log(f"Checkpoint '{path}' was written amid an epoch, where a loop of epochs "
-                          'cannot go on: the one before it is taken.', 'current', logging.WARNING)
+                print_log(
+                    f"Checkpoint '{path}' was written amid an epoch, where a loop of epochs "
+                    'cannot go on: the one before it is taken.',
+                    'current',
+                    logging.WARNING,
+                )
                 continue
             else:
                 done = content['meta']['iter']
@@ -175,9 +189,11 @@ def newest_checkpoint(runner) -> Optional[str]:
                 best = done, path
             break
     if best is None and amid:
-        raise UserError(f"'{Path(amid).parent}' has no checkpoint from the end of an epoch, and "
-                        'where these were written, amid one, a loop of epochs cannot go on: let '
-                        'default_hooks.checkpoint save by epochs.')
+        raise UserError(
+            f"'{Path(amid).parent}' has no checkpoint from the end of an epoch, and "
+            'where these were written, amid one, a loop of epochs cannot go on: let '
+            'default_hooks.checkpoint save by epochs.'
+        )
     return best and best[1]
 
 

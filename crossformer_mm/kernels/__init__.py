@@ -15,6 +15,7 @@ holds it to the definition.
 
 Linear layers in float32 on the CPU are those of :mod:`.onednn`, MLPs of :mod:`.mlp`.
 """
+
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -36,6 +37,7 @@ class Path(NamedTuple):
         is_trusted (Callable[[torch.device], bool]): asked before it is chosen, not where it is
             asked for by name.
     """
+
     attend: Callable
     why_not: Callable[[Call], str]
     is_trusted: Callable[[torch.device], bool] = lambda device: True
@@ -52,8 +54,10 @@ ATTENTION_PATHS = tuple(PATHS)
 def check_path(path: Optional[str]) -> None:
     """Raise a ValueError unless it is None or a path's name."""
     if path is not None and path not in PATHS:
-        raise ValueError('CrossFormer: attention_path must be None (the fastest that works) or '
-                         f"one of {', '.join(map(repr, PATHS))}, got {path!r}.")
+        raise ValueError(
+            'CrossFormer: attention_path must be None (the fastest that works) or '
+            f"one of {', '.join(map(repr, PATHS))}, got {path!r}."
+        )
 
 
 def choose_path(call: Call, path: Optional[str] = None) -> str:
@@ -68,17 +72,30 @@ def choose_path(call: Call, path: Optional[str] = None) -> str:
     """
     check_path(path)
     if path is None:
-        return next(name for name, kernel in PATHS.items()
-                    if not kernel.why_not(call) and kernel.is_trusted(call.device))
+        return next(
+            name
+            for name, kernel in PATHS.items()
+            if not kernel.why_not(call) and kernel.is_trusted(call.device)
+        )
     reason = PATHS[path].why_not(call)
     if reason:
-        raise ValueError(f"CrossFormer: attention_path={path!r} cannot work here: {reason}. Leave "
-                         "attention_path out, or choose 'plain'.")
+        raise ValueError(
+            f"CrossFormer: attention_path={path!r} cannot work here: {reason}. Leave "
+            "attention_path out, or choose 'plain'."
+        )
     return path
 
 
-def map_attention(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
-                  scale: float, dropout: float = 0., path: Optional[str] = None) -> Tensor:
+def map_attention(
+    qkv: Tensor,
+    table: Tensor,
+    rows: AxisRule,
+    columns: AxisRule,
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+    path: Optional[str] = None,
+) -> Tensor:
     """Attention inside the groups of a batch of maps, each position staying where it is.
 
     :func:`.plain.attend` says what is computed.

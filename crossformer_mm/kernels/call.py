@@ -1,4 +1,5 @@
 """What a kernel may have to know of a call before it can say whether it serves."""
+
 from typing import NamedTuple
 
 import torch
@@ -18,18 +19,26 @@ class Call(NamedTuple):
         has_lead (bool): whether the first group of an axis begins before the axis does.
         watcher (str): see :func:`watcher`.
     """
+
     device: torch.device
     dtype: torch.dtype = torch.float32
     head_dim: int = 32
-    dropout: float = 0.
+    dropout: float = 0.0
     has_lead: bool = False
     watcher: str = ''
 
     @classmethod
-    def of(cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
-           dropout: float) -> 'Call':
-        return cls(qkv.device, qkv.dtype, qkv.shape[-1] // 3 // num_heads, dropout,
-                   bool(rows.lead or columns.lead), watcher())
+    def of(
+        cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, dropout: float
+    ) -> 'Call':
+        return cls(
+            qkv.device,
+            qkv.dtype,
+            qkv.shape[-1] // 3 // num_heads,
+            dropout,
+            bool(rows.lead or columns.lead),
+            watcher(),
+        )
 
 
 def watcher() -> str:

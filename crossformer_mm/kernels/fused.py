@@ -15,6 +15,7 @@ The kernels are in :mod:`.fused_triton`, which is imported when first used:
 this package neither needs Triton nor waits for it. Where Triton's interpreter is
 on (TRITON_INTERPRET=1 in the environment), they run on the CPU, too, for tests.
 """
+
 import functools
 import importlib.util
 import warnings
@@ -50,7 +51,7 @@ def why_not(call: Call) -> str:
     return why_no_triton(call.device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_triton() -> bool:
     """Asked by each block of each forward, and answered by a search of the disk: once."""
     return importlib.util.find_spec('triton') is not None
@@ -63,14 +64,19 @@ def why_no_triton(device: torch.device) -> str:
     if device.type == 'cuda' and torch.cuda.is_available():
         if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0):
             return ''
-        return ('it needs an NVIDIA GPU of compute capability 8.0 or more, but '
-                f'{device} is {torch.cuda.get_device_name(device)}')
+        return (
+            'it needs an NVIDIA GPU of compute capability 8.0 or more, but '
+            f'{device} is {torch.cuda.get_device_name(device)}'
+        )
     if device.type == 'cpu':
         from . import fused_triton
+
         if fused_triton.INTERPRETED:
             return ''
-    return ('it works on CUDA devices (on the CPU only in Triton\'s interpreter, for which '
-            f'TRITON_INTERPRET=1 is set before Python starts), but got tensors on {device}')
+    return (
+        'it works on CUDA devices (on the CPU only in Triton\'s interpreter, for which '
+        f'TRITON_INTERPRET=1 is set before Python starts), but got tensors on {device}'
+    )
 
 
 def agrees_with_plain(device: torch.device) -> bool:
@@ -83,7 +89,7 @@ def agrees_with_plain(device: torch.device) -> bool:
     return _agrees_with_plain(str(device))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _agrees_with_plain(device: str) -> bool:
     rules = AxisRule(9, 2), AxisRule(8, 2)  # ragged, and of more than 64 members
     heads, channels, sides = 2, 64, (17, 15)
@@ -93,21 +99,28 @@ def _agrees_with_plain(device: str) -> bool:
         return torch.arange(count, device=device).mul(2.4).sin().view(shape).requires_grad_()
 
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(
-                torch.device(device).type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(torch.device(device).type, enabled=False),
+        ):
             qkv, table = leaf(1, *sides, 3 * channels), leaf(heads, 17, 15)
             plain_out = plain.attend(qkv, table, *rules, heads, 0.2)
             fused_out = attend(qkv, table, *rules, heads, 0.2)
             weights = leaf(1, *sides, channels).detach()
-            results = [(out, *torch.autograd.grad((out * weights).sum(), (qkv, table)))
-                       for out in (fused_out, plain_out)]
+            results = [
+                (out, *torch.autograd.grad((out * weights).sum(), (qkv, table)))
+                for out in (fused_out, plain_out)
+            ]
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results))
         fault = '' if worst < 1e-2 else f'it is wrong by {worst:.2g} of the largest value'
     except Exception as error:  # of a compiler, a driver, a launch
         fault = f'{type(error).__name__}: {error}'
     if fault:
-        warnings.warn(f'CrossFormer: the fused attention does not work on {device}, the plain one '
-                      f'is used ({fault}).')
+        warnings.warn(
+            f'CrossFormer: the fused attention does not work on {device}, the plain one '
+            f'is used ({fault}).'
+        )
     return not fault
 
 
@@ -120,12 +133,14 @@ agrees_with_plain._dynamo_marked_constant = True
 def forward(*arguments) -> Tuple[Tensor, Tensor]:
     """See :func:`.fused_triton.forward`, which imports Triton."""
     from . import fused_triton
+
     return fused_triton.forward(*arguments)
 
 
 def backward(*arguments) -> Tuple[Tensor, Tensor]:
     """See :func:`.fused_triton.backward`."""
     from . import fused_triton
+
     return fused_triton.backward(*arguments)
 
 

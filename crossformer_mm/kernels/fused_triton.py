@@ -11,6 +11,7 @@ With ``place = row * (2 * column_size - 1) + column``, the bias of a pair lies a
 Sums are in float32, of products in the inputs' type. No kernel uses atomics:
 each result is written by one program, which sums in a fixed order.
 """
+
 import contextlib
 import math
 from typing import NamedTuple, Tuple
@@ -24,8 +25,20 @@ from ..grouping import AxisRule, count_groups, fit_rule
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # What comes with the image and the stage: no kernel may be compiled for each.
-SIZES = ['groups', 'height', 'width', 'row_groups', 'column_groups', 'row_size', 'row_interval',
-         'column_size', 'column_interval', 'heads', 'first_query', 'queries']
+SIZES = [
+    'groups',
+    'height',
+    'width',
+    'row_groups',
+    'column_groups',
+    'row_size',
+    'row_interval',
+    'column_size',
+    'column_interval',
+    'heads',
+    'first_query',
+    'queries',
+]
 
 
 @triton.jit
@@ -37,15 +50,26 @@ def multiply(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def locate_group(group, height, width, row_groups, column_groups, row_size, row_interval,
-                 column_size, column_interval):
+def locate_group(
+    group,
+    height,
+    width,
+    row_groups,
+    column_groups,
+    row_size,
+    row_interval,
+    column_size,
+    column_interval,
+):
     """Position of a group's first member in the batch of maps, its rows and its columns."""
     column_group = group % column_groups
     row_group = group // column_groups % row_groups
     image = group // column_groups // row_groups
     row = row_group // row_interval * (row_size * row_interval) + row_group % row_interval
-    column = (column_group // column_interval * (column_size * column_interval)
-              + column_group % column_interval)
+    column = (
+        column_group // column_interval * (column_size * column_interval)
+        + column_group % column_interval
+    )
     rows = tl.minimum(row_size, (height - row + row_interval - 1) // row_interval)
     columns = tl.minimum(column_size, (width - column + column_interval - 1) // column_interval)
     return (image * height + row).to(tl.int64) * width + column, rows, columns
@@ -81,43 +105,70 @@ def find_centre(table, head, row_size, column_size):
 
 
 @triton.jit
-def load_rows(start, position, exists, stride, D: tl.constexpr,
-              BLOCK_D: tl.constexpr):
+def load_rows(start, position, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(members, BLOCK_D): the D numbers at each position, else 0."""
     d = tl.arange(0, BLOCK_D)
     mask = exists[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
-    return tl.load(start + position[:, None] * stride + d[None, :], mask=mask, other=0.)
+    return tl.load(start + position[:, None] * stride + d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(start, values, position, exists, stride, D: tl.constexpr,
-               BLOCK_D: tl.constexpr):
+def store_rows(start, values, position, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The reverse of load_rows."""
     d = tl.arange(0, BLOCK_D)
     mask = exists[:, None]
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
-    tl.store(start + position[:, None] * stride + d[None, :], values.to(start.dtype.element_ty),
-             mask=mask)
+    tl.store(
+        start + position[:, None] * stride + d[None, :],
+        values.to(start.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
-def forward_kernel(qkv, table, out, norms, scale, height, width, row_groups, column_groups,
-                   row_size, row_interval, column_size, column_interval, heads, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                   PRECISION: tl.constexpr):
+def forward_kernel(
+    qkv,
+    table,
+    out,
+    norms,
+    scale,
+    height,
+    width,
+    row_groups,
+    column_groups,
+    row_size,
+    row_interval,
+    column_size,
+    column_interval,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One program: a block of queries of one head and group."""
     C = heads * D
     head = tl.program_id(0) % heads
     blocks = tl.cdiv(row_size * column_size, QUERIES)
     query = tl.program_id(0) // heads % blocks * QUERIES + tl.arange(0, QUERIES)
-    first, rows, columns = locate_group(tl.program_id(0) // heads // blocks, height, width,
-                                        row_groups, column_groups, row_size, row_interval,
-                                        column_size, column_interval)
-    position, exists = locate_members(query, first, rows, columns, column_size,
-                                      row_interval * width, column_interval)
+    first, rows, columns = locate_group(
+        tl.program_id(0) // heads // blocks,
+        height,
+        width,
+        row_groups,
+        column_groups,
+        row_size,
+        row_interval,
+        column_size,
+        column_interval,
+    )
+    position, exists = locate_members(
+        query, first, rows, columns, column_size, row_interval * width, column_interval
+    )
     centre = find_centre(table, head, row_size, column_size)
     place = find_place(query, row_size, column_size)
     q = load_rows(qkv + head * D, position, exists, 3 * C, D, BLOCK_D)
@@ -127,8 +178,9 @@ def forward_kernel(qkv, table, out, norms, scale, height, width, row_groups, col
     attended = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(0, rows * column_size, KEYS):
         key = start + tl.arange(0, KEYS)
-        key_position, key_exists = locate_members(key, first, rows, columns, column_size,
-                                                  row_interval * width, column_interval)
+        key_position, key_exists = locate_members(
+            key, first, rows, columns, column_size, row_interval * width, column_interval
+        )
         key_place = find_place(key, row_size, column_size)
         k = load_rows(qkv + C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
         v = load_rows(qkv + 2 * C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
@@ -147,10 +199,30 @@ def forward_kernel(qkv, table, out, norms, scale, height, width, row_groups, col
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pairs, scale, groups,
-                           height, width, row_groups, column_groups, row_size, row_interval,
-                           column_size, column_interval, heads, D: tl.constexpr,
-                           BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr, PRECISION: tl.constexpr):
+def backward_groups_kernel(
+    qkv,
+    table,
+    out,
+    norms,
+    grad_out,
+    grad_qkv,
+    grad_pairs,
+    scale,
+    groups,
+    height,
+    width,
+    row_groups,
+    column_groups,
+    row_size,
+    row_interval,
+    column_size,
+    column_interval,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Small groups. One program: every n-th group of one head, each as a single block."""
     C = heads * D
     head = tl.program_id(0) % heads
@@ -160,10 +232,20 @@ def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pair
     bias = tl.load(centre + (place[:, None] - place[None, :]))
     grad_bias = tl.zeros([MEMBERS, MEMBERS], tl.float32)
     for group in range(tl.program_id(0) // heads, groups, tl.num_programs(0) // heads):
-        first, rows, columns = locate_group(group, height, width, row_groups, column_groups,
-                                            row_size, row_interval, column_size, column_interval)
-        position, exists = locate_members(number, first, rows, columns, column_size,
-                                          row_interval * width, column_interval)
+        first, rows, columns = locate_group(
+            group,
+            height,
+            width,
+            row_groups,
+            column_groups,
+            row_size,
+            row_interval,
+            column_size,
+            column_interval,
+        )
+        position, exists = locate_members(
+            number, first, rows, columns, column_size, row_interval * width, column_interval
+        )
         q = load_rows(qkv + head * D, position, exists, 3 * C, D, BLOCK_D)
         k = load_rows(qkv + C + head * D, position, exists, 3 * C, D, BLOCK_D)
         v = load_rows(qkv + 2 * C + head * D, position, exists, 3 * C, D, BLOCK_D)
@@ -173,7 +255,7 @@ def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pair
         norm = tl.load(norms + position * heads + head, mask=exists, other=float('inf'))
         logits = multiply(q, tl.trans(k), PRECISION) * scale + bias
         weights = tl.exp2(logits * LOG2E - norm[:, None])
-        weights = tl.where(exists[None, :], weights, 0.)
+        weights = tl.where(exists[None, :], weights, 0.0)
         grad_v = multiply(tl.trans(weights.to(q.dtype)), grad, PRECISION)
         delta = tl.sum(grad.to(tl.float32) * attended.to(tl.float32), 1)
         grad_logits = weights * (multiply(grad, tl.trans(v), PRECISION) - delta[:, None])
@@ -189,21 +271,49 @@ def backward_groups_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_pair
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_queries_kernel(qkv, table, out, norms, grad_out, grad_qkv, deltas, scale, height,
-                            width, row_groups, column_groups, row_size, row_interval, column_size,
-                            column_interval, heads, D: tl.constexpr,
-                            BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                            PRECISION: tl.constexpr):
+def backward_queries_kernel(
+    qkv,
+    table,
+    out,
+    norms,
+    grad_out,
+    grad_qkv,
+    deltas,
+    scale,
+    height,
+    width,
+    row_groups,
+    column_groups,
+    row_size,
+    row_interval,
+    column_size,
+    column_interval,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Large groups. One program: the gradient of a block of queries, and their ``deltas``."""
     C = heads * D
     head = tl.program_id(0) % heads
     blocks = tl.cdiv(row_size * column_size, QUERIES)
     query = tl.program_id(0) // heads % blocks * QUERIES + tl.arange(0, QUERIES)
-    first, rows, columns = locate_group(tl.program_id(0) // heads // blocks, height, width,
-                                        row_groups, column_groups, row_size, row_interval,
-                                        column_size, column_interval)
-    position, exists = locate_members(query, first, rows, columns, column_size,
-                                      row_interval * width, column_interval)
+    first, rows, columns = locate_group(
+        tl.program_id(0) // heads // blocks,
+        height,
+        width,
+        row_groups,
+        column_groups,
+        row_size,
+        row_interval,
+        column_size,
+        column_interval,
+    )
+    position, exists = locate_members(
+        query, first, rows, columns, column_size, row_interval * width, column_interval
+    )
     centre = find_centre(table, head, row_size, column_size)
     place = find_place(query, row_size, column_size)
     q = load_rows(qkv + head * D, position, exists, 3 * C, D, BLOCK_D)
@@ -216,26 +326,45 @@ def backward_queries_kernel(qkv, table, out, norms, grad_out, grad_qkv, deltas, 
     grad_q = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for start in range(0, rows * column_size, KEYS):
         key = start + tl.arange(0, KEYS)
-        key_position, key_exists = locate_members(key, first, rows, columns, column_size,
-                                                  row_interval * width, column_interval)
+        key_position, key_exists = locate_members(
+            key, first, rows, columns, column_size, row_interval * width, column_interval
+        )
         key_place = find_place(key, row_size, column_size)
         k = load_rows(qkv + C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
         v = load_rows(qkv + 2 * C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
         bias = tl.load(centre + (place[:, None] - key_place[None, :]))
         logits = multiply(q, tl.trans(k), PRECISION) * scale + bias
         weights = tl.exp2(logits * LOG2E - norm[:, None])
-        weights = tl.where(key_exists[None, :], weights, 0.)
+        weights = tl.where(key_exists[None, :], weights, 0.0)
         grad_logits = weights * (multiply(grad, tl.trans(v), PRECISION) - delta[:, None])
         grad_q += multiply(grad_logits.to(k.dtype), k, PRECISION)
     store_rows(grad_qkv + head * D, grad_q * scale, position, exists, 3 * C, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, height, width,
-                         row_groups, column_groups, row_size, row_interval, column_size,
-                         column_interval, heads, D: tl.constexpr,
-                         BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                         PRECISION: tl.constexpr):
+def backward_keys_kernel(
+    qkv,
+    table,
+    norms,
+    deltas,
+    grad_out,
+    grad_qkv,
+    scale,
+    height,
+    width,
+    row_groups,
+    column_groups,
+    row_size,
+    row_interval,
+    column_size,
+    column_interval,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Large groups. One program: the gradients of a block of keys and of their values.
 
     Pairs are (key, query) here, so that no block of them need be transposed.
@@ -244,11 +373,20 @@ def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, h
     head = tl.program_id(0) % heads
     blocks = tl.cdiv(row_size * column_size, KEYS)
     key = tl.program_id(0) // heads % blocks * KEYS + tl.arange(0, KEYS)
-    first, rows, columns = locate_group(tl.program_id(0) // heads // blocks, height, width,
-                                        row_groups, column_groups, row_size, row_interval,
-                                        column_size, column_interval)
-    position, exists = locate_members(key, first, rows, columns, column_size,
-                                      row_interval * width, column_interval)
+    first, rows, columns = locate_group(
+        tl.program_id(0) // heads // blocks,
+        height,
+        width,
+        row_groups,
+        column_groups,
+        row_size,
+        row_interval,
+        column_size,
+        column_interval,
+    )
+    position, exists = locate_members(
+        key, first, rows, columns, column_size, row_interval * width, column_interval
+    )
     centre = find_centre(table, head, row_size, column_size)
     place = find_place(key, row_size, column_size)
     k = load_rows(qkv + C + head * D, position, exists, 3 * C, D, BLOCK_D)
@@ -258,14 +396,15 @@ def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, h
     grad_v = tl.zeros([KEYS, BLOCK_D], tl.float32)
     for start in range(0, rows * column_size, QUERIES):
         query = start + tl.arange(0, QUERIES)
-        query_position, query_exists = locate_members(query, first, rows, columns, column_size,
-                                                      row_interval * width, column_interval)
+        query_position, query_exists = locate_members(
+            query, first, rows, columns, column_size, row_interval * width, column_interval
+        )
         query_place = find_place(query, row_size, column_size)
         q = load_rows(qkv + head * D, query_position, query_exists, 3 * C, D, BLOCK_D)
         grad = load_rows(grad_out + head * D, query_position, query_exists, C, D, BLOCK_D)
         row = query_position * heads + head
         norm = tl.load(norms + row, mask=query_exists, other=float('inf'))
-        delta = tl.load(deltas + row, mask=query_exists, other=0.)
+        delta = tl.load(deltas + row, mask=query_exists, other=0.0)
         bias = tl.load(centre + (query_place[None, :] - place[:, None]))
         logits = multiply(k, tl.trans(q), PRECISION) * scale + bias
         # Keys that do not exist get weights too: nothing of their rows is stored.
@@ -278,11 +417,32 @@ def backward_keys_kernel(qkv, table, norms, deltas, grad_out, grad_qkv, scale, h
 
 
 @triton.jit(do_not_specialize=SIZES)
-def backward_pairs_kernel(qkv, table, norms, deltas, grad_out, grad_pairs, scale, groups, height,
-                          width, row_groups, column_groups, row_size, row_interval, column_size,
-                          column_interval, first_query, queries, heads,
-                          D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-                          KEYS: tl.constexpr, PRECISION: tl.constexpr):
+def backward_pairs_kernel(
+    qkv,
+    table,
+    norms,
+    deltas,
+    grad_out,
+    grad_pairs,
+    scale,
+    groups,
+    height,
+    width,
+    row_groups,
+    column_groups,
+    row_size,
+    row_interval,
+    column_size,
+    column_interval,
+    first_query,
+    queries,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Large groups. One program: the gradient of the bias of a block of pairs of one head,
     summed over every n-th group, for ``queries`` numbers from ``first_query``."""
     C = heads * D
@@ -300,30 +460,52 @@ def backward_pairs_kernel(qkv, table, norms, deltas, grad_out, grad_pairs, scale
     bias = tl.load(centre + (place[:, None] - key_place[None, :]))
     grad_bias = tl.zeros([QUERIES, KEYS], tl.float32)
     for group in range(share, groups, shares):
-        first, rows, columns = locate_group(group, height, width, row_groups, column_groups,
-                                            row_size, row_interval, column_size, column_interval)
-        position, exists = locate_members(query, first, rows, columns, column_size,
-                                          row_interval * width, column_interval)
-        key_position, key_exists = locate_members(key, first, rows, columns, column_size,
-                                                  row_interval * width, column_interval)
+        first, rows, columns = locate_group(
+            group,
+            height,
+            width,
+            row_groups,
+            column_groups,
+            row_size,
+            row_interval,
+            column_size,
+            column_interval,
+        )
+        position, exists = locate_members(
+            query, first, rows, columns, column_size, row_interval * width, column_interval
+        )
+        key_position, key_exists = locate_members(
+            key, first, rows, columns, column_size, row_interval * width, column_interval
+        )
         q = load_rows(qkv + head * D, position, exists, 3 * C, D, BLOCK_D)
         grad = load_rows(grad_out + head * D, position, exists, C, D, BLOCK_D)
         k = load_rows(qkv + C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
         v = load_rows(qkv + 2 * C + head * D, key_position, key_exists, 3 * C, D, BLOCK_D)
         norm = tl.load(norms + position * heads + head, mask=exists, other=float('inf'))
-        delta = tl.load(deltas + position * heads + head, mask=exists, other=0.)
+        delta = tl.load(deltas + position * heads + head, mask=exists, other=0.0)
         logits = multiply(q, tl.trans(k), PRECISION) * scale + bias
         weights = tl.exp2(logits * LOG2E - norm[:, None])
-        weights = tl.where(key_exists[None, :], weights, 0.)
+        weights = tl.where(key_exists[None, :], weights, 0.0)
         grad_bias += weights * (multiply(grad, tl.trans(v), PRECISION) - delta[:, None])
     pairs = grad_pairs + ((share * heads + head) * queries + row).to(tl.int64)[:, None] * (
-        key_blocks * KEYS)
+        key_blocks * KEYS
+    )
     tl.store(pairs + key[None, :], grad_bias)
 
 
 @triton.jit(do_not_specialize=SIZES + ['pitch'])
-def sum_pairs_kernel(grad_pairs, grad_table, first_query, queries, pitch, row_size, column_size,
-                     heads, QUERIES: tl.constexpr, OFFSETS: tl.constexpr):
+def sum_pairs_kernel(
+    grad_pairs,
+    grad_table,
+    first_query,
+    queries,
+    pitch,
+    row_size,
+    column_size,
+    heads,
+    QUERIES: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
     """Add the gradient of pairs, (heads, queries, pitch), to that of their offsets.
 
     One program: one head, one offset of rows, a block of offsets of columns.
@@ -344,11 +526,14 @@ def sum_pairs_kernel(grad_pairs, grad_table, first_query, queries, pitch, row_si
         exists = (query < end)[:, None] & (key_column >= 0) & (key_column < column_size)
         key = ((row - rows_apart) * column_size)[:, None] + key_column
         pairs = grad_pairs + (head * queries + query - first_query).to(tl.int64)[:, None] * pitch
-        total += tl.load(pairs + key, mask=exists, other=0.)
+        total += tl.load(pairs + key, mask=exists, other=0.0)
     columns = 2 * column_size - 1
     sums = grad_table + (head * (2 * row_size - 1) + rows_apart + row_size - 1) * columns + number
-    tl.store(sums, tl.load(sums, mask=number < columns, other=0.) + tl.sum(total, 0),
-             mask=number < columns)
+    tl.store(
+        sums,
+        tl.load(sums, mask=number < columns, other=0.0) + tl.sum(total, 0),
+        mask=number < columns,
+    )
 
 
 # With TRITON_INTERPRET=1 Triton runs kernels in Python, on the CPU.
@@ -357,6 +542,7 @@ INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 class Tile(NamedTuple):
     """Queries and keys of a block, warps of a program, stages of its pipeline of loads."""
+
     queries: int
     keys: int
     warps: int
@@ -405,6 +591,7 @@ def block_size(number: int) -> int:
 
 class Groups(NamedTuple):
     """What kernels take of the geometry: the groups of a batch of maps, as numbers."""
+
     groups: int
     height: int
     width: int
@@ -420,12 +607,21 @@ class Groups(NamedTuple):
         batch, height, width, _ = qkv.shape
         rows, columns = fit_rule(height, rows), fit_rule(width, columns)
         row_groups, column_groups = count_groups(height, rows), count_groups(width, columns)
-        groups = cls(batch * row_groups * column_groups, height, width, row_groups, column_groups,
-                     *rows[:2], *columns[:2])
+        groups = cls(
+            batch * row_groups * column_groups,
+            height,
+            width,
+            row_groups,
+            column_groups,
+            *rows[:2],
+            *columns[:2],
+        )
         if groups.members > MEMBERS_LIMIT:
-            raise ValueError('CrossFormer: fused attention takes groups of at most '
-                             f'{MEMBERS_LIMIT} positions, got {groups.members}: choose a larger '
-                             'interval.')
+            raise ValueError(
+                'CrossFormer: fused attention takes groups of at most '
+                f'{MEMBERS_LIMIT} positions, got {groups.members}: choose a larger '
+                'interval.'
+            )
         return groups
 
     @property
@@ -434,21 +630,40 @@ class Groups(NamedTuple):
         return self.row_size * self.column_size
 
 
-def forward(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, heads: int,
-            scale: float) -> Tuple[Tensor, Tensor]:
+def forward(
+    qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, heads: int, scale: float
+) -> Tuple[Tensor, Tensor]:
     """Output (B, H, W, heads*d), and norms (B, H, W, heads) of the softmax, in log2."""
     qkv, groups = qkv.contiguous(), Groups.of(qkv, rows, columns)
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     norms = qkv.new_empty(*qkv.shape[:3], heads, dtype=torch.float32)
-    launch(forward_kernel, qkv, heads, groups.members,
-           lambda tile: groups.groups * triton.cdiv(groups.members, tile.queries),
-           qkv, crop_table(table, groups), out, norms, scale, *groups[1:])
+    launch(
+        forward_kernel,
+        qkv,
+        heads,
+        groups.members,
+        lambda tile: groups.groups * triton.cdiv(groups.members, tile.queries),
+        qkv,
+        crop_table(table, groups),
+        out,
+        norms,
+        scale,
+        *groups[1:],
+    )
     return out, norms
 
 
-def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
-             rows: AxisRule, columns: AxisRule, heads: int,
-             scale: float) -> Tuple[Tensor, Tensor]:
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    out: Tensor,
+    norms: Tensor,
+    rows: AxisRule,
+    columns: AxisRule,
+    heads: int,
+    scale: float,
+) -> Tuple[Tensor, Tensor]:
     """Gradients of ``qkv`` and ``table``."""
     grad_out, qkv, groups = grad_out.contiguous(), qkv.contiguous(), Groups.of(qkv, rows, columns)
     cropped = crop_table(table, groups)
@@ -458,17 +673,56 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
         side = block_size(groups.members)
         shares = min(groups.groups, triton.cdiv(PROGRAMS, heads))
         pairs = cropped.new_empty(shares, heads, side, side)
-        launch(backward_groups_kernel, qkv, heads, groups.members, lambda tile: shares,
-               qkv, cropped, out, norms, grad_out, grad_qkv, pairs, scale, *groups)
+        launch(
+            backward_groups_kernel,
+            qkv,
+            heads,
+            groups.members,
+            lambda tile: shares,
+            qkv,
+            cropped,
+            out,
+            norms,
+            grad_out,
+            grad_qkv,
+            pairs,
+            scale,
+            *groups,
+        )
         sum_pairs(pairs, grad_cropped, 0, groups, heads)
     else:
         deltas = torch.empty_like(norms)
-        launch(backward_queries_kernel, qkv, heads, groups.members,
-               lambda tile: groups.groups * triton.cdiv(groups.members, tile.queries),
-               qkv, cropped, out, norms, grad_out, grad_qkv, deltas, scale, *groups[1:])
-        launch(backward_keys_kernel, qkv, heads, groups.members,
-               lambda tile: groups.groups * triton.cdiv(groups.members, tile.keys),
-               qkv, cropped, norms, deltas, grad_out, grad_qkv, scale, *groups[1:])
+        launch(
+            backward_queries_kernel,
+            qkv,
+            heads,
+            groups.members,
+            lambda tile: groups.groups * triton.cdiv(groups.members, tile.queries),
+            qkv,
+            cropped,
+            out,
+            norms,
+            grad_out,
+            grad_qkv,
+            deltas,
+            scale,
+            *groups[1:],
+        )
+        launch(
+            backward_keys_kernel,
+            qkv,
+            heads,
+            groups.members,
+            lambda tile: groups.groups * triton.cdiv(groups.members, tile.keys),
+            qkv,
+            cropped,
+            norms,
+            deltas,
+            grad_out,
+            grad_qkv,
+            scale,
+            *groups[1:],
+        )
         backward_table(grad_out, qkv, cropped, norms, deltas, grad_cropped, groups, heads, scale)
 
     if grad_cropped.shape == table.shape and grad_cropped.dtype == table.dtype:
@@ -478,8 +732,17 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
     return grad_qkv, grad_table
 
 
-def backward_table(grad_out: Tensor, qkv: Tensor, table: Tensor, norms: Tensor, deltas: Tensor,
-                   grad_table: Tensor, groups: Groups, heads: int, scale: float) -> None:
+def backward_table(
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    norms: Tensor,
+    deltas: Tensor,
+    grad_table: Tensor,
+    groups: Groups,
+    heads: int,
+    scale: float,
+) -> None:
     """Add the gradient of the bias to that of the table, some rows of pairs at a time."""
     tile = choose_tile('backward_pairs', groups.members, qkv.dtype)
     key_blocks = triton.cdiv(groups.members, tile.keys)
@@ -491,23 +754,48 @@ def backward_table(grad_out: Tensor, qkv: Tensor, table: Tensor, norms: Tensor, 
         blocks = min(step, query_blocks - block)
         first, queries = block * tile.queries, blocks * tile.queries
         pairs = table.new_empty(shares, heads, queries, pitch)
-        launch(backward_pairs_kernel, qkv, heads, groups.members,
-               lambda tile: shares * blocks * key_blocks,
-               qkv, table, norms, deltas, grad_out, pairs, scale, *groups, first, queries)
+        launch(
+            backward_pairs_kernel,
+            qkv,
+            heads,
+            groups.members,
+            lambda tile: shares * blocks * key_blocks,
+            qkv,
+            table,
+            norms,
+            deltas,
+            grad_out,
+            pairs,
+            scale,
+            *groups,
+            first,
+            queries,
+        )
         sum_pairs(pairs, grad_table, first, groups, heads)
 
 
-def sum_pairs(pairs: Tensor, grad_table: Tensor, first_query: int, groups: Groups,
-              heads: int) -> None:
+def sum_pairs(
+    pairs: Tensor, grad_table: Tensor, first_query: int, groups: Groups, heads: int
+) -> None:
     """Add gradients of pairs (shares, heads, queries, pitch) to those of their offsets."""
     shares, _, queries, pitch = pairs.shape
     pairs = pairs.sum(0) if shares > 1 else pairs
     offsets = 64
     programs = heads * (2 * groups.row_size - 1) * triton.cdiv(2 * groups.column_size - 1, offsets)
     with on_device_of(pairs):
-        sum_pairs_kernel[(programs,)](pairs, grad_table, first_query, queries, pitch,
-                                      groups.row_size, groups.column_size, heads, QUERIES=64,
-                                      OFFSETS=offsets, num_warps=4)
+        sum_pairs_kernel[(programs,)](
+            pairs,
+            grad_table,
+            first_query,
+            queries,
+            pitch,
+            groups.row_size,
+            groups.column_size,
+            heads,
+            QUERIES=64,
+            OFFSETS=offsets,
+            num_warps=4,
+        )
 
 
 def launch(kernel, qkv: Tensor, heads: int, members: int, programs, *arguments) -> None:
@@ -515,13 +803,23 @@ def launch(kernel, qkv: Tensor, heads: int, members: int, programs, *arguments) 
     name = kernel.__name__.removesuffix('_kernel')
     head_dim = qkv.shape[3] // (3 * heads)
     tile = choose_tile(name, members, qkv.dtype)
-    sizes = dict(MEMBERS=tile.keys) if name == 'backward_groups' else dict(QUERIES=tile.queries,
-                                                                           KEYS=tile.keys)
+    sizes = (
+        dict(MEMBERS=tile.keys)
+        if name == 'backward_groups'
+        else dict(QUERIES=tile.queries, KEYS=tile.keys)
+    )
     with on_device_of(qkv):
         kernel[(heads * programs(tile),)](
-            *arguments, heads, D=head_dim, BLOCK_D=block_size(head_dim), **sizes,
-            PRECISION=precision(head_dim), num_warps=tile.warps, num_stages=tile.stages,
-            enable_fp_fusion=True)
+            *arguments,
+            heads,
+            D=head_dim,
+            BLOCK_D=block_size(head_dim),
+            **sizes,
+            PRECISION=precision(head_dim),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
 
 
 def on_device_of(tensor: Tensor):
@@ -545,7 +843,7 @@ def centre(table: Tensor, groups: Groups) -> Tensor:
     """The offsets that occur, a view (heads, 2*row_size-1, 2*column_size-1)."""
     top = table.shape[1] // 2 - (groups.row_size - 1)
     left = table.shape[2] // 2 - (groups.column_size - 1)
-    return table[:, top:top + 2 * groups.row_size - 1, left:left + 2 * groups.column_size - 1]
+    return table[:, top : top + 2 * groups.row_size - 1, left : left + 2 * groups.column_size - 1]
 
 
 def crop_table(table: Tensor, groups: Groups) -> Tensor:

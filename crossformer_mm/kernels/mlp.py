@@ -4,10 +4,10 @@ The hidden layer is four times as wide as the map. In parts it stays in the cach
 is used again for each: new memory is mapped by the system page by page, which took a fifth of the
 time. Where the whole layer is large it is never stored, and the backward pass computes it again.
 """
+
 from typing import Iterator, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,19 +33,32 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Returns:
         Tensor: (tokens, channels).
     """
-    return ChunkedMlp.apply(x, weight1, bias1, weight2, bias2, onednn_suits(x, weight1),
-                            torch.is_grad_enabled())
+    return ChunkedMlp.apply(
+        x, weight1, bias1, weight2, bias2, onednn_suits(x, weight1), torch.is_grad_enabled()
+    )
 
 
 class ChunkedMlp(torch.autograd.Function):
     """See :func:`mlp`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-                onednn: bool, training: bool) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        onednn: bool,
+        training: bool,
+    ) -> Tensor:
         ctx.parts = list(chunks(len(x), len(weight1), CHUNK if onednn else MKL_CHUNK))
         ctx.onednn = onednn
-        kept = x.new_empty(len(x), len(weight1)) if training and len(x) * len(weight1) <= KEPT else None
+        kept = (
+            x.new_empty(len(x), len(weight1))
+            if training and len(x) * len(weight1) <= KEPT
+            else None
+        )
         hidden, act = part_buffers(x, weight1, ctx.parts)
         out = x.new_empty(len(x), len(weight2))
         for rows in ctx.parts:
@@ -68,9 +81,12 @@ class ChunkedMlp(torch.autograd.Function):
         grad_bias1, grad_bias2 = torch.zeros_like(bias1), weight2.new_zeros(len(weight2))
         buffers = part_buffers(x, weight1, ctx.parts)
         for rows in ctx.parts:
-            hidden, act = buffers[:, :len(x[rows])]
-            hidden = (multiply(x[rows], weight1.t(), hidden, ctx.onednn, bias1) if kept is None
-                      else kept[rows])
+            hidden, act = buffers[:, : len(x[rows])]
+            hidden = (
+                multiply(x[rows], weight1.t(), hidden, ctx.onednn, bias1)
+                if kept is None
+                else kept[rows]
+            )
             torch.ops.aten.gelu.out(hidden, out=act)
             add_gradients(grad_out[rows], act, grad_weight2, grad_bias2, ctx.onednn)
             grad = multiply(grad_out[rows], weight2, act, ctx.onednn)  # in the place of act
@@ -85,8 +101,9 @@ def part_buffers(x: Tensor, weight1: Tensor, parts: list) -> Tensor:
     return x.new_empty(2, len(x[parts[0]]) if parts else 0, len(weight1))
 
 
-def multiply(x: Tensor, matrix: Tensor, place: Tensor, onednn: bool,
-             bias: Optional[Tensor] = None) -> Tensor:
+def multiply(
+    x: Tensor, matrix: Tensor, place: Tensor, onednn: bool, bias: Optional[Tensor] = None
+) -> Tensor:
     """``x @ matrix + bias``, in ``place`` if the library takes one."""
     if onednn:
         return product(x, matrix.t(), bias)

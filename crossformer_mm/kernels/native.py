@@ -16,6 +16,7 @@ processor has is taken; ``CROSSFORMER_MM_INSTRUCTIONS`` names another:
 The threads are PyTorch's own, as many as ``torch.get_num_threads()`` says; values do not depend
 on their number.
 """
+
 import ctypes
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ from .operator import map_operator
 
 try:
     from . import _native
+
     MISSING = ''
 except ImportError as error:  # there was no compiler
     MISSING = f'it was not compiled when crossformer_mm was installed ({error})'
@@ -76,8 +78,9 @@ def instructions() -> str:
     supported = _native.supported()
     name = os.environ.get(VARIABLE) or supported[0]
     if name not in supported:
-        raise ValueError(f'{VARIABLE} is {name!r}, but this processor runs '
-                         f'{", ".join(map(repr, supported))}')
+        raise ValueError(
+            f'{VARIABLE} is {name!r}, but this processor runs {", ".join(map(repr, supported))}'
+        )
     return name
 
 
@@ -96,8 +99,9 @@ def why_not(call: Call) -> str:
     return MISSING
 
 
-def forward(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
-            scale: float) -> Tuple[Tensor, Tensor]:
+def forward(
+    qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, scale: float
+) -> Tuple[Tensor, Tensor]:
     """Attention of every position of a map to its group.
 
     Logits and all sums are in float32.
@@ -120,14 +124,32 @@ def forward(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_h
     """
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     norms = qkv.new_empty(*qkv.shape[:3], num_heads, dtype=torch.float32)
-    call_kernel(qkv.contiguous(), table.float().contiguous(), out, norms, None, None, None, rows,
-                columns, scale)
+    call_kernel(
+        qkv.contiguous(),
+        table.float().contiguous(),
+        out,
+        norms,
+        None,
+        None,
+        None,
+        rows,
+        columns,
+        scale,
+    )
     return out, norms
 
 
-def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
-             rows: AxisRule, columns: AxisRule, num_heads: int,
-             scale: float) -> Tuple[Tensor, Tensor]:
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    out: Tensor,
+    norms: Tensor,
+    rows: AxisRule,
+    columns: AxisRule,
+    num_heads: int,
+    scale: float,
+) -> Tuple[Tensor, Tensor]:
     """Gradients of what :func:`forward` takes.
 
     Args:
@@ -145,24 +167,49 @@ def backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: T
     qkv, table = qkv.contiguous(), table.float().contiguous()
     grad_qkv, grad_table = torch.empty_like(qkv), torch.zeros_like(table)
     grad_out = grad_out.to(qkv.dtype).contiguous()
-    call_kernel(qkv, table, out.contiguous(), norms.contiguous(), grad_out, grad_qkv, grad_table,
-                rows, columns, scale)
+    call_kernel(
+        qkv,
+        table,
+        out.contiguous(),
+        norms.contiguous(),
+        grad_out,
+        grad_qkv,
+        grad_table,
+        rows,
+        columns,
+        scale,
+    )
     return grad_qkv, grad_table
 
 
-def call_kernel(qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns,
-                scale) -> None:
+def call_kernel(
+    qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns, scale
+) -> None:
     """Call the kernel, which takes addresses; without gradients it is the forward pass."""
     batch, height, width, heads = norms.shape
     rows, columns = fit_rule(height, rows), fit_rule(width, columns)
     if table.shape[1] < 2 * rows.size - 1 or table.shape[2] < 2 * columns.size - 1:
-        raise ValueError(f'a table of {table.shape[1]} x {table.shape[2]} offsets is too small for '
-                         f'groups of {rows.size} x {columns.size} members')
+        raise ValueError(
+            f'a table of {table.shape[1]} x {table.shape[2]} offsets is too small for '
+            f'groups of {rows.size} x {columns.size} members'
+        )
     tensors = (qkv, table, out, norms, grad_out, grad_qkv, grad_table)
-    _native.attend(instructions(), POOL, torch.get_num_threads(), DTYPES.index(qkv.dtype),
-                   *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-                   batch, height, width, heads, out.shape[3] // heads, *table.shape[1:],
-                   tuple(rows), tuple(columns), scale)
+    _native.attend(
+        instructions(),
+        POOL,
+        torch.get_num_threads(),
+        DTYPES.index(qkv.dtype),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        batch,
+        height,
+        width,
+        heads,
+        out.shape[3] // heads,
+        *table.shape[1:],
+        tuple(rows),
+        tuple(columns),
+        scale,
+    )
 
 
 attend = map_operator('native_attention', forward, backward)

@@ -4,6 +4,7 @@ PyTorch multiplies float32 matrices on the CPU with MKL, which on processors of 
 no 512-bit instructions, and copies the bias into the result first. oneDNN, which is in the same
 PyTorch and runs its convolutions, does neither, but lays the weight out in its own way first.
 """
+
 from typing import Optional, Tuple
 
 import torch
@@ -17,8 +18,12 @@ from .call import watcher
 
 def is_float32_on_cpu(x: Tensor) -> bool:
     """Whether it is multiplied in float32 on the CPU, and nobody watches how."""
-    return (x.device.type == 'cpu' and x.dtype == torch.float32 and not watcher()
-            and not is_autocast_enabled('cpu'))
+    return (
+        x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and not watcher()
+        and not is_autocast_enabled('cpu')
+    )
 
 
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
@@ -32,10 +37,13 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     """
     tokens = x.numel() // x.shape[-1]
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
-    return (is_float32_on_cpu(x) and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
-            and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
-            and (tokens >= few or not torch.is_grad_enabled()))
+    return (
+        is_float32_on_cpu(x)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+        and (tokens >= few or not torch.is_grad_enabled())
+    )
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -83,6 +91,16 @@ def as_pixels(x: Tensor) -> Tensor:
 def weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
     """``grad.t() @ x`` and ``grad.sum(0)``: those of a 1x1 convolution on one row of pixels."""
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        as_pixels(grad), as_pixels(x), weight[:, :, None, None], [len(weight)], [1, 1], [0, 0],
-        [1, 1], False, [0, 0], 1, [False, True, True])
+        as_pixels(grad),
+        as_pixels(x),
+        weight[:, :, None, None],
+        [len(weight)],
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, True],
+    )
     return grad_weight[:, :, 0, 0], grad_bias

@@ -1,4 +1,5 @@
 """A kernel for maps as an operator of PyTorch's, so that torch.compile takes it as one node."""
+
 from typing import Callable, Tuple
 
 import torch
@@ -27,29 +28,69 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
     """
 
     # They take tokens, not maps: inductor cannot keep maps of symbolic sides for the backward pass.
-    def run(qkv: Tensor, table: Tensor, batch: int, height: int, width: int, row_size: int,
-            row_interval: int, row_lead: int, column_size: int, column_interval: int,
-            column_lead: int, num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
-        out, norms = forward(qkv.reshape(batch, height, width, -1), table,
-                             AxisRule(row_size, row_interval, row_lead),
-                             AxisRule(column_size, column_interval, column_lead), num_heads, scale)
+    def run(
+        qkv: Tensor,
+        table: Tensor,
+        batch: int,
+        height: int,
+        width: int,
+        row_size: int,
+        row_interval: int,
+        row_lead: int,
+        column_size: int,
+        column_interval: int,
+        column_lead: int,
+        num_heads: int,
+        scale: float,
+    ) -> Tuple[Tensor, Tensor]:
+        out, norms = forward(
+            qkv.reshape(batch, height, width, -1),
+            table,
+            AxisRule(row_size, row_interval, row_lead),
+            AxisRule(column_size, column_interval, column_lead),
+            num_heads,
+            scale,
+        )
         return out.flatten(0, 2), norms.flatten(0, 2)
 
     def fake_run(qkv, table, *numbers):
         *_, num_heads, _ = numbers
-        return (qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
-                table.new_empty(qkv.shape[0], num_heads, dtype=torch.float32))
+        return (
+            qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+            table.new_empty(qkv.shape[0], num_heads, dtype=torch.float32),
+        )
 
-    def run_backward(grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor,
-                     batch: int, height: int, width: int, row_size: int, row_interval: int,
-                     row_lead: int, column_size: int, column_interval: int, column_lead: int,
-                     num_heads: int, scale: float) -> Tuple[Tensor, Tensor]:
+    def run_backward(
+        grad_out: Tensor,
+        qkv: Tensor,
+        table: Tensor,
+        out: Tensor,
+        norms: Tensor,
+        batch: int,
+        height: int,
+        width: int,
+        row_size: int,
+        row_interval: int,
+        row_lead: int,
+        column_size: int,
+        column_interval: int,
+        column_lead: int,
+        num_heads: int,
+        scale: float,
+    ) -> Tuple[Tensor, Tensor]:
         maps = (x.reshape(batch, height, width, -1) for x in (grad_out, qkv, out, norms))
         grad_out, qkv, out, norms = maps
-        grad_qkv, grad_table = backward(grad_out, qkv, table, out, norms,
-                                        AxisRule(row_size, row_interval, row_lead),
-                                        AxisRule(column_size, column_interval, column_lead),
-                                        num_heads, scale)
+        grad_qkv, grad_table = backward(
+            grad_out,
+            qkv,
+            table,
+            out,
+            norms,
+            AxisRule(row_size, row_interval, row_lead),
+            AxisRule(column_size, column_interval, column_lead),
+            num_heads,
+            scale,
+        )
         return grad_qkv.flatten(0, 2), grad_table.to(table.dtype)
 
     def fake_backward(grad_out, qkv, table, *_):
@@ -70,8 +111,15 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
     operator_backward = define_operator(f'{name}_backward', run_backward, fake_backward)
     operator = define_operator(name, run, fake_run, setup_context=keep, backward=differentiate)
 
-    def attend(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
-               scale: float, dropout: float = 0.) -> Tensor:
+    def attend(
+        qkv: Tensor,
+        table: Tensor,
+        rows: AxisRule,
+        columns: AxisRule,
+        num_heads: int,
+        scale: float,
+        dropout: float = 0.0,
+    ) -> Tensor:
         maps = qkv.shape[:3]
         out, _ = operator(qkv.flatten(0, 2), table, *maps, *rows, *columns, num_heads, scale)
         return out.view(*maps, -1)

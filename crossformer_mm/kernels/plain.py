@@ -1,4 +1,5 @@
 """Attention inside groups in plain PyTorch: the definition that the other paths are held to."""
+
 import operator
 
 import torch
@@ -16,8 +17,15 @@ def why_not(call: Call) -> str:
     return ''
 
 
-def attend(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int,
-           scale: float, dropout: float = 0.) -> Tensor:
+def attend(
+    qkv: Tensor,
+    table: Tensor,
+    rows: AxisRule,
+    columns: AxisRule,
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
     """See :func:`crossformer_mm.kernels.map_attention`; the groups of one size at a time."""
     # A compiler that kept the sides symbolic here would follow every ragged group there may be
     # (minutes); index() tells it to compile anew for each size (seconds).
@@ -25,9 +33,13 @@ def attend(qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_he
     groups = group_map(height, width, rows, columns, qkv.device)
     tokens, attended = qkv.flatten(1, 2), []
     for members in groups:
-        q, k, v = rearrange(tokens.index_select(1, members.flatten()),
-                            'b (g n) (three h d) -> three (b g) h n d', g=len(members), three=3,
-                            h=num_heads)
+        q, k, v = rearrange(
+            tokens.index_select(1, members.flatten()),
+            'b (g n) (three h d) -> three (b g) h n d',
+            g=len(members),
+            three=3,
+            h=num_heads,
+        )
         bias = bias_of_pairs(table, *members.shape[1:]).to(qkv.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias[None], dropout, scale=scale)
         attended.append(rearrange(out, '(b g) h n d -> b (g n) (h d)', b=len(qkv)))

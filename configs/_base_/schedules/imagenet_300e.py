@@ -24,9 +24,9 @@ optim_wrapper = dict(
 
 # DeiT keeps an average of the weights with decay 0.99996 beside them. As in MMPretrain's DeiT-B
 # config, the average is what is validated, tested, published and used as pretrained weights; the
-# weights behind it stay in the checkpoint (`ema_state_dict`), for --resume. It is an average over the
-# last 25,000 iterations or so, and says little for the first 20 epochs. MMPretrain's own hook could
-# not start from a checkpoint with a head for other classes.
+# weights behind it stay in the checkpoint (`ema_state_dict`), for --resume. It is an average over
+# the last 25,000 iterations or so, and says little for the first 20 epochs. MMPretrain's own hook
+# could not start from a checkpoint with a head for other classes.
 custom_hooks = [dict(type='mmengine.EMAHook', momentum=4e-5, priority='ABOVE_NORMAL')]
 
 auto_scale_lr = dict(enable=False, base_batch_size=1024)
