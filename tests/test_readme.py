@@ -160,7 +160,7 @@ def test_comparison_gives_what_was_measured():
                 for kind in ('time', 'memory'):
                     measured[processor, mode, kind, cells['model']] = cells[f'{kind} / Swin-T']
     models = ('crossformer_s', 'crossformer_s-block', 'mask_and_pad', 'swin_t', 'resnet_50')
-    found = {name: cells for name, *cells in rows('| CrossFormer-S')}
+    found = {name: cells for name, *cells in rows('measure | CrossFormer-S')}
     for name, mode, kind in (
         ('inference time, relative to Swin-T', 'infer', 'time'),
         ('training step time, relative to Swin-T', 'train', 'time'),
