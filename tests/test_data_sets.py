@@ -3,6 +3,7 @@ MMDetection's own tool, and with what is wrong said of the right file."""
 
 import logging
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,14 +158,20 @@ steps = [dict(type='mmengine.RecordName'), *_base_.train_pipeline]
 '''
 
 
-def test_hooks_switch_pipelines(capfd, config, tmp_path):
-    file = config(
-        RECORDED
-        + '''
-custom_hooks = [dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=steps)]
-train_cfg = dict(max_epochs=2)
-'''
-    )
+@pytest.mark.parametrize(
+    'hook',
+    [
+        "type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=steps",
+        pytest.param(
+            "type='mmpretrain.SwitchRecipeHook', "
+            'schedule=[dict(action_epoch=2, train_pipeline=steps)]',
+            marks=pytest.mark.skipif(not find_spec('mmpretrain'), reason='needs mmpretrain'),
+        ),
+    ],
+    ids=['PipelineSwitchHook', 'SwitchRecipeHook'],
+)
+def test_hooks_switch_pipelines(capfd, config, tmp_path, hook):
+    file = config(f'{RECORDED}custom_hooks = [dict({hook})]\ntrain_cfg = dict(max_epochs=2)\n')
     LOADED.clear()
     run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py')
     loaded = list(LOADED)
