@@ -24,7 +24,7 @@ TOP = {
     'CHANGELOG.md': 'CHANGELOG.md',
 }
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
-# The reference, by page: title and modules of crossformer_mm.
+# The reference, by page: title, and modules or objects of crossformer_mm.
 API = {
     'backbone': (
         'Backbone',
@@ -34,8 +34,11 @@ API = {
     'checkpoint': ('Checkpoints', 'checkpoint'),
     'engine': (
         'Training and testing',
-        'engine.runner engine.randomness engine.whole_files engine.data_checks '
-        'engine.weight_checks engine.sharding',
+        'engine.runner.CarefulRunner engine.runner.CarefulFlexibleRunner engine.runner.Careful '
+        'engine.weight_checks.SafeLoadingHook engine.weight_checks.CheckWeightsHook '
+        'engine.whole_files.WholeFilesHook engine.whole_files.WholeFileBackend '
+        'engine.data_checks.CheckDataHook engine.randomness.SeedHook '
+        'engine.randomness.CountedSampler engine.sharding.ShardedStrategy',
     ),
     'hooks': ('Hooks and FLOPs', 'hooks flops classification'),
     'export': ('Export', 'exportable export'),
@@ -95,10 +98,11 @@ def write_reference() -> None:
     (PAGES / 'api').mkdir()
     for name, (title, modules) in API.items():
         lines = [f'# {title}']
-        for module in modules.split():
-            path = ROOT / 'crossformer_mm' / re.sub(r'\.[A-Z].*', '', module).replace('.', '/')
+        for name_of_one in modules.split():
+            module = re.sub(r'\.[A-Z].*', '', name_of_one)
+            path = ROOT / 'crossformer_mm' / module.replace('.', '/')
             if path.with_suffix('.py').is_file() or (path / '__init__.py').is_file():
-                lines += ['', f'::: crossformer_mm.{module}']
+                lines += ['', f'::: crossformer_mm.{name_of_one}']
         (PAGES / 'api' / f'{name}.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 

@@ -8,6 +8,7 @@ import griffe
 def as_markdown(text: str) -> str:
     text = re.sub(r':\w+:`~?\.*([\w.]+)`', lambda role: f"`{role[1].split('.')[-1]}`", text)
     text = re.sub(r'`([^`<>]+?)\s+<(https?://[^>]+)>`_', r'[\1](\2)', text)
+    text = text.replace('G*I', 'G·I')  # no emphasis
     lines, table = [], []
     for line in text.splitlines():
         ruler = re.fullmatch(r'\s*=+( +=+)+', line) is not None
