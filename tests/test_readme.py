@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import ARCHITECTURES, CrossFormer, __version__
+
+from .tool_process import load_script
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / 'docs'
@@ -136,6 +139,18 @@ def test_config_table_names_the_configs_that_exist():
         if not path.stem.endswith('_fsdp')
     }
     assert said == there
+
+
+def test_the_picture_is_what_its_command_draws(tmp_path):
+    from PIL import Image
+
+    load_script(DOCS / 'pictures/groups_over_image.py').main(tmp_path / 'drawn.png')
+    drawn, kept = (
+        np.asarray(Image.open(path).convert('RGB'), dtype=float)
+        for path in (tmp_path / 'drawn.png', DOCS / 'pictures/groups_over_image.png')
+    )
+    assert drawn.shape == kept.shape
+    assert abs(drawn - kept).mean() < 1  # of 255: other versions set letters otherwise
 
 
 def test_readme_is_short_enough_to_be_read():
