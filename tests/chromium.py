@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 # Chromium reads commands from descriptor 3 and writes to 4, as --remote-debugging-pipe has it.
-EXEC = 'import os, sys; os.dup2({read}, 3); os.dup2({write}, 4); os.execvp(sys.argv[1], sys.argv[1:])'
+EXEC = (
+    'import os, sys; os.dup2({read}, 3); os.dup2({write}, 4); os.execvp(sys.argv[1], sys.argv[1:])'
+)
 OPTIONS = (
     '--headless=new',
     '--no-sandbox',
@@ -145,7 +147,9 @@ class Chromium:
         self.settle()
 
     def press(self, key: str, shift: bool = False) -> None:
-        codes = dict(Home=36, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, Tab=9, Enter=13)
+        codes = dict(
+            Home=36, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, Tab=9, Enter=13
+        )
         code = codes.get(key, ord(key[0]))
         for kind in ('keyDown', 'keyUp'):
             self.call(
