@@ -1,16 +1,18 @@
 """The page that ``tools/explain.py --html`` writes: page.html, page.css and page.js with the data.
 
 A page computes attention when it is pointed at: all weights of one block at 800 x 1216 would be
-60800 x 950 numbers for each head. It gets, of each block, queries and keys of every position and
-the position bias, and takes the softmax itself. Queries and keys are rounded so that the page
-stays small, which is where its weights differ from those of the model.
+60800 x 950 numbers for each head. It gets, of each block, what queries and keys are made of and
+the position bias, and takes the softmax itself. What it gets is rounded so that the page stays
+small, which is where its weights differ from those of the model. Both ways to round turn the
+numbers so that the error of each is as bad for the logits as that of any other, and then round all
+to multiples of one step; those that are smaller than the step are left out.
 
-Of each head, the logits of all pairs of positions are a matrix ``q k^T``. Its singular value
-decomposition gives the axes in which queries and keys need the fewest digits: along the i-th,
-both have variance 1 and it adds the product of theirs, times the strength ``s_i``, to a logit.
-Rounding both to multiples of ``c / s_i`` costs every axis the same error; an axis with a strength
-far below ``c`` needs no digits at all. Keys are first reduced by their mean, which adds the same to
-all logits of a query.
+``OfHeads``: queries and keys of each head. The logits of all pairs are a matrix ``q k^T``; along
+its i-th singular vectors queries and keys have variance 1, and add their product times ``s_i`` to
+a logit. So both are rounded to multiples of ``step / s_i``.
+
+``OfInput``: what queries and keys of all heads are computed from, with the matrices that do so:
+half as many numbers, which pays where positions are many and channels few.
 """
 
 import base64
@@ -19,7 +21,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -30,78 +32,172 @@ from crossformer_mm.grouping import AxisRule, fit_rule, is_small, long_distance,
 from crossformer_mm.position_bias import DynamicPositionBias, NoPositionBias
 
 HERE = Path(__file__).resolve().parent
-FINEST, COARSEST = 0.001, 1.0  # error of a logit, root mean square
-LARGEST_LEVEL = 32767  # of 16 bits
+# Root mean square of the error of a logit, which is the relative one of a weight: less is not worth
+# the bytes, more is no use; and where a page is likely to end.
+FINEST, COARSEST, USUAL = 0.001, 1.0, 0.01
+LARGEST = 32767  # of 16 bits
+LEAST = 0.45  # numbers with a deviation of fewer steps cost more than they are worth
 LARGEST_GROUP = 40  # to show the bias of: beyond, drawing 79 x 79 points gets slow
 CHECKED = 12  # positions of each block whose weights are compared with the model's
 
 
-class Axes(NamedTuple):
-    """Queries and keys of one head in the axes of its logits.
+class Rounded(NamedTuple):
+    """A block's numbers as a page has them.
 
     Args:
-        queries, keys (ndarray): (axes, positions), of variance 1.
-        strengths (ndarray): (axes,), largest first.
+        numbers (ndarray): (axes, positions), whole.
+        matrices (ndarray, optional): what the page computes with them, see page.js.
+        factors: of each head, if there are no matrices.
+        logits: of a position with others, in each head, as the page computes them.
     """
 
-    queries: np.ndarray
-    keys: np.ndarray
-    strengths: np.ndarray
+    numbers: np.ndarray
+    matrices: Optional[np.ndarray]
+    factors: List[List[float]]
+    logits: Callable[[int, np.ndarray], np.ndarray]
 
 
-class Rounded(NamedTuple):
-    """The same as whole numbers: logits are ``(factors * queries).T @ keys``."""
-
-    queries: np.ndarray
-    keys: np.ndarray
-    factors: np.ndarray
+def bits_expected(relative: np.ndarray) -> float:
+    """Of numbers with these deviations, in steps, if normally distributed; Huffman takes one."""
+    relative = relative[relative > LEAST]
+    return np.maximum(1, np.log2(math.sqrt(2 * math.pi * math.e) * relative)).sum()
 
 
-def axes_of(queries: np.ndarray, keys: np.ndarray) -> Axes:
-    """Of one head's queries, already scaled, and keys, both (positions, head_dim)."""
-    count = len(queries)
-    q, left = np.linalg.qr(queries)
-    k, right = np.linalg.qr(keys - keys.mean(0))
-    u, strengths, v = np.linalg.svd(left @ right.T)
-    return Axes((q @ u).T * count**0.5, (k @ v.T).T * count**0.5, strengths / count)
+class OfHeads:
+    """Queries and keys of each head, in the axes of its logits.
+
+    Args:
+        queries, keys (ndarray): (heads, positions, head_dim); queries scaled.
+    """
+
+    def __init__(self, queries: np.ndarray, keys: np.ndarray):
+        self.heads = [self.axes_of(q, k) for q, k in zip(queries, keys)]
+
+    @staticmethod
+    def axes_of(queries: np.ndarray, keys: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """(2, axes, positions) of variance 1, and the strengths of the axes."""
+        count = len(queries)
+        q, left = np.linalg.qr(queries)
+        # The mean of the keys adds the same to all logits of a query.
+        k, right = np.linalg.qr(keys - keys.mean(0))
+        u, strengths, v = np.linalg.svd(left @ right.T)
+        both = np.stack([(q @ u).T, (k @ v.T).T]) * count**0.5
+        return both.astype(np.float32), strengths / count
+
+    @staticmethod
+    def step(error: float, axes: int) -> float:
+        """A step makes an error of step / sqrt(12), and there are two of them on each axis."""
+        return error * math.sqrt(6 / axes)
+
+    def expected(self, error: float) -> float:
+        """The bytes for a root mean square error of a logit."""
+        return sum(
+            2 * both.shape[2] / 8 * bits_expected(strengths / self.step(error, len(strengths)))
+            for both, strengths in self.heads
+        )
+
+    def rounded(self, error: float) -> Rounded:
+        heads, factors = [], []
+        for both, strengths in self.heads:
+            step = self.step(error, len(strengths))
+            kept = strengths > LEAST * step
+            both, strengths = both[:, kept], strengths[kept, None]
+            largest = np.abs(both).max((0, 2), initial=0)[:, None]
+            steps = np.maximum(step / strengths, largest / LARGEST)
+            heads.append(np.rint(both / steps).astype(np.int16))
+            factors.append((strengths * steps**2)[:, 0])
+
+        def logits(token: int, members: np.ndarray) -> np.ndarray:
+            return np.stack(
+                [(f * both[0][:, token]) @ both[1][:, members] for f, both in zip(factors, heads)]
+            )
+
+        numbers = np.concatenate([both.reshape(-1, both.shape[2]) for both in heads])
+        return Rounded(numbers, None, [f.tolist() for f in factors], logits)
 
 
-def round_axes(axes: Axes, error: float) -> Rounded:
-    """Whole numbers for a root mean square error of a logit of at most about ``error``."""
-    step = step_for(error, len(axes.strengths))
-    kept = axes.strengths > step / 4  # of lesser strength all numbers but outliers would be 0
-    strengths = axes.strengths[kept, None]
-    queries, keys = axes.queries[kept], axes.keys[kept]
-    largest = np.maximum(np.abs(queries), np.abs(keys)).max(1, keepdims=True, initial=0)
-    steps = np.maximum(step / strengths, largest / LARGEST_LEVEL)
-    return Rounded(
-        *(np.rint(values / steps).astype(np.int16) for values in (queries, keys)),
-        (strengths * steps**2)[:, 0],
+class OfInput:
+    """What queries and keys are computed from, and how.
+
+    Args:
+        x (ndarray): (positions, channels).
+        to_queries (tuple): (heads, head_dim, channels) and (heads, head_dim), scaled.
+        to_keys (ndarray): (heads, head_dim, channels).
+    """
+
+    def __init__(self, x: np.ndarray, to_queries: Tuple[np.ndarray, ...], to_keys: np.ndarray):
+        weight, bias = to_queries
+        mean = x.mean(0)
+        x = x - mean
+        self.offset = bias + weight @ mean  # that of keys adds the same to all logits of a query
+        covariance = x.T @ x / len(x)
+        metric = 0.0  # of an error of x: what it does to the squares of all heads' logits
+        for q, offset, k in zip(weight, self.offset, to_keys):
+            queries = q @ covariance @ q.T + np.outer(offset, offset)
+            metric = metric + k.T @ queries @ k + q.T @ (k @ covariance @ k.T) @ q
+        values, vectors = np.linalg.eigh(metric)
+        root = np.sqrt(np.maximum(values, 1e-12 * values.max()))
+        turn = vectors * root
+        variances, axes = np.linalg.eigh(turn.T @ covariance @ turn)
+        self.deviations = np.sqrt(np.maximum(variances, 0))
+        self.numbers = (axes.T @ (turn.T @ x.T)).astype(np.float32)
+        back = vectors / root @ axes
+        self.to_queries, self.to_keys = weight @ back, to_keys @ back
+
+    @property
+    def step_of_error(self) -> float:
+        """Each head gets its part of the error of every axis, which is step / sqrt(12)."""
+        heads, _, axes = self.to_keys.shape
+        return math.sqrt(12 * heads / axes)
+
+    def expected(self, error: float) -> float:
+        """As of OfHeads; the matrices are in float32."""
+        relative = self.deviations / (error * self.step_of_error)
+        matrices = 8 * self.to_keys[0, :, 0].size * len(self.to_keys) * (relative > LEAST).sum()
+        return matrices + self.numbers.shape[1] / 8 * bits_expected(relative)
+
+    def rounded(self, error: float) -> Rounded:
+        step = error * self.step_of_error
+        kept = self.deviations > LEAST * step
+        numbers = self.numbers[kept]
+        steps = np.maximum(step, np.abs(numbers).max(1, initial=0) / LARGEST)
+        numbers = np.rint(numbers / steps[:, None]).astype(np.int16)
+        to_queries, to_keys = (
+            (weight[..., kept] * steps).astype(np.float32)
+            for weight in (self.to_queries, self.to_keys)
+        )
+        offset = self.offset.astype(np.float32)
+        parts = [part.reshape(-1) for part in (offset, to_queries, to_keys)]
+
+        def logits(token: int, members: np.ndarray) -> np.ndarray:
+            queries = offset + to_queries @ numbers[:, token]
+            return np.einsum('hd,hda->ha', queries, to_keys) @ numbers[:, members]
+
+        return Rounded(numbers, np.concatenate(parts), [], logits)
+
+
+def block_numbers(attention: nn.Module, x: Tensor) -> Union[OfHeads, OfInput]:
+    """A block's in the way that takes fewer bytes."""
+    channels, heads = x.shape[-1], attention.num_heads
+    weight = attention.qkv.weight.detach().double()[: 2 * channels]
+    bias = attention.qkv.bias
+    bias = torch.zeros(2 * channels) if bias is None else bias.detach()[: 2 * channels]
+    (q, k), (q_bias, k_bias) = (
+        parameter.double().unflatten(0, (2, heads, -1)).numpy() for parameter in (weight, bias)
     )
+    q, q_bias = q * attention.scale, q_bias * attention.scale
+    x = x.reshape(-1, channels).double().numpy()
+    of_input = OfInput(x, (q, q_bias), k)
+    of_heads = OfHeads(x @ q.swapaxes(1, 2) + q_bias[:, None], x @ k.swapaxes(1, 2))
+    return min(of_heads, of_input, key=lambda way: way.expected(USUAL))
 
 
-def step_for(error: float, axes: int) -> float:
-    """Rounding to multiples of c / s gives queries and keys an error of c / s / sqrt(12) each."""
-    return error * math.sqrt(6 / axes)
-
-
-def bytes_expected(heads: Sequence[Axes], error: float) -> float:
-    """The entropy of rounded numbers, were they normally distributed."""
-    bits = 0.0
-    for axes in heads:
-        relative = axes.strengths / step_for(error, len(axes.strengths))
-        levels = math.sqrt(2 * math.pi * math.e) * relative[relative > 0.25]
-        bits += 2 * axes.queries.shape[1] * np.log2(1 + levels).sum()
-    return bits / 8
-
-
-def packed(rounded: Sequence[Rounded]) -> str:
-    """Whole numbers of all heads as base64 of zlib: low bytes of all, then high bytes.
+def packed(numbers: np.ndarray) -> str:
+    """Whole numbers as base64 of zlib: low bytes of all, then high bytes.
 
     The sign is in the lowest bit, so that the high bytes are mostly 0.
     """
-    numbers = [part.ravel() for head in rounded for part in (head.queries, head.keys)]
-    numbers = np.concatenate(numbers)
+    numbers = numbers.ravel()
     unsigned = ((numbers << 1) ^ (numbers >> 15)).view(np.uint16)
     return deflated(np.concatenate([unsigned & 255, unsigned >> 8]).astype(np.uint8))
 
@@ -187,7 +283,7 @@ def largest_difference(
     attention: nn.Module,
     rules: Dict[str, Tuple[AxisRule, AxisRule]],
     x: Tensor,
-    rounded: Sequence[Rounded],
+    rounded: Rounded,
     seed: int,
 ) -> float:
     """By how much a weight of the page differs from the model's, at some positions."""
@@ -209,12 +305,7 @@ def largest_difference(
                 centre[1] + (column - column_members) // columns.interval,
             ].reshape(len(table), -1)
             logits = np.einsum('hd,hnd->hn', queries[:, token], keys[:, members])
-            shown = np.stack(
-                [
-                    (head.factors * head.queries[:, token]) @ head.keys[:, members]
-                    for head in rounded
-                ]
-            )
+            shown = rounded.logits(token, members)
             exact, shown = (torch.from_numpy(both + bias).softmax(-1) for both in (logits, shown))
             worst = max(worst, (exact - shown).abs().max().item())
     return worst
@@ -267,17 +358,9 @@ def biases_of(backbone: nn.Module, stages: Sequence[dict]) -> Tuple[int, List[Li
     ]
 
 
-def heads_of(attention: nn.Module, x: Tensor) -> List[Axes]:
-    """In float32: exact beyond what is kept of them, and half of the memory."""
-    return [
-        Axes(*(part.astype(np.float32) for part in axes_of(q, k)))
-        for q, k in zip(*(part.numpy() for part in queries_and_keys(attention, x)))
-    ]
-
-
 def round_blocks(
-    blocks: Dict[str, List[Axes]], limit: int
-) -> Tuple[float, Dict[str, List[Rounded]], Dict[str, str]]:
+    blocks: Dict[str, Union[OfHeads, OfInput]], limit: int
+) -> Tuple[float, Dict[str, Rounded], Dict[str, str]]:
     """Round all blocks as finely as fits into some bytes.
 
     Returns:
@@ -286,19 +369,22 @@ def round_blocks(
     Raises:
         ValueError: not even the coarsest fit.
     """
-    error = FINEST
+    error, per_byte = FINEST, 4 / 3  # of base64
     while True:
-        while sum(bytes_expected(heads, error) for heads in blocks.values()) > limit * 3 / 4:
-            error *= 1.1
+        while sum(block.expected(error) for block in blocks.values()) * per_byte > limit:
+            error *= 1.05
             if error > COARSEST:
-                raise ValueError(f'what the page needs does not fit into {limit} bytes.')
-        rounded = {
-            name: [round_axes(axes, error) for axes in heads] for name, heads in blocks.items()
-        }
-        texts = {name: packed(heads) for name, heads in rounded.items()}
-        if sum(map(len, texts.values())) <= limit:
+                raise ValueError(f'what the page needs does not fit into {max(limit, 0)} bytes.')
+        rounded = {name: block.rounded(error) for name, block in blocks.items()}
+        texts = {}
+        for name, block in rounded.items():
+            texts[name] = packed(block.numbers)
+            if block.matrices is not None:
+                texts[f'matrices-{name}'] = floats([block.matrices])
+        taken = sum(map(len, texts.values()))
+        if taken <= limit:
             return error, rounded, texts
-        error *= 1.25
+        per_byte *= 1.01 * taken / limit  # these numbers are not normally distributed
 
 
 def page_data(scene, colours: Sequence[np.ndarray], limit: int) -> Tuple[dict, Dict[str, str]]:
@@ -324,7 +410,7 @@ def page_data(scene, colours: Sequence[np.ndarray], limit: int) -> Tuple[dict, D
         for number, block in enumerate(layer.blocks):
             name = f'block-{stage}-{number}'
             attentions[name] = block.attn, seen.blocks[stage][number].x
-            blocks[name] = heads_of(*attentions[name])
+            blocks[name] = block_numbers(*attentions[name])
             facts = dict(
                 heads=block.attn.num_heads,
                 kind='long' if number % 2 else 'short',
@@ -337,7 +423,7 @@ def page_data(scene, colours: Sequence[np.ndarray], limit: int) -> Tuple[dict, D
     for stage, facts in enumerate(stages):
         for number, block in enumerate(facts['blocks']):
             name = f'block-{stage}-{number}'
-            block['factors'] = [head.factors.tolist() for head in rounded[name]]
+            block['factors'] = rounded[name].factors
             attention, x = attentions[name]
             difference = largest_difference(attention, facts['rules'], x, rounded[name], number)
             worst = max(worst, difference)

@@ -1,7 +1,7 @@
 'use strict';
 // What the page does. Its data, made by __init__.py beside this file, is in script elements: `facts`
-// as JSON, and as base64 of zlib `block-S-B` with queries and keys of a block, `colours-S` and
-// `magnitude-S` with the features of a stage. A block's attention is computed when it is pointed at.
+// as JSON, and as base64 of zlib `block-S-B` with the numbers of a block, `colours-S` and `magnitude-S`
+// with the features of a stage, as base64 of float32 `matrices-block-S-B`. A block's attention is computed when it is pointed at.
 
 const facts = JSON.parse(document.getElementById('facts').textContent);
 const $ = (id) => document.getElementById(id);
@@ -52,19 +52,45 @@ function loadBlock(stage, block) {
   return loaded.get(id);
 }
 
-/** Whole numbers of each head: {queries, keys, factors}, axis by axis, position by position. */
+/**
+ * Of each head {numbers, vector}: whole numbers (axes, positions), and a function from a position to
+ * the vector whose products with the numbers of others are its logits with them.
+ */
 async function unpack(id, stage, block) {
-  const bytes = await inflate(id), count = bytes.length / 2, numbers = new Int16Array(count);
-  for (let i = 0; i < count; i++) {
-    const unsigned = bytes[i] | (bytes[count + i] << 8);
-    numbers[i] = (unsigned >>> 1) ^ -(unsigned & 1);
+  const bytes = await inflate(id), total = bytes.length / 2, whole = new Int16Array(total);
+  for (let i = 0; i < total; i++) {
+    const unsigned = bytes[i] | (bytes[total + i] << 8);
+    whole[i] = (unsigned >>> 1) ^ -(unsigned & 1);
   }
+  const count = stage.height * stage.width, matrices = $(`matrices-${id}`);
+  if (matrices) return ofInput(whole, count, stage.channels, block.heads, matrices.textContent);
   let at = 0;
-  const next = (length) => numbers.subarray(at, (at += length));
+  const next = (axes) => whole.subarray(at, (at += axes * count));
   return block.factors.map((factors) => {
-    const length = factors.length * stage.height * stage.width;
-    return { factors, queries: next(length), keys: next(length) };
+    const queries = next(factors.length), numbers = next(factors.length);
+    return { numbers, vector: (place) => factors.map((f, axis) => f * queries[axis * count + place]) };
   });
+}
+
+/** Queries and keys are computed from the same numbers, by matrices; the keys' goes to the query. */
+function ofInput(numbers, count, channels, heads, text) {
+  const values = floatsOf(text), axes = numbers.length / count, size = channels / heads;
+  const offset = values.subarray(0, channels), toQueries = values.subarray(channels);
+  const toKeys = values.subarray(channels + channels * axes);
+  return Array.from({ length: heads }, (_, head) => ({
+    numbers,
+    vector: (place) => {
+      const vector = new Float64Array(axes);
+      for (let row = head * size; row < (head + 1) * size; row++) {
+        let query = offset[row];
+        for (let axis = 0; axis < axes; axis++) {
+          query += toQueries[row * axes + axis] * numbers[axis * count + place];
+        }
+        for (let axis = 0; axis < axes; axis++) vector[axis] += query * toKeys[row * axes + axis];
+      }
+      return vector;
+    },
+  }));
 }
 
 // ---- Groups: as crossformer_mm/grouping.py ------------------------------------------------------
@@ -180,7 +206,7 @@ function attend(heads, stage, rules, table, row, column) {
   const columns = membersOf(column, stage.width, rules[1]);
   const [high, wide] = rules.map(([size]) => size), count = stage.height * stage.width;
   const offsets = (2 * high - 1) * (2 * wide - 1), query = row * stage.width + column;
-  const weights = heads.map(({ factors, queries, keys }, h) => {
+  const weights = heads.map(({ numbers, vector }, h) => {
     const logits = new Float64Array(rows.length * columns.length);
     let place = 0;
     for (const r of rows) {
@@ -190,15 +216,13 @@ function attend(heads, stage, rules, table, row, column) {
         logits[place++] = table[h * offsets + line * (2 * wide - 1) + across];
       }
     }
-    for (let axis = 0; axis < factors.length; axis++) {
-      const part = factors[axis] * queries[axis * count + query];
-      if (!part) continue;
+    vector(query).forEach((part, axis) => {
       place = 0;
       for (const r of rows) {
         const line = axis * count + r * stage.width;
-        for (const c of columns) logits[place++] += part * keys[line + c];
+        for (const c of columns) logits[place++] += part * numbers[line + c];
       }
-    }
+    });
     const largest = logits.reduce((a, b) => Math.max(a, b));
     let sum = 0;
     for (let i = 0; i < logits.length; i++) sum += logits[i] = Math.exp(logits[i] - largest);
@@ -527,7 +551,7 @@ function drawHeads() {
     const largest = weights.reduce((a, b) => Math.max(a, b));
     paint(canvas, shown.columns.length, shown.rows.length, (place) => inferno(weights[place] / largest));
     const name = i ? `${i - 1}` : 'mean';
-    label.textContent = `${name}: ${percent(largest)}`;
+    label.textContent = `${name}\n${percent(largest)}`;
     button.setAttribute('aria-label', `${i ? `Head ${name}` : 'Mean of all heads'}, at most ` +
       percent(largest));
     button.setAttribute('aria-pressed', String((i ? i - 1 : null) === state.head));
