@@ -190,6 +190,12 @@ def test_pointing_shows_the_attention_that_python_computes(
     check_shown(page, tool)
 
 
+def test_both_ways_to_round_a_block_are_tried(page):
+    content = page.path.read_text(encoding='utf-8')
+    assert len(re.findall('id="block-', content)) == 6
+    assert 1 <= len(re.findall('id="matrices-block-', content)) <= 5
+
+
 def test_kinds_of_groups_differ_here(page, tool):
     maps = [
         np.isfinite(expected(page, tool, 0, 1, kind, (13, 20), 0))

@@ -1,7 +1,8 @@
 'use strict';
 // What the page does. Its data, made by __init__.py beside this file, is in script elements: `facts`
-// as JSON, and as base64 of zlib `block-S-B` with the numbers of a block, `colours-S` and `magnitude-S`
-// with the features of a stage, as base64 of float32 `matrices-block-S-B`. A block's attention is computed when it is pointed at.
+// as JSON; as base64 of zlib `block-S-B` with the numbers of a block, `colours-S` and `magnitude-S` with
+// the features of a stage; as base64 of float32 `matrices-block-S-B`. A block's attention is computed
+// when it is pointed at.
 
 const facts = JSON.parse(document.getElementById('facts').textContent);
 const $ = (id) => document.getElementById(id);
@@ -928,8 +929,9 @@ function setUp() {
     (feature) => select({ feature }));
   $('block').addEventListener('change', () => select({ block: Number($('block').value) }));
   $('precision').textContent = 'Attention is computed by this page from queries, keys and position ' +
-    `bias of the model. They are rounded: where compared, a share differs from the model's own by at ` +
-    `most ${percent(facts.worst).replace(' %', '')} percentage points.`;
+    `bias of the model. These are rounded to keep it small: a share is within some ` +
+    `${percent(facts.error)} of the model's own value, and where compared it differed by at most ` +
+    `${percent(facts.worst).replace(' %', '')} percentage points.`;
   const dark = window.matchMedia('(prefers-color-scheme: dark)');
   setTheme(dark.matches ? 'dark' : 'light');
   dark.addEventListener('change', () => setTheme(dark.matches ? 'dark' : 'light'));
