@@ -385,6 +385,17 @@ def test_other_backbones(make, browser, tool, options):
     assert not browser.problems
 
 
+def test_the_page_among_the_documents_is_of_these_sources():
+    """Made by the command in docs/how_it_works.md."""
+    path = ROOT / 'docs/explain_demo.html'
+    content = path.read_text(encoding='utf-8')
+    for kind in ('css', 'js'):
+        source = (ROOT / f'tools/explain_page/page.{kind}').read_text(encoding='utf-8')
+        assert source in content, f'page.{kind} has changed: write {path} again'
+    assert path.stat().st_size < 3_000_000
+    assert '--html docs/explain_demo.html' in (ROOT / 'docs/how_it_works.md').read_text('utf-8')
+
+
 def test_a_smaller_page_is_less_exact_and_says_so(make):
     _, _, _, exact = make()
     _, _, path, rough = make(limit=exact['bytes'] - 60_000)

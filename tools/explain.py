@@ -628,7 +628,8 @@ def read_image(cfg: Config, path: str, sides: Optional[Sequence[int]]) -> Tuple[
     import mmcv
 
     try:
-        image = None if is_cut_short(Path(path).read_bytes()) else mmcv.imread(path)
+        content = Path(path).read_bytes()
+        image = None if is_cut_short(content) else mmcv.imfrombytes(content)
     except Exception:
         image = None
     if image is None:

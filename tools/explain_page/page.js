@@ -290,12 +290,12 @@ function ownKind() {
 // ---- Colours, numbers ---------------------------------------------------------------------------
 
 function colourMap(text) {
-  const stops = text.split(' ').map((hex) => [0, 2, 4].map((i) => parseInt(hex.substr(i, 2), 16)));
-  return (value) => {
-    const place = Math.max(0, Math.min(1, value || 0)) * (stops.length - 1);
-    const low = Math.min(Math.floor(place), stops.length - 2), part = place - low;
-    return stops[low].map((v, i) => Math.round(v + part * (stops[low + 1][i] - v)));
-  };
+  const stops = text.split(' ').map((hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  const colours = Array.from({ length: 256 }, (_, level) => {
+    const place = (level / 255) * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
+    return stops[low].map((v, i) => Math.round(v + (place - low) * (stops[low + 1][i] - v)));
+  });
+  return (value) => colours[Math.round(Math.max(0, Math.min(1, value || 0)) * 255)];
 }
 
 const css = ([r, g, b], alpha = 1) => `rgba(${r},${g},${b},${alpha})`;
@@ -563,7 +563,11 @@ function drawHeads() {
 function paint(canvas, width, height, colour) {
   [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext('2d'), pixels = context.createImageData(width, height);
-  for (let i = 0; i < width * height; i++) pixels.data.set([...colour(i), 255], 4 * i);
+  const data = new Uint32Array(pixels.data.buffer);
+  for (let i = 0; i < width * height; i++) {
+    const [red, green, blue] = colour(i);
+    data[i] = 0xff000000 | (blue << 16) | (green << 8) | red;
+  }
   context.putImageData(pixels, 0, 0);
 }
 
