@@ -106,10 +106,10 @@ class Chromium:
         assert 'exceptionDetails' not in result, result['exceptionDetails']
         return result['result'].get('value')
 
-    def open(self, page: Path) -> None:
-        """Load a page and wait until it says that it is ready."""
+    def open(self, page: Path, address: str = '') -> None:
+        """Load a page, with what follows its name, and wait until it says that it is ready."""
         self.problems.clear()
-        self.call('Page.navigate', url=page.as_uri())
+        self.call('Page.navigate', url=page.as_uri() + address)
         deadline = time.monotonic() + self.patience
         while not self.evaluate("document.readyState === 'complete' && 'explain' in window"):
             assert time.monotonic() < deadline, self.problems

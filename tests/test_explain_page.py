@@ -370,8 +370,11 @@ def test_a_phone_has_room_for_it_and_a_finger_chooses(page, tool):
 def test_other_backbones(make, browser, tool, options):
     backbone, seen, path, _ = make(**options)
     browser.size(1280, 900)
-    browser.open(path)
+    browser.open(path, '#stage=2&head=3&view=groups&row=5&column=999')  # the map has 17
     opened = Opened(browser, backbone, seen, path)
+    now = state(opened)
+    assert (now['stage'], now['head'], now['view'], now['row']) == (1, 3, 'groups', 5)
+    assert now['column'] == 60 // 8
     for kind in browser.evaluate('Object.keys(document.querySelectorAll("#kinds input"))'):
         browser.evaluate(f'document.querySelectorAll("#kinds input")[{kind}].click()')
         select(opened, row=5, column=8, head=1)
@@ -400,7 +403,8 @@ def test_a_smaller_page_is_less_exact_and_says_so(make):
     _, _, _, exact = make()
     _, _, path, rough = make(limit=exact['bytes'] - 60_000)
     assert path.stat().st_size == rough['bytes'] <= exact['bytes'] - 60_000
-    assert rough['worst'] > exact['worst']
+    assert rough['worst'] > exact['worst'] and rough['usual'] > 2 * exact['usual']
+    assert exact['usual'] < 1.5 * exact['error'] == 0.0015
     known = re.search(r'id="facts">(.*?)</script>', path.read_text(encoding='utf-8'))
     assert json.loads(known[1])['worst'] == rough['worst']
     with pytest.raises(ValueError, match='does not fit into'):

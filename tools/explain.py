@@ -774,8 +774,9 @@ def write_html(scene: Scene, args: argparse.Namespace) -> None:
     except ValueError as error:
         fail(f'--max-mb: {error}')
     print(
-        f'{args.html}: {written["bytes"] / 1e6:.2f} MB; its attention weights differ from those '
-        f'of the model by at most {written["worst"] * 100:.2g} percentage points, where compared'
+        f'{args.html}: {written["bytes"] / 1e6:.2f} MB; its attention weights are off by '
+        f'{written["usual"]:.1%} of their value (root mean square), and by at most '
+        f'{written["worst"] * 100:.2g} percentage points, where compared'
     )
 
 

@@ -279,15 +279,20 @@ def members_of(position: int, length: int, rule: AxisRule) -> np.ndarray:
 
 
 @torch.no_grad()
-def largest_difference(
+def differences(
     attention: nn.Module,
     rules: Dict[str, Tuple[AxisRule, AxisRule]],
     x: Tensor,
     rounded: Rounded,
     seed: int,
-) -> float:
-    """By how much a weight of the page differs from the model's, at some positions."""
-    random, worst = np.random.default_rng(seed), 0.0
+) -> Tuple[float, List[float]]:
+    """By how much the page's weights differ from the model's, at some positions.
+
+    Returns:
+        the largest difference, and of each position and head the relative difference of weights
+        squared, on average by weight.
+    """
+    random, worst, relative = np.random.default_rng(seed), 0.0, []
     _, height, width, _ = x.shape
     queries, keys = (part.numpy() for part in queries_and_keys(attention, x))
     for rows, columns in set(rules.values()):
@@ -307,8 +312,10 @@ def largest_difference(
             logits = np.einsum('hd,hnd->hn', queries[:, token], keys[:, members])
             shown = rounded.logits(token, members)
             exact, shown = (torch.from_numpy(both + bias).softmax(-1) for both in (logits, shown))
-            worst = max(worst, (exact - shown).abs().max().item())
-    return worst
+            difference = exact - shown
+            worst = max(worst, difference.abs().max().item())
+            relative += (difference**2 / exact.clamp(min=1e-30)).sum(-1).tolist()
+    return worst, relative
 
 
 def levels(values: np.ndarray) -> Tuple[str, List[float]]:
@@ -419,15 +426,17 @@ def page_data(scene, colours: Sequence[np.ndarray], limit: int) -> Tuple[dict, D
             stages[stage]['blocks'].append(facts)
     rest = sum(map(len, texts.values())) + len(json.dumps(stages))
     error, rounded, block_texts = round_blocks(blocks, limit - rest)
-    worst = 0.0
+    worst, relative = 0.0, []
     for stage, facts in enumerate(stages):
         for number, block in enumerate(facts['blocks']):
             name = f'block-{stage}-{number}'
             block['factors'] = rounded[name].factors
             attention, x = attentions[name]
-            difference = largest_difference(attention, facts['rules'], x, rounded[name], number)
-            worst = max(worst, difference)
-    facts = dict(stages=stages, largestGroup=largest, error=error, worst=worst)
+            found = differences(attention, facts['rules'], x, rounded[name], number)
+            worst = max(worst, found[0])
+            relative += found[1]
+    usual = float(np.mean(relative)) ** 0.5
+    facts = dict(stages=stages, largestGroup=largest, error=error, usual=usual, worst=worst)
     return facts, {**texts, **block_texts}
 
 
@@ -445,7 +454,8 @@ def write_page(
 
     Returns:
         dict: ``bytes`` of the page, ``error`` of a logit (root mean square) that was aimed at,
-        and ``worst``, the largest difference of a weight that was found.
+        and of the differences of weights that were found, ``usual``, the root mean square of the
+        relative one, and ``worst``, the largest.
 
     Raises:
         ValueError: the page cannot be made as small as that.
@@ -485,4 +495,4 @@ def write_page(
     content = page.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    return dict(bytes=len(content), error=facts['error'], worst=facts['worst'])
+    return dict(bytes=len(content), **{name: facts[name] for name in ('error', 'usual', 'worst')})

@@ -486,7 +486,7 @@ function drawLegend(largest) {
     $('legend-high').textContent = percent(largest);
     $('legend-unit').textContent = 'share of attention' +
       (asDiscs(cellSize(), rulesOf(stage, state.kind)[0][1]) ?
-        '; discs are larger than the positions in their middle' : '');
+        ' (positions are drawn larger)' : '');
   } else if (groups) {
     const rules = rulesOf(stage, state.kind);
     const count = groupsOf(stage.height, rules[0]) * groupsOf(stage.width, rules[1]);
@@ -585,8 +585,10 @@ function drawSurface() {
   // A difference of 0.01 changes a weight by a hundredth: less is shown as none.
   const span = Math.max(high - low, 0.01), bottom = (low + high - span) / 2;
   const { context, wide, high: tall } = prepared($('surface'));
-  const unit = Math.min(wide / 2.9, tall / 3.0), cos = Math.cos(state.yaw), sin = Math.sin(state.yaw);
+  const cos = Math.cos(state.yaw), sin = Math.sin(state.yaw);
   const up = Math.cos(state.pitch), flat = Math.sin(state.pitch);
+  const across = 2 * (Math.abs(cos) + Math.abs(sin)); // the floor, from its nearest corner to its last
+  const unit = Math.min(wide / (across + 0.6), tall / (across * flat + 1.1 * up + 0.5));
   /** Row and column offset, and the bias from 0 to 1, on the canvas; the third says how near. */
   const project = (row, column, level) => {
     const x = column / reach, y = row / reach, depth = x * sin + y * cos;
@@ -739,19 +741,21 @@ function magnitudeAt(row, column) {
 
 function drawFeatures() {
   if (features.filter(Boolean).length < facts.stages.length) return;
+  if (changed('features', state.feature)) showFeatures();
+  Array.from($('features').querySelectorAll('button')).forEach((button, i) =>
+    button.setAttribute('aria-pressed', String(state.view === 'features' && state.stage === i)));
+}
+
+function showFeatures() {
   $('features-says').textContent = state.feature === 'colours' ?
     'What each stage hands on: its three main directions as red, green and blue, so that like colours ' +
     'mean like features.' :
     'How strong the features of each stage are: the root mean square of their channels, dark is low.';
   $('features').replaceChildren(...facts.stages.map((stage, i) => {
     const figure = document.createElement('figure'), button = document.createElement('button');
-    const canvas = document.createElement('canvas'), source = features[i][state.feature];
-    [canvas.width, canvas.height] = [source.width, source.height];
-    canvas.getContext('2d').drawImage(source, 0, 0);
     button.type = 'button';
-    button.append(canvas);
+    button.append(features[i][state.feature]);
     button.setAttribute('aria-label', `Features of stage ${i + 1} over the image`);
-    button.setAttribute('aria-pressed', String(state.view === 'features' && state.stage === i));
     button.addEventListener('click', () => select({ stage: i, view: 'features' }));
     const caption = document.createElement('figcaption');
     caption.textContent = `Stage ${i + 1}: ${stage.channels} ch.` + (state.feature === 'magnitude' ?
@@ -784,26 +788,37 @@ function drawControls() {
   check('views', state.view);
   check('feature-kinds', state.feature);
   check('kinds', state.kind);
-  $('block').replaceChildren(...stage.blocks.map((block, i) => {
-    const text = `${i + 1}: ` +
-      (block.kind === 'short' || stage.small ? 'short' : 'long');
-    return new Option(text, i, false, i === state.block);
-  }));
+  if (changed('blocks', state.stage)) {
+    $('block').replaceChildren(...stage.blocks.map((block, i) => new Option(
+      `${i + 1}: ${block.kind === 'short' || stage.small ? 'short' : 'long'}`, i)));
+  }
+  $('block').value = state.block;
   $('image').classList.toggle('held', state.held);
   const groups = stage.groupSize;
   $('bias-says').textContent = `What the offset of a query from a key adds to their logit (block ` +
     `${state.block + 1} of stage ${state.stage + 1}, ${headName()})` +
     (stage.blocks[state.block].bias.kind === 'none' ? ': nothing, this model has no such bias.' :
-      `, for any group size; the white line frames the offsets in groups of ${groups} \u00d7 ${groups}, ` +
-      'as configured.');
+      ', for any group size' + (state.size > groups ?
+        `; the white line frames the offsets in groups of ${groups} \u00d7 ${groups}, as configured.` :
+        '.'));
+}
+
+const before = new Map();
+
+/** Whether values are others than the last time under this name. */
+function changed(name, ...values) {
+  const now = JSON.stringify(values), same = before.get(name) === now;
+  before.set(name, now);
+  return !same;
 }
 
 function drawAll() {
+  const { stage, block, head, size, offset } = state;
   drawControls();
   drawTexts();
   drawImage();
   drawHeads();
-  drawSurface();
+  if (changed('surface', stage, block, head, size, offset)) drawSurface();
   drawFeatures();
 }
 
@@ -933,8 +948,8 @@ function setUp() {
     (feature) => select({ feature }));
   $('block').addEventListener('change', () => select({ block: Number($('block').value) }));
   $('precision').textContent = 'Attention is computed by this page from queries, keys and position ' +
-    `bias of the model. These are rounded to keep it small: a share is within some ` +
-    `${percent(facts.error)} of the model's own value, and where compared it differed by at most ` +
+    'bias of the model, which are rounded to keep it small: a share is off by about ' +
+    `${Number((facts.usual * 100).toPrecision(1))} % of its value; the largest difference found was ` +
     `${percent(facts.worst).replace(' %', '')} percentage points.`;
   const dark = window.matchMedia('(prefers-color-scheme: dark)');
   setTheme(dark.matches ? 'dark' : 'light');
