@@ -200,7 +200,7 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
                 lambda out: ['--html', out / 'a', '--max-mb', 0],
                 '--max-mb must be above 0, got 0.0.',
             ),
-            (lambda out: ['--html', out / 'a', '--max-mb', 0.01], '--max-mb: what the page needs'),
+            (lambda out: ['--html', out / 'a', '--max-mb', 0.01], '--max-mb: the page takes more,'),
         ],
     )
     def test_a_page_that_cannot_be_is_refused(

@@ -171,7 +171,7 @@ def check_shown(page, tool):
     'stage, block, kind, head, position',
     [
         (0, 0, 'short', None, (0, 0)),
-        (0, 1, 'interval', 1, (22, 33)),  # the last row and column, in smaller groups
+        (0, 1, 'interval', 0, (22, 33)),  # the last row and column, in smaller groups
         (0, 1, 'block', 0, (13, 20)),
         (0, 0, 'interval', None, (11, 2)),  # groups that this block has not in the model
         (1, 1, 'interval', 3, (11, 16)),
@@ -191,9 +191,11 @@ def test_pointing_shows_the_attention_that_python_computes(
 
 
 def test_both_ways_to_round_a_block_are_tried(page):
-    content = page.path.read_text(encoding='utf-8')
-    assert len(re.findall('id="block-', content)) == 6
-    assert 1 <= len(re.findall('id="matrices-block-', content)) <= 5
+    known = json.loads(page.browser.evaluate("document.getElementById('facts').textContent"))
+    shared = [
+        isinstance(block['axes'], int) for stage in known['stages'] for block in stage['blocks']
+    ]
+    assert len(shared) == 6 and any(shared) and not all(shared)
 
 
 def test_kinds_of_groups_differ_here(page, tool):
@@ -244,11 +246,12 @@ def test_controls_choose_what_is_shown(page, tool):
         page.browser.evaluate(f'{expression}.click()')
         page.browser.evaluate('explain.select({})')
 
-    click("document.querySelector('#stages input[value=\"0\"]')")
+    select(page, stage=2)
+    click("document.querySelector('#stages input[value=\"1\"]')")
     click("document.querySelector('#kinds input[value=block]')")
     click("document.querySelectorAll('#heads button')[2]")
     now = state(page)
-    assert (now['stage'], now['kind'], now['head']) == (0, 'block', 1)
+    assert (now['stage'], now['kind'], now['head']) == (1, 'block', 1)
     check_shown(page, tool)
     assert 'In the model this block has the groups of' in text(page, 'note')
     page.browser.evaluate(
@@ -295,7 +298,7 @@ def test_bright_positions_are_those_of_large_weight(page, tool):
     assert brightness.ravel()[order[0]] > 550
 
 
-@pytest.mark.parametrize('stage, block, head', [(0, 1, 1), (1, 0, None)])
+@pytest.mark.parametrize('stage, block, head', [(0, 1, 0), (1, 0, None), (1, 1, 3)])
 def test_bias_is_that_of_the_network_for_any_group(page, stage, block, head):
     select(page, stage=stage, block=block, head=head, size=3)
     page.browser.evaluate("document.getElementById('size').focus()")
@@ -328,7 +331,7 @@ def test_features_are_those_of_the_stage(page):
     select(page, stage=1, view='features', feature='magnitude', row=7, column=9)
     strength = page.seen.features[1].square().mean(0).sqrt().numpy()
     here = float(text(page, 'legend-unit').split('here ')[1])
-    assert here == pytest.approx(strength[7, 9], abs=float(np.ptp(strength)) / 255)
+    assert here == pytest.approx(strength[7, 9], abs=float(np.ptp(strength)) / 255 + 0.005)
     assert float(text(page, 'legend-low')) == pytest.approx(strength.min(), rel=0.01)
     assert float(text(page, 'legend-high')) == pytest.approx(strength.max(), rel=0.01)
 
@@ -407,5 +410,5 @@ def test_a_smaller_page_is_less_exact_and_says_so(make):
     assert exact['usual'] < 1.5 * exact['error'] == 0.0015
     known = re.search(r'id="facts">(.*?)</script>', path.read_text(encoding='utf-8'))
     assert json.loads(known[1])['worst'] == rough['worst']
-    with pytest.raises(ValueError, match='does not fit into'):
+    with pytest.raises(ValueError, match='the page takes more, however'):
         make(limit=100_000)

@@ -21,7 +21,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -46,14 +46,14 @@ class Rounded(NamedTuple):
 
     Args:
         numbers (ndarray): (axes, positions), whole.
-        matrices (ndarray, optional): what the page computes with them, see page.js.
-        factors: of each head, if there are no matrices.
+        axes: of each head, or a number if all heads share theirs.
+        values (ndarray): what the page computes with them, see page.js.
         logits: of a position with others, in each head, as the page computes them.
     """
 
     numbers: np.ndarray
-    matrices: Optional[np.ndarray]
-    factors: List[List[float]]
+    axes: Union[int, List[int]]
+    values: np.ndarray
     logits: Callable[[int, np.ndarray], np.ndarray]
 
 
@@ -92,7 +92,8 @@ class OfHeads:
     def expected(self, error: float) -> float:
         """The bytes for a root mean square error of a logit."""
         return sum(
-            2 * both.shape[2] / 8 * bits_expected(strengths / self.step(error, len(strengths)))
+            4 * len(strengths)
+            + 2 * both.shape[2] / 8 * bits_expected(strengths / self.step(error, len(strengths)))
             for both, strengths in self.heads
         )
 
@@ -113,7 +114,7 @@ class OfHeads:
             )
 
         numbers = np.concatenate([both.reshape(-1, both.shape[2]) for both in heads])
-        return Rounded(numbers, None, [f.tolist() for f in factors], logits)
+        return Rounded(numbers, [len(f) for f in factors], np.concatenate(factors), logits)
 
 
 class OfInput:
@@ -173,7 +174,7 @@ class OfInput:
             queries = offset + to_queries @ numbers[:, token]
             return np.einsum('hd,hda->ha', queries, to_keys) @ numbers[:, members]
 
-        return Rounded(numbers, np.concatenate(parts), [], logits)
+        return Rounded(numbers, len(numbers), np.concatenate(parts), logits)
 
 
 def block_numbers(attention: nn.Module, x: Tensor) -> Union[OfHeads, OfInput]:
@@ -381,13 +382,11 @@ def round_blocks(
         while sum(block.expected(error) for block in blocks.values()) * per_byte > limit:
             error *= 1.05
             if error > COARSEST:
-                raise ValueError(f'what the page needs does not fit into {max(limit, 0)} bytes.')
+                raise ValueError('the page takes more, however coarsely its values are rounded.')
         rounded = {name: block.rounded(error) for name, block in blocks.items()}
         texts = {}
         for name, block in rounded.items():
-            texts[name] = packed(block.numbers)
-            if block.matrices is not None:
-                texts[f'matrices-{name}'] = floats([block.matrices])
+            texts[name], texts[f'values-{name}'] = packed(block.numbers), floats([block.values])
         taken = sum(map(len, texts.values()))
         if taken <= limit:
             return error, rounded, texts
@@ -430,7 +429,7 @@ def page_data(scene, colours: Sequence[np.ndarray], limit: int) -> Tuple[dict, D
     for stage, facts in enumerate(stages):
         for number, block in enumerate(facts['blocks']):
             name = f'block-{stage}-{number}'
-            block['factors'] = rounded[name].factors
+            block['axes'] = rounded[name].axes
             attention, x = attentions[name]
             found = differences(attention, facts['rules'], x, rounded[name], number)
             worst = max(worst, found[0])
@@ -484,15 +483,16 @@ def write_page(
     data += [
         f'<script type="text/plain" id="{name}">{text}</script>' for name, text in texts.items()
     ]
+    parts = []
     for mark, text in (
         ('<!-- title -->', html.escape(names['image'])),
         ('/* style */', style),
         ('<!-- data -->', '\n'.join(data)),
         ('/* script */', script),
     ):
-        before, after = page.split(mark)
-        page = before + text + after
-    content = page.encode()
+        before, page = page.split(mark)  # what was put in is not looked at again
+        parts += [before, text]
+    content = ''.join([*parts, page]).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return dict(bytes=len(content), **{name: facts[name] for name in ('error', 'usual', 'worst')})
