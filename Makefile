@@ -2,6 +2,8 @@
 # make test   set up if need be, run all tests
 # make soak   what takes too long for a test: trainings killed again and again, thousands of steps;
 #             writes benchmarks/soak.md
+# make lint   ruff and mypy on the code, in an environment of their own
+# make docs   the documentation site in site/, likewise; a warning is an error
 # make test-openmmlab   the tests on the last OpenMMLab releases, in an environment of its own;
 #                       TESTS=... names some of them
 # make test-openmmlab-core   only those of building, loading and computing
@@ -19,6 +21,8 @@ SOURCES := requirements/build.txt requirements/torchvision.txt pyproject.toml se
 
 OPENMMLAB := .venv-openmmlab
 TORCH21 := .venv-torch21
+LINT := .venv-lint
+DOCS := .venv-docs
 TESTS ?= tests
 CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
     tests/test_released_files.py tests/test_publish_model.py
@@ -37,7 +41,7 @@ $(1) -m pip install --no-deps -r requirements/torchvision.txt
     echo "torchvision does not fit this torch and is taken out: pretraining does not work here"; }
 endef
 
-.PHONY: demo test soak test-openmmlab test-openmmlab-core test-torch21 test-torch21-core setup clean
+.PHONY: demo test lint docs soak test-openmmlab test-openmmlab-core test-torch21 test-torch21-core setup clean
 setup: $(READY)
 
 $(READY): $(SOURCES) requirements/run.txt
@@ -73,6 +77,24 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -n auto --dist loadfile tests
 
+$(LINT)/ready: requirements/lint.txt
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/python -m pip install -r requirements/lint.txt
+	touch $@
+
+lint: $(LINT)/ready
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/mypy
+
+$(DOCS)/ready: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS)/ready
+	$(DOCS)/bin/python docs/site/build.py
+
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py --out benchmarks/soak.md
 
@@ -89,4 +111,4 @@ test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"
 
 clean:
-	rm -rf $(VENV) $(OPENMMLAB) $(TORCH21) build dist *.egg-info work_dirs data/shapes
+	rm -rf $(VENV) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes

@@ -5,7 +5,7 @@ import functools
 import inspect
 import logging
 import re
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -90,7 +90,8 @@ class CrossFormerStage(BaseModule):
 
     def rules(self, x: Tensor) -> Tuple[Rules, Rules]:
         """Of short and of long distance attention on a map (B, H, W, C)."""
-        return stage_rules(*x.shape[1:3], self.group_size, self.interval, self.lda)
+        height, width = x.shape[1:3]
+        return stage_rules(height, width, self.group_size, self.interval, self.lda)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
@@ -266,7 +267,8 @@ class CrossFormer(BaseModule):
         drop_path = (drop_path_rate * block / last_block for block in range(sum(depths)))
         num_stages = max(out_indices) + 1
         self.layers = nn.ModuleList()
-        channels, strides = [], []
+        channels: List[int] = []
+        strides: List[int] = []
         for stage in range(num_stages):
             dims = arch['embed_dims'] * 2**stage
             channels.append(dims)

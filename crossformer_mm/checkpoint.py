@@ -5,7 +5,7 @@ import logging
 import re
 from collections import OrderedDict
 from importlib.util import find_spec
-from typing import Dict, Iterable, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import numpy
 from mmengine.fileio import get_local_path
@@ -169,7 +169,7 @@ def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    weights = (
+    weights: Any = (
         OrderedDict(
             (str(key).removeprefix('module.'), value)
             for key, value in checkpoint.items()
@@ -293,7 +293,7 @@ def fit_checkpoint(
     """
     own, weights = model.state_dict(), model_weights(model, checkpoint, name)
     shapes = {key for key in weights if key in own and weights[key].shape != own[key].shape}
-    fitting = OrderedDict((key, weights[key]) for key in weights if key not in shapes)
+    fitting: Any = OrderedDict((key, weights[key]) for key in weights if key not in shapes)
     fitting._metadata = getattr(weights, '_metadata', OrderedDict())
     try:
         # PyTorch says what is left: modules may rename what older versions of them wrote.

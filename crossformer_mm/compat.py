@@ -29,8 +29,10 @@ def missing_torch(needed: str) -> str:
 
 
 # 2.3: torch.compiler.is_compiling. The compilers before know this to be true inside a graph.
-is_compiling: Callable[[], bool] = getattr(
-    torch.compiler, 'is_compiling', getattr(torch._utils, 'is_compiling', None)
+is_compiling: Callable[[], bool] = (
+    torch.compiler.is_compiling
+    if hasattr(torch.compiler, 'is_compiling')
+    else torch._utils.is_compiling
 )
 
 # 2.7: torch.compiler.is_exporting. Before, it cannot be told from compiling.
@@ -138,7 +140,7 @@ def register_autograd(
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    function = type(
+    function: Any = type(
         name,
         (torch.autograd.Function,),
         dict(
@@ -239,7 +241,9 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
         if not any(value is one for one in named.values()):
             raise pickle.UnpicklingError(f'{what} {value}')
 
-    class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be replaced
+    steps: Any = pickle._Unpickler  # the one in Python, whose steps can be replaced
+
+    class Unpickler(steps):
         def find_class(self, module: str, name: str):
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)
             if f'{module}.{name}' not in named:
@@ -267,7 +271,7 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
             self.load_binpersid()
 
         dispatch = {
-            **pickle._Unpickler.dispatch,
+            **steps.dispatch,
             pickle.REDUCE[0]: reduce,
             pickle.NEWOBJ[0]: new,
             pickle.BUILD[0]: build,

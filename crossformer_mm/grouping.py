@@ -142,8 +142,9 @@ def stage_rules(
     """
     short = short_distance(height, width, group_size, lda)
     long = long_distance(height, width, group_size, interval, lda)
-    return tuple(
-        (fit_rule(height, rows), fit_rule(width, columns)) for rows, columns in (short, long)
+    return (
+        (fit_rule(height, short[0]), fit_rule(width, short[1])),
+        (fit_rule(height, long[0]), fit_rule(width, long[1])),
     )
 
 

@@ -1,7 +1,7 @@
 """What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
 
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Sequence
 
 import mmcv
 import torch
@@ -182,7 +182,7 @@ class ValidationSamplesHook(Hook):
         self.count = count
 
     def after_val_iter(
-        self, runner, batch_idx: int, data_batch=None, outputs: Optional[Sequence] = None
+        self, runner, batch_idx: int, data_batch=None, outputs: Sequence = ()
     ) -> None:
         if runner.rank != 0:
             return

@@ -39,7 +39,7 @@ def check_installed() -> None:
 
 def numbers(version: str) -> tuple:
     """The first two numbers of a version."""
-    return tuple(map(int, re.match(r'(\d+)\.(\d+)', version).groups()))
+    return tuple(map(int, re.findall(r'\d+', version)[:2]))
 
 
 def remedy(package: str) -> str:

@@ -23,8 +23,11 @@ from crossformer_mm.engine.command_line import load_config
 from .test_predict import run_here
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-CHINESE = ROOT / 'README_zh-CN.md'  # tests/test_readme.py: its code is that of README.md
+TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
+PAGES = [  # of the Chinese ones tests/test_readme.py asserts that their code is the same
+    *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
+    *sorted(set((ROOT / 'docs').glob('*.md')) - set(TRANSLATED)),
+]
 EXAMPLES = ROOT / 'docs' / 'custom_projects.md'
 
 
@@ -111,6 +114,9 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     if program == 'tensorboard':
         assert find_spec('tensorboard') and rest[0] == '--logdir'
         return
+    if program == '.venv/bin/python':
+        assert rest[:2] == ['-m', 'pytest'] and (ROOT / rest[2]).is_file()
+        return
     if program == 'python':
         tool, rest = rest[0], rest[1:]
     else:  # dist_train.sh CONFIG GPUS ..., dist_test.sh CONFIG CHECKPOINT GPUS ...,
@@ -169,14 +175,17 @@ def anchor(heading: str) -> str:
 
 
 def test_links_lead_somewhere():
-    for page in [*PAGES, CHINESE]:
+    for page in [*PAGES, *TRANSLATED]:
         text = page.read_text(encoding='utf-8')
-        titles = {anchor(line) for line in text.splitlines() if line.startswith('#')}
         for target in re.findall(r'\]\(([^)]+)\)', text):
-            if target.startswith('#'):
-                assert target[1:] in titles, f'{page.name}: {target}'
-            elif '://' not in target:
-                assert (page.parent / target.split('#')[0]).exists(), f'{page.name}: {target}'
+            if '://' in target:
+                continue
+            name, _, title = target.partition('#')
+            assert (page.parent / name).exists(), f'{page.name}: {target}'
+            if title:
+                there = (page.parent / name).read_text(encoding='utf-8') if name else text
+                titles = {anchor(line) for line in there.splitlines() if line.startswith('#')}
+                assert title in titles, f'{page.name}: {target}'
 
 
 # The worked examples, as a reader runs them, but with little data and the same models in small.

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -107,6 +108,10 @@ def copy_of_the_project(folder: Path) -> Path:
         'MANIFEST.in',
         'README.md',
         'README_zh-CN.md',
+        'CONTRIBUTING.md',
+        'CHANGELOG.md',
+        'CITATION.cff',
+        'mkdocs.yml',
         'LICENSE',
         'Makefile',
         'model-index.yml',
@@ -440,14 +445,76 @@ def test_inferencers_take_configs_and_weights(installed, tmp_path):
     assert written == {'vis/photo.jpg', 'pred/00000000_pred.png'}
 
 
-def test_readme_shows_the_same():
-    (readme,) = [block for block in blocks(ROOT / 'README.md', 'python') if 'Inferencer' in block]
-    page = [
-        block
-        for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
-        if 'DetInferencer' in block
-    ]
-    assert page[0].startswith(readme)
+# What the pages tell a reader to type for this package: in a checkout, or with the file of one.
+INSTALLED = sorted(
+    {
+        (page.name, command)
+        for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
+        for command in re.findall(r'pip install [^`#\n]*', page.read_text(encoding='utf-8'))
+        if re.search(r"[ '\"]\.[\['\"/\s]|\.$|crossformer", command)
+    }
+)
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory, sdist, wheel) -> Path:
+    """A checkout with what was built of it where a reader has it."""
+    source = copy_of_the_project(tmp_path_factory.mktemp('checkout') / 'source')
+    (source / 'dist').mkdir()
+    for archive in (sdist, wheel):
+        shutil.copy(archive, source / 'dist')
+    return source
+
+
+def would_install(checkout: Path, *words) -> str:
+    """What pip says to an install of this package, in a checkout, whose requirements are not asked
+    for."""
+    done = subprocess.run(
+        [*PIP, 'install', '--dry-run', '--no-deps', '--ignore-installed', '--no-index', *words],
+        cwd=checkout,
+        env={**os.environ, 'CROSSFORMER_MM_NO_EXTENSION': '1'},
+        text=True,
+        capture_output=True,
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('command', sorted({command.strip() for _, command in INSTALLED}))
+def test_install_lines_of_the_pages_work_in_a_checkout(checkout, command):
+    words = [word for word in shlex.split(command)[2:] if word != '--no-build-isolation']
+    said = would_install(checkout, '--no-build-isolation', *words)
+    assert f'Would install crossformer-mm-{__version__}' in said.replace('_', '-')
+
+
+def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):
+    """pip says nothing of an extra that is not there where it looks for no requirements."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
+        texts = [archive.read(name).decode()]
+    with tarfile.open(sdist) as archive:
+        name = f'{sdist.name[: -len(".tar.gz")]}/PKG-INFO'
+        texts.append(archive.extractfile(name).read().decode())
+    named = {
+        extra
+        for _, command in INSTALLED
+        for extras in re.findall(r'\[([\w,-]+)\]', command)
+        for extra in extras.split(',')
+    }
+    assert {'onedl', 'openmmlab', 'export'} <= named
+    for text in texts:
+        assert named <= set(Parser().parsestr(text).get_all('Provides-Extra'))
+
+
+def test_no_page_installs_the_package_from_an_index():
+    texts = {
+        path: path.read_text(encoding='utf-8')
+        for folder in ('.', 'docs', 'tools', 'crossformer_mm', 'crossformer_mm/engine')
+        for path in (*(ROOT / folder).glob('*.md'), *(ROOT / folder).glob('*.py'))
+    }
+    assert {'README.md', 'install.md', 'installed.py'} <= {path.name for path in texts}
+    for path, text in texts.items():
+        assert not re.search(r"pip install[^`\n]*[ '\"]crossformer[-_]mm", text), path
 
 
 def test_an_editable_install_leads_to_the_folders_beside_the_package():

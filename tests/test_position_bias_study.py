@@ -119,6 +119,24 @@ def test_differences_are_of_the_same_seed():
     )
 
 
+def test_the_tables_of_the_page_are_those_of_the_results():
+    import page
+
+    results = json.loads(page.RESULTS.read_text())
+    text = page.PAGE.read_text(encoding='utf-8')
+    assert page.filled(text, results) == text, "run 'python benchmarks/position_bias/page.py'"
+    results['runs'][0]['scores'] = dict.fromkeys(results['runs'][0]['scores'], 12.3)
+    assert page.filled(text, results) != text
+
+
+def test_a_page_without_a_table_is_refused(capsys):
+    import page
+
+    with pytest.raises(SystemExit):
+        page.filled('<!-- begin: pairs -->\n<!-- end -->', json.loads(page.RESULTS.read_text()))
+    assert "has markers of ['pairs']" in capsys.readouterr().err
+
+
 def study(*arguments) -> None:
     """The study's command, in this process."""
     import study

@@ -2,9 +2,9 @@
 
     python tools/write_model_zoo.py
 
-Written are docs/model_zoo.md, the table of configs in README.md and README_zh-CN.md, a
-metafile.yml for each method and model-index.yml, which OpenMMLab's tools read. With --check,
-nothing is: the program ends with a sentence if a file is not up to date.
+It writes docs/model_zoo.md and docs/model_zoo.zh.md, the table of configs in README.md and
+README_zh-CN.md, a metafile.yml for each method, and model-index.yml, which OpenMMLab's tools read.
+With --check it writes nothing and ends with an error if a file is not up to date.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, NamedTuple
 
 import yaml
 from mmengine.config import Config
@@ -25,36 +25,136 @@ CONFIGS = ROOT / 'configs'
 PUBLISHED = ROOT / 'docs' / 'published.json'
 GENERATED = 'Written by tools/write_model_zoo.py'
 README_TABLE = re.compile(
-    r"(\| (?:config \| paper's result|配置文件 \| 论文结果) \| \|\n\|---\|---\|---\|\n).*?(?=\n\n)",
+    r"(\| (?:config \| published result|配置文件 \| 公布的结果) \|.*?\|\n\|---\|---\|---\|---\|\n)"
+    r".*?(?=\n\n)",
     flags=re.DOTALL,
 )
-CHINESE = {
-    ' epochs ': ' 轮 ',
-    'k iterations ': 'k 次迭代 ',
-    ' to ': ' 至 ',
-    'multi-scale': '多尺度',
-}
-INTRODUCTION = '''\
-Every model here is one for which the authors publish a result. Results are theirs; none was
-trained anew here. Detectors and segmentors start from ImageNet weights, for which the authors'
-repository has links; [pretraining.md](pretraining.md) makes them. Of the 3x schedule they publish
-results but no recipe: the configs have Swin's.
 
-Parameters and FLOPs are beside the published ones. FLOPs are multiply-accumulates of convolutions,
-linear layers and attention products, as `tools/get_flops.py CONFIG` counts them; a detector's
-second stage has 1000 proposals and 100 masks. They are up to 3 % below the published ones, because
-the authors pad the map to whole groups and here nothing is padded. G and I, the group size and the
-interval of each stage, are those that the published FLOPs show; long distance attention is
-`lda='interval'` where nothing else is said.'''
 
-BASELINES = '''\
+class Words(NamedTuple):
+    """What the files say in one language.
+
+    Args:
+        suffix (str): of the names of its pages.
+        phrases (dict): what is translated inside a table's cells.
+        title, introduction, baselines (str): of the model zoo.
+        columns, baseline_columns (str): heads of its tables, up to the metrics.
+        heading (str): of a method, from ``method``, ``dataset``, ``height`` and ``width``.
+        weights (str): head of the last column.
+        none (str): where the authors offer no weights.
+        note (str): of the model zoo, on the links to weights.
+        notes (dict): the notes of ``docs/published.json``, where they are translated.
+    """
+
+    suffix: str
+    phrases: Dict[str, str]
+    title: str
+    introduction: str
+    columns: str
+    heading: str
+    weights: str
+    none: str
+    note: str
+    baselines: str
+    baseline_columns: str
+    notes: Dict[str, str]
+
+    def __call__(self, cell: str) -> str:
+        for english, own in self.phrases.items():
+            cell = cell.replace(english, own)
+        return cell
+
+
+ENGLISH = Words(
+    suffix='',
+    phrases={},
+    title='Model zoo',
+    introduction='''\
+Each model here is one for which the authors publish a result. The results are theirs; none was
+retrained here. Detectors and segmentors start from ImageNet weights, the authors' (links under
+"Image classifier") or [your own](pretraining.md). The authors publish results of the 3x schedule
+but no recipe: these configs use Swin's.
+
+Parameters and FLOPs stand beside the published ones. FLOPs are multiply-accumulates of
+convolutions, linear layers and attention products, as `tools/get_flops.py CONFIG` counts them; a
+detector's second stage has 1000 proposals and 100 masks. They are up to 3 % below the published
+ones, because the authors pad the map to whole groups and nothing is padded here. G and I are the
+group size and the interval of each stage, as the published FLOPs show them; long distance
+attention is `lda='interval'` unless the table says otherwise.''',
+    columns='config | backbone | G, I | training | parameters | published | FLOPs | published',
+    heading='{method}, {dataset}, FLOPs at {height}x{width}',
+    weights="authors' weights",
+    none='none',
+    note='''\
+Links are the authors' own, with Baidu's extraction key in parentheses; the files load as
+downloaded. Where the table says none, the authors offer no file. They give the same link for
+CrossFormer++-L and ++-H.''',
+    baselines='''\
 ## Baselines
 
-Backbones of MMDetection and MMSegmentation in the place of CrossFormer-S: these configs differ from
-the `cf_s` config beside them in `model.backbone`, and in the channels that the neck takes, alone.
-Results are those that the papers list for these backbones; the recipes behind them are not always
-this one. Published parameters of a ResNet leave out its frozen layers (0.2 M), published FLOPs of
-PVT and Swin on COCO the products of attention (90.1 G and 3.1 G).'''
+MMDetection's and MMSegmentation's own backbones in place of CrossFormer-S. Each config differs
+from the `cf_s` config beside it only in `model.backbone` and in the channels that the neck takes.
+The results are those that the authors list for these backbones; the recipes behind them are not
+always this one. Published parameters of a ResNet leave out its frozen layers (0.2 M), and
+published FLOPs of PVT and Swin on COCO leave out the products of attention (90.1 G and 3.1 G).''',
+    baseline_columns='config | backbone | parameters | published | FLOPs | published | '
+    'published result',
+    notes={},
+)
+CHINESE = Words(
+    suffix='.zh',
+    phrases={
+        ' epochs': ' 轮',
+        'k iterations': 'k 次迭代',
+        ' to ': ' 至 ',
+        'multi-scale': '多尺度',
+        'Image classifier': '图像分类',
+        'Baidu': '百度网盘',
+    },
+    title='模型库',
+    introduction=(
+        '这里列出的都是作者公布过结果的模型。表中的结果均为作者公布的数值，本项目没有重新训练。'
+        '检测和分割模型以 ImageNet 预训练权重初始化：可以使用作者的权重'
+        '（链接见“图像分类”一节），也可以[自行预训练](pretraining.md)。'
+        '作者公布了 3x 训练的结果，但没有公布训练方案，这里采用 Swin 的方案。\n\n'
+        '参数量和 FLOPs 与公布的数值并列。FLOPs 为卷积、线性层和注意力矩阵乘法的乘加次数，'
+        '由 `tools/get_flops.py CONFIG` 统计；检测器的第二阶段按 1000 个候选框和 100 个掩码计算。'
+        '统计值比公布值最多低 3 %，因为作者会把特征图填充到完整的分组，而这里不做填充。'
+        'G 和 I 是各阶段的组大小和间隔，由公布的 FLOPs 推断得出；'
+        "除非表中另有说明，长距离注意力均采用 `lda='interval'`。"
+    ),
+    columns='配置文件 | 主干网络 | G, I | 训练设置 | 参数量 | 公布值 | FLOPs | 公布值',
+    heading='{method}，{dataset}，FLOPs 按 {height}x{width} 计算',
+    weights='作者的权重',
+    none='无',
+    note=(
+        '链接均由作者提供，括号内为百度网盘的提取码；下载后可直接加载。'
+        '标为“无”的模型，作者没有提供权重。'
+        '作者为 CrossFormer++-L 和 ++-H 给出的是同一个链接。'
+    ),
+    baselines=(
+        '## 基线\n\n'
+        '用 MMDetection 和 MMSegmentation 自带的主干网络代替 CrossFormer-S。'
+        '这些配置文件与同目录的 `cf_s` 配置相比，只有 `model.backbone` 以及颈部的输入通道数不同。'
+        '结果为作者列出的数值，其训练方案不一定与这里相同。'
+        '公布的 ResNet 参数量不含冻结层（0.2 M）；'
+        '公布的 PVT 和 Swin 在 COCO 上的 FLOPs 不含注意力矩阵乘法（90.1 G 和 3.1 G）。'
+    ),
+    baseline_columns='配置文件 | 主干网络 | 参数量 | 公布值 | FLOPs | 公布值 | 公布的结果',
+    notes={
+        "The paper's table repeats the parameters and FLOPs of CrossFormer-S in this row.": (
+            '论文的表格在这一行重复了 CrossFormer-S 的参数量和 FLOPs。'
+        ),
+        "The authors' config names groups of 7 everywhere, which would cost 204.3 G; the "
+        'published FLOPs are those of the groups here.': (
+            '作者的配置文件各阶段的组大小均为 7，对应 204.3 G；公布的 FLOPs 与这里的分组一致。'
+        ),
+        'The paper lists 4.9 G, which no setting known here gives.': (
+            '论文列出的是 4.9 G，目前没有已知的设置能得到这一数值。'
+        ),
+    },
+)
+LANGUAGES = (ENGLISH, CHINESE)
 
 
 class Model:
@@ -80,6 +180,16 @@ class Model:
     @property
     def backbone(self) -> str:
         return f"{self.paper['name']}-{self.size.upper()}"
+
+    def weights(self, words: Words) -> str:
+        """Where the authors offer theirs."""
+        offered = self.published.get('weights', {})
+        links = []
+        if 'google' in offered:
+            links.append(f"[Google]({offered['google']})")
+        if 'baidu' in offered:
+            links.append(f"[{words('Baidu')}]({offered['baidu']}) ({offered['key']})")
+        return ', '.join(links)
 
     @property
     def groups(self) -> str:
@@ -136,14 +246,16 @@ def by(models: List[Model], key) -> Dict[object, List[Model]]:
     return groups
 
 
-def model_zoo(models: List[Model], counted: Dict[str, dict]) -> str:
-    """The text of docs/model_zoo.md."""
+def model_zoo(models: List[Model], counted: Dict[str, dict], words: Words) -> str:
+    """The text of docs/model_zoo.md in a language."""
     lines = [
-        '# Model zoo',
+        f'# {words.title}',
         '',
         f"<!-- {GENERATED}; the papers' figures are in {PUBLISHED.name}. -->",
         '',
-        INTRODUCTION,
+        words.introduction,
+        '',
+        words.note,
     ]
     for _folder, members in by(models, lambda model: model.folder).items():
         metrics = list(members[0].published['results'])
@@ -151,45 +263,44 @@ def model_zoo(models: List[Model], counted: Dict[str, dict]) -> str:
         method = members[0].method
         lines += [
             '',
-            f"## {method['name']}, {method['dataset']}, FLOPs at {height}x{width}",
+            '## '
+            + words.heading.format(
+                method=words(method['name']), dataset=method['dataset'], height=height, width=width
+            ),
             '',
-            f"| config | backbone | G, I | training | parameters | published | FLOPs | "
-            f"published | {' | '.join(metrics)} |",
-            '|---' * (8 + len(metrics)) + '|',
+            f"| {words.columns} | {' | '.join(map(words, metrics))} | {words.weights} |",
+            '|---' * (9 + len(metrics)) + '|',
         ]
         notes = []
         for model in members:
             results, mark = model.published['results'], ''
             if 'note' in model.published:
-                notes.append(model.published['note'])
+                note = model.published['note']
+                notes.append(words.notes[note] if words.notes else note)
                 mark = f' [{len(notes)}]'
             cells = [
                 f'[{model.stem}](../configs/{model.name}.py){mark}',
                 model.backbone,
                 model.groups,
-                model.recipe,
+                words(model.recipe),
                 f"{model.counted['params'] / 1e6:.1f} M",
                 figure(model.published['params'], 'M'),
                 f"{model.counted['flops'] / 1e9:.1f} G",
                 figure(model.published['flops'], 'G'),
                 *(str(results[metric]) for metric in metrics),
+                model.weights(words) or words.none,
             ]
             lines.append(f"| {' | '.join(cells)} |")
         for index, note in enumerate(notes, start=1):
             lines += ['', f'[{index}] {note}']
-    return '\n'.join([*lines, '', *baselines(counted)]) + '\n'
+    return '\n'.join([*lines, '', *baselines(counted, words)]) + '\n'
 
 
-def baselines(counted: Dict[str, dict]) -> List[str]:
+def baselines(counted: Dict[str, dict], words: Words) -> List[str]:
     """The lines of docs/model_zoo.md on other backbones."""
-    lines = [
-        BASELINES,
-        '',
-        '| config | backbone | parameters | published | FLOPs | published | published result |',
-        '|---' * 7 + '|',
-    ]
+    lines = [words.baselines, '', f'| {words.baseline_columns} |', '|---' * 7 + '|']
     for name, row in json.loads(PUBLISHED.read_text(encoding='utf-8'))['baselines'].items():
-        results = ', '.join(f'{value} {metric}' for metric, value in row['results'].items())
+        results = ', '.join(f'{value} {words(metric)}' for metric, value in row['results'].items())
         lines.append(
             f"| [{name}](../configs/{name}.py) | {row['backbone']} | "
             f"{counted[name]['params'] / 1e6:.1f} M | {figure(row['params'], 'M')} | "
@@ -203,20 +314,26 @@ def figure(value, unit: str) -> str:
     return '–' if value is None else f'{value} {unit}'
 
 
-def readme_table(models: List[Model]) -> str:
-    """The rows of README.md's table of configs, one for all sizes of a backbone."""
+def readme_table(models: List[Model], words: Words) -> str:
+    """The rows of a README's table of configs, one for all sizes of a backbone."""
     rows = []
     groups = by(models, lambda model: (model.folder, model.family, model.schedule))
     for (folder, family, schedule), members in groups.items():
         sizes = ','.join(model.size for model in members)
         sizes = f'{{{sizes}}}' if len(members) > 1 else sizes
         results = ', '.join(
-            f"{' / '.join(str(model.published['results'][metric]) for model in members)} {metric}"
+            f"{' / '.join(str(model.published['results'][metric]) for model in members)} "
+            f'{words(metric)}'
             for metric in members[0].published['results']
+        )
+        offered = '; '.join(
+            f'{model.size.upper()}: {model.weights(words)}'
+            for model in members
+            if model.weights(words)
         )
         rows.append(
             f'| `configs/{folder}/{family}_{sizes}_{schedule}.py` | {results} | '
-            f'{members[0].recipe} |'
+            f'{words(members[0].recipe)} | {offered or words.none} |'
         )
     return '\n'.join(rows)
 
@@ -264,14 +381,13 @@ def render(counted: Dict[str, dict]) -> Dict[Path, str]:
     """The text of every file that this program writes."""
     models = read_models(counted)
     methods = by(models, lambda model: model.folder)
-    rows = readme_table(models)
-    translated = rows
-    for english, chinese in CHINESE.items():
-        translated = translated.replace(english, chinese)
     files = {
-        ROOT / 'docs' / 'model_zoo.md': model_zoo(models, counted),
-        **with_table(ROOT / 'README.md', rows),
-        **with_table(ROOT / 'README_zh-CN.md', translated),
+        **{
+            ROOT / 'docs' / f'model_zoo{words.suffix}.md': model_zoo(models, counted, words)
+            for words in LANGUAGES
+        },
+        **with_table(ROOT / 'README.md', readme_table(models, ENGLISH)),
+        **with_table(ROOT / 'README_zh-CN.md', readme_table(models, CHINESE)),
         ROOT / 'model-index.yml': dump(
             {'Import': [f'configs/{folder}/metafile.yml' for folder in methods]}
         ),

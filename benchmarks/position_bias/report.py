@@ -290,4 +290,8 @@ def write(out: Path, folder: Path) -> None:
     scores = Scores(results['runs'])
     write_whole(folder / 'table.md', (table(scores) + '\n').encode())
     draw(scores, results['plan'], folder)
+    import page
+
+    if (folder / 'results.json').resolve() == page.RESULTS:
+        page.main()
     print(f"{len(results['runs'])} trainings gathered in '{folder}'")

@@ -151,7 +151,7 @@ def read_config(args: argparse.Namespace) -> Config:
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
-        cfg.work_dir = str(Path('work_dirs') / name_of_config(args.config))
+        cfg.work_dir = str(Path('work_dirs', name_of_config(args.config) or ''))
     if args.tensorboard:
         if find_spec('tensorboard') is None:
             fail('--tensorboard needs the package tensorboard, which is not installed.')
@@ -259,16 +259,16 @@ def replace_data_root(cfg: Config, root: str) -> None:
         if not cfg.get(f'{split}_dataloader'):
             continue
         inside = list(data_sets(cfg[f'{split}_dataloader'].dataset))
-        old = {dataset.get('data_root') for dataset in inside}
-        if len(old) > 1:
+        roots = {dataset.get('data_root') for dataset in inside}
+        if len(roots) > 1:
             fail(
                 f"--data-root: the {split} dataset is made of several, in "
-                f"{' and '.join(sorted(map(repr, old)))}; name them one by one with "
+                f"{' and '.join(sorted(map(repr, roots)))}; name them one by one with "
                 '--cfg-options.'
             )
         for dataset in inside:
             dataset['data_root'] = root
-        (old,) = old
+        (old,) = roots
         for evaluator in metrics_of(cfg, split):
             below = os.path.relpath(evaluator.get('ann_file') or '..', old or '.')
             if not below.startswith('..'):  # a file elsewhere stays where it is

@@ -341,8 +341,8 @@ class Guard:
         except DataError as error:
             problem = error
         except Exception as error:
-            problem = self.problem(index)
-            if problem is None:
+            found = self.problem(index)
+            if found is None:
                 files = files_of(self.dataset, self.dataset.get_data_info(index)).values()
                 names = ' and '.join(map(repr, files))
                 print_log(
@@ -353,7 +353,8 @@ class Guard:
                 )
                 raise
             if self.skip_to is None:
-                raise problem from error
+                raise found from error
+            problem = found
         if self.skip_to is None or self.dataset.test_mode:
             raise problem
         self.in_a_row += 1
@@ -433,6 +434,7 @@ class Guard:
         return None
 
     def skip(self, problem: DataError) -> None:
+        assert self.skip_to is not None
         line = f'{problem}\n'
         path = Path(self.skip_to)
         if path.exists() and line in path.read_text(encoding='utf-8').splitlines(keepends=True):

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import inspect
 import re
-from typing import List, Optional, Set, Tuple
+from typing import Any, List, Optional, Set, Tuple
 
 import mmengine.registry
 from mmengine.config import DictAction
@@ -68,7 +68,7 @@ def let_weights_be_named(cfg, options: dict) -> None:
         and isinstance(backbone, dict)
         and backbone.get('init_cfg') is None
     ):
-        backbone.init_cfg = dict(type='Pretrained', checkpoint=None)
+        backbone['init_cfg'] = dict(type='Pretrained', checkpoint=None)
 
 
 def check_names(cfg, file: str) -> None:
@@ -92,8 +92,8 @@ def is_own_name(name: str, read: str) -> bool:
 
 def uses_of(cfg, name: str, value) -> List[str]:
     """Where a config has the value of one of its variables, or a setting of the same name."""
-    found = []
-    parts = [((), cfg._cfg_dict)]
+    found: List[str] = []
+    parts: List[Tuple[tuple, Any]] = [((), cfg._cfg_dict)]
     for path, part in parts:
         pairs = part.items() if isinstance(part, dict) else enumerate(part)
         for key, inside in pairs:
@@ -118,7 +118,8 @@ def check_keys(cfg, options: dict) -> None:
     """
     read = arguments(Runner)[0] | READ_BY_OTHERS['']
     for option in options:
-        part, path = cfg._cfg_dict, []
+        part = cfg._cfg_dict
+        path: List[str] = []
         name = option.split('.')[0]
         if name in part and name not in read:
             uses = [use for use in uses_of(cfg, name, part[name]) if use.split('.')[0] in read]
@@ -181,11 +182,11 @@ def class_of(name, scope: Optional[str]) -> Optional[type]:
 def arguments(built: Optional[type]) -> Tuple[Set[str], bool]:
     """Names of a constructor's arguments, those that it hands on with them, and whether it may
     take others, of which nothing is known."""
-    names = set()
+    names: Set[str] = set()
     for owner in built.__mro__ if built else ():
         if '__init__' not in vars(owner) or owner in (nn.Module, object):
             continue
-        parameters = inspect.signature(owner.__init__).parameters.values()
+        parameters = inspect.signature(vars(owner)['__init__']).parameters.values()
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if all(p.kind != p.VAR_KEYWORD for p in parameters):
             return names, False

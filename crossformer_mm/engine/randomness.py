@@ -19,7 +19,7 @@ and ``custom_hooks = [dict(type='SeedHook')]``.
 
 import itertools
 import random
-from typing import Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -107,8 +107,9 @@ class SeededItems:
     def __call__(self, indices: Sequence[int]) -> List:
         items = []
         for index in indices:
-            if getattr(index, 'number', None) is not None:
-                seed_all(self.seed, DRAW, index.number)
+            number = getattr(index, 'number', None)
+            if number is not None:
+                seed_all(self.seed, DRAW, number)
             items.append(self.dataset[int(index)])
         return items
 
@@ -149,7 +150,7 @@ def counting_sampler(loader):
 def restart_workers(loop) -> None:
     """Take back what a loop's workers have begun to load before the training, as those of MMEngine
     up to 0.10.7 do in a loop of iterations."""
-    iterator = getattr(loop, 'dataloader_iterator', None)
+    iterator: Any = getattr(loop, 'dataloader_iterator', None)
     if getattr(iterator, '_iterator', None) is not None:
         loop.dataloader.__dict__['_iterator'] = None  # of workers that persist
         loop.dataloader_iterator = type(iterator)(loop.dataloader)

@@ -4,7 +4,7 @@ import functools
 import logging
 import traceback
 from pathlib import Path
-from typing import Callable, Union
+from typing import Any, Callable, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.device import get_device
@@ -44,7 +44,10 @@ def says_what(part: str):
     return decorate
 
 
-class Careful:
+Mixin: Any = object  # beside a runner of MMEngine, whose attributes it has
+
+
+class Careful(Mixin):
     """What is added to a runner of MMEngine.
 
     - Checkpoints are replaced in one step, see :mod:`.whole_files`, and read as plain data; weights
@@ -57,6 +60,8 @@ class Careful:
     with a training does not show them: any other tool can use it.
     """
 
+    _resume: bool
+    _load_from: Any
     resume_newest = False  # whether to go on from the newest checkpoint, if there is any
     _chosen = False
 
@@ -98,7 +103,7 @@ class Careful:
         if self._chosen or not automatic:
             return
         self._chosen = True
-        found = [None]
+        found: list = [None]
         if is_main_process():
             try:
                 found = [newest_checkpoint(self)]
@@ -194,6 +199,7 @@ class CarefulFlexibleRunner(Careful, FlexibleRunner):
     build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
         FlexibleRunner.build_test_loop
     )
+    model: Any
     build_strategy = says_what('strategy')(FlexibleRunner.build_strategy)
 
     def to_the_end(self, run: Callable):
@@ -240,7 +246,7 @@ def check_classifier(cfg) -> None:
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
             best = metric.get('topk') or 1
             best = best if isinstance(best, int) else max(best)
-            if best > classes:
+            if classes and best > classes:
                 raise ConfigError(
                     f'{split}_evaluator.topk has {best}, but there are {classes} classes.'
                 )

@@ -5,6 +5,7 @@ A config names it by ``custom_imports = dict(imports=['crossformer_mm',
 """
 
 import inspect
+from typing import Any
 
 import torch
 from mmengine._strategy import FSDPStrategy
@@ -47,6 +48,8 @@ class ShardedStrategy(FSDPStrategy):
     Raises:
         UserError: there is no GPU, and this PyTorch shards on GPUs alone.
     """
+
+    model_wrapper: Any  # of the base class
 
     def _init_state_dict_cfg(self, state_dict_cfg) -> None:
         super()._init_state_dict_cfg(state_dict_cfg)

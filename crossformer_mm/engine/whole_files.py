@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 from mmengine.fileio import get_local_path, list_dir_or_file, register_backend
 from mmengine.fileio.backends import LocalBackend
@@ -35,7 +35,7 @@ class WholeFileBackend(LocalBackend):
     it writes the new one, so that a kill or a full disk in between would leave none.
     """
 
-    outdated = []  # of all instances, for mmengine makes a new one for each call
+    outdated: List[str] = []  # of all instances, for mmengine makes a new one for each call
 
     def put(self, obj: bytes, filepath) -> None:
         part = f'{filepath}.part'

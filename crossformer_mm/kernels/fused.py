@@ -19,7 +19,7 @@ on (TRITON_INTERPRET=1 in the environment), they run on the CPU, too, for tests.
 import functools
 import importlib.util
 import warnings
-from typing import Tuple
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -126,8 +126,8 @@ def _agrees_with_plain(device: str) -> bool:
 
 # torch.compile is to call these, not to look into them. `torch.compiler.assume_constant_result`
 # says so by the same attribute, but takes a second to import the compiler.
-why_no_triton._dynamo_marked_constant = True
-agrees_with_plain._dynamo_marked_constant = True
+for constant in (why_no_triton, agrees_with_plain):
+    vars(constant)['_dynamo_marked_constant'] = True
 
 
 def forward(*arguments) -> Tuple[Tensor, Tensor]:
@@ -144,4 +144,4 @@ def backward(*arguments) -> Tuple[Tensor, Tensor]:
     return fused_triton.backward(*arguments)
 
 
-attend = map_operator('fused_attention', forward, backward)
+attend: Callable[..., Tensor] = map_operator('fused_attention', forward, backward)

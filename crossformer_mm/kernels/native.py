@@ -20,7 +20,7 @@ on their number.
 import ctypes
 import os
 from pathlib import Path
-from typing import Tuple
+from typing import Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .call import Call
 from .operator import map_operator
 
 try:
-    from . import _native
+    from . import _native  # type: ignore[attr-defined]  # compiled
 
     MISSING = ''
 except ImportError as error:  # there was no compiler
@@ -50,7 +50,7 @@ def find_pool() -> int:
         try:
             # Of the libraries that this one depends on: GNU's, LLVM's or Intel's OpenMP.
             function = ctypes.CDLL(str(library)).GOMP_parallel
-            return ctypes.cast(function, ctypes.c_void_p).value
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
             continue
     return 0
@@ -212,4 +212,4 @@ def call_kernel(
     )
 
 
-attend = map_operator('native_attention', forward, backward)
+attend: Callable[..., Tensor] = map_operator('native_attention', forward, backward)
