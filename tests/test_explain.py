@@ -180,6 +180,40 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
         for picture in pictures.values():
             assert picture.std() > 10  # something is drawn
 
+    def test_one_command_writes_a_page(self, tool, monkeypatch, capsys, model, tmp_path):
+        monkeypatch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
+        page = tmp_path / 'new' / 'page.html'
+        self.call(tool, monkeypatch, *model, '--html', page, '--scale', 120, 120)
+        content = page.read_text(encoding='utf-8')
+        assert content.startswith('<!doctype html>') and 'id="block-1-1"' in content
+        said = capsys.readouterr().out
+        size = re.search(r'page.html: ([\d.]+) MB; its attention weights are off by', said)
+        assert float(size[1]) == pytest.approx(page.stat().st_size / 1e6, abs=0.01)
+        assert not list(page.parent.glob('*.png'))
+
+    @pytest.mark.parametrize(
+        'change, sentence',
+        [
+            (lambda out: [], 'nothing to write: name a folder by --out, or a file by --html.'),
+            (lambda out: ['--html', out], 'is a folder; name a file.'),
+            (
+                lambda out: ['--html', out / 'a', '--max-mb', 0],
+                '--max-mb must be above 0, got 0.0.',
+            ),
+            (lambda out: ['--html', out / 'a', '--max-mb', 0.01], '--max-mb: the page takes more,'),
+        ],
+    )
+    def test_a_page_that_cannot_be_is_refused(
+        self, tool, monkeypatch, capsys, model, tmp_path, change, sentence
+    ):
+        monkeypatch.syspath_prepend(ROOT / 'tools')
+        out = tmp_path / 'out'
+        out.mkdir()
+        with pytest.raises(SystemExit) as stopped:
+            self.call(tool, monkeypatch, *model, '--scale', 60, 60, *change(out))
+        assert sentence in capsys.readouterr().err + str(stopped.value)
+        assert not list(out.iterdir())
+
     @pytest.mark.parametrize(
         'change, sentence',
         [

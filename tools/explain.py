@@ -12,6 +12,11 @@ writes
     embedding.png             which kernel of the cross-scale embedding carries how much
     contact_sheet.png         all of these
 Those that are there already are replaced.
+
+    python tools/explain.py configs/mask_rcnn/cf_s_1x.py mask-rcnn-cf-s-coco-1x.pth photo.jpg \\
+        --html photo.html
+
+writes one page that a browser opens by itself: point at a position to see where it attends.
 """
 
 import argparse
@@ -60,24 +65,36 @@ class Seen(NamedTuple):
 
     Args:
         features: (C, H, W) of each stage, as the next one gets them.
-        short, long: the last block of each stage that attends so; None where there is none.
+        blocks: of each stage, what its blocks did.
         embeddings: (H, W, C) of each cross-scale embedding, without its norm.
     """
 
     features: List[Tensor]
-    short: List[Attended]
-    long: List[Optional[Attended]]
+    blocks: List[List[Attended]]
     embeddings: List[Tensor]
+
+    @property
+    def short(self) -> List[Attended]:
+        """The last block of each stage at short distance."""
+        return [blocks[(len(blocks) - 1) // 2 * 2] for blocks in self.blocks]
+
+    @property
+    def long(self) -> List[Optional[Attended]]:
+        """The last block of each stage at long distance; None where there is none."""
+        return [
+            blocks[len(blocks) // 2 * 2 - 1] if len(blocks) > 1 else None for blocks in self.blocks
+        ]
 
 
 @torch.no_grad()
 def look(backbone: nn.Module, image: Tensor) -> Seen:
     """Run a backbone on an image (1, 3, H, W) and keep what the pictures are made of."""
-    features, embeddings, attended, handles = [], [], {}, []
+    features, embeddings, handles = [], [], []
+    attended: List[List[Attended]] = [[] for _ in backbone.layers]
 
-    def keep_attention(stage: int, block: int):
+    def keep_attention(stage: int):
         def hook(module, inputs, out):
-            attended[stage, block] = Attended(block, *inputs, out)
+            attended[stage].append(Attended(len(attended[stage]), *inputs, out))
 
         return hook
 
@@ -87,11 +104,8 @@ def look(backbone: nn.Module, image: Tensor) -> Seen:
                 lambda module, inputs, out: features.append(out[0].permute(2, 0, 1))
             )
         )
-        for block in last_blocks(layer):
-            if block is not None:
-                handles.append(
-                    layer.blocks[block].attn.register_forward_hook(keep_attention(stage, block))
-                )
+        for block in layer.blocks:
+            handles.append(block.attn.register_forward_hook(keep_attention(stage)))
     for convs in embedding_convs(backbone):
         handles.append(
             convs.register_forward_hook(lambda module, inputs, out: embeddings.append(out[0]))
@@ -101,21 +115,7 @@ def look(backbone: nn.Module, image: Tensor) -> Seen:
     finally:
         for handle in handles:
             handle.remove()
-    short, long = zip(
-        *(
-            [attended.get((stage, block)) for block in last_blocks(layer)]
-            for stage, layer in enumerate(backbone.layers)
-        )
-    )
-    return Seen(features, list(short), list(long), embeddings)
-
-
-def last_blocks(layer: nn.Module) -> Tuple[int, Optional[int]]:
-    """The last block of a stage at short distance, and at long distance if it has one."""
-    last = len(layer.blocks) - 1
-    if not last:
-        return 0, None
-    return last - last % 2, last - 1 + last % 2
+    return Seen(features, attended, embeddings)
 
 
 def embedding_convs(backbone: nn.Module) -> List[nn.Module]:
@@ -628,7 +628,8 @@ def read_image(cfg: Config, path: str, sides: Optional[Sequence[int]]) -> Tuple[
     import mmcv
 
     try:
-        image = None if is_cut_short(Path(path).read_bytes()) else mmcv.imread(path)
+        content = Path(path).read_bytes()
+        image = None if is_cut_short(content) else mmcv.imfrombytes(content)
     except Exception:
         image = None
     if image is None:
@@ -660,7 +661,20 @@ def parse_args():
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of the model, or of the backbone')
     parser.add_argument('image', help='image file')
-    parser.add_argument('--out', required=True, metavar='DIR', help='folder for the pictures')
+    parser.add_argument('--out', metavar='DIR', help='folder for the pictures')
+    parser.add_argument(
+        '--html',
+        metavar='FILE',
+        help='write one page for a browser, on which to point at positions of the image',
+    )
+    parser.add_argument(
+        '--max-mb',
+        type=float,
+        default=15,
+        metavar='MB',
+        help='largest size of the page: values are rounded until they fit, and the page says how '
+        'exact they are (default: %(default)s)',
+    )
     parser.add_argument(
         '--position',
         type=int,
@@ -687,16 +701,21 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if find_spec('matplotlib') is None:
+    if not args.out and not args.html:
+        fail('nothing to write: name a folder by --out, or a file by --html.')
+    if args.out and find_spec('matplotlib') is None:
         fail('the package matplotlib is needed, which is not installed.')
     cfg = load_config(args.config, args.cfg_options, DENSE)
     check_file('checkpoint', args.checkpoint)
     check_file('image', args.image)
     if args.scale and min(args.scale) < 1:
         fail(f'--scale must be two numbers of at least 1, got {args.scale[0]} {args.scale[1]}.')
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        fail(f"--out: '{out}' is not a folder.")
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        fail(f"--out: '{args.out}' is not a folder.")
+    if args.html and Path(args.html).is_dir():
+        fail(f"--html: '{args.html}' is a folder; name a file.")
+    if not args.max_mb > 0:
+        fail(f'--max-mb must be above 0, got {args.max_mb}.')
     init_default_scope(cfg.default_scope)
     if cfg.model.backbone.type.split('.')[-1] != 'CrossFormer':
         fail(f"config '{args.config}' has the backbone {cfg.model.backbone.type}, no CrossFormer.")
@@ -725,8 +744,15 @@ def main():
         position,
         args.head,
     )
+    if args.out:
+        write_pictures(scene, Path(args.out), min(max(height / width, 0.5), 1.5))
+    if args.html:
+        write_html(scene, args)
+
+
+def write_pictures(scene: Scene, out: Path, shape: float) -> None:
+    """All pictures; ``shape`` is the height of those made of images for a width of 1."""
     out.mkdir(parents=True, exist_ok=True)
-    shape = min(max(height / width, 0.5), 1.5)
     for name, draw, inches_wide, inches_high in PICTURES:
         if draw in (draw_groups, draw_attention, draw_features):  # made of images alone
             inches_high *= shape
@@ -734,6 +760,24 @@ def main():
         print(out / f'{name}.png', flush=True)
     save(draw_contact_sheet, scene, 16, 13, 120, out / 'contact_sheet.png')
     print(out / 'contact_sheet.png')
+
+
+def write_html(scene: Scene, args: argparse.Namespace) -> None:
+    from explain_page import write_page  # the folder beside this file
+
+    colours = [principal_colours(feature) for feature in scene.seen.features]
+    names = dict(model=Path(args.config).stem, image=Path(args.image).name)
+    try:
+        written = write_page(Path(args.html), scene, colours, names, int(args.max_mb * 1e6))
+    except OSError as error:
+        fail(f"--html: '{args.html}' could not be written: {error.strerror}.")
+    except ValueError as error:
+        fail(f'--max-mb: {error}')
+    print(
+        f'{args.html}: {written["bytes"] / 1e6:.2f} MB; its attention weights are off by '
+        f'{written["usual"]:.1%} of their value (root mean square), and by at most '
+        f'{written["worst"] * 100:.2g} percentage points, where compared'
+    )
 
 
 if __name__ == '__main__':
