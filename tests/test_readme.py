@@ -158,22 +158,28 @@ def test_readme_is_short_enough_to_be_read():
         assert len(page.read_text(encoding='utf-8').splitlines()) <= 220
 
 
-def test_comparison_gives_what_was_measured():
-    """Of each processor the figures of its benchmark; of Mask R-CNN those of the papers."""
-    measured = {}
-    for processor in ('amd-zen3', 'amd-avx512'):
-        table = (ROOT / f'benchmarks/cpu/{processor}/table.md').read_text()
-        for mode in ('infer', 'train'):
-            part = re.search(rf'\*\*800x1216,[^*]* {mode}, float32\*\*\n\n(.*?)\n\n', table, re.S)[
-                1
-            ]
+@pytest.fixture(scope='module')
+def measured() -> dict:
+    """What benchmarks/cpu/ holds: cells by processor, size, mode and model."""
+    found = {}
+    for table in ROOT.glob('benchmarks/cpu/*/table.md'):
+        parts = re.findall(
+            r'\*\*(\d+x\d+),[^*]* (infer|train), float32\*\*\n\n(.*?)(?=\n\n|\Z)',
+            table.read_text(),
+            flags=re.DOTALL,
+        )
+        for size, mode, part in parts:
             heads, _, *lines = (
-                [cell.strip() for cell in row.split('|')] for row in part.split('\n')
+                [cell.strip() for cell in row.split('|')] for row in part.strip().split('\n')
             )
             for line in lines:
                 cells = dict(zip(heads, line))
-                for kind in ('time', 'memory'):
-                    measured[processor, mode, kind, cells['model']] = cells[f'{kind} / Swin-T']
+                found[table.parent.name, size, mode, cells['model']] = cells
+    return found
+
+
+def test_comparison_gives_what_was_measured(measured):
+    """Of each processor the figures of its benchmark; of Mask R-CNN those of the papers."""
     models = ('crossformer_s', 'crossformer_s-block', 'mask_and_pad', 'swin_t', 'resnet_50')
     found = {name: cells for name, *cells in rows('measure | CrossFormer-S')}
     for name, mode, kind in (
@@ -183,7 +189,7 @@ def test_comparison_gives_what_was_measured():
     ):
         for model, said in zip(models, found[name]):
             of_both = [
-                measured.get((processor, mode, kind, model), '–')
+                measured.get((processor, '800x1216', mode, model), {}).get(f'{kind} / Swin-T', '–')
                 for processor in ('amd-zen3', 'amd-avx512')
             ]
             assert said == ('1' if model == 'swin_t' else ', '.join(of_both)), (name, model)
@@ -199,6 +205,54 @@ def test_comparison_gives_what_was_measured():
     for name, place in (('cf_s', 0), ('swin_t', 3), ('r50', 4)):
         (line,) = re.findall(rf'^.*/configs/mask_rcnn/{name}_1x\.py.*$', zoo, flags=re.MULTILINE)
         assert f"| {found['Mask R-CNN, parameters'][place]} |" in line
+
+
+def test_limits_give_what_was_measured(measured):
+    for model, ratio, said in (
+        ('crossformer_s', 1.36, 'inference\n  took 1.36 of Swin-T'),
+        ('crossformer_s-block', 0.47, "and 0.47 with `lda='block'`"),
+    ):
+        cells = measured['amd-avx512', '1600x2400', 'infer', model]
+        assert said in README and float(cells['time / Swin-T']) == ratio
+    for mode, said in (
+        ('infer', "takes 1.17 of Swin-T's time for inference"),
+        ('train', 'and 1.19 for a training'),
+    ):
+        cells = measured['amd-zen3', '800x1216', mode, 'crossformer_s']
+        assert said in README and cells['time / Swin-T'] in said
+
+
+def test_the_page_on_performance_gives_what_was_measured(measured):
+    models = {
+        "CrossFormer-S, `lda='interval'`": 'crossformer_s',
+        'the same with `with_cp=True`': 'crossformer_s-with_cp',
+        "CrossFormer-S, `lda='block'`": 'crossformer_s-block',
+        'CrossFormer-S as the papers write it, mask and pad': 'mask_and_pad',
+        'floor': 'crossformer_s-floor',
+        'Swin-T of MMDetection': 'swin_t',
+        'ResNet-50 of MMDetection': 'resnet_50',
+    }
+    text = (DOCS / 'performance.md').read_text(encoding='utf-8')
+    seen = 0
+    for processor, table in zip(
+        ('amd-zen3', 'amd-avx512'), text.split('peak memory in training')[1:]
+    ):
+        # inference | of Swin-T (| of floor) | training step | of Swin-T (| of floor) | memory | of Swin-T
+        floor = processor == 'amd-zen3'
+        for line in table.split('\n\n')[0].splitlines()[2:]:
+            name, *cells = [cell.strip() for cell in line.split('|')[1:-1]]
+            expected = []
+            for mode in ('infer', 'train'):
+                row = measured.get((processor, '800x1216', mode, models[name]), {})
+                columns = ['median', 'time / Swin-T', *['time / floor'] * floor]
+                columns += ['peak memory', 'memory / Swin-T'] * (mode == 'train')
+                expected += [row.get(column, '') for column in columns]
+            assert len(cells) == len(expected)
+            for said, figure in zip(cells, expected):
+                said, figure = (value.split(' ')[0] for value in (said, figure))
+                assert said == figure or float(said) == pytest.approx(float(figure), abs=0.00501)
+            seen += 1
+    assert seen == 12
 
 
 def test_weights_are_where_the_authors_offer_them():
