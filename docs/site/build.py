@@ -64,7 +64,9 @@ def gather(file: Path, done: set) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == '.py':
         code = file.read_text(encoding='utf-8')
-        target.write_text(f'# {file.relative_to(ROOT)}\n\n```python\n{code}```\n', encoding='utf-8')
+        start = '---\nsearch: {exclude: true}\n---\n'
+        page = f'{start}# {file.relative_to(ROOT)}\n\n```python\n{code}```\n'
+        target.write_text(page, encoding='utf-8')
         return
     if file.suffix != '.md':
         shutil.copyfile(file, target)
