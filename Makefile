@@ -24,6 +24,8 @@ TORCH21 := .venv-torch21
 LINT := .venv-lint
 DOCS := .venv-docs
 TESTS ?= tests
+# Files in the order of tests/conftest.py, the longest first.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
     tests/test_released_files.py tests/test_publish_model.py
 TORCH21_CORE := tests/test_golden.py tests/test_checkpoint.py tests/test_compat.py \
@@ -75,7 +77,7 @@ demo: $(READY)
 	$(RUN) tools/demo.py
 
 test: $(READY)
-	$(RUN) -m pytest -n auto --dist loadfile tests
+	$(RUN) -m pytest $(PARALLEL) tests
 
 $(LINT)/ready: requirements/lint.txt
 	$(PYTHON) -m venv $(LINT)
@@ -99,13 +101,13 @@ soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py --out benchmarks/soak.md
 
 test-openmmlab: $(OPENMMLAB)/ready
-	$(OPENMMLAB)/bin/python -m pytest -n auto --dist loadfile $(TESTS)
+	$(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 test-openmmlab-core:
 	$(MAKE) test-openmmlab TESTS="$(CORE)"
 
 test-torch21: $(TORCH21)/ready
-	$(TORCH21)/bin/python -m pytest -n auto --dist loadfile $(TESTS)
+	$(TORCH21)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"

@@ -141,8 +141,11 @@ class Chromium:
         for kind in ('Pressed', 'Released'):
             self.mouse(kind, x, y, button='left', clickCount=1)
 
-    def tap(self, x: float, y: float) -> None:
-        self.call('Input.dispatchTouchEvent', type='touchStart', touchPoints=[dict(x=x, y=y)])
+    def touch(self, *points) -> None:
+        """A finger that comes down on the first of some points and goes up on the last."""
+        for kind, (x, y) in zip(['touchStart'] + ['touchMove'] * len(points), points):
+            self.call('Input.dispatchTouchEvent', type=kind, touchPoints=[dict(x=x, y=y)])
+            self.settle()
         self.call('Input.dispatchTouchEvent', type='touchEnd', touchPoints=[])
         self.settle()
 

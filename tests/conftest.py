@@ -23,6 +23,17 @@ SMALL = dict(embed_dims=32, depths=(1, 2, 4, 2), num_heads=(1, 2, 4, 8))
 torch.set_num_threads(1)
 
 
+# Files that take a minute or more, the longest first: `--dist loadfile` gives each to one process,
+# and a long one that begins last leaves the other processes idle.
+LONG = ('commands', 'fused', 'zoo_runs', 'export', 'export_tool', 'packaging', 'tools', 'model_zoo')
+LONG += ('backbone', 'pretraining', 'ranks', 'resume', 'explain_page', 'soak', 'bad_data')
+
+
+def pytest_collection_modifyitems(items):
+    places = {f'test_{name}': place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

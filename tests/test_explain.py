@@ -197,6 +197,14 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
             (lambda out: [], 'nothing to write: name a folder by --out, or a file by --html.'),
             (lambda out: ['--html', out], 'is a folder; name a file.'),
             (
+                lambda out: ['--html', '/proc/none/page.html'],
+                "--html: '/proc/none' cannot be written: ",
+            ),
+            (
+                lambda out: ['--out', out, '--max-mb', 3],
+                '--max-mb is of the page that --html writes.',
+            ),
+            (
                 lambda out: ['--html', out / 'a', '--max-mb', 0],
                 '--max-mb must be above 0, got 0.0.',
             ),

@@ -350,8 +350,11 @@ def test_a_phone_has_room_for_it_and_a_finger_chooses(page, tool):
     page.browser.size(360, 740, mobile=True)
     try:
         assert page.browser.evaluate('document.documentElement.scrollWidth') <= 360
-        page.browser.tap(*place_of(page, 8, 11))
+        page.browser.touch(place_of(page, 8, 11))
         assert (state(page)['row'], state(page)['column']) == (8, 11)
+        check_shown(page, tool)
+        page.browser.touch(*(place_of(page, 4, column) for column in (2, 5, 9)))
+        assert (state(page)['row'], state(page)['column']) == (4, 9)
         check_shown(page, tool)
         small = page.browser.evaluate(
             "Array.from(document.querySelectorAll('#look .choice label')).map((label) => "

@@ -34,7 +34,14 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import load_backbone
 from crossformer_mm.compat import is_cut_short
-from crossformer_mm.engine.command_line import DENSE, check_file, fail, load_config, run
+from crossformer_mm.engine.command_line import (
+    DENSE,
+    check_file,
+    check_writable,
+    fail,
+    load_config,
+    run,
+)
 from crossformer_mm.engine.option_checks import add_cfg_options
 from crossformer_mm.grouping import AxisRule, group_map, is_small, long_distance, short_distance
 from crossformer_mm.position_bias import bias_of_pairs
@@ -42,6 +49,7 @@ from crossformer_mm.position_bias import bias_of_pairs
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
 KERNELS = ('#1b4965', '#2a9d8f', '#e9c46a', '#e76f51', '#9b5de5', '#8d99ae')
 HEADS_SHOWN = 3
+MEGABYTES = 15  # of a page, if not said
 
 
 class Attended(NamedTuple):
@@ -670,10 +678,9 @@ def parse_args():
     parser.add_argument(
         '--max-mb',
         type=float,
-        default=15,
         metavar='MB',
         help='largest size of the page: values are rounded until they fit, and the page says how '
-        'exact they are (default: %(default)s)',
+        f'exact they are (default: {MEGABYTES})',
     )
     parser.add_argument(
         '--position',
@@ -714,7 +721,9 @@ def main():
         fail(f"--out: '{args.out}' is not a folder.")
     if args.html and Path(args.html).is_dir():
         fail(f"--html: '{args.html}' is a folder; name a file.")
-    if not args.max_mb > 0:
+    if args.max_mb is not None and not args.html:
+        fail('--max-mb is of the page that --html writes.')
+    if args.max_mb is not None and not args.max_mb > 0:
         fail(f'--max-mb must be above 0, got {args.max_mb}.')
     init_default_scope(cfg.default_scope)
     if cfg.model.backbone.type.split('.')[-1] != 'CrossFormer':
@@ -737,6 +746,8 @@ def main():
             f'got {x} {y}.'
         )
     position = (min(int(x * scale), image.shape[1] - 1), min(int(y * scale), image.shape[0] - 1))
+    if args.html:
+        check_writable('--html', Path(args.html).parent)
     scene = Scene(
         backbone,
         image[..., ::-1] / 255.0,
@@ -767,10 +778,9 @@ def write_html(scene: Scene, args: argparse.Namespace) -> None:
 
     colours = [principal_colours(feature) for feature in scene.seen.features]
     names = dict(model=Path(args.config).stem, image=Path(args.image).name)
+    limit = int((args.max_mb or MEGABYTES) * 1e6)
     try:
-        written = write_page(Path(args.html), scene, colours, names, int(args.max_mb * 1e6))
-    except OSError as error:
-        fail(f"--html: '{args.html}' could not be written: {error.strerror}.")
+        written = write_page(Path(args.html), scene, colours, names, limit)
     except ValueError as error:
         fail(f'--max-mb: {error}')
     print(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossformer_mm.engine.command_line import write_whole
 from crossformer_mm.grouping import AxisRule, fit_rule, is_small, long_distance, short_distance
 from crossformer_mm.position_bias import DynamicPositionBias, NoPositionBias
 
@@ -493,6 +494,5 @@ def write_page(
         before, page = page.split(mark)  # what was put in is not looked at again
         parts += [before, text]
     content = ''.join([*parts, page]).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_whole(path, content)
     return dict(bytes=len(content), **{name: facts[name] for name in ('error', 'usual', 'worst')})

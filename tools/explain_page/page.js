@@ -1187,6 +1187,10 @@ function fromAddress() {
 }
 
 async function start() {
+  if (!('DecompressionStream' in window)) {
+    $('readout').textContent = 'This page needs a browser of 2023 or newer.';
+    return;
+  }
   setUp();
   photo.src = facts.jpeg;
   await photo.decode();
