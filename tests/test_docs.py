@@ -96,6 +96,10 @@ def check_pip(words: List[str]) -> None:
                 'mmengine',
                 'mmcv-lite',
                 'onedl-mmcv',
+                'numpy',
+                'opencv-python-headless',
+                'onnxruntime',
+                'pycocotools',
             )
 
 
@@ -110,6 +114,11 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         return
     if program == 'pip':
         check_pip(rest)
+        return
+    if program == 'docker':
+        assert rest[0] == 'run' or (ROOT / rest[rest.index('-f') + 1]).is_file()
+        return
+    if program == 'curl':  # what it asks is asked in the tests of the service
         return
     if program == 'tensorboard':
         assert find_spec('tensorboard') and rest[0] == '--logdir'
