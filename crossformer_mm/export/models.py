@@ -7,7 +7,7 @@ with boxes of no score, until the last step takes those that are left.
 A model that these steps are not those of is refused with an :class:`.UnknownModel`.
 """
 
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,13 @@ class Boxes(NamedTuple):
         boxes (Tensor): (n, 4) as left, top, right, bottom.
         scores (Tensor): (n,), not above 0 where there is no box.
         labels (Tensor): (n,) whole numbers; boxes of different ones do not suppress each other.
+        raw (Tensor): (n,) scores before any threshold, best first on each level.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    raw: Tensor
 
     def suppressed(self, nms: dict, keep: int) -> Tensor:
         """Non-maximum suppression; (keep,) indices, best first, -1 where there are no more."""
@@ -125,8 +127,7 @@ class DenseHead(nn.Module):
         kind = type(head).__name__
         need(
             kind in self.KNOWN,
-            f'head {kind} is none whose boxes can be decoded in the file '
-            f'({", ".join(self.KNOWN)})',
+            f'head {kind} is none whose boxes can be decoded in the file ({", ".join(self.KNOWN)})',
         )
         check_nms(cfg, name)
         need(cfg.get('nms_pre', 0) > 0, f'test_cfg{name}.nms_pre must be a number above 0')
@@ -167,7 +168,7 @@ class DenseHead(nn.Module):
         prior, label = prior[pair // self.classes], pair % self.classes
         if self.sigmoid:
             scores = scores.sigmoid()  # 0 of -inf
-        there = scores > self.cfg.get('score_thr', 0)
+        there, raw = scores > self.cfg.get('score_thr', 0), scores
         if type(self.head).__name__ == 'RPNHead':
             label = torch.full_like(label, level)  # in place of a class
         if factors is not None:
@@ -187,7 +188,7 @@ class DenseHead(nn.Module):
             at = self.head.anchor_center(at)
         decoded = inside(coder.decode(at, chosen), limit, coder)
         there = there & large_enough(decoded, self.cfg)
-        return Boxes(decoded, torch.where(there, scores, -1.0), label)
+        return Boxes(decoded, torch.where(there, scores, -1.0), label, raw)
 
 
 def flat(level: Tensor, channels: int) -> Tensor:
@@ -294,7 +295,7 @@ class RoiHead(nn.Module):
         there = (scores > self.cfg['score_thr']) & there[:, None]
         scores = torch.where(there, scores, -1.0).flatten()
         labels = torch.arange(classes).repeat(rois.shape[0])
-        return Boxes(boxes, scores, labels)
+        return Boxes(boxes, scores, labels, scores)
 
     def masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         """(n, 4) and (n,) to (n, height, width), from 0 to 1, to be stretched over the boxes."""
@@ -319,7 +320,11 @@ def as_list(module: nn.Module) -> nn.ModuleList:
 
 class WholeDetector(nn.Module):
     """An RGB image (1, 3, H, W) to boxes (n, 4) in its pixels, scores, labels and, if the model has
-    any, masks (n, height, width) to be stretched over the boxes."""
+    any, masks (n, height, width) to be stretched over the boxes.
+
+    Beside these ``candidate_scores``: those of the dense head before any threshold, by which two
+    computations can be compared where there is no box.
+    """
 
     any_size: dict = {}
 
@@ -342,6 +347,7 @@ class WholeDetector(nn.Module):
         limit = corners(*image.shape[2:])
         features = self.model.extract_feat(self.preprocess(image))
         found = self.dense(features, limit)
+        candidates = found.raw
         if self.roi_head is not None:
             cfg = self.dense.cfg
             kept = found.suppressed(cfg['nms'], cfg['max_per_img'])
@@ -350,10 +356,11 @@ class WholeDetector(nn.Module):
             found = self.roi_head(features, rois, there, limit)
         kept = found.suppressed(self.cfg['nms'], self.cfg['max_per_img'])
         kept = kept[(kept >= 0).nonzero()[:, 0]]
-        boxes, scores, labels = (values[kept] for values in found)
+        boxes, scores, labels = (values[kept] for values in found[:3])
         outputs = dict(boxes=boxes, scores=scores, labels=labels)
         if self.roi_head is not None and self.roi_head.mask_heads is not None:
             outputs['masks'] = self.roi_head.masks(features, boxes, labels)
+        outputs['candidate_scores'] = candidates
         return outputs
 
 

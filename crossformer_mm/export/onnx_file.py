@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from typing import Callable, Dict, Mapping, Sequence
+from pathlib import Path
+from typing import Callable, Dict, Iterable, Mapping, Sequence
 
 import torch
 from torch.export import ExportedProgram
@@ -81,6 +82,18 @@ def simplify(proto):
     ):
         step(model)
     return onnx_ir.to_proto(model)
+
+
+def leave_out(proto, outputs: Iterable[str]) -> None:
+    """Take outputs away, in place."""
+    for output in [output for output in proto.graph.output if output.name in set(outputs)]:
+        proto.graph.output.remove(output)
+
+
+def write_onnx(proto, path: Path) -> None:
+    import onnx
+
+    onnx.save(proto, path)
 
 
 def translation(function: Callable, used: Dict[str, str]) -> Callable:

@@ -290,7 +290,8 @@ Offsets (qkv, rows, columns) => (pairs) {
   pairs = Concat <axis = 1> (flat_r, flat_c)
 }"""
 
-# One row of groups at a time (Scan). Letters of comments: B images, H x W the map, R x S groups of
+# One row of groups at a time (Loop; OpenVINO's Scan sees
+# nothing of what is around it). Letters of comments: B images, H x W the map, R x S groups of
 # r x c members, h heads of d channels.
 MAP_ATTENTION = """
 MapAttention <heads: int, scale: float>
@@ -342,8 +343,14 @@ MapAttention <heads: int, scale: float>
   mask_shape = Concat <axis = 0> (flat, one, one, members)
   real_columns = Unsqueeze (real2, one)  # S, 1, c
 
-  scanned = Scan <num_scan_inputs = 2, body = row_of_groups (int64[nr] at, bool[nr] is_real)
-      => (float[b, nr2, w, ch] attended) {
+  row_groups = Shape <end = 1> (positions)
+  count = Squeeze (row_groups, zero)
+  always = Constant <value = bool {1}> ()
+  scanned = Loop (count, always) <body = row_of_groups (int64 i, bool go)
+      => (bool going, float[b, nr, w, ch] attended) {
+    going = Identity (go)
+    at = Gather <axis = 0> (positions, i)
+    is_real = Gather <axis = 0> (real, i)
     here = Gather <axis = 1> (qkv, at)
     chosen = Gather <axis = 2> (here, columns)  # B, r, S c, 3 h d
     q, k, v = Split <axis = 3, num_outputs = 3> (chosen)
@@ -373,7 +380,7 @@ MapAttention <heads: int, scale: float>
     in_rows = Transpose <perm = [0, 3, 1, 4, 2, 5]> (apart)
     padded = Reshape (in_rows, row_shape)
     attended = Gather <axis = 2> (padded, inverse2)
-  }> (positions, real)  # R, B, r, W, h d
+  }>  # R, B, r, W, h d
   images_first = Transpose <perm = [1, 0, 2, 3, 4]> (scanned)
   map_shape = Concat <axis = 0> (zero, flat, width, channels_out)
   padded_map = Reshape (images_first, map_shape)
