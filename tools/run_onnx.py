@@ -23,7 +23,6 @@ import argparse
 import glob
 import json
 import os
-import resource
 import sys
 import time
 from collections import Counter
@@ -82,7 +81,8 @@ class Model:
         height, width = image.shape[:2]
         resized = self.resize(image)
         dtype = np.float32 if 'float' in self.inputs['image'] else np.uint8
-        given = dict(image=np.ascontiguousarray(resized[None, ..., ::-1].transpose(0, 3, 1, 2), dtype))
+        rgb = resized[None, ..., ::-1].transpose(0, 3, 1, 2)  # (1, 3, height, width)
+        given = dict(image=np.ascontiguousarray(rgb, dtype))
         if 'size' in self.inputs:
             given['size'] = np.array([height, width], np.int64)
         found = dict(zip(self.outputs, self.run(given)))
@@ -159,8 +159,10 @@ def start_openvino(file: str, provider: str, threads: int):
     inputs = {given.any_name: given.element_type.to_string() for given in compiled.inputs}
     outputs = [given.any_name for given in compiled.outputs]
     inputs = {name: 'float' if kind.startswith('f') else kind for name, kind in inputs.items()}
-    about = read.get_rt_info() if hasattr(read, 'get_rt_info') else {}
-    texts = metadata_of(about)
+    try:  # where OpenVINO keeps what an ONNX file says of itself
+        texts = {key: given for key, given in read.get_rt_info(['framework']).value.items()}
+    except RuntimeError:
+        texts = {}
 
     def run(given: dict) -> List[np.ndarray]:
         results = compiled(given)
@@ -243,10 +245,27 @@ def read_image(path: Path) -> Tuple[Optional[np.ndarray], str]:
         data = path.read_bytes()
     except OSError as error:
         return None, f'it could not be opened: {error.strerror or error}'
-    # A JPEG without its end is read as one that is grey from somewhere on.
-    cut = data[:2] == b'\xff\xd8' and b'\xff\xd9' not in data[-64:]
-    image = None if cut or not data else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    image = None
+    if data and not is_cut_short(data):
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error:  # of more pixels than OpenCV takes
+            pass
     return image, '' if image is not None else 'it is cut short or no image that OpenCV reads'
+
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether these are of a JPEG without its end, which is read as one that is grey from there."""
+    if not data.startswith(b'\xff\xd8'):
+        return False
+    place = 2
+    # A preview in the head has an end marker of its own: to the first scan, from part to part.
+    while data[place : place + 1] == b'\xff' and data[place + 1 : place + 2] != b'\xda':
+        if data[place + 1 : place + 2] == b'\xff':  # filling
+            place += 1
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], 'big')
+    return b'\xff\xd9' not in data[place:]
 
 
 def write(path: Path, data: bytes) -> None:
@@ -339,11 +358,17 @@ def draw(image: np.ndarray, found: dict, about: dict, threshold: float) -> np.nd
 # The command
 
 
+def peak_memory() -> str:
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 'peak memory is not known here'
+    unit = 1 if sys.platform == 'darwin' else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return f'peak memory {peak:.2f} GiB'
+
+
 def fail(sentence: str) -> None:
-    sys.exit(f'error: {sentence}') if False else leave(sentence)
-
-
-def leave(sentence: str) -> None:
     print(f'error: {sentence}', file=sys.stderr)
     sys.exit(2)
 
@@ -451,8 +476,7 @@ def main() -> None:
     )
     print(f"{len(entries)} images predicted, see '{out}'; {len(skipped)} files skipped")
     if entries:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f'{len(entries) / seconds:.2f} images per second, peak memory {peak:.2f} GiB')
+        print(f'{len(entries) / seconds:.2f} images per second, {peak_memory()}')
     for one in skipped:
         print(f"error: '{one['file_name']}' was skipped: {one['reason']}.", file=sys.stderr)
     sys.exit(1 if skipped else 0)
