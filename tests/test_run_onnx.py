@@ -1,6 +1,8 @@
 """Files of tools/export.py in tools/run_onnx.py, which has no PyTorch: as tools/predict.py has it."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +288,44 @@ def test_openvino_returns_the_same(exported, tmp_path):
             theirs, _ = exported(kind).both('results.bbox.json')
             ours = json.loads((tmp_path / kind / 'results.bbox.json').read_text())
             assert_same_boxes([one for one in theirs if one['image_id'] == 1], ours)
+
+
+def test_the_service_answers_over_http(exported, photos):
+    """In a process of its own, as its page says, with a real port."""
+    for package in ('fastapi', 'uvicorn', 'httpx', 'python_multipart'):
+        pytest.importorskip(package)
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(ROOT / 'tools'), str(ROOT / 'examples')])
+    server = subprocess.Popen(
+        [sys.executable, '-m', 'uvicorn', 'service:app', '--port', str(port)],
+        env={**os.environ, 'PYTHONPATH': paths, 'MODEL': str(exported('mask_rcnn').file)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in server.stderr:
+            if 'running on' in line:
+                break
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=60) as client:
+            image = (photos / 'a.png').read_bytes()
+            found = client.post('/predict', files=dict(image=image)).json()['objects']
+            assert client.get('/about').json()['classes'] == ['a', 'b', 'c', 'd']
+            refused = client.post('/predict', files=dict(image=b'no image'))
+            assert refused.status_code == 415 and 'is no image' in refused.json()['detail']
+    finally:
+        server.kill()
+        server.communicate()
+    theirs, _ = exported('mask_rcnn').both('results.bbox.json')
+    theirs = [one for one in theirs if one['image_id'] == 1]
+    assert len(found) == len(theirs) > 0
+    assert np.abs(np.subtract(
+        [one['score'] for one in found], [one['score'] for one in theirs]
+    )).max() < 1e-5  # fmt: skip
+    assert set(found[0]) == {'label', 'score', 'box', 'area'}
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ def translation(function: Callable, used: Dict[str, str]) -> Callable:
             levels = attributes.pop('levels')
             name = f'{name}{levels}'
             texts[name] = operators.order_of_rois(levels)
+        if '(' in name:  # the function itself
+            texts[name.split()[0]] = name
+            name = name.split()[0]
         used[name] = texts[name]
         return values.Op(domain, name, schema_of(name, attributes))(*inputs, **attributes)
 

@@ -4,6 +4,7 @@ Each is a PyTorch operator, which is what it computes here, and a function in th
 made of standard operators, which takes its place in the file: :func:`with_standard_operators`.
 """
 
+import hashlib
 from typing import List, Sequence
 
 import torch
@@ -63,6 +64,48 @@ def map_attention(
 @map_attention.register_fake
 def _(qkv, table, rows, columns, num_heads, scale):
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+@torch.library.custom_op(f'{DOMAIN}::fixed_attention', mutates_args=())
+def fixed_attention(
+    qkv: Tensor,
+    table: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    segments: Sequence[int],
+    num_heads: int,
+    scale: float,
+) -> Tensor:
+    """Attention of groups that are known.
+
+    Args:
+        qkv (Tensor): (1, H, W, 3C).
+        table (Tensor): (heads, 2*R-1, 2*S-1), the bias of each offset in groups of R x S.
+        order, inverse, segments: of :class:`.fixed_size.FixedGroups`, ``segments`` as one list.
+        num_heads, scale: as of :func:`crossformer_mm.kernels.map_attention`.
+
+    Returns:
+        Tensor: (1, H, W, C).
+    """
+    from ..position_bias import bias_of_pairs
+
+    tokens, start, outs = qkv.flatten(0, 2)[order.long()], 0, []
+    for groups, rows, columns in triples(segments):
+        part = tokens[start : start + groups * rows * columns]
+        start += len(part)
+        q, k, v = part.view(groups, rows * columns, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        logits = q * scale @ k.transpose(-1, -2) + bias_of_pairs(table, rows, columns)
+        outs.append((logits.softmax(-1) @ v).transpose(1, 2).reshape(len(part), -1))
+    return torch.cat(outs)[inverse.long()].view(*qkv.shape[:3], -1)
+
+
+@fixed_attention.register_fake
+def _(qkv, table, order, inverse, segments, num_heads, scale):
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+def triples(numbers: Sequence[int]) -> List[Sequence[int]]:
+    return [numbers[at : at + 3] for at in range(0, len(numbers), 3)]
 
 
 @torch.library.custom_op(f'{DOMAIN}::nms', mutates_args=())
@@ -166,6 +209,11 @@ def onnx_map_attention(call, qkv, table, rows, columns, num_heads, scale):
     return call('MapAttention', [qkv, table, rows, columns], heads=num_heads, scale=scale)
 
 
+def onnx_fixed_attention(call, qkv, table, order, inverse, segments, num_heads, scale):
+    text = fixed_attention_text(list(qkv.shape), list(table.shape), segments, num_heads, scale)
+    return call(text, [qkv, table, order, inverse])
+
+
 def onnx_nms(call, boxes, scores, iou_threshold, keep):
     return call('Nms', [boxes, scores], iou=iou_threshold, keep=keep)
 
@@ -194,6 +242,7 @@ def onnx_resize(call, x, size, align_corners):
 TRANSLATIONS = {
     torch.ops.crossformer_mm.offsets.default: onnx_offsets,
     torch.ops.crossformer_mm.map_attention.default: onnx_map_attention,
+    torch.ops.crossformer_mm.fixed_attention.default: onnx_fixed_attention,
     torch.ops.crossformer_mm.nms.default: onnx_nms,
     torch.ops.crossformer_mm.roi_features.default: onnx_roi_features,
     torch.ops.crossformer_mm.resize.default: onnx_resize,
@@ -386,6 +435,80 @@ MapAttention <heads: int, scale: float>
   padded_map = Reshape (images_first, map_shape)
   out = Gather <axis = 1> (padded_map, inverse)
 }"""
+
+CHUNK = 96e6  # bytes of the weights of the groups that are computed at a time
+
+
+def fixed_attention_text(
+    shape: Sequence[int], table: Sequence[int], segments: Sequence[int], heads: int, scale: float
+) -> str:
+    """:func:`fixed_attention` with every number written down."""
+    _, height, width, channels = map(int, shape)
+    channels //= 3
+    constants: dict = {}
+    lines: List[str] = []
+
+    def ints(*values: int, kind: str = 'int64') -> str:
+        """The name of a constant."""
+        text = f'{kind}[{len(values)}] {{{", ".join(map(str, values))}}}'
+        return constants.setdefault(text, f'constant{len(constants)}')
+
+    def add(name: str, operator: str, *inputs: str, **attributes) -> str:
+        given = ', '.join(f'{key} = {value}' for key, value in attributes.items())
+        given = f'<{given}>' if given else ''
+        lines.append(f'{name} = {operator} {given} ({", ".join(inputs)})')
+        return name
+
+    def offsets(size: int, most: int) -> str:
+        """Rows or columns of the table, of each pair."""
+        pairs = (most - 1 + query - key for query in range(size) for key in range(size))
+        return ints(*pairs, kind='int32')
+
+    factor = constants.setdefault(f'float[1] {{{scale!r}}}', 'factor')
+    tokens = add('tokens', 'Reshape', 'qkv', ints(-1, 3 * channels))
+    tokens = add('sorted', 'Gather', tokens, 'order', axis=0)
+    start, outs = 0, []
+    for number, (groups, rows, columns) in enumerate(triples(segments)):
+        members = rows * columns
+        most_rows, most_columns = ((int(side) + 1) // 2 for side in table[1:])
+        x = f'x{number}'
+        add(f'{x}r', 'Gather', 'table', offsets(rows, most_rows), axis=1)
+        add(f'{x}c', 'Gather', f'{x}r', offsets(columns, most_columns), axis=2)
+        add(f'{x}p', 'Reshape', f'{x}c', ints(heads, rows, rows, columns, columns))
+        add(f'{x}q', 'Transpose', f'{x}p', perm=[0, 1, 3, 2, 4])
+        bias = add(f'{x}bias', 'Reshape', f'{x}q', ints(heads, members, members))
+        chunks = max(1, round(groups * heads * members**2 * 4 / CHUNK))
+        bounds = [groups * chunk // chunks for chunk in range(chunks + 1)]
+        for begin, end in zip(bounds, bounds[1:]):
+            count = end - begin
+            if not count:
+                continue
+            y = f'{x}g{begin}'
+            stop = start + count * members
+            add(f'{y}a', 'Slice', tokens, ints(start), ints(stop), ints(0))
+            start = stop
+            add(f'{y}b', 'Reshape', f'{y}a', ints(count, members, 3, heads, channels // heads))
+            add(f'{y}q, {y}k, {y}v', 'Split', f'{y}b', axis=2, num_outputs=3)
+            apart = ints(count, members, heads, channels // heads)
+            for one in 'qkv':
+                add(f'{y}{one}1', 'Reshape', f'{y}{one}', apart)
+            add(f'{y}q2', 'Transpose', f'{y}q1', perm=[0, 2, 1, 3])
+            add(f'{y}k2', 'Transpose', f'{y}k1', perm=[0, 2, 3, 1])
+            add(f'{y}v2', 'Transpose', f'{y}v1', perm=[0, 2, 1, 3])
+            add(f'{y}q3', 'Mul', f'{y}q2', factor)
+            add(f'{y}products', 'MatMul', f'{y}q3', f'{y}k2')
+            add(f'{y}logits', 'Add', f'{y}products', bias)
+            add(f'{y}weights', 'Softmax', f'{y}logits', axis=-1)
+            add(f'{y}mixed', 'MatMul', f'{y}weights', f'{y}v2')
+            add(f'{y}turned', 'Transpose', f'{y}mixed', perm=[0, 2, 1, 3])
+            outs.append(add(f'{y}out', 'Reshape', f'{y}turned', ints(-1, channels)))
+    together = add('together', 'Concat', *outs, axis=0)
+    add('back', 'Gather', together, 'inverse', axis=0)
+    add('out', 'Reshape', 'back', ints(1, height, width, channels))
+    known = [f'{name} = Constant <value = {text}> ()' for text, name in constants.items()]
+    body = '\n'.join(known + lines)
+    name = f'FixedAttention_{hashlib.sha256(body.encode()).hexdigest()[:12]}'
+    return f'{name} (qkv, table, order, inverse) => (out) {{\n{body}\n}}'
 
 
 NMS = """
