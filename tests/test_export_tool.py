@@ -17,7 +17,6 @@ from crossformer_mm.compat import missing_torch
 if missing_torch('2.6'):
     pytest.skip('torch.export.Dim.DYNAMIC came with PyTorch 2.6', allow_module_level=True)
 from crossformer_mm.export import AnySizePool, export_any_size, exportable  # noqa: E402
-
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 
 from .tool_process import load_script

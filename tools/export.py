@@ -12,10 +12,12 @@ does both. With --what head or backbone it takes normalised images and returns w
     of a segmentor:                logits of the image's size, or with --label-map the classes
     of a one-stage detector:       scores and boxes of its head on each level, not decoded
     of a two-stage detector:       the same of its region proposal network, and the neck's features
+With --fixed-shape it is for one image of one size, and smaller and faster.
 Before the file gets its name it is run beside PyTorch on images of five other sizes.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -23,7 +25,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from importlib.util import find_spec
+from contextlib import redirect_stdout
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
 from typing import Callable, Dict, List, Sequence, Tuple
@@ -42,6 +45,7 @@ from crossformer_mm.engine.command_line import (
     check_file,
     fail,
     load_config,
+    replace_data_root,
     run,
     sentences_for,
 )
@@ -50,7 +54,8 @@ from crossformer_mm.engine.option_checks import add_cfg_options
 if missing_torch('2.6'):
     fail(f'export: {missing_torch("2.6")}.')
 
-from crossformer_mm.export import export_any_size, exportable, metadata  # noqa: E402
+from crossformer_mm.export import export_any_size, exportable, metadata, smaller  # noqa: E402
+from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402
 from crossformer_mm.export.models import (  # noqa: E402
     UnknownModel,
     WholeDetector,
@@ -170,6 +175,27 @@ def parse_args():
         help='type of the image that a whole model takes, values from 0 to 255 (default: uint8)',
     )
     parser.add_argument(
+        '--fixed-shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='write a graph for one image of this size alone, which is smaller and takes less '
+        'memory and time (default: any batch and size)',
+    )
+    parser.add_argument(
+        '--int8',
+        action='store_true',
+        help='weights of linear layers in 8 bits; the metric before and after is printed',
+    )
+    parser.add_argument(
+        '--float16',
+        action='store_true',
+        help='weights in 16 bits, computed with in 32; the metric before and after is printed',
+    )
+    parser.add_argument(
+        '--data-root', help="folder of the test data for that, in place of the config's"
+    )
+    parser.add_argument(
         '--logits', action='store_true', help='of a whole segmentor logits in place of labels'
     )
     parser.add_argument(
@@ -210,6 +236,14 @@ def check_arguments(args: argparse.Namespace, detection: bool) -> None:
         fail(f"--out: folder '{out.parent}' does not exist.")
     if min(args.shape) < 1:
         fail(f'--shape must be two numbers of at least 1, got {args.shape[0]} {args.shape[1]}.')
+    if args.fixed_shape and min(args.fixed_shape) < 1:
+        fail(f'--fixed-shape must be two numbers of at least 1, got {args.fixed_shape}.')
+    if args.fixed_shape and args.format != 'onnx':
+        fail('--fixed-shape is for --format onnx only.')
+    if args.int8 and args.float16:
+        fail('--int8 and --float16 are two ways to store the same weights; give one.')
+    if (args.int8 or args.float16) and (args.format != 'onnx' or args.what not in ('model', None)):
+        fail('--int8 and --float16 are of whole models as ONNX.')
     if args.threads < 1:
         fail(f'--threads must be at least 1, got {args.threads}.')
     absent = [name for name in NEEDED if find_spec(name) is None]
@@ -281,10 +315,10 @@ def example(module: nn.Module, args, batch: int, height: int, width: int) -> Lis
     return [image, torch.tensor([height // 2 + 1, 2 * width])]
 
 
-def input_names(module: nn.Module) -> Dict[str, Dict[int, str]]:
+def input_names(module: nn.Module, args: argparse.Namespace) -> Dict[str, Dict[int, str]]:
     """Names of a module's inputs and of their open dimensions."""
-    image = {2: 'height', 3: 'width'}
-    if not isinstance(module, WholeDetector):
+    image = {} if args.fixed_shape else {2: 'height', 3: 'width'}
+    if image and not isinstance(module, WholeDetector):
         image = {0: 'batch', **image}
     return dict(image=image, **({'size': {}} if isinstance(module, WholeSegmentor) else {}))
 
@@ -393,7 +427,7 @@ def milliseconds(function: Callable, given: Sequence[Tensor], runs: int = 3) -> 
 
 def check(module: nn.Module, exported: Callable, args: argparse.Namespace) -> None:
     """Compare on the sizes above; a ValueError says where the two differ."""
-    for size in CHECKED:
+    for size in args.sizes:
         given = example(module, args, *size)
         batch, _, *sides = given[0].shape
         try:
@@ -413,6 +447,28 @@ def check(module: nn.Module, exported: Callable, args: argparse.Namespace) -> No
             )
 
 
+def make_smaller(file: Path, cfg: Config, args: argparse.Namespace) -> None:
+    """Store weights in fewer bits, and say what that does to the metric on the test data."""
+    measure = ('AP', smaller.box_ap) if cfg.default_scope == 'mmdet' else ('mIoU', smaller.mean_iou)
+    spec = spec_from_file_location('run_onnx', Path(__file__).with_name('run_onnx.py'))
+    run_onnx = module_from_spec(spec)
+    spec.loader.exec_module(run_onnx)
+
+    def metric() -> float:
+        model = run_onnx.Model(str(file), threads=args.threads)
+        with redirect_stdout(io.StringIO()):  # the tables of pycocotools
+            return measure[1](args.data, model)
+
+    size, before = file.stat().st_size, metric()
+    (smaller.to_int8 if args.int8 else smaller.to_float16)(file)
+    after = metric()
+    print(
+        f'   {"int8" if args.int8 else "float16"}: {measure[0]} {before:.4f} before, {after:.4f} '
+        f'after ({after - before:+.4f}), on {min(len(args.data), smaller.MOST_IMAGES)} images of '
+        f'the test data; {size / 1e6:.1f} MB before, {file.stat().st_size / 1e6:.1f} MB after'
+    )
+
+
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ['no reason given']
     return f'{type(error).__name__}: {lines[0][:300]}'
@@ -429,12 +485,28 @@ def main():
     for name in ('torch.onnx', 'torch.export', 'torch._export', 'onnx_ir', 'onnxscript'):
         logging.getLogger(name).setLevel(logging.ERROR)
     module, content = build(cfg, args)
+    if args.int8 or args.float16:
+        if args.data_root:
+            replace_data_root(cfg, args.data_root)
+        with redirect_stdout(io.StringIO()):
+            args.data, reason = smaller.test_data(cfg)
+        if args.data is None:
+            fail(
+                f'--int8 and --float16 print what they cost, but {reason}; name its folder with '
+                '--data-root.'
+            )
     args.channels = cfg.model.backbone.get('in_channels', 3)
-    names = list(module(*example(module, args, 1, 64, 64)))
+    args.sizes = CHECKED
+    if args.fixed_shape:
+        args.shape, args.sizes = args.fixed_shape, [(1, *args.fixed_shape)]
+    names = list(module(*example(module, args, 1, *(args.fixed_shape or (64, 64)))))
     wanted = [name for name in names if name != 'candidate_scores']
     if args.what == 'model':
         with sentences_for(ValueError):
             described = metadata.of_whole_model(cfg, args.config, args.checkpoint, content, wanted)
+        if args.fixed_shape:
+            described['fixed_shape'] = json.dumps(args.fixed_shape)
+            described['fill'] = json.dumps(module.preprocess.fill)
     else:
         described = metadata.of_network(cfg, args.what)
 
@@ -442,16 +514,21 @@ def main():
     # Under its name there is a checked file or none, even if this is interrupted.
     part = out.with_name(f'.{out.stem}.{os.getpid()}{out.suffix}')
     try:
-        print('1/4 tracing, with sizes left open', flush=True)
         onnx = args.format == 'onnx'
-        program = export_any_size(
-            exportable(module, module.any_size, by_operators=onnx),
-            any_batch=not isinstance(module, WholeDetector),
-            inputs=example(module, args, 2, 170, 203),
-        )
+        if args.fixed_shape:
+            print('1/4 tracing, for one size', flush=True)
+            given = example(module, args, 1, *args.fixed_shape)
+            program = export_fixed_size(exportable_for(module, given), given)
+        else:
+            print('1/4 tracing, with sizes left open', flush=True)
+            program = export_any_size(
+                exportable(module, module.any_size, by_operators=onnx),
+                any_batch=not isinstance(module, WholeDetector),
+                inputs=example(module, args, 2, 170, 203),
+            )
         print(f'2/4 writing {args.format}', flush=True)
         if onnx:
-            proto = to_onnx(program, input_names(module), names, described)
+            proto = to_onnx(program, input_names(module, args), names, described)
             operators = count_operators(proto)
             write_onnx(proto, part)
             exported = read_onnx(part, args.threads)
@@ -459,13 +536,17 @@ def main():
             operators = write_torch(program, described, part)
             exported = read_torch(part)
         print(
-            f'3/4 checking it beside PyTorch on {len(CHECKED)} sizes that were not traced',
+            f'3/4 checking it beside PyTorch on {len(args.sizes)} sizes'
+            + ' that were not traced' * (not args.fixed_shape),
             flush=True,
         )
         check(module, exported, args)
         if wanted != names:
             leave_out(proto, set(names) - set(wanted))
             write_onnx(proto, part)
+            exported = read_onnx(part, args.threads)
+        if args.int8 or args.float16:
+            make_smaller(part, cfg, args)
             exported = read_onnx(part, args.threads)
         print('4/4 measuring', flush=True)
         given = example(module, args, 1, *args.shape)

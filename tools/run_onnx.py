@@ -80,8 +80,10 @@ class Model:
         """
         height, width = image.shape[:2]
         resized = self.resize(image)
+        fixed = self.about.get('fixed_shape')
+        padded = self.pad(resized, *fixed) if fixed else resized
         dtype = np.float32 if 'float' in self.inputs['image'] else np.uint8
-        rgb = resized[None, ..., ::-1].transpose(0, 3, 1, 2)  # (1, 3, height, width)
+        rgb = padded[None, ..., ::-1].transpose(0, 3, 1, 2)  # (1, 3, height, width)
         given = dict(image=np.ascontiguousarray(rgb, dtype))
         if 'size' in self.inputs:
             given['size'] = np.array([height, width], np.int64)
@@ -91,6 +93,8 @@ class Model:
         scale = [resized.shape[1] / width, resized.shape[0] / height]
         if not self.about.get('resized_inside'):
             found['boxes'] = found['boxes'] / np.array(scale * 2, np.float32)
+        if fixed:
+            found['boxes'] = np.minimum(found['boxes'], np.array([width, height] * 2, np.float32))
         if 'masks' in found:
             found['masks'] = paste(
                 found['masks'], found['boxes'], height, width, self.about['mask_threshold']
@@ -100,16 +104,29 @@ class Model:
     def resize(self, image: np.ndarray) -> np.ndarray:
         """An image in the size that the model was trained for."""
         rule = self.about['resize']
-        if rule is None or self.about.get('resized_inside'):
+        fixed = self.about.get('fixed_shape')
+        if self.about.get('resized_inside') or (rule is None and not fixed):
             return image
         height, width = image.shape[:2]
-        if rule['keep_ratio']:
+        if fixed and self.about['task'] == 'label map':
+            size = fixed[1], fixed[0]
+        elif fixed:
+            factor = min(fixed[0] / height, fixed[1] / width)
+            size = max(1, int(width * factor)), max(1, int(height * factor))
+        elif rule['keep_ratio']:
             sides = sorted((rule['height'], rule['width']))
             factor = min(sides[1] / max(height, width), sides[0] / min(height, width))
             size = int(width * factor + 0.5), int(height * factor + 0.5)
         else:
             size = rule['width'], rule['height']
         return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+
+    def pad(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
+        """An image in the upper left corner of a larger one, of the colour that says nothing."""
+        out = np.empty((height, width, 3), np.uint8)
+        out[:] = self.about['fill'][::-1]
+        out[: image.shape[0], : image.shape[1]] = image
+        return out
 
 
 def start_onnxruntime(file: str, provider: str, threads: int):

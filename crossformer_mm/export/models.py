@@ -7,7 +7,7 @@ with boxes of no score, until the last step takes those that are left.
 A model that these steps are not those of is refused with an :class:`.UnknownModel`.
 """
 
-from typing import Dict, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,12 @@ class Preprocessor(nn.Module):
             value = getattr(given, name, None)
             value = torch.tensor(default) if value is None else value.detach().clone()
             self.register_buffer(name, value.view(1, -1, 1, 1))
+
+    @property
+    def fill(self) -> List[int]:
+        """RGB values that become 0, or almost, with which an image can be made larger."""
+        mean = self.mean.flatten().round().int().tolist()
+        return mean if self.rgb else mean[::-1]
 
     def forward(self, image: Tensor) -> Tensor:
         image = image.float()
