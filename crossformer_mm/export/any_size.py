@@ -253,7 +253,8 @@ def exportable(
     classes = {**ANY_SIZE, **more}
     if by_operators:
         classes.update({GroupAttention: OperatorAttention, CrossFormerStage: OperatorStage})
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model)
+    model.eval()  # which returns nothing in backbones of MMDetection
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
     return model

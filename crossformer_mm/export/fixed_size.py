@@ -97,7 +97,8 @@ def exportable_for(
         more (Mapping[type, type]): as of :func:`.any_size.exportable`.
     """
     classes = {GroupAttention: FixedSizeAttention, CrossFormerStage: FixedSizeStage, **more}
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model)
+    model.eval()  # which returns nothing in backbones of MMDetection
     stages = [module for module in model.modules() if type(module) is CrossFormerStage]
     maps = {}
     hooks = [
