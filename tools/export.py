@@ -1,31 +1,35 @@
-"""Export a backbone or a whole model, for images of any size, and check what was written.
+"""Export a model as a file that runs without PyTorch, and check what was written.
 
-    python tools/export.py configs/upernet/cf_s_160k.py \\
-        work_dirs/upernet/cf_s_160k/iter_160000.pth --out upernet.onnx
+    python tools/export.py configs/mask_rcnn/cf_s_1x.py \\
+        work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth --out model.onnx
 
-The file takes a normalised image (batch, 3, height, width), every one of the three sizes open, and
-returns
+The file takes RGB images as they are, of any size, and returns
+    of a detector:    boxes, scores, labels and, if it has any, masks
+    of a segmentor:   labels of each pixel or, with --logits, logits
+What it has to be told and how to read what it returns stands in its metadata; tools/run_onnx.py
+does both. With --what head or backbone it takes normalised images and returns what these return:
     of a backbone:                 its features
     of a segmentor:                logits of the image's size, or with --label-map the classes
     of a one-stage detector:       scores and boxes of its head on each level, not decoded
-    of a two-stage detector:       the same of its region proposal network, and the neck's features;
-                                   the second stage picks boxes, which is no arithmetic of arrays
+    of a two-stage detector:       the same of its region proposal network, and the neck's features
+With --fixed-shape it is for one image of one size, and smaller and faster.
 Before the file gets its name it is run beside PyTorch on images of five other sizes.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
-import re
 import sys
 import time
 import warnings
 from collections import Counter
-from importlib.util import find_spec
+from contextlib import redirect_stdout
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +40,29 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
 from crossformer_mm.compat import missing_torch
-from crossformer_mm.engine.command_line import DENSE, check_file, fail, load_config, run
+from crossformer_mm.engine.command_line import (
+    DENSE,
+    check_file,
+    fail,
+    load_config,
+    replace_data_root,
+    run,
+    sentences_for,
+)
 from crossformer_mm.engine.option_checks import add_cfg_options
 
 if missing_torch('2.6'):
     fail(f'export: {missing_torch("2.6")}.')
 
-from crossformer_mm.exportable import export_any_size, exportable  # noqa: E402
+from crossformer_mm.export import export_any_size, exportable, metadata, smaller  # noqa: E402
+from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402
+from crossformer_mm.export.models import (  # noqa: E402
+    UnknownModel,
+    WholeDetector,
+    WholeSegmentor,
+    any_size_upsampling,
+)
+from crossformer_mm.export.onnx_file import NEEDED, count_operators, leave_out, to_onnx, write_onnx  # noqa: E402
 
 # Batch, height, width: odd sides, sides smaller than the largest stride and than a group, multiples
 # of 32. None is the one that was traced.
@@ -50,7 +70,6 @@ CHECKED = ((1, 97, 131), (2, 64, 96), (3, 17, 30), (1, 224, 160), (2, 33, 200))
 TOLERANCE = 1e-4  # of the largest value of an output
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
 Outputs = Dict[str, Tensor]
-NEEDED = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'torch-export': ()}
 
 
 class Backbone(nn.Module):
@@ -90,20 +109,7 @@ class Segmentor(nn.Module):
 
     @property
     def any_size(self) -> dict:
-        """Modules of the library that make sides plain numbers, and what takes their place."""
-        from mmseg.models.utils import Upsample
-
-        class AnySizeUpsample(Upsample):  # in the head of Semantic FPN
-            def forward(self, x: Tensor) -> Tensor:
-                size = [side * int(self.scale_factor) for side in x.shape[-2:]]
-                return F.interpolate(x, size, None, self.mode, self.align_corners)
-
-        whole = all(
-            not module.size and module.scale_factor == int(module.scale_factor)
-            for module in self.modules()
-            if isinstance(module, Upsample)
-        )
-        return {Upsample: AnySizeUpsample} if whole else {}
+        return any_size_upsampling(self)
 
 
 class Detector(nn.Module):
@@ -151,15 +157,45 @@ def parse_args():
     )
     parser.add_argument(
         '--what',
-        choices=['model', 'backbone'],
-        default='model',
-        help='model: a segmentor whole, a detector up to the raw outputs of its '
-        'head or of its region proposal network and neck (default: model)',
+        choices=['model', 'head', 'backbone'],
+        help='model: from the image as it is to boxes, masks or labels; head: from the normalised '
+        'image to logits, or to the raw outputs of a detection head or of a region proposal '
+        'network and neck; backbone: to features (default: model, of torch-export head)',
+    )
+    parser.add_argument(
+        '--input-type',
+        choices=['uint8', 'float32'],
+        default='uint8',
+        help='type of the image that a whole model takes, values from 0 to 255 (default: uint8)',
+    )
+    parser.add_argument(
+        '--fixed-shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='write a graph for one image of this size alone, which is smaller and takes less '
+        'memory and time (default: any batch and size)',
+    )
+    parser.add_argument(
+        '--int8',
+        action='store_true',
+        help='weights of linear layers in 8 bits; the metric before and after is printed',
+    )
+    parser.add_argument(
+        '--float16',
+        action='store_true',
+        help='weights in 16 bits, computed with in 32; the metric before and after is printed',
+    )
+    parser.add_argument(
+        '--data-root', help="folder of the test data for that, in place of the config's"
+    )
+    parser.add_argument(
+        '--logits', action='store_true', help='of a whole segmentor logits in place of labels'
     )
     parser.add_argument(
         '--label-map',
         action='store_true',
-        help='of a segmentor the class of each pixel in place of logits',
+        help='with --what head of a segmentor the class of each pixel in place of logits',
     )
     parser.add_argument(
         '--out',
@@ -185,7 +221,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace, detection: bool) -> None:
     """End the program with a sentence on what cannot work."""
     out, suffix = Path(args.out), SUFFIXES[args.format]
     if out.suffix != suffix:
@@ -194,24 +230,41 @@ def check_arguments(args: argparse.Namespace) -> None:
         fail(f"--out: folder '{out.parent}' does not exist.")
     if min(args.shape) < 1:
         fail(f'--shape must be two numbers of at least 1, got {args.shape[0]} {args.shape[1]}.')
+    if args.fixed_shape and min(args.fixed_shape) < 1:
+        fail(f'--fixed-shape must be two numbers of at least 1, got {args.fixed_shape}.')
+    if args.fixed_shape and args.format != 'onnx':
+        fail('--fixed-shape is for --format onnx only.')
+    if args.int8 and args.float16:
+        fail('--int8 and --float16 are two ways to store the same weights; give one.')
+    if (args.int8 or args.float16) and (args.format != 'onnx' or args.what not in ('model', None)):
+        fail('--int8 and --float16 are of whole models as ONNX.')
     if args.threads < 1:
         fail(f'--threads must be at least 1, got {args.threads}.')
-    absent = [name for name in NEEDED[args.format] if find_spec(name) is None]
-    if absent:
+    absent = [name for name in NEEDED if find_spec(name) is None]
+    if absent and args.format == 'onnx':
         fail(
             f"--format {args.format} needs {', '.join(absent)}, which is not installed "
             f"(pip install {' '.join(absent)})."
         )
+    if args.what is None:
+        args.what = 'model' if args.format == 'onnx' else 'head'
+    if args.what == 'model' and args.format != 'onnx':
+        fail(f'--format {args.format} has no operators for whole models; give --what head.')
+    if args.label_map and (detection or args.what != 'head'):
+        fail('--label-map is for --what head of segmentors only.')
+    if args.logits and (detection or args.what != 'model'):
+        fail('--logits is for whole segmentors only.')
+    if args.input_type != 'uint8' and args.what != 'model':
+        fail(f'--input-type is of whole models; --what {args.what} takes normalised images.')
     if args.checkpoint:
         check_file('checkpoint', args.checkpoint)
 
 
-def build(cfg: Config, args: argparse.Namespace) -> nn.Module:
-    """The module to export, its weights read; ends the program where that cannot be."""
+def build(cfg: Config, args: argparse.Namespace) -> Tuple[nn.Module, dict]:
+    """The module to export, its weights read, and the checkpoint; ends the program where that
+    cannot be."""
     init_default_scope(cfg.default_scope)
     detection = cfg.default_scope == 'mmdet'
-    if args.label_map and (detection or args.what == 'backbone'):
-        fail('--label-map is for whole segmentors only.')
     try:
         model = MODELS.build(cfg.model.backbone if args.what == 'backbone' else cfg.model)
     except Exception as error:  # whatever a config's model may object to
@@ -219,55 +272,49 @@ def build(cfg: Config, args: argparse.Namespace) -> nn.Module:
             f"the model of config '{args.config}' could not be built: {type(error).__name__}: "
             f'{error}'
         )
+    content: dict = {}
     if not args.checkpoint:
         print('warning: no checkpoint is given, so the file gets random weights.', file=sys.stderr)
     elif args.what == 'backbone':
         load_backbone(model, args.checkpoint)
     else:
-        fit_checkpoint(model, read_checkpoint(args.checkpoint), args.checkpoint)
+        content = read_checkpoint(args.checkpoint)
+        fit_checkpoint(model, content, args.checkpoint)
     model = revert_sync_batchnorm(model).eval().requires_grad_(False)
     if args.what == 'backbone':
-        return Backbone(model)
+        return Backbone(model), content
+    if args.what == 'model':
+        try:
+            whole = WholeDetector(model) if detection else WholeSegmentor(model, args.logits)
+        except UnknownModel as error:
+            fail(f"config '{args.config}': {error}.")
+        return whole, content
     if not detection and args.label_map and model.out_channels == 1:
         fail('--label-map needs a segmentor of two or more output channels, this one has 1.')
-    return Detector(model) if detection else Segmentor(model, args.label_map)
+    return Detector(model) if detection else Segmentor(model, args.label_map), content
 
 
-def description(cfg: Config, what: str) -> dict:
-    """What a user of the file has to know of its input, as texts."""
-    known = cfg.model.get('data_preprocessor', {})
-    channels = 'RGB' if known.get('bgr_to_rgb') else 'BGR'
-    return dict(
-        what=what,
-        input=f'{channels} images (batch, {channels}, height, width), normalised: '
-        '(value from 0 to 255 - mean) / std',
-        mean=json.dumps(known.get('mean')),
-        std=json.dumps(known.get('std')),
-        model=str(cfg.model.type),
-    )
+def example(module: nn.Module, args, batch: int, height: int, width: int) -> List[Tensor]:
+    """Inputs of random values."""
+    if not isinstance(module, (WholeDetector, WholeSegmentor)):
+        return [torch.randn(batch, args.channels, height, width)]
+    if isinstance(module, WholeDetector):
+        batch = 1
+    dtype = getattr(torch, args.input_type)
+    # Larger than pixels: what networks look for has more than one of them.
+    coarse = torch.randint(256, (batch, 3, height // 8 + 1, width // 8 + 1)).float()
+    image = F.interpolate(coarse, (height, width), mode='bilinear').to(dtype)
+    if isinstance(module, WholeDetector):
+        return [image]
+    return [image, torch.tensor([height // 2 + 1, 2 * width])]
 
 
-def write_onnx(program, names: Sequence[str], described: dict, path: Path) -> Counter:
-    """Convert and write; how often each operator occurs."""
-    import onnx
-
-    exported = torch.onnx.export(
-        program, input_names=['image'], output_names=list(names), verbose=False
-    )
-    proto = exported.model_proto
-    sides = proto.graph.input[0].type.tensor_type.shape.dim
-    symbols = {
-        sides[axis].dim_param: name for axis, name in {0: 'batch', 2: 'height', 3: 'width'}.items()
-    }
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = re.sub(
-                    '|'.join(symbols), lambda found: symbols[found[0]], dim.dim_param
-                )
-    onnx.helper.set_model_props(proto, described)
-    onnx.save(proto, path)
-    return Counter(node.op_type for node in proto.graph.node)
+def input_names(module: nn.Module, args: argparse.Namespace) -> Dict[str, Dict[int, str]]:
+    """Names of a module's inputs and of their open dimensions."""
+    image = {} if args.fixed_shape else {2: 'height', 3: 'width'}
+    if image and not isinstance(module, WholeDetector):
+        image = {0: 'batch', **image}
+    return dict(image=image, **({'size': {}} if isinstance(module, WholeSegmentor) else {}))
 
 
 def write_torch(program, described: dict, path: Path) -> Counter:
@@ -275,7 +322,7 @@ def write_torch(program, described: dict, path: Path) -> Counter:
     return Counter(str(node.target) for node in program.graph.nodes if node.op == 'call_function')
 
 
-def read_onnx(path: Path, threads: int) -> Callable[[Tensor], Outputs]:
+def read_onnx(path: Path, threads: int) -> Callable[..., Outputs]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -283,70 +330,137 @@ def read_onnx(path: Path, threads: int) -> Callable[[Tensor], Outputs]:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     names = [output.name for output in session.get_outputs()]
-    return lambda image: {
+    inputs = [given.name for given in session.get_inputs()]
+    return lambda *given: {
         name: torch.from_numpy(out)
-        for name, out in zip(names, session.run(names, {'image': image.numpy()}))
+        for name, out in zip(
+            names, session.run(names, {key: x.numpy() for key, x in zip(inputs, given)})
+        )
     }
 
 
-def read_torch(path: Path) -> Callable[[Tensor], Outputs]:
+def read_torch(path: Path) -> Callable[..., Outputs]:
     return torch.export.load(path).module()
 
 
-def difference(module: nn.Module, image: Tensor, results: Outputs) -> float:
+def difference(module: nn.Module, given: Sequence[Tensor], results: Outputs) -> float:
     """The largest relative difference of a file's outputs from PyTorch's.
 
-    A label map differs by as much as the logits of its classes are below the largest ones.
+    A label map differs by as much as the logits of its classes are below the largest ones. Of
+    detectors see :func:`of_boxes`.
     """
-    expected = module(image)
+    expected = module(*given)
+    if isinstance(module, WholeDetector):
+        return of_boxes(results, expected)
     shapes, wanted = (
         {name: out.shape for name, out in outputs.items()} for outputs in (results, expected)
     )
     if shapes != wanted:
         raise ValueError(f'shapes {shapes} in place of {wanted}')
-    if getattr(module, 'label_map', False):
-        logits = module.logits(image)
-        chosen = logits.gather(1, results['label_map'][:, None].long())
+    labels = results.get('labels', results.get('label_map'))
+    if labels is not None:
+        logits = module.logits(*given)
+        if logits.shape[1] == 1:
+            logits = torch.cat([module.model.decode_head.threshold - logits.sigmoid()] * 2, 1)
+            logits[:, 1] *= -1
+        chosen = logits.gather(1, labels[:, None].long())
         results, expected = dict(largest=chosen), dict(largest=logits.amax(1, keepdim=True))
+    return largest_difference(results, expected)
+
+
+def largest_difference(results: Outputs, expected: Outputs) -> float:
+    """Relative to the largest value of each; NaN if any is."""
     return (
         torch.stack(
             [
                 (results[name] - out).abs().max() / out.abs().max().clamp(min=1e-6)
                 for name, out in expected.items()
+                if out.numel()
             ]
         )
         .max()
         .item()
-    )  # NaN if any is
+    )
 
 
-def milliseconds(function: Callable, image: Tensor, runs: int = 3) -> float:
-    function(image)  # warms up
+def of_boxes(results: Outputs, expected: Outputs) -> float:
+    """The largest difference of candidates' scores and of boxes that both have.
+
+    Where two boxes have almost the same score, rounding decides which one suppresses the other: of
+    a hundred boxes, some may not have a partner, not more than a tenth.
+    """
+    name = 'candidate_scores'
+    worst = largest_difference({name: results[name]}, {name: expected[name]})
+    ours, theirs = results['boxes'], expected['boxes']
+    if not len(ours) and not len(theirs):
+        return worst
+    scale = theirs.abs().max().clamp(min=1) if len(theirs) else 1.0
+    apart = (ours[:, None] - theirs[None]).abs().amax(2) / scale
+    apart = apart + (results['labels'][:, None] != expected['labels'][None]).float()
+    apart = apart + (results['scores'][:, None] - expected['scores'][None]).abs()
+    if 'masks' in expected:
+        apart = apart + (results['masks'][:, None] - expected['masks'][None]).abs().amax((2, 3))
+    near = apart.amin(1) if len(theirs) else torch.ones(len(ours))
+    alone = int((near > TOLERANCE).sum()) + max(0, len(theirs) - len(ours))
+    if alone > 0.1 * max(len(ours), len(theirs), 20):
+        raise ValueError(
+            f'{alone} of {max(len(ours), len(theirs))} boxes are not among those of PyTorch'
+        )
+    return max([worst, *near[near <= TOLERANCE].tolist()])
+
+
+def milliseconds(function: Callable, given: Sequence[Tensor], runs: int = 3) -> float:
+    function(*given)  # warms up
     times = []
     for _ in range(runs):
         start = time.perf_counter()
-        function(image)
+        function(*given)
         times.append(time.perf_counter() - start)
     return 1000 * median(times)
 
 
-def check(module: nn.Module, exported: Callable, channels: int) -> None:
+def check(module: nn.Module, exported: Callable, args: argparse.Namespace) -> None:
     """Compare on the sizes above; a ValueError says where the two differ."""
-    for batch, *sides in CHECKED:
-        image = torch.randn(batch, channels, *sides)
+    for size in args.sizes:
+        given = example(module, args, *size)
+        batch, _, *sides = given[0].shape
         try:
-            differs = difference(module, image, exported(image))
+            results = exported(*given)
         except Exception as error:  # of ONNX Runtime, or a guard of torch.export
             raise ValueError(
                 f'it does not run on a batch of {batch} of {sides[0]} x {sides[1]}: '
                 f'{first_line(error)}'
             ) from None
-        print(f'   {batch} x {sides[0]} x {sides[1]}: relative difference {differs:.1e}')
+        differs = difference(module, given, results)
+        found = f', {len(results["boxes"])} boxes' if 'boxes' in results else ''
+        print(f'   {batch} x {sides[0]} x {sides[1]}: relative difference {differs:.1e}{found}')
         if not differs <= TOLERANCE:  # NaN is not
             raise ValueError(
                 f'it differs from PyTorch by {differs:.1e} on a batch of {batch} of '
                 f'{sides[0]} x {sides[1]}, allowed is {TOLERANCE:.0e}'
             )
+
+
+def make_smaller(file: Path, cfg: Config, args: argparse.Namespace) -> None:
+    """Store weights in fewer bits, and say what that does to the metric on the test data."""
+    measure = ('AP', smaller.box_ap) if cfg.default_scope == 'mmdet' else ('mIoU', smaller.mean_iou)
+    spec = spec_from_file_location('run_onnx', Path(__file__).with_name('run_onnx.py'))
+    run_onnx = module_from_spec(spec)
+    spec.loader.exec_module(run_onnx)
+
+    def metric() -> float:
+        model = run_onnx.Model(str(file), threads=args.threads)
+        with redirect_stdout(io.StringIO()):  # the tables of pycocotools
+            return measure[1](args.data, model)
+
+    size, before = file.stat().st_size, metric()
+    (smaller.to_int8 if args.int8 else smaller.to_float16)(file)
+    after = metric()
+    print(
+        f'   {"int8" if args.int8 else "float16"}: {measure[0]} {before:.4f} before, {after:.4f} '
+        f'after ({after - before:+.4f}), on {min(len(args.data), smaller.MOST_IMAGES)} images of '
+        f'the test data; {size / 1e6:.1f} MB before, {file.stat().st_size / 1e6:.1f} MB after'
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -358,38 +472,79 @@ def first_line(error: Exception) -> str:
 def main():
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, DENSE)
-    check_arguments(args)
+    check_arguments(args, cfg.default_scope == 'mmdet')
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     warnings.simplefilter('ignore')  # of the exporters, about themselves
-    for name in ('torch.onnx', 'torch.export', 'torch._export'):
+    for name in ('torch.onnx', 'torch.export', 'torch._export', 'onnx_ir', 'onnxscript'):
         logging.getLogger(name).setLevel(logging.ERROR)
-    module = build(cfg, args)
-    channels = cfg.model.backbone.get('in_channels', 3)
-    described = description(cfg, args.what)
+    module, content = build(cfg, args)
+    if args.int8 or args.float16:
+        if args.data_root:
+            replace_data_root(cfg, args.data_root)
+        with redirect_stdout(io.StringIO()):
+            args.data, reason = smaller.test_data(cfg)
+        if args.data is None:
+            fail(
+                f'--int8 and --float16 print what they cost, but {reason}; name its folder with '
+                '--data-root.'
+            )
+    args.channels = cfg.model.backbone.get('in_channels', 3)
+    args.sizes = CHECKED
+    if args.fixed_shape:
+        args.shape, args.sizes = args.fixed_shape, [(1, *args.fixed_shape)]
+    names = list(module(*example(module, args, 1, *(args.fixed_shape or (64, 64)))))
+    wanted = [name for name in names if name != 'candidate_scores']
+    if args.what == 'model':
+        with sentences_for(ValueError):
+            described = metadata.of_whole_model(cfg, args.config, args.checkpoint, content, wanted)
+        if args.fixed_shape:
+            described['fixed_shape'] = json.dumps(args.fixed_shape)
+            described['fill'] = json.dumps(module.preprocess.fill)
+    else:
+        described = metadata.of_network(cfg, args.what)
 
     out = Path(args.out)
     # Under its name there is a checked file or none, even if this is interrupted.
     part = out.with_name(f'.{out.stem}.{os.getpid()}{out.suffix}')
     try:
-        print('1/4 tracing, with sizes left open', flush=True)
-        program = export_any_size(exportable(module, module.any_size), channels)
-        names = list(module(torch.zeros(1, channels, 64, 64)))
+        onnx = args.format == 'onnx'
+        if args.fixed_shape:
+            print('1/4 tracing, for one size', flush=True)
+            given = example(module, args, 1, *args.fixed_shape)
+            program = export_fixed_size(exportable_for(module, given), given)
+        else:
+            print('1/4 tracing, with sizes left open', flush=True)
+            program = export_any_size(
+                exportable(module, module.any_size, by_operators=onnx),
+                any_batch=not isinstance(module, WholeDetector),
+                inputs=example(module, args, 2, 170, 203),
+            )
         print(f'2/4 writing {args.format}', flush=True)
-        if args.format == 'onnx':
-            operators = write_onnx(program, names, described, part)
+        if onnx:
+            proto = to_onnx(program, input_names(module, args), names, described)
+            operators = count_operators(proto)
+            write_onnx(proto, part)
             exported = read_onnx(part, args.threads)
         else:
             operators = write_torch(program, described, part)
             exported = read_torch(part)
         print(
-            f'3/4 checking it beside PyTorch on {len(CHECKED)} sizes that were not traced',
+            f'3/4 checking it beside PyTorch on {len(args.sizes)} sizes'
+            + ' that were not traced' * (not args.fixed_shape),
             flush=True,
         )
-        check(module, exported, channels)
+        check(module, exported, args)
+        if wanted != names:
+            leave_out(proto, set(names) - set(wanted))
+            write_onnx(proto, part)
+            exported = read_onnx(part, args.threads)
+        if args.int8 or args.float16:
+            make_smaller(part, cfg, args)
+            exported = read_onnx(part, args.threads)
         print('4/4 measuring', flush=True)
-        image = torch.randn(1, channels, *args.shape)
-        theirs, ours = milliseconds(exported, image), milliseconds(module, image)
+        given = example(module, args, 1, *args.shape)
+        theirs, ours = milliseconds(exported, given), milliseconds(module, given)
         part.replace(out)
     except Exception as error:
         said = error if type(error) is ValueError else first_line(error)
@@ -402,7 +557,7 @@ def main():
 
     runtime = 'ONNX Runtime' if args.format == 'onnx' else 'the exported program'
     print(f'{out}: {out.stat().st_size / 1e6:.1f} MB, {sum(operators.values())} operators')
-    print('outputs: ' + ', '.join(names))
+    print('outputs: ' + ', '.join(wanted))
     print('operators: ' + ', '.join(f'{name} {count}' for name, count in operators.most_common()))
     print(
         f'one image of {args.shape[0]} x {args.shape[1]}, {args.threads} thread'

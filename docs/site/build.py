@@ -41,7 +41,10 @@ API = {
         'engine.randomness.CountedSampler engine.sharding.ShardedStrategy',
     ),
     'hooks': ('Hooks and FLOPs', 'hooks flops classification'),
-    'export': ('Export', 'exportable export'),
+    'export': (
+        'Export',
+        'export.any_size export.fixed_size export.models export.onnx_file export.metadata',
+    ),
 }
 
 

@@ -4,30 +4,24 @@ The groups of a map depend on its sides, down to how many kinds of ragged groups
 exporter that writes down what one image does would write down groups for that one size. Here the
 rule of an axis is arithmetic on sizes that an exported graph repeats for every image: one
 rectangular table of positions, filled up at its ragged end with positions that attention masks.
-That is more work than :mod:`.grouping` and :mod:`.kernels` do, and the same result.
-
-    model = exportable(backbone)                    # or a whole detector or segmentor
-    program = export_any_size(model, channels=3)    # torch.export.ExportedProgram
-    torch.onnx.export(program, f='backbone.onnx')
+That is more work than :mod:`crossformer_mm.grouping` and :mod:`crossformer_mm.kernels` do, and the
+same result.
 """
 
 import copy
-from typing import Mapping, NamedTuple, Optional, Tuple, Type
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
+import torch.fx.experimental._config as symbolic_shapes
 from einops import rearrange
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
-from .attention import GroupAttention
-from .backbone import CrossFormerStage
-from .compat import missing_torch
-from .grouping import half_lead
-
-if missing_torch('2.6'):
-    raise ImportError(f'Export of a CrossFormer: {missing_torch("2.6")}.')
-
-import torch.fx.experimental._config as symbolic_shapes  # noqa: E402
-from torch.export import Dim, ExportedProgram  # noqa: E402
+from ..attention import GroupAttention
+from ..backbone import CrossFormerStage
+from ..grouping import half_lead
+from ..position_bias import DynamicPositionBias
+from . import operators
 
 
 class PaddedAxis(NamedTuple):
@@ -51,12 +45,17 @@ class PaddedAxis(NamedTuple):
         return self.positions.shape[1]
 
 
+def fit_rule(length: int, size: Tensor, interval: Tensor, lead=None) -> Tuple[Tensor, Tensor]:
+    """As :func:`crossformer_mm.grouping.fit_rule`, size and interval, without an ``if``: a learnt
+    table of biases is resized to what a group really has."""
+    interval = interval.clamp(max=length)
+    return torch.minimum(size, (length + interval - 1) // interval), interval
+
+
 def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, device) -> PaddedAxis:
     """Cut an axis into groups of ``size`` members that are ``interval`` apart (0-d tensors), the
     first tile of which begins ``lead`` positions before the axis."""
-    # As grouping.fit_rule: a learnt table of biases is resized to what a group really has.
-    interval = interval.clamp(max=length)
-    size = torch.minimum(size, (length + interval - 1) // interval)
+    size, interval = fit_rule(length, size, interval)
     tile = size * interval
     tiles = (length + lead + tile - 1) // tile
     # item() makes a size of its own, of which an exporter assumes nothing; one that it could
@@ -77,7 +76,13 @@ PaddedRules = Tuple[PaddedAxis, PaddedAxis]  # of rows and columns
 
 
 def padded_rules(
-    height: int, width: int, group_size: int, interval: int, lda: str, device
+    height: int,
+    width: int,
+    group_size: int,
+    interval: int,
+    lda: str,
+    device,
+    cut: Callable = padded_axis,
 ) -> Tuple[PaddedRules, PaddedRules]:
     """Short and long distance; the rules of :mod:`crossformer_mm.grouping` without an ``if``."""
     sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)]
@@ -89,7 +94,7 @@ def padded_rules(
 
     def rules(sizes, interval, lead) -> PaddedRules:
         return tuple(
-            padded_axis(side, size, interval, lead, device)
+            cut(side, size, interval, lead, device=device)
             for side, size in zip((height, width), sizes)
         )
 
@@ -107,8 +112,11 @@ def padded_rules(
 class AnySizeStage(CrossFormerStage):
     """Its blocks get a :class:`PaddedAxis` in place of an AxisRule."""
 
+    cut = staticmethod(padded_axis)
+
     def rules(self, x: Tensor) -> Tuple[PaddedRules, PaddedRules]:
-        return padded_rules(*x.shape[1:3], self.group_size, self.interval, self.lda, x.device)
+        shape = x.shape[1:3]
+        return padded_rules(*shape, self.group_size, self.interval, self.lda, x.device, self.cut)
 
 
 def padded_attention(
@@ -171,6 +179,34 @@ class AnySizeAttention(GroupAttention):
     attend = staticmethod(padded_attention)
 
 
+# The same by operators of ours, for ONNX
+
+
+class OperatorStage(AnySizeStage):
+    """Its blocks get what :func:`.operators.offsets` takes."""
+
+    @staticmethod
+    def cut(length: int, *rule: Tensor, device) -> Tensor:
+        return torch.stack([number.to(device) for number in rule])
+
+
+class OperatorAttention(GroupAttention):
+    """See :func:`.operators.map_attention`."""
+
+    def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        if isinstance(self.pos, DynamicPositionBias):
+            table = self.pos.mlp(operators.offsets(qkv, rows, columns))
+        else:
+            sizes = (
+                fit_rule(side, *rule.unbind())[0].item()
+                for side, rule in zip(x.shape[1:3], (rows, columns))
+            )
+            table = self.pos(*sizes).flatten(1).t()
+        out = operators.map_attention(qkv, table, rows, columns, self.num_heads, float(self.scale))
+        return self.proj(out)
+
+
 class AnySizePool(nn.AdaptiveAvgPool2d):
     """Average pooling to a given size as two products with matrices; of pyramid pooling heads."""
 
@@ -202,26 +238,44 @@ ANY_SIZE = {
 }
 
 
-def exportable(model: nn.Module, more: Mapping[Type, Type] = {}) -> nn.Module:
+def exportable(
+    model: nn.Module, more: Mapping[Type, Type] = {}, by_operators: bool = False
+) -> nn.Module:
     """A copy in evaluation mode that computes the same in a way that keeps sizes symbolic.
 
     Args:
         model (nn.Module): a CrossFormer, or a model around one.
         more (Mapping[type, type]): classes of modules in the model whose forward fixes sizes, and
             what takes the place of each: a subclass with another forward.
+        by_operators (bool): compute attention by those of :mod:`.operators`, for
+            :func:`.onnx_file.to_onnx`, in place of PyTorch's own.
     """
     classes = {**ANY_SIZE, **more}
-    model = copy.deepcopy(model).eval()
+    if by_operators:
+        classes.update({GroupAttention: OperatorAttention, CrossFormerStage: OperatorStage})
+    model = copy.deepcopy(model)
+    model.eval()  # which returns nothing in backbones of MMDetection
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
     return model
 
 
-def export_any_size(model: nn.Module, channels: int = 3) -> ExportedProgram:
-    """``torch.export`` of a module that takes one batch of images, of any batch and sides."""
-    image = torch.randn(2, channels, 170, 203)
+def export_any_size(
+    model: nn.Module, channels: int = 3, any_batch: bool = True, inputs: Sequence[Tensor] = ()
+) -> ExportedProgram:
+    """``torch.export`` of a module that takes images of any sides.
+
+    Args:
+        model (nn.Module): of :func:`exportable`.
+        channels (int): of an image.
+        any_batch (bool): take batches of any size; otherwise of one image.
+        inputs (Sequence[Tensor]): what to trace with in place of normalised images: images, and
+            what else the module takes, whose shapes are fixed.
+    """
+    image, *rest = inputs or [torch.randn(2 if any_batch else 1, channels, 170, 203)]
+    open_sides = {axis: Dim.DYNAMIC for axis in ((0, 2, 3) if any_batch else (2, 3))}
     # Or the program would refuse images of few pixels: those with a side that is 1 in some stage.
     with symbolic_shapes.patch(backed_size_oblivious=True), torch.no_grad():
         return torch.export.export(
-            model, (image,), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+            model, (image, *rest), dynamic_shapes=(open_sides, *({} for _ in rest))
         )

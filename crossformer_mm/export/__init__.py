@@ -1,0 +1,19 @@
+"""A model as one graph that runs without PyTorch, for images of any size or of one.
+
+    model = exportable(backbone)                    # or a whole detector or segmentor
+    program = export_any_size(model, channels=3)    # torch.export.ExportedProgram
+    torch.onnx.export(program, f='backbone.onnx')
+
+``any_size``: the backbone with the image's size left open; ``operators``: what PyTorch's exporter
+cannot say in ONNX by itself; ``models``: whole models, from pixels to boxes, masks or labels;
+``onnx_file``: the file that they are written to.
+"""
+
+from ..compat import missing_torch
+
+if missing_torch('2.6'):
+    raise ImportError(f'Export of a CrossFormer: {missing_torch("2.6")}.')
+
+from .any_size import AnySizePool, export_any_size, exportable  # noqa: E402
+
+__all__ = ['AnySizePool', 'export_any_size', 'exportable']

@@ -1,0 +1,45 @@
+"""A service that answers each image with what is in it, in JSON, without PyTorch.
+
+    pip install fastapi uvicorn python-multipart onnxruntime opencv-python-headless
+    MODEL=model.onnx uvicorn service:app --port 8000
+    curl -F image=@photo.jpg localhost:8000/predict
+
+``MODEL`` is a file of tools/export.py; tools/run_onnx.py has to lie beside this one.
+"""
+
+import os
+
+import cv2
+import numpy as np
+from fastapi import FastAPI, HTTPException, UploadFile
+from run_onnx import Model
+
+app = FastAPI()
+model = Model(os.environ['MODEL'], os.environ.get('PROVIDER', 'cpu'))
+
+
+@app.get('/about')
+def about() -> dict:
+    """Classes, thresholds, version: what the file says of itself."""
+    return model.about
+
+
+@app.post('/predict')  # not async: predictions of several requests share the threads of the server
+def predict(image: UploadFile) -> dict:
+    data = np.frombuffer(image.file.read(), np.uint8)
+    pixels = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if pixels is None:
+        raise HTTPException(415, f"'{image.filename}' is no image that OpenCV reads.")
+    found, names = model(pixels), model.about['classes']
+    if model.about['task'] == 'label map':
+        labels, counts = np.unique(found['labels'], return_counts=True)
+        return dict(pixels={names[label]: int(n) for label, n in zip(labels, counts)})
+    objects = []
+    for index, (box, score, label) in enumerate(
+        zip(found['boxes'].tolist(), found['scores'].tolist(), found['labels'])
+    ):
+        one = dict(label=names[label], score=score, box=box)
+        if 'masks' in found:
+            one['area'] = int(found['masks'][index].sum())
+        objects.append(one)
+    return dict(objects=objects)

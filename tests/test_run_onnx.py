@@ -1,0 +1,346 @@
+"""Files of tools/export.py in tools/run_onnx.py, which has no PyTorch: as tools/predict.py has it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.visualization import Visualizer
+from pycocotools import mask as rle
+
+from crossformer_mm.compat import missing_torch
+
+if missing_torch('2.6'):
+    pytest.skip('torch.export.Dim.DYNAMIC came with PyTorch 2.6', allow_module_level=True)
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+from .test_export_tool import BACKBONE, ROOT  # noqa: E402
+from .tool_process import load_script  # noqa: E402
+
+PIPELINE = """
+test_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale={scale}, keep_ratio=True),
+    dict(type='Pack{kind}Inputs',
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
+"""
+DETECTION = PIPELINE.format(scale=(160, 96), kind='Det')
+RETINANET = (
+    f'''
+_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
+model = dict(
+    {BACKBONE},
+    neck=dict(in_channels=[16], out_channels=8, num_outs=2),
+    bbox_head=dict(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=4,
+                   anchor_generator=dict(strides=[4, 8])),
+    test_cfg=dict(nms_pre=200, max_per_img=30))
+'''
+    + DETECTION
+)
+MASK_RCNN = (
+    f'''
+_base_ = {str(ROOT / 'configs/mask_rcnn/cf_s_1x.py')!r}
+model = dict(
+    {BACKBONE},
+    neck=dict(in_channels=[16], out_channels=8, num_outs=3),
+    rpn_head=dict(in_channels=8, feat_channels=8, anchor_generator=dict(strides=[4, 8, 16])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16),
+        mask_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16),
+        bbox_head=dict(in_channels=8, fc_out_channels=8, num_classes=4),
+        mask_head=dict(in_channels=8, conv_out_channels=8, num_convs=1, num_classes=4)),
+    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50), rcnn=dict(max_per_img=20)))
+'''
+    + DETECTION
+)
+SEGMENTOR = f'''
+_base_ = {str(ROOT / 'configs/upernet/cf_s_160k.py')!r}
+model = dict(
+    {BACKBONE},
+    decode_head=dict(in_channels=[16], in_index=[0], channels=8, num_classes=5),
+    auxiliary_head=None)
+''' + PIPELINE.format(scale=(96, 64), kind='Seg')
+CONFIGS = dict(retinanet=RETINANET, mask_rcnn=MASK_RCNN, segmentor=SEGMENTOR)
+OF_ONE_COLOUR = (3, 4)  # ids of c.png and d_dark.png
+CLASSES = dict(retinanet='abcd', mask_rcnn='abcd', segmentor='abcde')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def no_traces():
+    """Of each step of an export PyTorch writes a long record, if anything listens: pytest does."""
+    from torch._logging._internal import trace_log
+
+    handlers, trace_log.handlers = trace_log.handlers, []
+    yield
+    trace_log.handlers = handlers
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory) -> Path:
+    """Images of several shapes, among them the smallest and a long one; and a file that is none."""
+    folder = tmp_path_factory.mktemp('photos')
+    random = np.random.default_rng(0)
+    for name, (height, width) in dict(
+        a=(60, 80), b=(75, 51), c=(1, 1), d_dark=(64, 64), e=(30, 400), f=(96, 160)
+    ).items():
+        coarse = random.integers(256, size=(height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8)
+        image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
+        cv2.imwrite(str(folder / f'{name}.png'), image * (name != 'd_dark'))
+    (folder / 'none.jpg').write_bytes(b'no image')
+    return folder
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Let the scores of random weights reach from below thresholds to near 1."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1 and not name.startswith('backbone.'):
+                parameter.normal_(std=1.2 / parameter[0].numel() ** 0.5)
+            if name.endswith(('retina_reg.weight', 'rpn_reg.weight', 'fc_reg.weight')):
+                parameter.mul_(0.1)
+            if name.endswith('retina_cls.bias'):
+                parameter.fill_(-3)
+
+
+class Exported:
+    """A small model as checkpoint and as file, and what both predict of the photos."""
+
+    def __init__(self, kind: str, folder: Path, photos: Path):
+        self.config, weights = folder / f'{kind}.py', folder / f'{kind}.pth'
+        self.config.write_text(CONFIGS[kind])
+        cfg = Config.fromfile(self.config)
+        init_default_scope(cfg.default_scope)
+        model = MODELS.build(cfg.model)
+        spread(model)
+        meta = dict(dataset_meta=dict(classes=tuple(CLASSES[kind])))
+        torch.save(dict(state_dict=model.state_dict(), meta=meta), weights)
+        self.file, self.photos = folder / f'{kind}.onnx', photos
+        arguments = (self.config, weights, '--out', self.file, '--shape', 64, 64, '--threads', 1)
+        assert run('export', *arguments) == 0
+        self.torch, self.onnx = folder / 'torch', folder / 'onnx'
+        files = sorted(photos.iterdir())
+        if kind == 'segmentor':  # of one pixel MMSegmentation draws no label map
+            files = [file for file in files if file.name != 'c.png']
+        assert run('predict', self.config, weights, *files, '--out', self.torch) == 1
+        assert run('run_onnx', self.file, *files, '--out', self.onnx, '--threads', 1) == 1
+
+    def both(self, name: str):
+        return [json.loads((folder / name).read_text()) for folder in (self.torch, self.onnx)]
+
+
+def run(tool: str, *arguments) -> int:
+    """A tool in this process; its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+        for kind in (Visualizer, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()  # a new process would have none
+        try:
+            load_script(ROOT / f'tools/{tool}.py').main()
+        except SystemExit as stopped:
+            return stopped.code or 0
+    return 0
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory, photos):
+    made = {}
+
+    def get(kind: str) -> Exported:
+        if kind not in made:
+            made[kind] = Exported(kind, tmp_path_factory.mktemp(kind), photos)
+        return made[kind]
+
+    return get
+
+
+def assert_same_boxes(theirs, ours):
+    """One to one, in any order of almost equal scores. In an image of one colour, boxes at many
+    places have the same score, and which of them are kept is open."""
+    assert len(theirs) == len(ours)
+    left = list(ours)
+    for wanted in theirs:
+        if wanted['image_id'] in OF_ONE_COLOUR:
+            continue
+        near = [
+            one
+            for one in left
+            if all(one[key] == wanted[key] for key in ('image_id', 'category_id'))
+            and abs(one['score'] - wanted['score']) < 1e-5
+            and np.abs(np.subtract(one['bbox'], wanted['bbox'])).max() < 0.05
+        ]
+        assert near, wanted
+        left.remove(near[0])
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'mask_rcnn'])
+def test_boxes_are_those_of_predict(exported, kind):
+    theirs, ours = exported(kind).both('results.bbox.json')
+    assert_same_boxes(theirs, ours)
+    assert len(ours) > 60
+
+
+def test_masks_are_those_of_predict(exported):
+    boxes, _ = exported('mask_rcnn').both('results.bbox.json')
+    theirs, ours = exported('mask_rcnn').both('results.segm.json')
+    assert len(ours) == len(boxes)
+    for one, other in zip(theirs, ours):
+        assert one['segmentation']['size'] == other['segmentation']['size']
+        overlap = rle.iou([one['segmentation']], [other['segmentation']], [False])
+        assert overlap >= 0.999 or not rle.area(one['segmentation'])
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'segmentor'])
+def test_lists_and_pictures_are_those_of_predict(exported, kind):
+    theirs, ours = exported(kind).both('images.json')
+    assert ours == theirs and len(ours['images']) == 6 - (kind == 'segmentor')
+    assert [one['file_name'] for one in ours['skipped']] == ['none.jpg']
+    files = [
+        sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+        for folder in (exported(kind).torch, exported(kind).onnx)
+    ]
+    assert files[0] == files[1]
+    for name in files[1]:
+        if name.parts[0] == 'pictures':
+            shape = cv2.imread(str(exported(kind).onnx / name)).shape
+            assert shape == cv2.imread(str(exported(kind).photos / f'{name.stem}.png')).shape
+
+
+def test_label_maps_are_those_of_predict(exported):
+    same = total = 0
+    for path in sorted((exported('segmentor').onnx / 'labels').iterdir()):
+        ours = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        theirs = cv2.imread(
+            str(exported('segmentor').torch / 'labels' / path.name), cv2.IMREAD_UNCHANGED
+        )
+        assert ours.shape == theirs.shape and ours.min() >= 1
+        same, total = same + (ours == theirs).sum(), total + ours.size
+    assert same / total >= 0.9999
+
+
+def test_the_file_says_all_that_a_user_needs(exported):
+    import onnx
+
+    found = {}
+    for kind in CONFIGS:
+        proto = onnx.load(exported(kind).file)
+        assert {one.domain for one in proto.opset_import} == {''}  # standard operators alone
+        assert not proto.functions
+        found[kind] = {one.key: json.loads(one.value) for one in proto.metadata_props}
+    about = found['mask_rcnn']
+    assert about['task'] == 'instances' and about['classes'] == ['a', 'b', 'c', 'd']
+    assert about['resize'] == dict(width=160, height=96, keep_ratio=True, interpolation='bilinear')
+    assert about['thresholds'] == dict(score=0.05, nms_iou=0.5, most_boxes=20)
+    assert about['mask_threshold'] == 0.5 and len(about['palette']) >= 4
+    assert list(about['outputs']) == ['boxes', 'scores', 'labels', 'masks']
+    assert len(about['checkpoint_sha256']) == 64 and about['crossformer_mm']
+    assert found['segmentor']['first_value'] == 1 and found['retinanet']['task'] == 'boxes'
+
+
+def test_nothing_of_pytorch_is_imported(exported, photos, tmp_path):
+    code = f"""
+import sys, cv2
+sys.path.insert(0, {str(ROOT / 'tools')!r})
+from run_onnx import Model
+found = Model({str(exported('retinanet').file)!r})(cv2.imread({str(photos / 'a.png')!r}))
+print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine') if one in sys.modules])"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['boxes', 'labels', 'scores'] []", done.stderr
+
+
+def test_an_image_without_objects_has_no_boxes(exported):
+    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('mask_rcnn').file)
+    run_before = model.run
+
+    def of_no_size(given):  # no anchor reaches into an image of one pixel far enough
+        return run_before(dict(image=np.zeros((1, 3, 1, 1), np.uint8)))
+
+    model.run = of_no_size
+    found = model(np.zeros((1, 1, 3), np.uint8))
+    assert {name: len(values) for name, values in found.items()}.keys() >= {'boxes', 'masks'}
+    assert found['masks'].shape[1:] == (1, 1)
+
+
+def test_openvino_returns_the_same(exported, tmp_path):
+    pytest.importorskip('openvino')
+    for kind in CONFIGS:
+        status = run(
+            'run_onnx', exported(kind).file, exported(kind).photos / 'a.png', '--out',
+            tmp_path / kind, '--provider', 'openvino', '--threads', 1,
+        )  # fmt: skip
+        assert status == 0
+        if kind == 'segmentor':
+            ours, theirs = (
+                cv2.imread(str(folder / 'labels/a.png'), cv2.IMREAD_UNCHANGED)
+                for folder in (tmp_path / kind, exported(kind).torch)
+            )
+            assert (ours == theirs).mean() >= 0.999
+        else:
+            theirs, _ = exported(kind).both('results.bbox.json')
+            ours = json.loads((tmp_path / kind / 'results.bbox.json').read_text())
+            assert_same_boxes([one for one in theirs if one['image_id'] == 1], ours)
+
+
+def test_the_service_answers_over_http(exported, photos):
+    """In a process of its own, as its page says, with a real port."""
+    for package in ('fastapi', 'uvicorn', 'httpx', 'python_multipart'):
+        pytest.importorskip(package)
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(ROOT / 'tools'), str(ROOT / 'examples')])
+    server = subprocess.Popen(
+        [sys.executable, '-m', 'uvicorn', 'service:app', '--port', str(port)],
+        env={**os.environ, 'PYTHONPATH': paths, 'MODEL': str(exported('mask_rcnn').file)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in server.stderr:
+            if 'running on' in line:
+                break
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=60) as client:
+            image = (photos / 'a.png').read_bytes()
+            found = client.post('/predict', files=dict(image=image)).json()['objects']
+            assert client.get('/about').json()['classes'] == ['a', 'b', 'c', 'd']
+            refused = client.post('/predict', files=dict(image=b'no image'))
+            assert refused.status_code == 415 and 'is no image' in refused.json()['detail']
+    finally:
+        server.kill()
+        server.communicate()
+    theirs, _ = exported('mask_rcnn').both('results.bbox.json')
+    theirs = [one for one in theirs if one['image_id'] == 1]
+    assert len(found) == len(theirs) > 0
+    assert np.abs(np.subtract(
+        [one['score'] for one in found], [one['score'] for one in theirs]
+    )).max() < 1e-5  # fmt: skip
+    assert set(found[0]) == {'label', 'score', 'box', 'area'}
+
+
+@pytest.mark.parametrize(
+    'arguments, sentence',
+    [
+        (['none.onnx', 'IMAGE'], "model: file 'none.onnx' does not exist."),
+        (['IMAGE', 'IMAGE'], 'cannot be loaded'),
+        (['IMAGE', 'nothing*'], "images: 'nothing*' is no file, no folder and matches nothing."),
+        (['IMAGE', 'IMAGE', '--score-thr', '2'], '--score-thr must be from 0 to 1, got 2.0.'),
+        (['IMAGE', 'IMAGE', '--out', 'IMAGE'], 'is a file.'),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(photos, capfd, arguments, sentence):
+    image = photos / 'a.png'
+    arguments = [image if argument == 'IMAGE' else argument for argument in arguments]
+    assert run('run_onnx', *arguments) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert said[-1].startswith('error: ') and sentence in said[-1]
