@@ -311,7 +311,7 @@ def facts(page: Path) -> dict:
     ]
     rest = re.sub(r'\]\([^)]*\)', ']', rest)
     tables = [
-        re.findall(r'`[^`]+`|\d+(?:\.\d+)?', line)
+        (sorted(re.findall(r'`[^`]+`', line)), re.findall(r'\d+(?:\.\d+)?', line))
         for line in rest.splitlines()
         if line.startswith('|')
     ]
