@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ pytest.importorskip('onnxscript')
 
 from .test_export_tool import BACKBONE, ROOT  # noqa: E402
 from .tool_process import load_script  # noqa: E402
+from .trainings import make_data  # noqa: E402
 
 PIPELINE = """
 test_dataloader = dict(dataset=dict(pipeline=[
@@ -268,6 +270,44 @@ def test_an_image_without_objects_has_no_boxes(exported):
     found = model(np.zeros((1, 1, 3), np.uint8))
     assert {name: len(values) for name, values in found.items()}.keys() >= {'boxes', 'masks'}
     assert found['masks'].shape[1:] == (1, 1)
+
+
+def test_a_file_of_one_size_in_int8(exported, photos, tmp_path, capfd):
+    """On data of shapes, of which random weights know nothing: an AP of 0 is said, too."""
+    make_data(tmp_path / 'shapes', train=1, val=2, size=64)
+    config, file = exported('retinanet').config, tmp_path / 'model.onnx'
+    arguments = ('--fixed-shape', 64, 96, '--int8', '--data-root', tmp_path / 'shapes/coco')
+    options = "test_dataloader.dataset.metainfo.classes=('disk','square','triangle','star')"
+    arguments += ('--cfg-options', options)
+    assert run('export', config, '--out', file, '--threads', 1, *arguments) == 0
+    printed = capfd.readouterr().out
+    assert re.search(r'int8: AP \d\.\d{4} before, \d\.\d{4} after \([+-]\d\.\d{4}\), on 2', printed)
+    assert '1 x 64 x 96: relative difference' in printed
+    model = load_script(ROOT / 'tools/run_onnx.py').Model(file)
+    found = model(cv2.imread(str(photos / 'e.png')))  # 30 x 400, made smaller and filled up
+    assert model.about['fixed_shape'] == [64, 96] and set(found) == {'boxes', 'scores', 'labels'}
+    assert (found['boxes'] >= 0).all() and (found['boxes'] <= [400, 30, 400, 30]).all()
+    assert 'must be two numbers' in refused(capfd, config, '--out', file, '--fixed-shape', 0, 9)
+    assert 'give one' in refused(capfd, config, '--out', file, '--int8', '--float16')
+    assert '--data-root' in refused(capfd, config, '--out', file, '--int8')
+
+
+def refused(capfd, *arguments) -> str:
+    assert run('export', *arguments) == 2
+    return capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_weights_in_float16_take_half_and_return_almost_the_same(exported, photos, tmp_path):
+    from crossformer_mm.export.smaller import to_float16
+
+    file = exported('segmentor').file
+    small = tmp_path / 'small.onnx'
+    small.write_bytes(file.read_bytes())
+    to_float16(small)
+    assert small.stat().st_size < 0.75 * file.stat().st_size  # of a small model, much is no weight
+    tool, image = load_script(ROOT / 'tools/run_onnx.py'), cv2.imread(str(photos / 'f.png'))
+    labels = [tool.Model(path)(image)['labels'] for path in (file, small)]
+    assert 0.97 < (labels[0] == labels[1]).mean()
 
 
 def test_openvino_returns_the_same(exported, tmp_path):

@@ -79,6 +79,7 @@ def simplify(proto):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
+        common.ClearMetadataAndDocStringPass(),  # lines of code and paths of this machine
     ):
         step(model)
     return onnx_ir.to_proto(model)

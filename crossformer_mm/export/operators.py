@@ -339,6 +339,8 @@ Offsets (qkv, rows, columns) => (pairs) {
   pairs = Concat <axis = 1> (flat_r, flat_c)
 }"""
 
+# Keys that are none get a large negative number by one more channel, which is 1 in every query:
+# to add it to the weights of all pairs would take as long as to compute their softmax.
 # One row of groups at a time (Loop; OpenVINO's Scan sees
 # nothing of what is around it). Letters of comments: B images, H x W the map, R x S groups of
 # r x c members, h heads of d channels.
@@ -357,6 +359,8 @@ MapAttention <heads: int, scale: float>
   three = Constant <value_ints = [3]> ()
   flat = Constant <value_ints = [-1]> ()
   outer_axes = Constant <value_ints = [0, 2]> ()
+  one_more = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]> ()
+  number_one = Constant <value_float = 1.0> ()
   heads_number = Constant <value_int: int = @heads> ()
   heads_size = Reshape (heads_number, one)
   factor = Constant <value_float: float = @scale> ()
@@ -389,7 +393,7 @@ MapAttention <heads: int, scale: float>
   group_shape = Concat <axis = 0> (zero, zero, zero, members, flat)
   apart_shape = Concat <axis = 0> (zero, zero, zero, r, c, flat)
   row_shape = Concat <axis = 0> (zero, zero, flat, channels_out)
-  mask_shape = Concat <axis = 0> (flat, one, one, members)
+  mask_shape = Concat <axis = 0> (flat, one, members, one)
   real_columns = Unsqueeze (real2, one)  # S, 1, c
 
   row_groups = Shape <end = 1> (positions)
@@ -413,16 +417,20 @@ MapAttention <heads: int, scale: float>
     k_members = Reshape (k_groups, group_shape)
     v_members = Reshape (v_groups, group_shape)  # B, S, h, r c, d
     q_scaled = Mul (q_members, factor)
-    k_turned = Transpose <perm = [0, 1, 2, 4, 3]> (k_members)
-    products = MatMul (q_scaled, k_turned)
     real_rows = Unsqueeze (is_real, outer_axes)
     both = And (real_rows, real_columns)  # S, r, c
     not_there = Not (both)
     as_numbers = Cast <to = 1> (not_there)
     penalties = Mul (as_numbers, filling)
-    mask = Reshape (penalties, mask_shape)  # S, 1, 1, r c
-    with_bias = Add (products, bias)
-    logits = Add (with_bias, mask)
+    mask = Reshape (penalties, mask_shape)  # S, 1, r c, 1
+    outer = Shape <end = 3> (k_members)
+    column_shape = Concat <axis = 0> (outer, members, one)
+    column = Expand (mask, column_shape)  # B, S, h, r c, 1
+    k_more = Concat <axis = -1> (k_members, column)
+    q_more = Pad <mode = "constant"> (q_scaled, one_more, number_one)
+    k_turned = Transpose <perm = [0, 1, 2, 4, 3]> (k_more)
+    products = MatMul (q_more, k_turned)
+    logits = Add (products, bias)
     weights = Softmax <axis = -1> (logits)
     mixed = MatMul (weights, v_members)
     apart = Reshape (mixed, apart_shape)  # B, S, h, r, c, d

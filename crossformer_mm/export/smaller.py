@@ -68,6 +68,7 @@ def box_ap(data, predict: Callable) -> float:
     """
     import cv2
     from pycocotools import mask as coco
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     found: List[dict] = []
@@ -88,7 +89,8 @@ def box_ap(data, predict: Callable) -> float:
     if not found:
         return 0.0
     kind = 'segm' if 'segmentation' in found[0] else 'bbox'
-    evaluation = COCOeval(data.coco, data.coco.loadRes(found), kind)
+    known = COCO(data.ann_file)
+    evaluation = COCOeval(known, known.loadRes(found), kind)
     evaluation.params.imgIds = ids
     evaluation.evaluate()
     evaluation.accumulate()
