@@ -304,7 +304,7 @@ def test_weights_in_float16_take_half_and_return_almost_the_same(exported, photo
     small = tmp_path / 'small.onnx'
     small.write_bytes(file.read_bytes())
     to_float16(small)
-    assert small.stat().st_size < 0.75 * file.stat().st_size  # of a small model, much is no weight
+    assert small.stat().st_size < 0.8 * file.stat().st_size  # of a small model, much is no weight
     tool, image = load_script(ROOT / 'tools/run_onnx.py'), cv2.imread(str(photos / 'f.png'))
     labels = [tool.Model(path)(image)['labels'] for path in (file, small)]
     assert 0.97 < (labels[0] == labels[1]).mean()

@@ -15,8 +15,10 @@ MOST_IMAGES = 100  # of the test data, the first of them; more take long and cha
 def to_int8(file: Path) -> None:
     """Replace the weights of linear layers by whole numbers, and quantise what they are multiplied
     with while it is computed."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    said = onnx.load(file).metadata_props  # which the quantiser leaves out
     quantize_dynamic(
         file,
         file,
@@ -25,6 +27,10 @@ def to_int8(file: Path) -> None:
         weight_type=QuantType.QInt8,
         extra_options=dict(MatMulConstBOnly=True),
     )
+    proto = onnx.load(file)
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(said)
+    onnx.save(proto, file)
 
 
 def to_float16(file: Path) -> None:
