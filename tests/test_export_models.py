@@ -15,7 +15,8 @@ from crossformer_mm.export.models import UnknownModel, WholeDetector  # noqa: E4
 STRIDES = [4, 8]
 ANCHORS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1)
 ANCHORS['strides'] = STRIDES
-COMMON = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=1)
+GROUPS = dict(type='GN', num_groups=2)
+COMMON = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=1, norm_cfg=GROUPS)
 HEADS = dict(
     FCOS=dict(type='FCOSHead', strides=STRIDES, regress_ranges=((-1, 32), (32, 1e8)), **COMMON),
     ATSS=dict(
