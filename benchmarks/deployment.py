@@ -189,10 +189,8 @@ def draw(record: dict, file: Path) -> None:
         axis.bar_label(bars, [f'{value:.2f} {unit}' for value in values], padding=3)
         axis.set(title=title, xlim=(0, 1.2 * max(values)))
         axis.spines[['top', 'right']].set_visible(False)
-    size = 'x'.join(map(str, results[0]['size']))
-    figure.suptitle(
-        f'CrossFormer-S exported, one image of {size} ({record["machine"]})', fontsize=9
-    )
+    size, machine = 'x'.join(map(str, results[0]['size'])), record['machine']
+    figure.suptitle(f'CrossFormer-S exported, one image of {size} ({machine})', fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -1,5 +1,6 @@
 """What PyTorch's compilers and exporters make of the backbone."""
 
+import logging
 import warnings
 
 import pytest
@@ -28,7 +29,9 @@ def tiny(arch=TINY, **options) -> CrossFormer:
 
 
 @pytest.fixture(autouse=True)
-def no_compiled_code_is_left():
+def no_compiled_code_is_left(monkeypatch):
+    # Of each step of a compilation PyTorch writes a long record, if anything listens: pytest does.
+    monkeypatch.setattr(logging.getLogger('torch.__trace'), 'handlers', [])
     torch.compiler.reset()
     yield
     torch.compiler.reset()
