@@ -27,7 +27,7 @@ kernel = Extension(
 
 # Where mmengine.hub and mim look for what is beside the package here.
 MIM = 'crossformer_mm/.mim'
-BESIDE = {'configs': ('**/*.py', '**/metafile.yml'), 'tools': ('*.py', '*.sh', 'explain_page/*.*')}
+BESIDE = {'configs': ('**/*.py', '**/metafile.yml'), 'tools': ('*.py', '*.sh')}
 NOT_FOR_USERS = ('tools/write_model_zoo.py',)
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.explain_page import write_page
 from crossformer_mm.grouping import long_distance, short_distance
 
 from . import chromium
@@ -37,17 +37,7 @@ def tool():
 
 
 @pytest.fixture(scope='module')
-def write_page():
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        from explain_page import write_page
-    finally:
-        sys.path.remove(str(ROOT / 'tools'))
-    return write_page
-
-
-@pytest.fixture(scope='module')
-def make(tool, write_page, tmp_path_factory):
+def make(tool, tmp_path_factory):
     """Writes the page of a small backbone; returns what Opened has."""
 
     def build(limit=10_000_000, **options):
@@ -399,7 +389,7 @@ def test_the_page_among_the_documents_is_of_these_sources():
     path = ROOT / 'docs/explain_demo.html'
     content = path.read_text(encoding='utf-8')
     for kind in ('css', 'js'):
-        source = (ROOT / f'tools/explain_page/page.{kind}').read_text(encoding='utf-8')
+        source = (ROOT / f'crossformer_mm/explain_page/page.{kind}').read_text(encoding='utf-8')
         assert source in content, f'page.{kind} has changed: write {path} again'
     assert path.stat().st_size < 3_000_000
     assert '--html docs/explain_demo.html' in (ROOT / 'docs/how_it_works.md').read_text('utf-8')

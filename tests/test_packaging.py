@@ -171,7 +171,6 @@ def test_wheel_has_every_config_and_tool(wheel):
             'configs/**/*.yml',
             'tools/*.py',
             'tools/*.sh',
-            'tools/explain_page/*.*',
             'model-index.yml',
         )
         for path in ROOT.glob(pattern)

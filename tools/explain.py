@@ -43,6 +43,7 @@ from crossformer_mm.engine.command_line import (
     run,
 )
 from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.explain_page import write_page
 from crossformer_mm.grouping import AxisRule, group_map, is_small, long_distance, short_distance
 from crossformer_mm.position_bias import bias_of_pairs
 
@@ -774,8 +775,6 @@ def write_pictures(scene: Scene, out: Path, shape: float) -> None:
 
 
 def write_html(scene: Scene, args: argparse.Namespace) -> None:
-    from explain_page import write_page  # the folder beside this file
-
     colours = [principal_colours(feature) for feature in scene.seen.features]
     names = dict(model=Path(args.config).stem, image=Path(args.image).name)
     limit = int((args.max_mb or MEGABYTES) * 1e6)

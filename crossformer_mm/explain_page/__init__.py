@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossformer_mm.engine.command_line import write_whole
-from crossformer_mm.grouping import AxisRule, fit_rule, is_small, long_distance, short_distance
-from crossformer_mm.position_bias import DynamicPositionBias, NoPositionBias
+from ..engine.command_line import write_whole
+from ..grouping import AxisRule, fit_rule, is_small, long_distance, short_distance
+from ..position_bias import DynamicPositionBias, NoPositionBias
 
 HERE = Path(__file__).resolve().parent
 # Root mean square of the error of a logit, which is the relative one of a weight: less is not worth
@@ -191,7 +191,7 @@ def block_numbers(attention: nn.Module, x: Tensor) -> Union[OfHeads, OfInput]:
     x = x.reshape(-1, channels).double().numpy()
     of_input = OfInput(x, (q, q_bias), k)
     of_heads = OfHeads(x @ q.swapaxes(1, 2) + q_bias[:, None], x @ k.swapaxes(1, 2))
-    return min(of_heads, of_input, key=lambda way: way.expected(USUAL))
+    return of_heads if of_heads.expected(USUAL) <= of_input.expected(USUAL) else of_input
 
 
 def packed(numbers: np.ndarray) -> str:
