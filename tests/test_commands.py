@@ -87,6 +87,7 @@ EVERY = {
     if not re.sub(r"^(\w+=('[^']*'|\S*) )+", '', command).startswith(
         (
             'make ',
+            '.venv/bin/python -m pytest ',
             'pip ',
             'tensorboard ',
             'python benchmarks/gpu.py',

@@ -200,7 +200,7 @@ test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
         output = run(
             'tools/dist_test.sh',
             DETECTOR,
-            detector / 'epoch_1.pth',
+            max(detector.glob('epoch_*.pth')),
             2,
             '--work-dir',
             tmp_path,
