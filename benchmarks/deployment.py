@@ -19,6 +19,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from backbone import size_of
 from processor import processor, product_rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,17 +195,6 @@ def draw(record: dict, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     plt.close(figure)
-
-
-def size_of(text: str) -> tuple:
-    try:
-        height, width = map(int, text.split('x'))
-        assert height > 0 and width > 0
-    except (ValueError, AssertionError):
-        raise argparse.ArgumentTypeError(
-            f'{text!r} is no size: write HEIGHTxWIDTH, as in 800x1216'
-        ) from None
-    return height, width
 
 
 def main() -> None:

@@ -181,7 +181,6 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
             assert picture.std() > 10  # something is drawn
 
     def test_one_command_writes_a_page(self, tool, monkeypatch, capsys, model, tmp_path):
-        monkeypatch.syspath_prepend(ROOT / 'tools')  # as Python does for a script
         page = tmp_path / 'new' / 'page.html'
         self.call(tool, monkeypatch, *model, '--html', page, '--scale', 120, 120)
         content = page.read_text(encoding='utf-8')
@@ -214,7 +213,6 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
     def test_a_page_that_cannot_be_is_refused(
         self, tool, monkeypatch, capsys, model, tmp_path, change, sentence
     ):
-        monkeypatch.syspath_prepend(ROOT / 'tools')
         out = tmp_path / 'out'
         out.mkdir()
         with pytest.raises(SystemExit) as stopped:

@@ -538,9 +538,9 @@ def main():
         if wanted != names:
             leave_out(proto, set(names) - set(wanted))
             write_onnx(proto, part)
-            exported = read_onnx(part, args.threads)
         if args.int8 or args.float16:
             make_smaller(part, cfg, args)
+        if wanted != names or args.int8 or args.float16:
             exported = read_onnx(part, args.threads)
         print('4/4 measuring', flush=True)
         given = example(module, args, 1, *args.shape)

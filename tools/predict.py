@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import is_cut_short
+from crossformer_mm.engine.class_names import names_and_colours
 from crossformer_mm.engine.command_line import (
     DENSE,
     check_file,
@@ -206,7 +207,7 @@ def label_path(out: Path, stem: str) -> Path:
 
 
 def build_model(cfg: Config, checkpoint: str, device: torch.device) -> Tuple[nn.Module, dict]:
-    """A model with the weights of a checkpoint, all of which fit, and what these know of classes.
+    """A model with the weights of a checkpoint, all of which fit, and the checkpoint.
 
     Raises:
         CheckpointError: the file cannot be used; the message is a sentence.
@@ -217,17 +218,11 @@ def build_model(cfg: Config, checkpoint: str, device: torch.device) -> Tuple[nn.
         fit_checkpoint(model, content, checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f'{error} Give the config that it was trained with.') from None
-    meta = content['meta'] if isinstance(content.get('meta'), dict) else {}
-    known = meta.get('dataset_meta') or {
-        key: meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key)
-    }
-    return model.to(device).eval(), {key.lower(): value for key, value in known.items()}
+    return model.to(device).eval(), content
 
 
-def names_and_colours(model: nn.Module, dataset_meta: dict, known: dict, config: str) -> dict:
-    """Classes and palette: as the checkpoint says, else as the config's test dataset does."""
-    meta = {**dataset_meta, **{key: value for key, value in known.items() if value}}
-    classes = list(meta.get('classes') or ())
+def check_names(model: nn.Module, classes: Sequence[str], config: str) -> None:
+    """End the program if not all classes of a model have names."""
     head = getattr(model, 'roi_head', model)
     head = getattr(head, 'bbox_head', None) or getattr(head, 'decode_head', None)
     head = head[-1] if isinstance(head, nn.ModuleList) else head
@@ -237,10 +232,6 @@ def names_and_colours(model: nn.Module, dataset_meta: dict, known: dict, config:
             f"config '{config}': the model has {needed} classes, but the names of "
             f'{len(classes)} are known; name them in test_dataloader.dataset.metainfo.classes.'
         )
-    palette = meta.get('palette')
-    if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
-        palette = np.random.default_rng(0).integers(256, size=(len(classes), 3))
-    return dict(classes=classes, palette=[tuple(map(int, colour)) for colour in palette])
 
 
 def use_bfloat16(model: nn.Module, device: torch.device, detection: bool):
@@ -563,8 +554,9 @@ def main():
     with sentences_for(ValueError, FileNotFoundError):
         dataset = DATASETS.build({**innermost(cfg.test_dataloader.dataset), 'lazy_init': True})
         pipeline = Pipeline(cfg, args.config)
-        model, known = build_model(cfg, args.checkpoint, device)
-    meta = names_and_colours(model, dataset.metainfo, known, args.config)
+        model, content = build_model(cfg, args.checkpoint, device)
+    meta = names_and_colours(dataset.metainfo, content)
+    check_names(model, meta['classes'], args.config)
     ids = Ids(args.ann_file, meta['classes'])
     ids.check(sources)
     context = use_bfloat16(model, device, detection) if args.bf16 else nullcontext()

@@ -91,8 +91,7 @@ class Model:
         if self.about['task'] == 'label map':
             return {name: values[0] for name, values in found.items()}
         scale = [resized.shape[1] / width, resized.shape[0] / height]
-        if not self.about.get('resized_inside'):
-            found['boxes'] = found['boxes'] / np.array(scale * 2, np.float32)
+        found['boxes'] = found['boxes'] / np.array(scale * 2, np.float32)
         if fixed:
             found['boxes'] = np.minimum(found['boxes'], np.array([width, height] * 2, np.float32))
         if 'masks' in found:
@@ -105,7 +104,7 @@ class Model:
         """An image in the size that the model was trained for."""
         rule = self.about['resize']
         fixed = self.about.get('fixed_shape')
-        if self.about.get('resized_inside') or (rule is None and not fixed):
+        if rule is None and not fixed:
             return image
         height, width = image.shape[:2]
         if fixed and self.about['task'] == 'label map':

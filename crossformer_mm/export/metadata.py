@@ -9,6 +9,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
+from ..engine.class_names import names_and_colours
 from ..engine.command_line import innermost, kind_of
 from ..version import __version__
 
@@ -68,7 +69,7 @@ def of_whole_model(
             else LABEL_MAP
             for name in outputs
         },
-        **names_of_classes(getattr(built, 'metainfo', {}), content),
+        **names_and_colours(getattr(built, 'metainfo', {}), content),
         model=kind_of(cfg.model),
         config=str(config),
         checkpoint=Path(checkpoint).name if checkpoint else None,
@@ -118,17 +119,3 @@ def resize_rule(pipeline: List[dict]) -> Optional[dict]:
     if rule and rule['interpolation'] != 'bilinear':
         raise ValueError(f"the test pipeline must resize bilinearly, not '{rule['interpolation']}'")
     return rule
-
-
-def names_of_classes(own: Mapping, content: Mapping) -> dict:
-    """Classes and palette: as the checkpoint says, else as the config's test dataset does."""
-    meta = content.get('meta') if isinstance(content.get('meta'), dict) else {}
-    known = meta.get('dataset_meta') or {}
-    found = {**own, **{key.lower(): value for key, value in known.items() if value}}
-    classes = found.get('classes') or ()
-    palette = found.get('palette')
-    if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
-        palette = np.random.default_rng(0).integers(256, size=(len(classes), 3)).tolist()
-    return dict(
-        classes=list(classes), palette=[[int(value) for value in colour] for colour in palette]
-    )

@@ -341,9 +341,8 @@ Offsets (qkv, rows, columns) => (pairs) {
 
 # Keys that are none get a large negative number by one more channel, which is 1 in every query:
 # to add it to the weights of all pairs would take as long as to compute their softmax.
-# One row of groups at a time (Loop; OpenVINO's Scan sees
-# nothing of what is around it). Letters of comments: B images, H x W the map, R x S groups of
-# r x c members, h heads of d channels.
+# One row of groups at a time (Loop; OpenVINO's Scan sees nothing of what is around it). Letters of
+# comments: B images, H x W the map, R x S groups of r x c members, h heads of d channels.
 MAP_ATTENTION = """
 MapAttention <heads: int, scale: float>
     (qkv, table, row_rule, column_rule) => (out) {

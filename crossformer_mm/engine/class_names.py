@@ -1,0 +1,28 @@
+"""What the classes of a model are called, and drawn in."""
+
+from typing import Mapping
+
+import numpy as np
+
+
+def names_and_colours(dataset_meta: Mapping, checkpoint: Mapping) -> dict:
+    """Classes and palette: as the checkpoint says, else as the data set does.
+
+    Args:
+        dataset_meta (Mapping): ``metainfo`` of a data set.
+        checkpoint (Mapping): with ``meta``, if it says anything; that of earlier releases of
+            OpenMMLab has its own names.
+
+    Returns:
+        dict: ``classes`` and ``palette``, a colour for each, made up if not as many are known.
+    """
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    known = meta.get('dataset_meta') or {
+        key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key)
+    }
+    found = {**dataset_meta, **{key.lower(): value for key, value in known.items() if value}}
+    classes, palette = list(found.get('classes') or ()), found.get('palette')
+    if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
+        palette = np.random.default_rng(0).integers(256, size=(len(classes), 3))
+    return dict(classes=classes, palette=[tuple(map(int, colour)) for colour in palette])
