@@ -2,15 +2,19 @@
 
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine import runner
+from crossformer_mm.engine.whole_files import whole_content
 
+from .test_predict import run_here
 from .tool_process import ToolProcess
-from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
+from .trainings import DETECTOR, ONE_STAGE, SEGMENTOR, make_data, write_config
 
 
 @pytest.fixture(scope='module')
@@ -119,6 +123,52 @@ def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(data, tmp
     assert 'Traceback' not in process.output
     assert read_checkpoint(str(tmp_path / first))['meta']['iter'] == 3
     assert not (tmp_path / second).exists()
+
+
+def read_so_far() -> int:
+    """Bytes that this process has asked files for, be they on the disk or in the page cache."""
+    return int(Path('/proc/self/io').read_text().split()[1])
+
+
+@pytest.mark.parametrize('main', [True, False], ids=['first process', 'another'])
+def test_each_process_reads_a_checkpoint_once(data, tmp_path, monkeypatch, main):
+    changes = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **changes)
+    last = tmp_path / ONE_STAGE.checkpoints[-1]
+    assert run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path) == 0
+    if not main:  # which is told by the first what to load
+        monkeypatch.setattr(runner, 'is_main_process', lambda: False)
+        monkeypatch.setattr(
+            runner, 'broadcast_object_list', lambda found: found.__setitem__(0, str(last))
+        )
+    read = []
+    size = 2**26  # larger than all else
+    for padding in (0, size):
+        torch.save({**read_checkpoint(str(last)), 'padding': torch.ones(padding // 4)}, last)
+        before = read_so_far()
+        assert run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path, '--resume') == 0
+        read.append(read_so_far() - before)
+    assert (read[1] - read[0]) / size == pytest.approx(1, abs=0.1)
+
+
+def test_a_checkpoint_is_whole_or_nothing(tmp_path):
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(weights=torch.arange(1000.0), more=torch.ones(7, 9), epoch=1), file)
+    content, whole = whole_content(str(file)), file.read_bytes()
+    assert content['epoch'] == 1 and torch.equal(content['weights'], torch.arange(1000.0))
+    assert torch.equal(content['more'], torch.ones(7, 9))
+    with zipfile.ZipFile(file) as parts:
+        beginnings = [part.header_offset for part in parts.infolist() if part.file_size > 100]
+    assert len(beginnings) >= 3  # what is pickled, and the two tensors
+    for beginning in beginnings:
+        # Somewhere among its data, which begin on a multiple of 64.
+        place = (beginning // 64 + 3) * 64
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert whole_content(str(file)) is None, place
+    file.write_bytes(whole[:-100])
+    assert whole_content(str(file)) is None
+    file.write_bytes(b'')
+    assert whole_content(str(file)) is None
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
