@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools import mask as rle
@@ -32,8 +33,9 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        for kind in (Visualizer, *Visualizer.__subclasses__()):
-            kind._instance_dict.clear()  # a new process would have none
+        # A new process would have none; they are named by the second in which a run begins.
+        for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
         try:
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
         except SystemExit as stopped:
