@@ -19,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
+from .tool_process import leave_libraries_uncollected
 from .trainings import make_data
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
@@ -30,6 +31,7 @@ UNDRAWN = ('--score-thr', 1)
 
 def run_here(folder: Path, tool: str, *arguments) -> int:
     """Run a tool in a folder, in this process for speed; its exit status."""
+    leave_libraries_uncollected()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])

@@ -13,8 +13,11 @@ from crossformer_mm.engine import runner
 from crossformer_mm.engine.whole_files import whole_content
 
 from .test_predict import run_here
+from .test_tools import sentence
 from .tool_process import ToolProcess
 from .trainings import DETECTOR, ONE_STAGE, SEGMENTOR, make_data, write_config
+
+NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 
 
 @pytest.fixture(scope='module')
@@ -109,20 +112,22 @@ def test_a_killed_training_ends_with_the_same_weights(uninterrupted, tmp_path):
     assert_same_training(tmp_path / last, reference / last)
 
 
-def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(data, tmp_path):
-    config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
-    first, second, *_ = SEGMENTOR.checkpoints
-    (tmp_path / f'{second}.part').symlink_to('/dev/full')
-    process = train(tmp_path, config)
-    assert process.wait() == 2
-    said = process.output.strip().splitlines()[-1]
-    assert said == (
-        f"error: '{tmp_path / second}' could not be written: No space left on device; "
-        f"once it can, go on from '{tmp_path / first}' with --resume."
-    )
-    assert 'Traceback' not in process.output
-    assert read_checkpoint(str(tmp_path / first))['meta']['iter'] == 3
-    assert not (tmp_path / second).exists()
+@pytest.mark.parametrize('full', ONE_STAGE.checkpoints)
+def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(
+    capsys, monkeypatch, data, tmp_path, full
+):
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **NO_VALIDATION)
+    (tmp_path / f'{full}.part').symlink_to('/dev/full')
+    said = sentence(capsys, monkeypatch, 'train.py', config, '--work-dir', tmp_path)
+    first, second = (tmp_path / name for name in ONE_STAGE.checkpoints)
+    if full == second.name:
+        assert read_checkpoint(str(first))['meta']['epoch'] == 1
+        advice = f"once it can, go on from '{first}' with --resume."
+    else:
+        assert not first.exists()
+        advice = 'there is no checkpoint yet.'
+    assert said == f"'{tmp_path / full}' could not be written: No space left on device; {advice}"
+    assert not second.exists()
 
 
 def read_so_far() -> int:
@@ -132,8 +137,7 @@ def read_so_far() -> int:
 
 @pytest.mark.parametrize('main', [True, False], ids=['first process', 'another'])
 def test_each_process_reads_a_checkpoint_once(data, tmp_path, monkeypatch, main):
-    changes = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
-    config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **changes)
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **NO_VALIDATION)
     last = tmp_path / ONE_STAGE.checkpoints[-1]
     assert run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path) == 0
     if not main:  # which is told by the first what to load
@@ -172,17 +176,9 @@ def test_a_checkpoint_is_whole_or_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
-def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, tool):
-    config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
-    folder = Path('/proc/none')  # where not even root may write
-    process = ToolProcess(
-        tmp_path / 'log.txt',
-        f'tools/{tool}',
-        config,
-        *([config] if tool == 'test.py' else []),
-        '--work-dir',
-        folder,
-    )
-    assert process.wait() == 2
-    assert process.output.strip().startswith(f"error: --work-dir: '{folder}' cannot be written: ")
-    assert len(process.output.strip().splitlines()) == 1
+def test_a_folder_that_cannot_be_written_is_refused(capsys, monkeypatch, data, tmp_path, tool):
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data)
+    folder = '/proc/none'  # where not even root may write
+    arguments = [config, *([config] if tool == 'test.py' else []), '--work-dir', folder]
+    said = sentence(capsys, monkeypatch, tool, *arguments)
+    assert said.startswith(f"--work-dir: '{folder}' cannot be written: ")
