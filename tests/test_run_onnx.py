@@ -44,7 +44,7 @@ model = dict(
     neck=dict(in_channels=[16], out_channels=8, num_outs=2),
     bbox_head=dict(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=4,
                    anchor_generator=dict(strides=[4, 8])),
-    test_cfg=dict(nms_pre=200, max_per_img=30))
+    test_cfg=dict(nms_pre=200, max_per_img=100))
 '''
     + DETECTION
 )
@@ -72,6 +72,7 @@ model = dict(
     auxiliary_head=None)
 ''' + PIPELINE.format(scale=(96, 64), kind='Seg')
 CONFIGS = dict(retinanet=RETINANET, mask_rcnn=MASK_RCNN, segmentor=SEGMENTOR)
+OPTIONS = dict(mask_rcnn=['--resize-inside'])
 OF_ONE_COLOUR = (3, 4)  # ids of c.png and d_dark.png
 CLASSES = dict(retinanet='abcd', mask_rcnn='abcd', segmentor='abcde')
 
@@ -92,7 +93,7 @@ def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('photos')
     random = np.random.default_rng(0)
     for name, (height, width) in dict(
-        a=(60, 80), b=(75, 51), c=(1, 1), d_dark=(64, 64), e=(30, 400), f=(96, 160)
+        a=(60, 80), b=(75, 51), c=(1, 1), d_dark=(64, 64), e=(30, 400), f=(96, 160), g=(4000, 30)
     ).items():
         coarse = random.integers(256, size=(height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8)
         image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -128,7 +129,7 @@ class Exported:
         torch.save(dict(state_dict=model.state_dict(), meta=meta), weights)
         self.file, self.photos = folder / f'{kind}.onnx', photos
         arguments = (self.config, weights, '--out', self.file, '--shape', 64, 64, '--threads', 1)
-        assert run('export', *arguments) == 0
+        assert run('export', *arguments, *OPTIONS.get(kind, ())) == 0
         self.torch, self.onnx = folder / 'torch', folder / 'onnx'
         files = sorted(photos.iterdir())
         if kind == 'segmentor':  # of one pixel MMSegmentation draws no label map
