@@ -152,7 +152,8 @@ class DenseHead(nn.Module):
         outs = self.head(features)
         factors = outs[2] if len(outs) > 2 else [None] * len(outs[0])
         levels = [
-            self.of_level(level, *maps, limit) for level, maps in enumerate(zip(*outs[:2], factors))
+            self.of_level(level, classes, boxes, factor, limit)
+            for level, (classes, boxes, factor) in enumerate(zip(*outs[:2], factors))
         ]
         return Boxes(*map(torch.cat, zip(*levels)))
 
@@ -267,7 +268,7 @@ class RoiHead(nn.Module):
                 f'bbox_head {type(bbox_head).__name__} must have classes by softmax and boxes by '
                 'DeltaXYWHBBoxCoder',
             )
-        self.mask_heads = None
+        self.mask_heads = nn.ModuleList()
         if head.with_mask:
             self.mask_heads = as_list(head.mask_head)
             self.mask_extractors = nn.ModuleList(
@@ -281,7 +282,7 @@ class RoiHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], rois: Tensor, there: Tensor, limit: Tensor):
         """Proposals (n, 4) and which of them are no filling, to the Boxes of all classes."""
-        total = 0.0
+        total: Tensor = 0.0
         for stage, (head, extractor) in enumerate(zip(self.bbox_heads, self.extractors)):
             logits, deltas = head(extractor(features, rois))
             total = total + logits
@@ -308,7 +309,7 @@ class RoiHead(nn.Module):
         # One more, for not all runtimes convolve nothing.
         rois = torch.cat([boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]), boxes])
         labels = torch.cat([labels.new_zeros(1), labels])
-        total = 0.0
+        total: Tensor = 0.0
         for head, extractor in zip(self.mask_heads, self.mask_extractors):
             masks = head(extractor(features, rois))
             if head.class_agnostic:
@@ -388,7 +389,7 @@ class WholeDetector(nn.Module):
         kept = kept[(kept >= 0).nonzero()[:, 0]]
         boxes, scores, labels = (values[kept] for values in found[:3])
         outputs = dict(boxes=boxes, scores=scores, labels=labels)
-        if self.roi_head is not None and self.roi_head.mask_heads is not None:
+        if self.roi_head is not None and len(self.roi_head.mask_heads):
             outputs['masks'] = self.roi_head.masks(features, boxes, labels)
         if self.resize.rule is not None:
             outputs['boxes'] = boxes / (limit / given)

@@ -165,7 +165,7 @@ def count_operators(proto) -> Counter:
     """How often each operator occurs, those in loops once."""
     import onnx
 
-    found = Counter()
+    found: Counter = Counter()
 
     def count(graph):
         for node in graph.node:

@@ -5,7 +5,7 @@ made of standard operators, which takes its place in the file: :func:`with_stand
 """
 
 import hashlib
-from typing import List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def map_attention(
     from .any_size import padded_attention, padded_axis
 
     rows, columns = (
-        padded_axis(side, *rule, device=qkv.device)
+        padded_axis(side, rule[0], rule[1], rule[2], qkv.device)
         for side, rule in zip(qkv.shape[1:3], (rows, columns))
     )
     table = table.t().unflatten(1, (2 * rows.size - 1, 2 * columns.size - 1))
@@ -293,7 +293,7 @@ def onnx_resize_image(call, image, height, width, keep_ratio):
     return call('ResizeImage', [image, size])
 
 
-TRANSLATIONS = {
+TRANSLATIONS: Dict[Any, Callable] = {
     torch.ops.crossformer_mm.offsets.default: onnx_offsets,
     torch.ops.crossformer_mm.map_attention.default: onnx_map_attention,
     torch.ops.crossformer_mm.fixed_attention.default: onnx_fixed_attention,
