@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools import mask as rle
 
@@ -389,8 +389,61 @@ def test_a_file_of_one_size_in_int8(exported, photos, tmp_path, capfd):
     assert model.about['fixed_shape'] == [64, 96] and set(found) == {'boxes', 'scores', 'labels'}
     assert (found['boxes'] >= 0).all() and (found['boxes'] <= [400, 30, 400, 30]).all()
     assert 'must be two numbers' in refused(capfd, config, '--out', file, '--fixed-shape', 0, 9)
+    assert 'of any size' in refused(
+        capfd, config, '--out', file, '--fixed-shape', 64, 96, '--resize-inside'
+    )
     assert 'give one' in refused(capfd, config, '--out', file, '--int8', '--float16')
     assert '--data-root' in refused(capfd, config, '--out', file, '--int8')
+
+
+def test_what_weights_of_fewer_bits_cost_is_said_by_the_libraries_metrics(photos, tmp_path):
+    """Here with what was annotated in place of what a model finds, or with half of it."""
+    from crossformer_mm.export.smaller import metric_of
+
+    make_data(tmp_path, train=1, val=3, size=64)
+    names = ('disk', 'square', 'triangle', 'star')
+
+    def data_of(scope: str, dataset: dict):
+        init_default_scope(scope)
+        return DATASETS.build(dict(test_mode=True, pipeline=[], **dataset))
+
+    coco = dict(ann_file='annotations/instances_val2017.json', data_prefix=dict(img='val2017/'))
+    coco.update(type='CocoDataset', data_root=str(tmp_path / 'coco'), metainfo=dict(classes=names))
+    boxes = data_of('mmdet', coco)
+    truths = iter([boxes.get_data_info(index)['instances'] for index in range(3)] * 2)
+
+    def found(share: float):
+        objects = next(truths)
+        objects = objects[: max(1, int(share * len(objects)))]
+        return dict(
+            boxes=np.array([one['bbox'] for one in objects], np.float32),
+            scores=np.ones(len(objects), np.float32),
+            labels=np.array([one['bbox_label'] for one in objects]),
+        )
+
+    assert metric_of('mmdet', boxes, lambda image: found(1.0)) == ('AP', 1.0)
+    assert 0 < metric_of('mmdet', boxes, lambda image: found(0.5))[1] < 1
+
+    ade = dict(type='BaseSegDataset', data_root=str(tmp_path / 'ade'), reduce_zero_label=True)
+    ade.update(img_suffix='.jpg', seg_map_suffix='.png', metainfo=dict(classes=('none', *names)))
+    ade['data_prefix'] = dict(img_path='images/validation', seg_map_path='annotations/validation')
+    maps = data_of('mmseg', ade)
+    infos = [maps.get_data_info(index) for index in range(3)]
+    truths = iter([cv2.imread(info['seg_map_path'], cv2.IMREAD_UNCHANGED) for info in infos])
+    # 0 of a label map is "other", and becomes 255, which no metric counts.
+    name, value = metric_of('mmseg', maps, lambda _: dict(labels=next(truths).astype(int) - 1))
+    assert (name, value) == ('mIoU', 1.0)
+
+    pytest.importorskip('mmpretrain')
+
+    class Classes(list):
+        def get_data_info(self, index):
+            return self[index]
+
+    classes = Classes(dict(img_path=str(photos / 'a.png'), gt_label=label) for label in (0, 1))
+    scores = np.array([0.9, 0.1], np.float32)
+    accuracy = metric_of('mmpretrain', classes, lambda _: dict(scores=scores))
+    assert accuracy == ('top-1 accuracy', 0.5)
 
 
 def refused(capfd, *arguments) -> str:
