@@ -37,7 +37,6 @@ SHORTER = {
     'benchmarks/backbone.py': [
         '--sizes',
         '32x32',
-        '40x40',
         '--models',
         'crossformer_s',
         '--modes',

@@ -121,11 +121,14 @@ def test_mergings_count_for_the_stage_that_they_end(get_flops):
 
 def test_second_stage_has_a_thousand_proposals_and_a_hundred_masks(get_flops):
     parts = json.loads(get_flops(DETECTOR, '--shape', 64, 64, '--json'))['parts']
-    convs = 4 * 9 * 64**2
+    width = 32
+    convs = 9 * (64 + 3 * width) * width
     assert parts['roi_head.bbox_head']['flops'] == 1000 * (
-        49 * convs + 49 * 64 * 256 + 256 * (5 + 4 * 4)
+        49 * convs + 49 * width * 256 + 256 * (5 + 4 * 4)
     )
-    assert parts['roi_head.mask_head']['flops'] == 100 * 196 * (convs + 4 * 64**2 + 4 * 64 * 4)
+    assert parts['roi_head.mask_head']['flops'] == 100 * 196 * (
+        convs + 4 * width**2 + 4 * width * 4
+    )
 
 
 def test_table_is_for_people(get_flops):

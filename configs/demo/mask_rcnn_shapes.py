@@ -16,16 +16,16 @@ model = dict(
         bbox_head=dict(
             type='Shared4Conv1FCBBoxHead',
             in_channels=64,
-            conv_out_channels=64,
+            conv_out_channels=32,
             fc_out_channels=256,
             norm_cfg=dict(type='BN'),
             num_classes=4),
         mask_roi_extractor=dict(out_channels=64, finest_scale=16),
         mask_head=dict(
-            in_channels=64, conv_out_channels=64, norm_cfg=dict(type='BN'), num_classes=4)),
+            in_channels=64, conv_out_channels=32, norm_cfg=dict(type='BN'), num_classes=4)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=64))),
+        rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)))
 
 data_root = 'data/shapes/coco/'
@@ -61,10 +61,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=8, val_interval=8)
+# Evaluated by tools/test.py once it is trained.
+train_cfg = dict(max_epochs=6, val_interval=7)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=8, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=6, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=1, max_keep_ckpts=1))

@@ -44,10 +44,11 @@ val_dataloader = dict(
     dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_iters=700, val_interval=700)
+# Evaluated by tools/test.py once it is trained.
+train_cfg = dict(max_iters=400, val_interval=401)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=700),
+    dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=400),
 ]
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
 default_hooks = dict(
