@@ -12,7 +12,7 @@ import os
 import cv2
 import numpy as np
 from fastapi import FastAPI, HTTPException, UploadFile
-from run_onnx import Model
+from run_onnx import Model, best_classes
 
 app = FastAPI()
 model = Model(os.environ['MODEL'], os.environ.get('PROVIDER', 'cpu'))
@@ -34,6 +34,10 @@ def predict(image: UploadFile) -> dict:
     if model.about['task'] == 'label map':
         labels, counts = np.unique(found['labels'], return_counts=True)
         return dict(pixels={names[label]: int(n) for label, n in zip(labels, counts)})
+    if model.about['task'] == 'classes':
+        scores = found['scores']
+        best = [dict(label=names[i], score=float(scores[i])) for i in best_classes(scores)]
+        return dict(classes=best)
     objects = []
     for index, (box, score, label) in enumerate(
         zip(found['boxes'].tolist(), found['scores'].tolist(), found['labels'])

@@ -558,7 +558,11 @@ IMAGENET = 'configs/imagenet/cf_t_300e.py'
             ['README.md', 'x.jpg', '--out', 'x'],
             "has default_scope 'mmpretrain', allowed are 'mmdet', 'mmseg'.",
         ),
-        ('export.py', ['--out', 'x.onnx'], "has default_scope 'mmpretrain', allowed are"),
+        (
+            'export.py',
+            ['--out', 'x.onnx', '--resize-inside'],
+            '--resize-inside is for whole detectors and segmentors of any size.',
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arguments, expected):

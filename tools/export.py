@@ -6,10 +6,13 @@
 The file takes RGB images as they are, of any size, and returns
     of a detector:    boxes, scores, labels and, if it has any, masks
     of a segmentor:   labels of each pixel or, with --logits, logits
-What it has to be told and how to read what it returns stands in its metadata; tools/run_onnx.py
-does both. With --what head or backbone it takes normalised images and returns what these return:
+    of a classifier:  scores
+in the size that the model was trained for, or with --resize-inside in their own. What it has to be
+told and how to read what it returns stands in its metadata; tools/run_onnx.py does both. With
+--what head or backbone it takes normalised images and returns what these return:
     of a backbone:                 its features
     of a segmentor:                logits of the image's size, or with --label-map the classes
+    of a classifier:               logits
     of a one-stage detector:       scores and boxes of its head on each level, not decoded
     of a two-stage detector:       the same of its region proposal network, and the neck's features
 With --fixed-shape it is for one image of one size, and smaller and faster.
@@ -41,7 +44,6 @@ from torch import Tensor, nn
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
 from crossformer_mm.compat import missing_torch
 from crossformer_mm.engine.command_line import (
-    DENSE,
     check_file,
     fail,
     load_config,
@@ -58,6 +60,7 @@ from crossformer_mm.export import export_any_size, exportable, metadata, smaller
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402
 from crossformer_mm.export.models import (  # noqa: E402
     UnknownModel,
+    WholeClassifier,
     WholeDetector,
     WholeSegmentor,
     any_size_upsampling,
@@ -69,7 +72,14 @@ from crossformer_mm.export.onnx_file import NEEDED, count_operators, leave_out, 
 CHECKED = ((1, 97, 131), (2, 64, 96), (3, 17, 30), (1, 224, 160), (2, 33, 200))
 TOLERANCE = 1e-4  # of the largest value of an output
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
+WHOLE = (WholeDetector, WholeSegmentor, WholeClassifier)
+# What a file of ONNX holds at most, less what a graph and its tables take.
+MOST_BYTES = 2**31 - 2**27
 Outputs = Dict[str, Tensor]
+
+
+class Differs(ValueError):
+    """A file does not compute what PyTorch does; the message is a sentence."""
 
 
 class Backbone(nn.Module):
@@ -136,6 +146,19 @@ class Detector(nn.Module):
         }
 
 
+class Classifier(nn.Module):
+    """Image (B, 3, H, W) to logits (B, classes)."""
+
+    any_size = {}
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Outputs:
+        return dict(logits=self.model(image, mode='tensor'))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(
         description='Export a backbone or a whole model with batch, height and width left open, '
@@ -158,15 +181,21 @@ def parse_args():
     parser.add_argument(
         '--what',
         choices=['model', 'head', 'backbone'],
-        help='model: from the image as it is to boxes, masks or labels; head: from the normalised '
-        'image to logits, or to the raw outputs of a detection head or of a region proposal '
-        'network and neck; backbone: to features (default: model, of torch-export head)',
+        help='model: from the image as it is to boxes, masks, labels or scores; head: from the '
+        'normalised image to logits, or to the raw outputs of a detection head or of a region '
+        'proposal network and neck; backbone: to features (default: model, of torch-export head)',
     )
     parser.add_argument(
         '--input-type',
         choices=['uint8', 'float32'],
         default='uint8',
         help='type of the image that a whole model takes, values from 0 to 255 (default: uint8)',
+    )
+    parser.add_argument(
+        '--resize-inside',
+        action='store_true',
+        help='of a whole detector or segmentor: take images of any size and resize them in the '
+        "file as the config's test pipeline does; boxes, masks and labels are those of the image",
     )
     parser.add_argument(
         '--fixed-shape',
@@ -221,7 +250,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def check_arguments(args: argparse.Namespace, detection: bool) -> None:
+def check_arguments(args: argparse.Namespace, scope: str) -> None:
     """End the program with a sentence on what cannot work."""
     out, suffix = Path(args.out), SUFFIXES[args.format]
     if out.suffix != suffix:
@@ -250,10 +279,12 @@ def check_arguments(args: argparse.Namespace, detection: bool) -> None:
         args.what = 'model' if args.format == 'onnx' else 'head'
     if args.what == 'model' and args.format != 'onnx':
         fail(f'--format {args.format} has no operators for whole models; give --what head.')
-    if args.label_map and (detection or args.what != 'head'):
+    if args.label_map and (scope != 'mmseg' or args.what != 'head'):
         fail('--label-map is for --what head of segmentors only.')
-    if args.logits and (detection or args.what != 'model'):
+    if args.logits and (scope != 'mmseg' or args.what != 'model'):
         fail('--logits is for whole segmentors only.')
+    if args.resize_inside and (args.what != 'model' or scope == 'mmpretrain' or args.fixed_shape):
+        fail('--resize-inside is for whole detectors and segmentors of any size.')
     if args.input_type != 'uint8' and args.what != 'model':
         fail(f'--input-type is of whole models; --what {args.what} takes normalised images.')
     if args.checkpoint:
@@ -263,11 +294,11 @@ def check_arguments(args: argparse.Namespace, detection: bool) -> None:
 def build(cfg: Config, args: argparse.Namespace) -> Tuple[nn.Module, dict]:
     """The module to export, its weights read, and the checkpoint; ends the program where that
     cannot be."""
-    init_default_scope(cfg.default_scope)
-    detection = cfg.default_scope == 'mmdet'
+    scope = cfg.default_scope
+    init_default_scope(scope)
     try:
         model = MODELS.build(cfg.model.backbone if args.what == 'backbone' else cfg.model)
-    except Exception as error:  # whatever a config's model may object to
+    except (ValueError, FileNotFoundError) as error:
         fail(
             f"the model of config '{args.config}' could not be built: {type(error).__name__}: "
             f'{error}'
@@ -281,22 +312,36 @@ def build(cfg: Config, args: argparse.Namespace) -> Tuple[nn.Module, dict]:
         content = read_checkpoint(args.checkpoint)
         fit_checkpoint(model, content, args.checkpoint)
     model = revert_sync_batchnorm(model).eval().requires_grad_(False)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    if args.format == 'onnx' and size > MOST_BYTES:
+        fail(
+            f"config '{args.config}': the model's weights take {size / 1e9:.1f} GB, and an ONNX "
+            f'file holds at most {MOST_BYTES / 1e9:.1f} GB of them; --format torch-export has no '
+            'such limit.'
+        )
     if args.what == 'backbone':
         return Backbone(model), content
     if args.what == 'model':
+        with sentences_for(ValueError):
+            rule = metadata.rule_for_inside(cfg) if args.resize_inside else None
         try:
-            whole = WholeDetector(model) if detection else WholeSegmentor(model, args.logits)
+            if scope == 'mmdet':
+                return WholeDetector(model, rule), content
+            if scope == 'mmseg':
+                return WholeSegmentor(model, args.logits, rule), content
+            return WholeClassifier(model), content
         except UnknownModel as error:
             fail(f"config '{args.config}': {error}.")
-        return whole, content
-    if not detection and args.label_map and model.out_channels == 1:
+    if args.label_map and model.out_channels == 1:
         fail('--label-map needs a segmentor of two or more output channels, this one has 1.')
-    return Detector(model) if detection else Segmentor(model, args.label_map), content
+    if scope == 'mmseg':
+        return Segmentor(model, args.label_map), content
+    return (Detector if scope == 'mmdet' else Classifier)(model), content
 
 
 def example(module: nn.Module, args, batch: int, height: int, width: int) -> List[Tensor]:
     """Inputs of random values."""
-    if not isinstance(module, (WholeDetector, WholeSegmentor)):
+    if not isinstance(module, WHOLE):
         return [torch.randn(batch, args.channels, height, width)]
     if isinstance(module, WholeDetector):
         batch = 1
@@ -304,9 +349,14 @@ def example(module: nn.Module, args, batch: int, height: int, width: int) -> Lis
     # Larger than pixels: what networks look for has more than one of them.
     coarse = torch.randint(256, (batch, 3, height // 8 + 1, width // 8 + 1)).float()
     image = F.interpolate(coarse, (height, width), mode='bilinear').to(dtype)
-    if isinstance(module, WholeDetector):
-        return [image]
-    return [image, torch.tensor([height // 2 + 1, 2 * width])]
+    if takes_size(module):
+        return [image, torch.tensor([height // 2 + 1, 2 * width])]
+    return [image]
+
+
+def takes_size(module: nn.Module) -> bool:
+    """Whether a module has to be told the size of what it returns."""
+    return isinstance(module, WholeSegmentor) and module.resize.rule is None
 
 
 def input_names(module: nn.Module, args: argparse.Namespace) -> Dict[str, Dict[int, str]]:
@@ -314,7 +364,7 @@ def input_names(module: nn.Module, args: argparse.Namespace) -> Dict[str, Dict[i
     image = {} if args.fixed_shape else {2: 'height', 3: 'width'}
     if image and not isinstance(module, WholeDetector):
         image = {0: 'batch', **image}
-    return dict(image=image, **({'size': {}} if isinstance(module, WholeSegmentor) else {}))
+    return dict(image=image, **({'size': {}} if takes_size(module) else {}))
 
 
 def write_torch(program, described: dict, path: Path) -> Counter:
@@ -356,7 +406,7 @@ def difference(module: nn.Module, given: Sequence[Tensor], results: Outputs) -> 
         {name: out.shape for name, out in outputs.items()} for outputs in (results, expected)
     )
     if shapes != wanted:
-        raise ValueError(f'shapes {shapes} in place of {wanted}')
+        raise Differs(f'it returns shapes {shapes} in place of {wanted}')
     labels = results.get('labels', results.get('label_map'))
     if labels is not None:
         logits = module.logits(*given)
@@ -403,7 +453,7 @@ def of_boxes(results: Outputs, expected: Outputs) -> float:
     near = apart.amin(1) if len(theirs) else torch.ones(len(ours))
     alone = int((near > TOLERANCE).sum()) + max(0, len(theirs) - len(ours))
     if alone > 0.1 * max(len(ours), len(theirs), 20):
-        raise ValueError(
+        raise Differs(
             f'{alone} of {max(len(ours), len(theirs))} boxes are not among those of PyTorch'
         )
     return max([worst, *near[near <= TOLERANCE].tolist()])
@@ -420,22 +470,21 @@ def milliseconds(function: Callable, given: Sequence[Tensor], runs: int = 3) -> 
 
 
 def check(module: nn.Module, exported: Callable, args: argparse.Namespace) -> None:
-    """Compare on the sizes above; a ValueError says where the two differ."""
+    """Compare on the sizes above.
+
+    Raises:
+        Differs: they differ.
+    """
     for size in args.sizes:
         given = example(module, args, *size)
         batch, _, *sides = given[0].shape
-        try:
-            results = exported(*given)
-        except Exception as error:  # of ONNX Runtime, or a guard of torch.export
-            raise ValueError(
-                f'it does not run on a batch of {batch} of {sides[0]} x {sides[1]}: '
-                f'{first_line(error)}'
-            ) from None
+        print(f'   {batch} x {sides[0]} x {sides[1]}: ', end='', flush=True)
+        results = exported(*given)
         differs = difference(module, given, results)
         found = f', {len(results["boxes"])} boxes' if 'boxes' in results else ''
-        print(f'   {batch} x {sides[0]} x {sides[1]}: relative difference {differs:.1e}{found}')
+        print(f'relative difference {differs:.1e}{found}', flush=True)
         if not differs <= TOLERANCE:  # NaN is not
-            raise ValueError(
+            raise Differs(
                 f'it differs from PyTorch by {differs:.1e} on a batch of {batch} of '
                 f'{sides[0]} x {sides[1]}, allowed is {TOLERANCE:.0e}'
             )
@@ -443,36 +492,30 @@ def check(module: nn.Module, exported: Callable, args: argparse.Namespace) -> No
 
 def make_smaller(file: Path, cfg: Config, args: argparse.Namespace) -> None:
     """Store weights in fewer bits, and say what that does to the metric on the test data."""
-    measure = ('AP', smaller.box_ap) if cfg.default_scope == 'mmdet' else ('mIoU', smaller.mean_iou)
     spec = spec_from_file_location('run_onnx', Path(__file__).with_name('run_onnx.py'))
     run_onnx = module_from_spec(spec)
     spec.loader.exec_module(run_onnx)
 
-    def metric() -> float:
+    def metric() -> Tuple[str, float]:
         model = run_onnx.Model(str(file), threads=args.threads)
-        with redirect_stdout(io.StringIO()):  # the tables of pycocotools
-            return measure[1](args.data, model)
+        with redirect_stdout(io.StringIO()):  # the tables of the metrics
+            return smaller.metric_of(cfg.default_scope, args.data, model)
 
-    size, before = file.stat().st_size, metric()
+    size, (name, before) = file.stat().st_size, metric()
     (smaller.to_int8 if args.int8 else smaller.to_float16)(file)
-    after = metric()
+    _, after = metric()
     print(
-        f'   {"int8" if args.int8 else "float16"}: {measure[0]} {before:.4f} before, {after:.4f} '
-        f'after ({after - before:+.4f}), on {min(len(args.data), smaller.MOST_IMAGES)} images of '
+        f'   {"int8" if args.int8 else "float16"}: {name} {before:.3f} before, {after:.3f} '
+        f'after ({after - before:+.3f}), on {min(len(args.data), smaller.MOST_IMAGES)} images of '
         f'the test data; {size / 1e6:.1f} MB before, {file.stat().st_size / 1e6:.1f} MB after'
     )
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ['no reason given']
-    return f'{type(error).__name__}: {lines[0][:300]}'
 
 
 @torch.no_grad()
 def main():
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options, DENSE)
-    check_arguments(args, cfg.default_scope == 'mmdet')
+    cfg = load_config(args.config, args.cfg_options)
+    check_arguments(args, cfg.default_scope)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     warnings.simplefilter('ignore')  # of the exporters, about themselves
@@ -497,7 +540,12 @@ def main():
     wanted = [name for name in names if name != 'candidate_scores']
     if args.what == 'model':
         with sentences_for(ValueError):
-            described = metadata.of_whole_model(cfg, args.config, args.checkpoint, content, wanted)
+            described = metadata.of_whole_model(
+                cfg, args.config, args.checkpoint, content, wanted, args.resize_inside
+            )
+        crop = json.loads(described.get('crop', 'null'))
+        if args.fixed_shape and crop not in (None, args.fixed_shape):
+            fail(f'--fixed-shape must be {crop[0]} {crop[1]}, to which the test pipeline crops.')
         if args.fixed_shape:
             described['fixed_shape'] = json.dumps(args.fixed_shape)
             described['fill'] = json.dumps(module.preprocess.fill)
@@ -546,12 +594,9 @@ def main():
         given = example(module, args, 1, *args.shape)
         theirs, ours = milliseconds(exported, given), milliseconds(module, given)
         part.replace(out)
-    except Exception as error:
-        said = error if type(error) is ValueError else first_line(error)
-        fail(
-            f"'{args.out}' was not written, for the export of config '{args.config}' failed: "
-            f'{said}.'
-        )
+    except Differs as error:
+        print()
+        fail(f"'{args.out}' of config '{args.config}' was not written: {error}.")
     finally:
         part.unlink(missing_ok=True)
 

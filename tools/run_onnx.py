@@ -11,6 +11,8 @@ writes into the folder of --out what tools/predict.py writes:
                    masks need pycocotools
     labels/        of a segmentor: label maps as PNG, with the values that the dataset's own have
 
+and, of a classifier, results.classes.json: of each image the five classes with the best scores.
+
 A file that cannot be read is named at the end, and the exit status is then 1.
 
 To use a model in a program of your own, copy this file beside it:
@@ -26,13 +28,23 @@ import os
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 
+MOST_CLASSES = 5  # that are written of an image
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+# How OpenCV calls what the metadata names.
+INTERPOLATIONS = dict(
+    nearest='INTER_NEAREST',
+    bilinear='INTER_LINEAR',
+    bicubic='INTER_CUBIC',
+    area='INTER_AREA',
+    lanczos='INTER_LANCZOS4',
+)
 PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openvino=None)
 
 
@@ -66,6 +78,8 @@ class Model:
                 f"model: '{file}' does not say how it is run; tools/export.py writes files that "
                 'do, with --what model.'
             ) from None
+        if (self.about['resize'] or {}).get('backend') == 'pillow' and find_spec('PIL') is None:
+            raise ModelError(f"model: '{file}' needs the package pillow, to resize images.")
 
     def __call__(self, image: np.ndarray) -> Dict[str, np.ndarray]:
         """What is in an image.
@@ -76,10 +90,13 @@ class Model:
         Returns:
             dict: of a detector ``boxes`` (n, 4) as left, top, right, bottom, ``scores`` (n,),
             ``labels`` (n,) and, if it has any, ``masks`` (n, height, width), boolean; of a
-            segmentor ``labels`` (height, width) or ``logits`` (classes, height, width).
+            segmentor ``labels`` (height, width) or ``logits`` (classes, height, width); of a
+            classifier ``scores`` (classes,).
         """
         height, width = image.shape[:2]
         resized = self.resize(image)
+        if 'crop' in self.about:
+            resized = middle(resized, *self.about['crop'])
         fixed = self.about.get('fixed_shape')
         padded = self.pad(resized, *fixed) if fixed else resized
         dtype = np.float32 if 'float' in self.inputs['image'] else np.uint8
@@ -88,7 +105,7 @@ class Model:
         if 'size' in self.inputs:
             given['size'] = np.array([height, width], np.int64)
         found = dict(zip(self.outputs, self.run(given)))
-        if self.about['task'] == 'label map':
+        if self.about['task'] in ('label map', 'classes'):
             return {name: values[0] for name, values in found.items()}
         scale = [resized.shape[1] / width, resized.shape[0] / height]
         found['boxes'] = found['boxes'] / np.array(scale * 2, np.float32)
@@ -101,24 +118,40 @@ class Model:
         return found
 
     def resize(self, image: np.ndarray) -> np.ndarray:
-        """An image in the size that the model was trained for."""
+        """An image in the size that the model was trained for, if the file does not see to it."""
         rule = self.about['resize']
         fixed = self.about.get('fixed_shape')
+        if 'crop' in self.about:
+            fixed = None  # it is what is cut out
         if rule is None and not fixed:
             return image
         height, width = image.shape[:2]
-        if fixed and self.about['task'] == 'label map':
+        if fixed and 'boxes' not in self.outputs:
             size = fixed[1], fixed[0]
         elif fixed:
             factor = min(fixed[0] / height, fixed[1] / width)
-            size = max(1, int(width * factor)), max(1, int(height * factor))
+            size = int(width * factor), int(height * factor)
+        elif 'edge' in rule:
+            lie = dict(short=width < height, long=width > height, width=True, height=False)
+            side = rule['size']
+            size = (
+                (side, int(side * height / width))
+                if lie[rule['edge']]
+                else (int(side * width / height), side)
+            )
         elif rule['keep_ratio']:
             sides = sorted((rule['height'], rule['width']))
             factor = min(sides[1] / max(height, width), sides[0] / min(height, width))
             size = int(width * factor + 0.5), int(height * factor + 0.5)
         else:
             size = rule['width'], rule['height']
-        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+        size = max(1, size[0]), max(1, size[1])
+        how = rule['interpolation'] if rule else 'bilinear'
+        if rule and rule.get('backend') == 'pillow':
+            from PIL import Image
+
+            return np.array(Image.fromarray(image).resize(size, Image.Resampling[how.upper()]))
+        return cv2.resize(image, size, interpolation=getattr(cv2, INTERPOLATIONS[how]))
 
     def pad(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
         """An image in the upper left corner of a larger one, of the colour that says nothing."""
@@ -140,12 +173,14 @@ def start_onnxruntime(file: str, provider: str, threads: int):
             f'--provider {provider}: this onnxruntime has no {name}; '
             f'it has {", ".join(onnxruntime.get_available_providers())}.'
         )
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(file, options, providers=[name])
-    except Exception as error:  # of a file that is none, it raises many kinds
+    except (state.Fail, state.InvalidProtobuf, state.InvalidGraph, state.NotImplemented) as error:
         raise ModelError(
             f"model: '{file}' cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
@@ -185,6 +220,12 @@ def start_openvino(file: str, provider: str, threads: int):
         return [np.array(results[index]) for index in range(len(outputs))]
 
     return inputs, outputs, run, texts
+
+
+def middle(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """What lies in the middle of an image; as much as there is."""
+    begin = [max(0, round((side - out) / 2)) for side, out in zip(image.shape, (height, width))]
+    return image[begin[0] : begin[0] + height, begin[1] : begin[1] + width]
 
 
 def paste(
@@ -345,13 +386,23 @@ def in_coco_format(found: dict, image: int, categories: Sequence[int]) -> Dict[s
     return results
 
 
+def best_classes(scores: np.ndarray) -> List[int]:
+    """Some classes of a classifier, best first."""
+    return np.argsort(-scores, kind='stable')[:MOST_CLASSES].tolist()
+
+
 def draw(image: np.ndarray, found: dict, about: dict, threshold: float) -> np.ndarray:
     """What was found, drawn over an image."""
+    drawn = image.copy()
+    if about['task'] == 'classes':
+        for line, label in enumerate(best_classes(found['scores'])):
+            text = f'{name_of(about, label)} {found["scores"][label]:.2f}'
+            write_on(drawn, text, 5, 18 * (line + 1))
+        return drawn
     palette = np.array(about['palette'] or [[255, 0, 0]], np.uint8)[:, ::-1]
     if about['task'] == 'label map':
         colours = palette[found['labels'] % len(palette)]
         return cv2.addWeighted(image, 0.5, colours, 0.5, 0)
-    drawn = image.copy()
     shown = np.flatnonzero(found['scores'] >= threshold)
     for index in shown[::-1]:
         label = int(found['labels'][index])
@@ -361,14 +412,22 @@ def draw(image: np.ndarray, found: dict, about: dict, threshold: float) -> np.nd
             drawn[mask] = (0.5 * drawn[mask] + 0.5 * np.array(colour)).astype(np.uint8)
         left, top, right, bottom = (int(round(float(side))) for side in found['boxes'][index])
         cv2.rectangle(drawn, (left, top), (right, bottom), colour, 2)
-        name = about['classes'][label] if label < len(about['classes']) else str(label)
-        text = f'{name} {found["scores"][index]:.2f}'
-        for ink, thickness in ((0, 3), (255, 1)):
-            cv2.putText(
-                drawn, text, (left, max(top - 4, 10)), cv2.FONT_HERSHEY_SIMPLEX, 0.5,
-                (ink, ink, ink), thickness, cv2.LINE_AA,
-            )  # fmt: skip
+        text = f'{name_of(about, label)} {found["scores"][index]:.2f}'
+        write_on(drawn, text, left, max(top - 4, 10))
     return drawn
+
+
+def name_of(about: dict, label: int) -> str:
+    return about['classes'][label] if label < len(about['classes']) else str(label)
+
+
+def write_on(image: np.ndarray, text: str, left: int, bottom: int) -> None:
+    """Letters, white with a dark edge."""
+    for ink, thickness in ((0, 3), (255, 1)):
+        cv2.putText(
+            image, text, (left, bottom), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (ink, ink, ink), thickness,
+            cv2.LINE_AA,
+        )  # fmt: skip
 
 
 # The command
@@ -440,10 +499,11 @@ def main() -> None:
     except ModelError as error:
         fail(str(error))
     about = model.about
-    detection = about['task'] != 'label map'
+    task = about['task']
+    detection = task in ('boxes', 'instances')
     if args.ann_file and not detection:
-        fail('--ann-file is of detectors; label maps have no ids.')
-    if not detection and 'labels' not in model.outputs:
+        fail('--ann-file is of detectors; results of others have no ids.')
+    if task == 'label map' and 'labels' not in model.outputs:
         fail(f"model: '{args.model}' returns logits; this tool writes labels.")
     if 'masks' in model.outputs:
         try:
@@ -453,12 +513,15 @@ def main() -> None:
     ids = Ids(args.ann_file, about['classes'], 1 if detection else about['first_value'])
     names = names_of(files)
     numbers = ids.of([name for name, _ in names])
-    for written in ('images.json', 'results.bbox.json', 'results.segm.json'):
-        (out / written).unlink(missing_ok=True)  # of an earlier run: from now on not the truth
+    for written in ('images', 'results.bbox', 'results.segm', 'results.classes'):
+        # Of an earlier run: from now on not the truth.
+        (out / f'{written}.json').unlink(missing_ok=True)
 
     entries: List[dict] = []
     skipped: List[dict] = []
     results: Dict[str, List[dict]] = dict(bbox=[]) if detection else {}
+    if task == 'classes':
+        results['classes'] = []
     if 'masks' in model.outputs:
         results['segm'] = []
     seconds = 0.0
@@ -475,6 +538,11 @@ def main() -> None:
         if detection:
             for kind, new in in_coco_format(found, number, ids.categories).items():
                 results[kind] += new
+        elif task == 'classes':
+            results['classes'] += [
+                dict(image_id=number, category_id=label, score=float(found['scores'][label]))
+                for label in best_classes(found['scores'])
+            ]
         else:
             labels = found['labels'] + about['first_value']
             labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)

@@ -112,11 +112,12 @@ def padded_rules(
 class AnySizeStage(CrossFormerStage):
     """Its blocks get a :class:`PaddedAxis` in place of an AxisRule."""
 
-    cut = staticmethod(padded_axis)
+    cut: Callable = staticmethod(padded_axis)
 
-    def rules(self, x: Tensor) -> Tuple[PaddedRules, PaddedRules]:
-        shape = x.shape[1:3]
-        return padded_rules(*shape, self.group_size, self.interval, self.lda, x.device, self.cut)
+    def rules(self, x: Tensor) -> Tuple[PaddedRules, PaddedRules]:  # type: ignore[override]
+        height, width = x.shape[1:3]
+        rule = (self.group_size, self.interval, self.lda)
+        return padded_rules(height, width, *rule, x.device, self.cut)
 
 
 def padded_attention(
@@ -176,7 +177,7 @@ def select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 class AnySizeAttention(GroupAttention):
     """See :func:`padded_attention`."""
 
-    attend = staticmethod(padded_attention)
+    attend = staticmethod(padded_attention)  # type: ignore[assignment]
 
 
 # The same by operators of ours, for ONNX

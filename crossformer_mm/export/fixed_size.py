@@ -73,7 +73,9 @@ class FixedSizeAttention(GroupAttention):
         self.register_buffer('table', self.pos(height, width).contiguous())
         self.pos = nn.Identity()
 
-    def forward(self, x: Tensor, groups: FixedGroups, _: AxisRule) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, groups: FixedGroups, _: AxisRule
+    ) -> Tensor:
         out = operators.fixed_attention(
             self.qkv(x),
             self.table,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 from mmengine.config import Config
@@ -23,6 +23,8 @@ OUTPUTS = dict(
 )
 LABEL_MAP = '(batch, height, width) int64: indices into classes, of the size that was asked for'
 LOGITS = '(batch, classes, height, width) float32, of the size that was asked for'
+CLASS_SCORES = '(batch, classes) float32, from 0 to 1, those of an image sum up to 1'
+TASKS = dict(mmseg='label map', mmpretrain='classes')
 
 
 def of_network(cfg: Config, what: str) -> Dict[str, str]:
@@ -41,7 +43,12 @@ def of_network(cfg: Config, what: str) -> Dict[str, str]:
 
 
 def of_whole_model(
-    cfg: Config, config: str, checkpoint: Optional[str], content: Mapping, outputs: List[str]
+    cfg: Config,
+    config: str,
+    checkpoint: Optional[str],
+    content: Mapping,
+    outputs: List[str],
+    resize_inside: bool = False,
 ) -> Dict[str, str]:
     """Of a file that takes images as they are.
 
@@ -51,24 +58,29 @@ def of_whole_model(
         checkpoint: the file of the weights, if there is one.
         content: what is in it.
         outputs: names of the file's outputs.
+        resize_inside: whether the file resizes images.
 
     Returns:
         dict: JSON texts, all of them, so that one reader serves all.
     """
-    detection = cfg.default_scope == 'mmdet'
+    scope = cfg.default_scope
+    detection = scope == 'mmdet'
     dataset = innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
     built = DATASETS.build({**dataset, 'lazy_init': True}) if dataset else None
+    prepared = preparation(dataset.get('pipeline') or ())
+    before = '' if resize_inside else ', after ' + ' and '.join(prepared)
+    rule = prepared.pop('resize')
+    said = {**OUTPUTS, 'logits': LOGITS}
+    said.update(
+        dict(mmseg=dict(labels=LABEL_MAP), mmpretrain=dict(scores=CLASS_SCORES)).get(scope, {})
+    )
     described = dict(
-        task=('instances' if 'masks' in outputs else 'boxes') if detection else 'label map',
-        input='RGB images as they are, values from 0 to 255, after resize: image '
+        task=TASKS.get(scope, 'instances' if 'masks' in outputs else 'boxes'),
+        input=f'RGB images as they are, values from 0 to 255{before}: image '
         + ('(1, 3, height, width)' if detection else '(batch, 3, height, width)'),
-        resize=resize_rule(dataset.get('pipeline') or ()),
-        outputs={
-            name: {**OUTPUTS, 'logits': LOGITS}[name]
-            if detection or name == 'logits'
-            else LABEL_MAP
-            for name in outputs
-        },
+        resize=None if resize_inside else rule,
+        **prepared,
+        outputs={name: said[name] for name in outputs},
         **names_and_colours(getattr(built, 'metainfo', {}), content),
         model=kind_of(cfg.model),
         config=str(config),
@@ -80,6 +92,8 @@ def of_whole_model(
         ),
         crossformer_mm=__version__,
     )
+    if resize_inside:
+        described['resize_inside'] = rule
     if detection:
         test = cfg.model.test_cfg
         last = test.get('rcnn', test)
@@ -95,27 +109,53 @@ def of_whole_model(
     return {key: json.dumps(value) for key, value in described.items()}
 
 
-def resize_rule(pipeline: List[dict]) -> Optional[dict]:
-    """What to do with an image before it is given to the file; None: nothing.
+def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
+    """What to do with an image before it is given to the file.
+
+    Returns:
+        dict: ``resize``, a rule or None for nothing, and, where there is one, ``crop``, height and
+        width of what is cut out of the middle.
 
     Raises:
         ValueError: a test pipeline that does something else; the message is a sentence.
     """
-    rule = None
+    found: Dict[str, Any] = dict(resize=None)
     for step in pipeline:
         kind = kind_of(step)
-        if kind == 'Resize' and rule is None and step.get('scale'):
-            width, height = step['scale'] if not np.isscalar(step['scale']) else [step['scale']] * 2
-            rule = dict(
-                width=width,
-                height=height,
-                keep_ratio=bool(step.get('keep_ratio', False)),
-                interpolation=step.get('interpolation', 'bilinear'),
-            )
+        if kind in ('Resize', 'ResizeEdge') and found == dict(resize=None) and step.get('scale'):
+            scale = step['scale']
+            if kind == 'ResizeEdge':
+                rule = dict(edge=step.get('edge', 'short'), size=scale)
+            else:
+                width, height = [scale] * 2 if np.isscalar(scale) else scale
+                rule = dict(width=width, height=height)
+                rule['keep_ratio'] = bool(step.get('keep_ratio', False))
+            rule['interpolation'] = step.get('interpolation', 'bilinear')
+            found['resize'] = dict(rule, backend=step.get('backend') or 'cv2')
+        elif kind == 'CenterCrop' and 'crop' not in found and not step.get('auto_pad'):
+            size = step['crop_size']
+            found['crop'] = [size] * 2 if np.isscalar(size) else list(size)[::-1]
         elif not kind.startswith(('Load', 'Pack')):
             raise ValueError(
-                f'the test pipeline may load, resize once to a scale and pack, found {kind}'
+                'the test pipeline may load, resize once to a scale, crop the middle and pack, '
+                f'found {kind}'
             )
-    if rule and rule['interpolation'] != 'bilinear':
-        raise ValueError(f"the test pipeline must resize bilinearly, not '{rule['interpolation']}'")
+    return found
+
+
+def rule_for_inside(cfg: Config) -> dict:
+    """How a file resizes images itself.
+
+    Raises:
+        ValueError: it cannot; the message is a sentence.
+    """
+    dataset = innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
+    prepared = preparation(dataset.get('pipeline') or ())
+    rule = prepared['resize']
+    known = rule and 'edge' not in rule and rule['backend'] == 'cv2'
+    if not known or rule['interpolation'] != 'bilinear' or 'crop' in prepared:
+        raise ValueError(
+            "--resize-inside takes a test pipeline with a bilinear Resize by 'cv2' and no crop, "
+            f'found {prepared}'
+        )
     return rule

@@ -152,7 +152,8 @@ class DenseHead(nn.Module):
         outs = self.head(features)
         factors = outs[2] if len(outs) > 2 else [None] * len(outs[0])
         levels = [
-            self.of_level(level, *maps, limit) for level, maps in enumerate(zip(*outs[:2], factors))
+            self.of_level(level, classes, boxes, factor, limit)
+            for level, (classes, boxes, factor) in enumerate(zip(*outs[:2], factors))
         ]
         return Boxes(*map(torch.cat, zip(*levels)))
 
@@ -267,7 +268,7 @@ class RoiHead(nn.Module):
                 f'bbox_head {type(bbox_head).__name__} must have classes by softmax and boxes by '
                 'DeltaXYWHBBoxCoder',
             )
-        self.mask_heads = None
+        self.mask_heads = nn.ModuleList()
         if head.with_mask:
             self.mask_heads = as_list(head.mask_head)
             self.mask_extractors = nn.ModuleList(
@@ -281,7 +282,7 @@ class RoiHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], rois: Tensor, there: Tensor, limit: Tensor):
         """Proposals (n, 4) and which of them are no filling, to the Boxes of all classes."""
-        total = 0.0
+        total: Tensor = 0.0
         for stage, (head, extractor) in enumerate(zip(self.bbox_heads, self.extractors)):
             logits, deltas = head(extractor(features, rois))
             total = total + logits
@@ -308,7 +309,7 @@ class RoiHead(nn.Module):
         # One more, for not all runtimes convolve nothing.
         rois = torch.cat([boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]), boxes])
         labels = torch.cat([labels.new_zeros(1), labels])
-        total = 0.0
+        total: Tensor = 0.0
         for head, extractor in zip(self.mask_heads, self.mask_extractors):
             masks = head(extractor(features, rois))
             if head.class_agnostic:
@@ -324,19 +325,41 @@ def as_list(module: nn.Module) -> nn.ModuleList:
     return module if isinstance(module, nn.ModuleList) else nn.ModuleList([module])
 
 
+class Resize(nn.Module):
+    """What the test pipeline's Resize does to images, to the bit; float32 in any case.
+
+    Args:
+        rule (dict, optional): of :func:`.metadata.resize_rule`; None: nothing is resized.
+    """
+
+    def __init__(self, rule: Optional[dict]):
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.rule is None:
+            return image
+        return operators.resize_image(image, *map(self.rule.get, ('height', 'width', 'keep_ratio')))
+
+
 class WholeDetector(nn.Module):
     """An RGB image (1, 3, H, W) to boxes (n, 4) in its pixels, scores, labels and, if the model has
     any, masks (n, height, width) to be stretched over the boxes.
 
     Beside these ``candidate_scores``: those of the dense head before any threshold, by which two
     computations can be compared where there is no box.
+
+    Args:
+        model (nn.Module): of MMDetection.
+        resize (dict, optional): as of :class:`.Resize`.
     """
 
     any_size: dict = {}
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, resize: Optional[dict] = None):
         super().__init__()
         self.model = model
+        self.resize = Resize(resize)
         self.preprocess = Preprocessor(model, model.data_preprocessor.pad_size_divisor or 1)
         self.roi_head = None
         if getattr(model, 'with_rpn', False):
@@ -350,6 +373,8 @@ class WholeDetector(nn.Module):
             self.cfg = model.test_cfg
 
     def forward(self, image: Tensor) -> Outputs:
+        given = corners(*image.shape[2:])
+        image = self.resize(image)
         limit = corners(*image.shape[2:])
         features = self.model.extract_feat(self.preprocess(image))
         found = self.dense(features, limit)
@@ -364,29 +389,43 @@ class WholeDetector(nn.Module):
         kept = kept[(kept >= 0).nonzero()[:, 0]]
         boxes, scores, labels = (values[kept] for values in found[:3])
         outputs = dict(boxes=boxes, scores=scores, labels=labels)
-        if self.roi_head is not None and self.roi_head.mask_heads is not None:
+        if self.roi_head is not None and len(self.roi_head.mask_heads):
             outputs['masks'] = self.roi_head.masks(features, boxes, labels)
+        if self.resize.rule is not None:
+            outputs['boxes'] = boxes / (limit / given)
         outputs['candidate_scores'] = candidates
         return outputs
 
 
 class WholeSegmentor(nn.Module):
     """RGB images (B, 3, H, W) and a size (2,), height and width, to labels (B, height, width) or
-    logits (B, classes, height, width) of that size, which is the images' before resizing."""
+    logits (B, classes, height, width) of that size, which is the images' before resizing.
 
-    def __init__(self, model: nn.Module, logits: bool):
+    Args:
+        model (nn.Module): of MMSegmentation.
+        logits: return these in place of labels.
+        resize (dict, optional): as of :class:`.Resize`; with one there is no size to be given, for
+            it is the images' own.
+    """
+
+    def __init__(self, model: nn.Module, logits: bool, resize: Optional[dict] = None):
         super().__init__()
         self.model, self.as_logits = model, logits
         mode = model.test_cfg.get('mode', 'whole')
         need(mode == 'whole', f"test_cfg.mode must be 'whole', found '{mode}'")
         divisor = (getattr(model.data_preprocessor, 'test_cfg', None) or {}).get('size_divisor')
+        self.resize = Resize(resize)
         self.preprocess = Preprocessor(model, divisor or 1)
 
     @property
     def any_size(self) -> dict:
         return any_size_upsampling(self)
 
-    def logits(self, image: Tensor, size: Tensor) -> Tensor:
+    def logits(self, image: Tensor, size: Optional[Tensor] = None) -> Tensor:
+        if size is None:
+            sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in image.shape[2:]]
+            size = torch.stack(sides)
+        image = self.resize(image)
         sides = image.shape[2:]
         image = self.preprocess(image)
         align = self.model.align_corners
@@ -395,7 +434,7 @@ class WholeSegmentor(nn.Module):
         )
         return operators.resize(logits[:, :, : sides[0], : sides[1]], size, align)
 
-    def forward(self, image: Tensor, size: Tensor) -> Outputs:
+    def forward(self, image: Tensor, size: Optional[Tensor] = None) -> Outputs:
         logits = self.logits(image, size)
         if self.as_logits:
             return dict(logits=logits)
@@ -403,6 +442,30 @@ class WholeSegmentor(nn.Module):
             labels = logits[:, 0].sigmoid() > self.model.decode_head.threshold
             return dict(labels=labels.long())
         return dict(labels=logits.argmax(1))
+
+
+class WholeClassifier(nn.Module):
+    """RGB images (B, 3, H, W) to the scores of classes (B, classes), which sum up to 1.
+
+    Args:
+        model (nn.Module): of MMPretrain.
+    """
+
+    any_size: dict = {}
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        head = type(getattr(model, 'head', None)).__name__
+        need(
+            type(model).__name__ == 'ImageClassifier' and head == 'LinearClsHead',
+            f'a classifier must be an ImageClassifier with a LinearClsHead, found '
+            f'{type(model).__name__} with {head}',
+        )
+        self.model = model
+        self.preprocess = Preprocessor(model, model.data_preprocessor.pad_size_divisor)
+
+    def forward(self, image: Tensor) -> Outputs:
+        return dict(scores=self.model(self.preprocess(image), mode='tensor').softmax(1))
 
 
 def any_size_upsampling(model: nn.Module) -> dict:

@@ -131,7 +131,8 @@ def schema_of(name: str, attributes: Mapping[str, object]):
         str: OpSchema.AttrType.STRING,
     }
     option = OpSchema.FormalParameterOption.Variadic
-    types = [f'tensor({kind})' for kind in ('float', 'float16', 'int64', 'int32', 'bool')]
+    known = ('float', 'float16', 'int64', 'int32', 'uint8', 'bool')
+    types = [f'tensor({kind})' for kind in known]
     return OpSchema(
         name,
         operators.DOMAIN,
@@ -164,7 +165,7 @@ def count_operators(proto) -> Counter:
     """How often each operator occurs, those in loops once."""
     import onnx
 
-    found = Counter()
+    found: Counter = Counter()
 
     def count(graph):
         for node in graph.node:

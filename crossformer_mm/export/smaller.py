@@ -1,10 +1,12 @@
 """Smaller files, and what they cost: the metric of both on the data of a config."""
 
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import numpy as np
+import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS
 
 from ..engine.command_line import innermost
@@ -53,7 +55,7 @@ def to_float16(file: Path) -> None:
     onnx.save(proto, file)
 
 
-def test_data(cfg: Config) -> Tuple[Optional[object], str]:
+def test_data(cfg: Config) -> Tuple[Optional[Any], str]:
     """The test data of a config, and, if there are none, why."""
     if not cfg.get('test_dataloader'):
         return None, 'the config has no test_dataloader'
@@ -65,59 +67,83 @@ def test_data(cfg: Config) -> Tuple[Optional[object], str]:
     return data, ''
 
 
-def box_ap(data, predict: Callable) -> float:
-    """COCO's AP of boxes, or of masks if there are any, on the first images.
+def metric_of(scope: str, data, predict: Callable) -> Tuple[str, float]:
+    """The metric of a library of OpenMMLab, by that library, on the first images.
 
     Args:
-        data: a CocoDataset of MMDetection.
+        scope: default_scope of the config.
+        data: its test data.
         predict: takes an image as OpenCV reads it, returns what tools/run_onnx.py's Model does.
+
+    Returns:
+        tuple: its name and its value, from 0 to 1; AP is of masks if there are any.
     """
     import cv2
-    from pycocotools import mask as coco
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
 
-    found: List[dict] = []
-    ids = []
-    for index in range(min(len(data), MOST_IMAGES)):
-        info = data.get_data_info(index)
-        ids.append(info['img_id'])
-        results = predict(cv2.imread(info['img_path']))
-        for place, (box, score, label) in enumerate(
-            zip(results['boxes'].tolist(), results['scores'].tolist(), results['labels'])
-        ):
-            one = dict(image_id=info['img_id'], category_id=data.cat_ids[label], score=score)
-            one['bbox'] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-            if 'masks' in results:
-                mask = np.asfortranarray(results['masks'][place], np.uint8)
-                one['segmentation'] = coco.encode(mask)
-            found.append(one)
-    if not found:
-        return 0.0
-    kind = 'segm' if 'segmentation' in found[0] else 'bbox'
-    known = COCO(data.ann_file)
-    evaluation = COCOeval(known, known.loadRes(found), kind)
-    evaluation.params.imgIds = ids
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return float(evaluation.stats[0])
+    images = [data.get_data_info(index) for index in range(min(len(data), MOST_IMAGES))]
+    metric, sample_of = METRICS_OF[scope](data, images)
+    for info in images:
+        found = predict(cv2.imread(info['img_path']))
+        metric.process({}, [sample_of(info, found)])
+    values = metric.evaluate(len(images))
+    for name, key, factor in (
+        ('AP', 'coco/segm_mAP', 1.0),
+        ('AP', 'coco/bbox_mAP', 1.0),
+        ('mIoU', 'mIoU', 0.01),
+        ('top-1 accuracy', 'accuracy/top1', 0.01),
+    ):
+        if key in values:
+            return name, factor * float(values[key])
+    return 'AP', 0.0  # what CocoMetric says nothing of, for nothing was found
 
 
-def mean_iou(data, predict: Callable) -> float:
-    """Mean over the classes that occur of intersection over union, on the first images; arguments
-    as of :func:`box_ap`, data of MMSegmentation."""
-    import cv2
+def of_boxes(data, images) -> Tuple[BaseMetric, Callable]:
+    from mmdet.evaluation import CocoMetric
 
-    classes = len(data.metainfo['classes'])
-    counts = np.zeros((classes, classes), np.int64)
-    for index in range(min(len(data), MOST_IMAGES)):
-        info = data.get_data_info(index)
-        labels = predict(cv2.imread(info['img_path']))['labels']
-        truth = cv2.imread(info['seg_map_path'], cv2.IMREAD_UNCHANGED).astype(np.int64)
-        truth = truth - 1 if data.reduce_zero_label else truth
-        known = (truth >= 0) & (truth < classes)
-        pairs = truth[known] * classes + labels[known]
-        counts += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
-    return float((counts.diagonal() / np.maximum(union, 1))[counts.sum(1) > 0].mean())
+    metric = CocoMetric(ann_file=data.ann_file, metric=['bbox'])
+    metric.dataset_meta = data.metainfo
+    metric.img_ids = [info['img_id'] for info in images]
+
+    def sample_of(info: dict, found: dict) -> dict:
+        instances = {
+            name: torch.from_numpy(np.ascontiguousarray(found[key]))
+            for name, key in (('bboxes', 'boxes'), ('scores', 'scores'), ('labels', 'labels'))
+        }
+        if 'masks' in found:
+            instances['masks'] = torch.from_numpy(found['masks'])
+            metric.metrics = ['segm']
+        shape = (info['height'], info['width'])
+        return dict(img_id=info['img_id'], ori_shape=shape, pred_instances=instances)
+
+    return metric, sample_of
+
+
+def of_label_maps(data, images) -> Tuple[BaseMetric, Callable]:
+    from mmseg.datasets.transforms import LoadAnnotations
+    from mmseg.evaluation import IoUMetric
+
+    metric = IoUMetric()
+    metric.dataset_meta = data.metainfo
+    load = LoadAnnotations(reduce_zero_label=data.reduce_zero_label)
+
+    def sample_of(info: dict, found: dict) -> dict:
+        truth = load(dict(info))['gt_seg_map'].astype(np.int64)
+        return dict(
+            pred_sem_seg=dict(data=torch.from_numpy(found['labels'])),
+            gt_sem_seg=dict(data=torch.from_numpy(truth)),
+        )
+
+    return metric, sample_of
+
+
+def of_classes(data, images) -> Tuple[BaseMetric, Callable]:
+    from mmpretrain.evaluation import Accuracy
+
+    def sample_of(info: dict, found: dict) -> dict:
+        truth = torch.tensor([info['gt_label']])
+        return dict(pred_score=torch.from_numpy(found['scores']), gt_label=truth)
+
+    return Accuracy(topk=1), sample_of
+
+
+METRICS_OF = dict(mmdet=of_boxes, mmseg=of_label_maps, mmpretrain=of_classes)
