@@ -36,6 +36,10 @@ TORCH21_CORE := tests/test_golden.py tests/test_checkpoint.py tests/test_compat.
 # are compiled for the GPU by another compiler, so that -O1 costs little.
 MMCV_FLAGS := CFLAGS="-g0 -O1 $(CFLAGS)"
 
+# MMEngine 0.10.7 looks for the files of a package beside its metadata, which an editable install has
+# elsewhere than the code: metadata in the checkout, which tests put first on the path.
+metadata_here = $(1) setup.py --quiet egg_info
+
 # One that cannot be imported would take MMDetection with it.
 define torchvision
 $(1) -m pip install --no-deps -r requirements/torchvision.txt
@@ -61,6 +65,7 @@ $(OPENMMLAB)/ready: $(SOURCES) requirements/openmmlab.txt
 	$(OPENMMLAB)/bin/python -m pip install -r requirements/build.txt
 	$(MMCV_FLAGS) $(OPENMMLAB)/bin/python -m pip install --no-build-isolation -r requirements/openmmlab.txt
 	$(OPENMMLAB)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(call metadata_here,$(OPENMMLAB)/bin/python)
 	$(call torchvision,$(OPENMMLAB)/bin/python)
 	touch $@
 
@@ -71,6 +76,7 @@ $(TORCH21)/ready: requirements/torch21-build.txt requirements/torch21.txt $(SOUR
 	$(TORCH21)/bin/python -m pip install -r requirements/torch21-build.txt
 	$(MMCV_FLAGS) $(TORCH21)/bin/python -m pip install --no-build-isolation -r requirements/torch21.txt -c requirements/torch21-build.txt
 	$(TORCH21)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(call metadata_here,$(TORCH21)/bin/python)
 	touch $@
 
 demo: $(READY)
@@ -101,13 +107,13 @@ soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py --out benchmarks/soak.md
 
 test-openmmlab: $(OPENMMLAB)/ready
-	$(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
+	PYTHONPATH=$(CURDIR) $(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 test-openmmlab-core:
 	$(MAKE) test-openmmlab TESTS="$(CORE)"
 
 test-torch21: $(TORCH21)/ready
-	$(TORCH21)/bin/python -m pytest $(PARALLEL) $(TESTS)
+	PYTHONPATH=$(CURDIR) $(TORCH21)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"

@@ -97,7 +97,7 @@ def remove(folder: Path) -> None:
 
 def link(path: Path, target: Path) -> bool:
     try:
-        path.symlink_to(os.path.relpath(target, path.parent), target.is_dir())
+        os.symlink(os.path.relpath(target, path.parent), path, target.is_dir())
         return True
     except OSError:  # Windows: only for developers
         return False

@@ -74,10 +74,10 @@ def growth(used: list) -> float:
 
 def newest(folder: Path) -> int:
     """Number of the newest whole checkpoint, 0 for none."""
-    from crossformer_mm.engine.whole_files import newest_checkpoint
+    from crossformer_mm.engine.whole_files import TEMPLATES, numbered, whole_content
 
-    path = newest_checkpoint(str(folder))
-    return int(re.search(r'\d+', Path(path).name)[0]) if path else 0
+    found = (one for template in TEMPLATES for one in numbered(str(folder), template))
+    return next((number for number, path in found if whole_content(path) is not None), 0)
 
 
 def parts_of(folder: Path) -> set:

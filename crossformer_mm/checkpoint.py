@@ -68,16 +68,20 @@ ZOO_SCHEMES = (
 )
 
 
-def use_safe_loading() -> None:
+def use_safe_loading(known: Optional[Dict[str, dict]] = None) -> None:
     """Let mmengine read every checkpoint, for resuming and testing too, as pure data.
 
     Its own loader falls back to running what a file says when the safe way
     refuses it.
+
+    Args:
+        known (dict, optional): what has been read already, by paths; given away once.
     """
+    known = known or {}
 
     # The log names a loader by what follows `load_from_`.
     def load_from_plain_data(path, map_location=None):
-        return read_checkpoint(path, map_location)
+        return known.pop(path, None) or read_checkpoint(path, map_location)
 
     def load_from_zoo(path, map_location=None):
         raise CheckpointError(

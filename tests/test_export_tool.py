@@ -9,13 +9,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
-from torch._logging._internal import trace_log
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.compat import missing_torch
 
 if missing_torch('2.6'):
     pytest.skip('torch.export.Dim.DYNAMIC came with PyTorch 2.6', allow_module_level=True)
+from torch._logging._internal import trace_log  # noqa: E402
+
 from crossformer_mm.export import AnySizePool, export_any_size, exportable  # noqa: E402
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 

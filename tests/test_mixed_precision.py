@@ -11,7 +11,7 @@ from torch import nn
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine.mixed_precision import BFloat16OptimWrapper
 
-from .tool_process import ToolProcess
+from .test_predict import run_here
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 
@@ -22,10 +22,9 @@ def data(tmp_path_factory) -> Path:
 
 def train(folder: Path, config: Path, *options) -> list:
     """Train; the losses of each iteration."""
-    process = ToolProcess(
-        folder.with_suffix('.log'), 'tools/train.py', config, '--work-dir', folder, *options
-    )
-    assert process.wait() == 0, process.output[-3000:]
+    alone = [f'train_dataloader.{name}' for name in ('num_workers=0', 'persistent_workers=False')]
+    options = ['--work-dir', folder, *options, '--cfg-options', *alone]
+    assert run_here(folder.parent, 'train.py', config, *options) == 0
     (log,) = folder.glob('*/vis_data/scalars.json')
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     return [

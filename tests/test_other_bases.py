@@ -284,8 +284,19 @@ def auxiliary(cfg: Config) -> None:
     cfg.model.auxiliary_head.in_channels = WIDTHS[2]
 
 
-def narrow(cfg: Config) -> None:
-    cfg.model.bbox_head.embed_dims = 32
+def as_wide_as_it_is(cfg: Config) -> None:
+    """The decoder of MMDetection 3.3 encodes positions in 4 x 128 numbers, whatever its width."""
+
+    def widen(part) -> None:
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if key in ('embed_dims', 'num_feats'):
+                part[key] = dict(embed_dims=256, num_feats=128)[key]
+            elif isinstance(value, (dict, list)):
+                widen(value)
+
+    widen(cfg.model)
+    cfg.model.bbox_head.embed_dims = cfg.model.neck.out_channels = 256
+    cfg.model.backbone.arch.embed_dims = WIDTHS[0]
 
 
 def mosaic(cfg: Config) -> None:
@@ -328,7 +339,9 @@ BASES = {
     'large scale jittering, mosaic': Base(
         'mmdet', 'retinanet/retinanet_r50_fpn_8xb8-amp-lsj-200e_coco.py', 'coco/bbox_mAP', mosaic
     ),
-    'DINO': Base('mmdet', 'dino/dino-4scale_r50_8xb2-12e_coco.py', 'coco/bbox_mAP', narrow),
+    'DINO': Base(
+        'mmdet', 'dino/dino-4scale_r50_8xb2-12e_coco.py', 'coco/bbox_mAP', as_wide_as_it_is
+    ),
     'Mask2Former, instances': Base(
         'mmdet', 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', 'coco/segm_mAP'
     ),

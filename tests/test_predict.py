@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools import mask as rle
@@ -18,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
+from .tool_process import leave_libraries_uncollected
 from .trainings import make_data
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
@@ -29,11 +31,13 @@ UNDRAWN = ('--score-thr', 1)
 
 def run_here(folder: Path, tool: str, *arguments) -> int:
     """Run a tool in a folder, in this process for speed; its exit status."""
+    leave_libraries_uncollected()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        for kind in (Visualizer, *Visualizer.__subclasses__()):
-            kind._instance_dict.clear()  # a new process would have none
+        # A new process would have none; they are named by the second in which a run begins.
+        for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+            kind._instance_dict.clear()
         try:
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
         except SystemExit as stopped:

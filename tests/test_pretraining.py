@@ -20,6 +20,7 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
 from crossformer_mm.engine.data_checks import check_files
 
+from .older_torch import needs_torch
 from .oracle import plain_features
 from .test_golden import Golden
 from .test_predict import run_here
@@ -558,10 +559,11 @@ IMAGENET = 'configs/imagenet/cf_t_300e.py'
             ['README.md', 'x.jpg', '--out', 'x'],
             "has default_scope 'mmpretrain', allowed are 'mmdet', 'mmseg'.",
         ),
-        (
+        pytest.param(
             'export.py',
             ['--out', 'x.onnx', '--resize-inside'],
             '--resize-inside is for whole detectors and segmentors of any size.',
+            marks=needs_torch('2.6', 'torch.export.Dim.DYNAMIC'),
         ),
     ],
 )

@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import command_line
 from crossformer_mm.engine.runner import CarefulRunner
 
+from .test_predict import run_here
 from .test_tools import metrics
-from .tool_process import ROOT, ToolProcess
+from .tool_process import PROCESSES, ROOT, ToolProcess
 from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 # No norm that sees the batch of one process alone, nothing random but the images: and one large
@@ -117,35 +119,37 @@ def two(log: Path, tool: str, *arguments) -> None:
         assert process.wait() == 0, process.output[-3000:]
 
 
+@pytest.fixture(scope='module')
+def alone(data, tmp_path_factory):
+    """Weights to start from, and a work folder in which one process trained with the batch."""
+    folder = tmp_path_factory.mktemp('alone')
+    config = comparable(folder / 'alone.py', data, batch=4)
+    start = started(config, folder / 'start.pth')
+    options = ['--work-dir', folder, '--cfg-options', f'load_from={start}']
+    assert run_here(folder, 'train.py', config, *options) == 0
+    return start, folder
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='compares processes without a GPU')
 @pytest.mark.parametrize(
     'with_cp, more',
     [(False, ''), (True, 'model_wrapper_cfg = dict(static_graph=True)')],
     ids=['plain', 'static graph, recomputed'],
 )
-def test_two_processes_have_the_gradients_of_the_doubled_batch(data, tmp_path, with_cp, more):
-    alone = comparable(tmp_path / 'alone.py', data, batch=4)
+def test_two_processes_have_the_gradients_of_the_doubled_batch(
+    data, alone, tmp_path, with_cp, more
+):
+    start, whole = alone
     shared = comparable(tmp_path / 'shared.py', data, batch=2, with_cp=with_cp, more=more)
-    start = started(alone, tmp_path / 'start.pth')
-    options = ['--cfg-options', f'load_from={start}']
-
-    process = ToolProcess(
-        tmp_path / 'log.txt', 'tools/train.py', alone, '--work-dir', tmp_path / 'alone', *options
-    )
-    assert process.wait() == 0, process.output[-3000:]
-    if with_cp:
-        job = script('dist_train.sh', shared, 2, '--work-dir', tmp_path / 'shared', *options)
-        output, _ = job.communicate(timeout=300)
-        assert job.returncode == 0, output[-3000:]
-    else:
-        two(tmp_path / 'log', 'tools/train.py', shared, '--work-dir', tmp_path / 'shared', *options)
+    folder = tmp_path / 'shared'
+    options = ['--work-dir', folder, '--cfg-options', f'load_from={start}']
+    two(tmp_path / 'log', 'tools/train.py', shared, *options)
 
     # DistributedDataParallel refuses the second step if the first left a parameter out.
     before = read_checkpoint(str(start))['state_dict']
     for iteration in ('iter_1.pth', 'iter_2.pth'):
         one, other = (
-            read_checkpoint(str(tmp_path / name / iteration))['state_dict']
-            for name in ('alone', 'shared')
+            read_checkpoint(str(place / iteration))['state_dict'] for place in (whole, folder)
         )
         far_above_rounding = 0
         for name, weight in one.items():
@@ -196,6 +200,10 @@ def test_two_processes_measure_what_one_does(data, tmp_path, kind):
         if name == 'one':
             process = ToolProcess(folder / 'log', 'tools/test.py', *arguments)
             assert process.wait() == 0, process.output[-3000:]
+        elif kind is DETECTOR:
+            job = script('dist_test.sh', arguments[0], arguments[1], 2, *arguments[2:])
+            output, _ = job.communicate(timeout=300)
+            assert job.returncode == 0, output[-3000:]
         else:
             two(folder / 'log', 'tools/test.py', *arguments)
         results[name] = {key: value for key, value in metrics(folder).items() if 'time' not in key}
@@ -273,6 +281,39 @@ def test_a_process_that_fails_says_so_last_and_nobody_waits_for_it(data, tmp_pat
     statuses = [process.wait() for process in processes]
     assert statuses[1] == 1 and statuses[0] != 0
     assert processes[1].output.strip().splitlines()[-1] == 'LookupError: a mistake of mine'
+
+
+def work_and_leave(rank: int, port: str, log: str) -> None:
+    """A tool in one process of two; the second has more to do."""
+
+    def note(what: str) -> None:
+        with open(log, 'a') as file:
+            file.write(f'{rank} {what}\n')
+
+    def main():
+        torch.distributed.init_process_group(
+            'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
+        )
+        time.sleep(rank)
+        note('is done')
+
+    command_line.run(main)
+    note('leaves')
+
+
+def test_nobody_leaves_a_job_before_all_are_done(tmp_path):
+    """Or a process that still talks to one that has left is aborted, its work done."""
+    port, log = free_port(), tmp_path / 'log'
+    processes = [
+        PROCESSES.Process(target=work_and_leave, args=(rank, port, str(log))) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    said = log.read_text().splitlines()
+    assert said[:2] == ['0 is done', '1 is done'] and sorted(said[2:]) == ['0 leaves', '1 leaves']
 
 
 def test_a_job_that_is_done_leaves_its_process_group():

@@ -2,15 +2,22 @@
 
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine import runner
+from crossformer_mm.engine.whole_files import whole_content
 
+from .test_predict import run_here
+from .test_tools import sentence
 from .tool_process import ToolProcess
-from .trainings import DETECTOR, SEGMENTOR, make_data, write_config
+from .trainings import DETECTOR, ONE_STAGE, SEGMENTOR, make_data, write_config
+
+NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 
 
 @pytest.fixture(scope='module')
@@ -105,34 +112,73 @@ def test_a_killed_training_ends_with_the_same_weights(uninterrupted, tmp_path):
     assert_same_training(tmp_path / last, reference / last)
 
 
-def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(data, tmp_path):
-    config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
-    first, second, *_ = SEGMENTOR.checkpoints
-    (tmp_path / f'{second}.part').symlink_to('/dev/full')
-    process = train(tmp_path, config)
-    assert process.wait() == 2
-    said = process.output.strip().splitlines()[-1]
-    assert said == (
-        f"error: '{tmp_path / second}' could not be written: No space left on device; "
-        f"once it can, go on from '{tmp_path / first}' with --resume."
-    )
-    assert 'Traceback' not in process.output
-    assert read_checkpoint(str(tmp_path / first))['meta']['iter'] == 3
-    assert not (tmp_path / second).exists()
+@pytest.mark.parametrize('full', ONE_STAGE.checkpoints)
+def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(
+    capsys, monkeypatch, data, tmp_path, full
+):
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **NO_VALIDATION)
+    (tmp_path / f'{full}.part').symlink_to('/dev/full')
+    said = sentence(capsys, monkeypatch, 'train.py', config, '--work-dir', tmp_path)
+    first, second = (tmp_path / name for name in ONE_STAGE.checkpoints)
+    if full == second.name:
+        assert read_checkpoint(str(first))['meta']['epoch'] == 1
+        advice = f"once it can, go on from '{first}' with --resume."
+    else:
+        assert not first.exists()
+        advice = 'there is no checkpoint yet.'
+    assert said == f"'{tmp_path / full}' could not be written: No space left on device; {advice}"
+    assert not second.exists()
+
+
+def read_so_far() -> int:
+    """Bytes that this process has asked files for, be they on the disk or in the page cache."""
+    return int(Path('/proc/self/io').read_text().split()[1])
+
+
+@pytest.mark.parametrize('main', [True, False], ids=['first process', 'another'])
+def test_each_process_reads_a_checkpoint_once(data, tmp_path, monkeypatch, main):
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **NO_VALIDATION)
+    last = tmp_path / ONE_STAGE.checkpoints[-1]
+    assert run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path) == 0
+    if not main:  # which is told by the first what to load
+        monkeypatch.setattr(runner, 'is_main_process', lambda: False)
+        monkeypatch.setattr(
+            runner, 'broadcast_object_list', lambda found: found.__setitem__(0, str(last))
+        )
+    read = []
+    size = 2**26  # larger than all else
+    for padding in (0, size):
+        torch.save({**read_checkpoint(str(last)), 'padding': torch.ones(padding // 4)}, last)
+        before = read_so_far()
+        assert run_here(tmp_path, 'train.py', config, '--work-dir', tmp_path, '--resume') == 0
+        read.append(read_so_far() - before)
+    assert (read[1] - read[0]) / size == pytest.approx(1, abs=0.1)
+
+
+def test_a_checkpoint_is_whole_or_nothing(tmp_path):
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(dict(weights=torch.arange(1000.0), more=torch.ones(7, 9), epoch=1), file)
+    content, whole = whole_content(str(file)), file.read_bytes()
+    assert content['epoch'] == 1 and torch.equal(content['weights'], torch.arange(1000.0))
+    assert torch.equal(content['more'], torch.ones(7, 9))
+    with zipfile.ZipFile(file) as parts:
+        beginnings = [part.header_offset for part in parts.infolist() if part.file_size > 100]
+    assert len(beginnings) >= 3  # what is pickled, and the two tensors
+    for beginning in beginnings:
+        # Somewhere among its data, which begin on a multiple of 64.
+        place = (beginning // 64 + 3) * 64
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert whole_content(str(file)) is None, place
+    file.write_bytes(whole[:-100])
+    assert whole_content(str(file)) is None
+    file.write_bytes(b'')
+    assert whole_content(str(file)) is None
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])
-def test_a_folder_that_cannot_be_written_is_refused(data, tmp_path, tool):
-    config = write_config(SEGMENTOR, tmp_path / 'config.py', data)
-    folder = Path('/proc/none')  # where not even root may write
-    process = ToolProcess(
-        tmp_path / 'log.txt',
-        f'tools/{tool}',
-        config,
-        *([config] if tool == 'test.py' else []),
-        '--work-dir',
-        folder,
-    )
-    assert process.wait() == 2
-    assert process.output.strip().startswith(f"error: --work-dir: '{folder}' cannot be written: ")
-    assert len(process.output.strip().splitlines()) == 1
+def test_a_folder_that_cannot_be_written_is_refused(capsys, monkeypatch, data, tmp_path, tool):
+    config = write_config(ONE_STAGE, tmp_path / 'config.py', data)
+    folder = '/proc/none'  # where not even root may write
+    arguments = [config, *([config] if tool == 'test.py' else []), '--work-dir', folder]
+    said = sentence(capsys, monkeypatch, tool, *arguments)
+    assert said.startswith(f"--work-dir: '{folder}' cannot be written: ")

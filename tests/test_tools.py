@@ -14,8 +14,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -166,49 +164,6 @@ class TestDetector:
         assert 'Epoch(train) [2][1/4]' in output and 'Epoch(train) [1]' not in output
         assert (detector / 'epoch_2.pth').is_file()
 
-    def test_mirrored_evaluation_of_a_retinanet(self, shapes, tmp_path):
-        config = tmp_path / 'small.py'
-        config.write_text(f'''
-_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
-model = dict(
-    backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 1, 1),
-                            num_heads=(1, 1, 2, 2))),
-    neck=dict(in_channels=[32, 64, 128], out_channels=16),
-    bbox_head=dict(in_channels=16, feat_channels=16, num_classes=4))
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
-    metainfo=dict(classes=('disk', 'square', 'triangle', 'star'))))
-''')
-        cfg = Config.fromfile(config)
-        init_default_scope('mmdet')
-        torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / 'small.pth')
-        run(
-            'tools/test.py',
-            config,
-            tmp_path / 'small.pth',
-            '--tta',
-            '--work-dir',
-            tmp_path,
-            '--data-root',
-            shapes / 'coco',
-            '--cfg-options',
-            'tta_pipeline.1.transforms.0.0.scale=(128,128)',
-        )
-        assert 'coco/bbox_mAP' in metrics(tmp_path)
-
-    def test_two_processes_evaluate_together(self, detector, shapes, tmp_path):
-        """What the two measure, and that two train together, is in test_ranks.py."""
-        output = run(
-            'tools/dist_test.sh',
-            DETECTOR,
-            max(detector.glob('epoch_*.pth')),
-            2,
-            '--work-dir',
-            tmp_path,
-            '--data-root',
-            shapes / 'coco',
-        )
-        assert 'coco/bbox_mAP' in output
-
 
 class TestSegmentor:
     def test_the_same_validation_images_are_in_tensorboard_each_time(self, segmentor):
@@ -242,23 +197,6 @@ class TestSegmentor:
         kept = sorted(maps.glob('*.png'))
         assert len(kept) == 4 and cv2.imread(str(kept[0]), cv2.IMREAD_UNCHANGED).shape == (96, 96)
         assert len(list(pictures.rglob('*.png'))) == 4
-
-    def test_multi_scale_and_mirrored_evaluation(self, segmentor, shapes, tmp_path):
-        plain = run(
-            'tools/test.py',
-            SEGMENTOR,
-            segmentor / 'iter_4.pth',
-            '--data-root',
-            shapes / 'ade',
-            '--work-dir',
-            tmp_path,
-            '--tta',
-            '--cfg-options',
-            # the published sizes are for ADE20K: a fortieth of the work
-            'tta_pipeline.1.transforms.0.0.scale=(64,64)',
-            *(f'tta_pipeline.1.transforms.0.{i}.scale=(96,96)' for i in range(1, 6)),
-        )
-        assert 'mIoU' in plain
 
     def test_resume_goes_on_after_the_newest_iteration(self, segmentor, shapes):
         output = run(

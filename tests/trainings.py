@@ -27,7 +27,13 @@ DETECTOR = Training(
     'detector',
     f'''
 _base_ = {str(ROOT / 'configs/demo/mask_rcnn_shapes.py')!r}
-model = dict(backbone={BACKBONE}, neck=dict(in_channels=[16, 32, 64, 128]))
+model = dict(
+    backbone={BACKBONE}, neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, conv_out_channels=16, fc_out_channels=32),
+        mask_head=dict(in_channels=16, conv_out_channels=16)))
 train_dataloader = dict(batch_size=4, dataset=dict(data_root=DATA + '/coco'))
 val_dataloader = dict(dataset=dict(data_root=DATA + '/coco'))
 test_dataloader = val_dataloader
@@ -46,8 +52,8 @@ SEGMENTOR = Training(
     'segmentor',
     f'''
 _base_ = {str(ROOT / 'configs/demo/upernet_shapes.py')!r}
-model = dict(backbone={BACKBONE}, decode_head=dict(in_channels=[16, 32, 64, 128]),
-             auxiliary_head=dict(in_channels=64))
+model = dict(backbone={BACKBONE}, decode_head=dict(in_channels=[16, 32, 64, 128], channels=16),
+             auxiliary_head=dict(in_channels=64, channels=16))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),

@@ -15,7 +15,7 @@ A file that cannot be read is named at the end, and the exit status is then 1.
 """
 
 import argparse
-import copy
+import functools
 import glob
 import json
 import os
@@ -24,17 +24,17 @@ import warnings
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import Compose
 from mmengine.device import get_device
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
@@ -47,6 +47,7 @@ from crossformer_mm.engine.command_line import (
     fail,
     innermost,
     kind_of,
+    let_draw,
     load_config,
     run,
     sentences_for,
@@ -206,19 +207,37 @@ def label_path(out: Path, stem: str) -> Path:
 # The model and what it is fed
 
 
-def build_model(cfg: Config, checkpoint: str, device: torch.device) -> Tuple[nn.Module, dict]:
-    """A model with the weights of a checkpoint, all of which fit, and the checkpoint.
+def build_inferencer(cfg: Config, args: argparse.Namespace, device: torch.device):
+    """MMDetection's or MMSegmentation's inferencer, with weights all of which fit, and the data
+    set. (Its own loop keeps all results to the end, stops at a bad file and knows no videos.)
 
     Raises:
         CheckpointError: the file cannot be used; the message is a sentence.
     """
-    content = read_checkpoint(checkpoint)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    if cfg.default_scope == 'mmdet':
+        from mmdet.apis import DetInferencer as Inferencer
+    else:
+        from mmseg.apis import MMSegInferencer as Inferencer
+    cfg.test_dataloader.dataset = innermost(cfg.test_dataloader.dataset)
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    pipeline[:] = [step for step in pipeline if 'Annotation' not in kind_of(step)]
+    pipeline[0].type = kind_of(pipeline[0])  # in a pure Python config it is a class
+    if pipeline[0].type != 'LoadImageFromFile':
+        fail(
+            f"config '{args.config}': its test pipeline must begin with LoadImageFromFile, found "
+            f"'{pipeline[0].type}'."
+        )
+    let_draw(cfg).vis_backends = None  # pictures are written here
+    inferencer = Inferencer(cfg, device=str(device), scope=cfg.default_scope)
+    content = read_checkpoint(args.checkpoint)
     try:
-        fit_checkpoint(model, content, checkpoint)
+        fit_checkpoint(inferencer.model, content, args.checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f'{error} Give the config that it was trained with.') from None
-    return model.to(device).eval(), content
+    dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True})
+    meta = names_and_colours(dataset.metainfo, content)
+    inferencer.model.dataset_meta = inferencer.visualizer.dataset_meta = meta
+    return inferencer, dataset
 
 
 def check_names(model: nn.Module, classes: Sequence[str], config: str) -> None:
@@ -250,25 +269,11 @@ def use_bfloat16(model: nn.Module, device: torch.device, detection: bool):
 
 
 class Pipeline:
-    """The config's test pipeline for images that come from files or videos, without annotations."""
+    """An inferencer's pipeline in two: only what loading says of an image may be its own fault."""
 
-    def __init__(self, cfg: Config, config: str):
-        steps = copy.deepcopy(innermost(cfg.test_dataloader.dataset).pipeline)
-        steps = [step for step in steps if 'Annotation' not in kind_of(step)]
-        if kind_of(steps[0]) != 'LoadImageFromFile':
-            fail(
-                f"config '{config}': its test pipeline must begin with LoadImageFromFile, found "
-                f"'{kind_of(steps[0])}'."
-            )
-        steps[0].type = f'{cfg.default_scope}.InferencerLoader'  # takes arrays as well as files
-        self.loader = TRANSFORMS.build(steps[0])
-        self.steps = Compose(steps[1:])
-
-    def load(self, image) -> dict:
-        """An image, by its path or as an array."""
-        return self.loader(
-            dict(img_path=str(image)) if isinstance(image, Path) else dict(img=image)
-        )
+    def __init__(self, pipeline: Compose):
+        self.load, *steps = pipeline.transforms
+        self.steps = Compose(steps)
 
     def prepare(self, source: Source, entry: dict, loaded: dict) -> Image:
         """What the model takes; an error names the image and goes on its way."""
@@ -338,7 +343,7 @@ def images_of(
             try:
                 if is_cut_short(source.path.read_bytes()):
                     raise EOFError
-                loaded = pipeline.load(source.path)
+                loaded = pipeline.load(str(source.path))
             except OSError as error:
                 skip(source, f'it could not be opened: {error.strerror or error}')
                 progress.update()
@@ -393,26 +398,19 @@ class Pictures:
     """Draws predictions and writes them, images as JPEG and videos as MP4.
 
     Used as a context: on leaving it, whole videos get their name and others are removed.
+
+    Args:
+        draw: an inferencer's ``visualize``, with its options.
+        out: folder.
     """
 
-    def __init__(self, cfg: Config, meta: dict, out: Path, score_thr: float):
-        detection = cfg.default_scope == 'mmdet'
-        type_ = 'DetLocalVisualizer' if detection else 'SegLocalVisualizer'
-        visualizer = copy.deepcopy(cfg.get('visualizer') or dict(type=type_))
-        visualizer.update(name='predict', vis_backends=None)
-        self.visualizer = VISUALIZERS.build(visualizer)
-        self.visualizer.dataset_meta = meta
-        self.visualizer.alpha = 0.8 if detection else 0.5
-        self.options = dict(pred_score_thr=score_thr) if detection else {}
-        self.out = out
+    def __init__(self, draw: Callable, out: Path):
+        self.draw, self.out = draw, out
         self.video: Optional[Tuple[Source, Path, cv2.VideoWriter]] = None
 
     def add(self, image: Image, sample) -> None:
-        rgb = np.ascontiguousarray(image.pixels[..., ::-1])
-        self.visualizer.add_datasample(
-            image.entry['file_name'], rgb, sample, draw_gt=False, **self.options
-        )
-        drawn = np.ascontiguousarray(self.visualizer.get_image()[..., ::-1])
+        (rgb,) = self.draw([np.ascontiguousarray(image.pixels[..., ::-1])], [sample])
+        drawn = np.ascontiguousarray(rgb[..., ::-1])
         path = picture_path(self.out, image.source)
         if image.source.video is None:
             write_whole(path, cv2.imencode('.jpg', drawn)[1].tobytes())
@@ -451,40 +449,31 @@ class Pictures:
 
 
 class Objects:
-    """Results of a detector, in COCO's format."""
+    """Results of a detector, in COCO's format.
 
-    def __init__(self, categories: Sequence[int]):
-        self.categories = categories
+    Args:
+        categories: the id of each class.
+        as_dict: an inferencer's ``pred2dict``.
+    """
+
+    def __init__(self, categories: Sequence[int], as_dict: Callable):
+        self.categories, self.as_dict = categories, as_dict
         self.results: Dict[str, List[dict]] = dict(bbox=[])
 
     def add(self, image: Image, sample) -> None:
-        from mmdet.structures.mask import encode_mask_results
-
-        found = sample.pred_instances.numpy()
-        labels = [self.categories[label] for label in found.labels]
-        for label, score, (left, top, right, bottom) in zip(
-            labels, found.scores.tolist(), found.bboxes.tolist()
-        ):
-            self.results['bbox'].append(
-                dict(
-                    image_id=image.entry['id'],
-                    category_id=label,
-                    score=score,
-                    bbox=[left, top, right - left, bottom - top],
-                )
-            )
-        if 'masks' not in found:
-            return
-        scores = found.get('mask_scores', found.scores).tolist()
-        kept = self.results.setdefault('segm', [])
-        for label, score, mask in zip(labels, scores, encode_mask_results(found.masks)):
-            kept.append(
-                dict(
-                    image_id=image.entry['id'],
-                    category_id=label,
-                    score=score,
-                    segmentation=dict(size=mask['size'], counts=mask['counts'].decode()),
-                )
+        found = self.as_dict(type(sample)(pred_instances=sample.pred_instances))
+        labels = [self.categories[label] for label in found['labels']]
+        boxes = [
+            [left, top, right - left, bottom - top] for left, top, right, bottom in found['bboxes']
+        ]
+        parts = dict(bbox=('bbox', found['scores'], boxes))
+        if 'masks' in found:
+            scores = sample.pred_instances.get('mask_scores', np.array(found['scores'])).tolist()
+            parts['segm'] = 'segmentation', scores, found['masks']
+        for kind, (key, scores, values) in parts.items():
+            self.results.setdefault(kind, []).extend(
+                {'image_id': image.entry['id'], 'category_id': label, 'score': score, key: value}
+                for label, score, value in zip(labels, scores, values)
             )
 
     def write(self, out: Path) -> None:
@@ -547,25 +536,27 @@ def main():
     detection = cfg.default_scope == 'mmdet'
     out = Path(args.out)
     sources = sources_of(find_files(args.images, out), out)
-    # What the libraries remark on losses, palettes and pipelines is of no use here.
+    # What the libraries remark on losses, palettes and registries is of no use here.
     warnings.filterwarnings('ignore', category=UserWarning, module=r'mm(det|seg|engine|cv)\b')
+    MMLogger.get_current_instance().addFilter(lambda record: 'registry' not in record.getMessage())
 
-    init_default_scope(cfg.default_scope)
     with sentences_for(ValueError, FileNotFoundError):
-        dataset = DATASETS.build({**innermost(cfg.test_dataloader.dataset), 'lazy_init': True})
-        pipeline = Pipeline(cfg, args.config)
-        model, content = build_model(cfg, args.checkpoint, device)
-    meta = names_and_colours(dataset.metainfo, content)
-    check_names(model, meta['classes'], args.config)
-    ids = Ids(args.ann_file, meta['classes'])
+        inferencer, dataset = build_inferencer(cfg, args, device)
+    model, pipeline = inferencer.model, Pipeline(inferencer.pipeline)
+    classes = model.dataset_meta['classes']
+    check_names(model, classes, args.config)
+    ids = Ids(args.ann_file, classes)
     ids.check(sources)
     context = use_bfloat16(model, device, detection) if args.bf16 else nullcontext()
     if detection:
-        results = Objects(ids.categories)
+        results = Objects(ids.categories, inferencer.pred2dict)
+        options = dict(pred_score_thr=0.3 if args.score_thr is None else args.score_thr)
     else:
         first = int(bool(getattr(dataset, 'reduce_zero_label', False)))
-        ids.categories = list(range(first, first + len(meta['classes'])))
+        ids.categories = list(range(first, first + len(classes)))
         results = LabelMaps(out, first)
+        options = dict(opacity=0.5)
+    draw = functools.partial(inferencer.visualize, return_vis=True, **options)
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -576,13 +567,14 @@ def main():
     skipped: List[dict] = []
     entries: List[dict] = []
     progress = ProgressBar(sum(source.frames for source in sources))
-    thr = 0.3 if args.score_thr is None else args.score_thr
-    with Pictures(cfg, meta, out, thr) as pictures, torch.no_grad():
+    with Pictures(draw, out) as pictures:
         images = images_of(sources, pipeline, ids, progress, skipped)
         for batch in batches(images, args.batch_size):
             try:
                 with context:
-                    samples = model.test_step(pseudo_collate([image.inputs for image in batch]))
+                    samples = inferencer.forward(
+                        inferencer.collate_fn([image.inputs for image in batch])
+                    )
             except torch.OutOfMemoryError:
                 fail(
                     f'--batch-size: {len(batch)} images like '
@@ -596,7 +588,7 @@ def main():
                 progress.update()
     print()
     results.write(out)
-    categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, meta['classes'])]
+    categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, classes)]
     write_whole(
         out / 'images.json',
         json.dumps(dict(images=entries, categories=categories, skipped=skipped), indent=1).encode(),

@@ -153,7 +153,7 @@ def main():
     except OSError as error:
         if error.errno not in FULL:
             raise
-        newest = newest_checkpoint(runner)
+        newest, _ = newest_checkpoint(runner)
         fail(
             f"'{error.filename or cfg.work_dir}' could not be written: {error.strerror}; "
             + (

@@ -15,7 +15,7 @@ from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, use_safe_loading
 from .data_checks import CheckDataHook, categories_checked, explained_data
 from .errors import ConfigError, UserError, said
 from .randomness import COUNTED, SeedHook
@@ -106,7 +106,10 @@ class Careful(Mixin):
         found: list = [None]
         if is_main_process():
             try:
-                found = [newest_checkpoint(self)]
+                path, content = newest_checkpoint(self)
+                found = [path]
+                if path and content:
+                    use_safe_loading({path: content})  # not to read it again
             except UserError as error:
                 found = [error]
         broadcast_object_list(found)

@@ -1,11 +1,14 @@
 """Checkpoints that are whole or not there, whenever a training is killed."""
 
 import errno
+import io
 import logging
 import os
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
@@ -16,7 +19,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
-from ..checkpoint import CheckpointError, read_checkpoint
+from ..checkpoint import CheckpointError, read_checkpoint, read_plain
 from .errors import UserError
 from .weight_checks import epoch_of
 
@@ -150,18 +153,22 @@ def numbered(folder: str, template: str, backend: Optional[dict] = None):
     return sorted(found, reverse=True)
 
 
-def newest_checkpoint(runner) -> Optional[str]:
+def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
     """The newest whole checkpoint of a training, by the numbers in names: times do not outlive
     every copy. Warns of each newer one that cannot be gone on from.
 
     ``last_checkpoint`` is not asked: it may itself be half-written, or be older than
     what it should name.
 
+    Returns:
+        tuple: its path, or None, and what is in it, or nothing if processes have a part each.
+
     Raises:
         UserError: there are whole checkpoints, but all of them are amid an epoch.
     """
     epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
-    best, amid = None, None
+    best: Tuple[int, Optional[str], dict] = (-1, None, {})
+    amid = None
     for place in places(runner):
         for number, path in numbered(*place):
             content = whole_content(path)
@@ -185,16 +192,16 @@ def newest_checkpoint(runner) -> Optional[str]:
                 continue
             else:
                 done = content['meta']['iter']
-            if best is None or done > best[0]:
-                best = done, path
+            if done > best[0]:
+                best = done, path, content
             break
-    if best is None and amid:
+    if best[1] is None and amid:
         raise UserError(
             f"'{Path(amid).parent}' has no checkpoint from the end of an epoch, and "
             'where these were written, amid one, a loop of epochs cannot go on: let '
             'default_hooks.checkpoint save by epochs.'
         )
-    return best and best[1]
+    return best[1:]
 
 
 def whole_content(path: str) -> Optional[dict]:
@@ -206,9 +213,11 @@ def whole_content(path: str) -> Optional[dict]:
         if '://' not in path and Path(path).is_dir():
             files = [file for file in Path(path).rglob('*.p*t*') if file.is_file()]
             return {} if files and all(map(has_its_bytes, files)) else None
-        with get_local_path(path) as local:
-            return read_checkpoint(local) if has_its_bytes(local) else None
-    except (CheckpointError, OSError):
+        with get_local_path(path) as local, CheckedFile(local) as file:
+            content = read_plain(file, 'cpu')
+            file.check_rest()
+            return content
+    except (CheckpointError, OSError, zipfile.BadZipFile):
         return None
 
 
@@ -218,3 +227,46 @@ def has_its_bytes(file) -> bool:
             return parts.testzip() is None
     except zipfile.BadZipFile:
         return False
+
+
+class CheckedFile(io.FileIO):
+    """A file of ``torch.save``, whose parts are held to their checksums while they are read.
+
+    PyTorch does not look at them; to read a file for that alone takes as long as loading it.
+
+    Raises:
+        zipfile.BadZipFile: it is none, or damaged.
+    """
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.parts = {}  # those that are not checked yet: where they begin, and what they are
+        with zipfile.ZipFile(self) as archive:
+            for part in archive.infolist():
+                self.seek(part.header_offset + 26)
+                name, extra = struct.unpack('<HH', self.read(4))  # their lengths, before the data
+                self.parts[part.header_offset + 30 + name + extra] = part
+        self.seek(0)
+        self.begin, self.next, self.sum = -1, -1, 0  # of the part that is being read
+
+    def readinto(self, buffer) -> int:
+        at = self.tell()
+        count = super().readinto(buffer)
+        if at in self.parts:
+            self.begin, self.next, self.sum = at, at, 0
+        part = self.parts.get(self.begin)
+        if part is not None and at == self.next:
+            left = self.begin + part.file_size - at
+            self.sum = zlib.crc32(memoryview(buffer)[: min(count, left)], self.sum)
+            self.next += count
+            if count >= left:
+                if self.sum != part.CRC:
+                    raise zipfile.BadZipFile(part.filename)
+                del self.parts[self.begin]
+        return count
+
+    def check_rest(self) -> None:
+        """Check what loading has left out."""
+        with zipfile.ZipFile(self) as archive:
+            for part in self.parts.values():
+                archive.read(part)

@@ -53,7 +53,9 @@ def main(out: Path = HERE / 'groups_over_image.png') -> None:
             long_distance(side, side, GROUP_SIZE, INTERVAL, 'block'),
         ),
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.55), layout='constrained')
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.55))
+    # Not by the size of the letters, which is another in each version of Matplotlib.
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.07, top=0.92, wspace=0.02)
     for axis, (title, below, rules) in zip(axes, panels):
         members = members_of(rules, side).repeat(STRIDE, 0).repeat(STRIDE, 1)[..., None]
         faded = 0.45 * image + 0.55 * 255
