@@ -165,8 +165,8 @@ import triton.testing  # noqa: E402
 from oracle import plain_features  # noqa: E402
 
 from crossformer_mm import CrossFormer  # noqa: E402
-from crossformer_mm.grouping import AxisRule, fit_rule, group_map, long_distance, short_distance  # noqa: E402
 from crossformer_mm.compat import missing_torch  # noqa: E402
+from crossformer_mm.grouping import AxisRule, fit_rule, group_map, long_distance, short_distance  # noqa: E402
 
 if missing_torch('2.4'):
     sys.exit(f"error: benchmarks/gpu.py: {missing_torch('2.4')}.")
