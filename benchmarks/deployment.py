@@ -5,7 +5,7 @@
 Every way runs in a process of its own, three times, after it has loaded; the ways take turns, so
 that whatever else the machine does falls on all alike. CPU time is that of all threads of the
 median run. Leaves results.json, table.md and deployment.png in --out; --redraw makes the last two
-again.
+again, --only measures some ways anew beside those that are there.
 """
 
 import argparse
@@ -112,9 +112,10 @@ def work(case: dict) -> None:
         print(json.dumps(dict(seconds=seconds, cpu=cpu, peak=peak)), flush=True)
 
 
-def measure(size: tuple, threads: int, repeats: int, folder: Path) -> list:
+def measure(size: tuple, threads: int, repeats: int, folder: Path, names: list) -> list:
     results = []
-    for name, (model, kind, runtime) in WAYS.items():
+    for name in names:
+        model, kind, runtime = WAYS[name]
         if find_spec(runtime) is None:
             print(f'   {name}: left out, {runtime} is not installed', flush=True)
             continue
@@ -165,11 +166,14 @@ def table_of(record: dict) -> str:
             'fixed size, OpenVINO': 'Swin-T fixed size, OpenVINO',
         }.get(name)
         lines.append(
-            f'| {name} | {cpu[name]:.2f} s | {statistics.median(result["seconds"]):.2f} s | '
+            f'| {name}{" *" * result.get("anew", False)} | {cpu[name]:.2f} s | '
+            + f'{statistics.median(result["seconds"]):.2f} s | '
             + (f'{cpu[name] / cpu[beside]:.2f}' if beside in cpu else '–')
             + f' | {result["peak"] / 2**30:.2f} GiB | '
             + (f'{size / 1e6:.0f} MB |' if size else '– |')
         )
+    if any(result.get('anew') for result in record['results']):
+        lines += ['', '\\* measured in a later run, by `--only`']
     return '\n'.join(lines) + '\n'
 
 
@@ -205,6 +209,13 @@ def main() -> None:
     parser.add_argument('--files', help='folder of the exported files (default: that of --out)')
     parser.add_argument('--out', default='work_dirs/deployment', help='folder for what is left')
     parser.add_argument(
+        '--only',
+        nargs='+',
+        choices=list(WAYS),
+        metavar='WAY',
+        help='measure these rows of the table anew, and keep the others of results.json',
+    )
+    parser.add_argument(
         '--redraw', action='store_true', help='only make table and picture again from results.json'
     )
     parser.add_argument('--worker', help=argparse.SUPPRESS)
@@ -216,9 +227,9 @@ def main() -> None:
         parser.error('--threads and --repeats must be 1 or more.')
     folder = Path(args.out)
     file = folder / 'results.json'
+    if (args.redraw or args.only) and not file.is_file():
+        sys.exit(f"error: --{'redraw' if args.redraw else 'only'}: '{file}' does not exist.")
     if args.redraw:
-        if not file.is_file():
-            sys.exit(f"error: --redraw: '{file}' does not exist.")
         record = json.loads(file.read_text())
     else:
         import torch
@@ -227,14 +238,21 @@ def main() -> None:
         files = Path(args.files or folder)
         files.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(args.threads)
-        record = dict(
+        fresh = dict(
             command='python benchmarks/deployment.py --size {}x{}'.format(*args.size),
             machine=f'{processor()}, {args.threads} threads, PyTorch {torch.__version__}, '
             f'Python {platform.python_version()}',
             rates={name: round(rate, 1) for name, rate in product_rates().items()},
         )
+        names = args.only or list(WAYS)
         with torch.no_grad():
-            record['results'] = measure(args.size, args.threads, args.repeats, files)
+            results = measure(args.size, args.threads, args.repeats, files, names)
+        if args.only:
+            record = json.loads(file.read_text())
+            new = {result['name']: dict(result, anew=True) for result in results}
+            record['results'] = [new.get(one['name'], one) for one in record['results']]
+        else:
+            record = dict(fresh, results=results)
         file.write_text(json.dumps(record, indent=1) + '\n')
     (folder / 'table.md').write_text(table_of(record))
     draw(record, folder / 'deployment.png')

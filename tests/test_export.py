@@ -17,6 +17,16 @@ COMPILED = needs_torch('2.4', 'torch.library.register_fake, of which a graph tak
 TINY = dict(embed_dims=16, depths=(2,), num_heads=(2,))
 
 
+# Short and long distance, before and after a merging.
+TWO_STAGES = dict(
+    arch=dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2)),
+    merge_sizes=((2, 4),),
+    group_size=(3, 3),
+    interval=(4, 3),
+    out_indices=(0, 1),
+)
+
+
 def tiny(arch=TINY, **options) -> CrossFormer:
     """One short and one long distance block on ragged groups: each path once."""
     backbone = CrossFormer(
@@ -61,10 +71,7 @@ def assert_near(results, references, rounding=0.0):
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_one_graph_serves_images_of_many_sizes(small, lda):
     """Ragged in both stages; only maps of few positions, in one of them, are another case."""
-    arch = dict(embed_dims=32, depths=(1, 2), num_heads=(1, 2))
-    backbone = small(
-        arch, lda=lda, merge_sizes=((2, 4),), group_size=(3, 3), interval=(4, 3), out_indices=(0, 1)
-    )
+    backbone = small(lda=lda, **TWO_STAGES)
     graphs = []
 
     def backend(graph, inputs):
@@ -143,7 +150,7 @@ def test_compiled_code_gives_the_same_gradients():
 @needs_torch('2.6', 'the torch.export that the backbone is exported by')
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_exported_program_gives_the_same_features(small, lda):
-    backbone, image = small(lda=lda), torch.randn(1, 3, 101, 83)
+    backbone, image = small(lda=lda, **TWO_STAGES), torch.randn(1, 3, 101, 83)
     program = torch.export.export(backbone, (image,)).module()
     for given in (image, torch.randn_like(image)):
         assert_near(program(given), backbone(given))
@@ -151,7 +158,7 @@ def test_exported_program_gives_the_same_features(small, lda):
 
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_traced_module_gives_the_same_features(small, lda, tmp_path):
-    backbone, image = small(lda=lda), torch.randn(1, 3, 101, 83)
+    backbone, image = small(lda=lda, **TWO_STAGES), torch.randn(1, 3, 101, 83)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that sizes become constants, which is meant
         traced = torch.jit.trace(backbone, image)

@@ -25,4 +25,6 @@ def names_and_colours(dataset_meta: Mapping, checkpoint: Mapping) -> dict:
     classes, palette = list(found.get('classes') or ()), found.get('palette')
     if not isinstance(palette, (list, tuple)) or len(palette) < len(classes):
         palette = np.random.default_rng(0).integers(256, size=(len(classes), 3))
-    return dict(classes=classes, palette=[tuple(map(int, colour)) for colour in palette])
+    # As many as there are classes: MMSegmentation draws with no others.
+    colours = [tuple(map(int, colour)) for colour in palette[: len(classes)]]
+    return dict(classes=classes, palette=colours)

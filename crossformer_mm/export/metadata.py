@@ -13,24 +13,29 @@ from ..engine.class_names import names_and_colours
 from ..engine.command_line import innermost, kind_of
 from ..version import __version__
 
+# Of each output of a whole model, by the library it is of; {} is its size.
 OUTPUTS = dict(
-    boxes='(n, 4) float32: left, top, right, bottom in pixels of the image that was given, best '
-    'first',
-    scores='(n,) float32, from 0 to 1',
-    labels='(n,) int64: indices into classes',
-    masks='(n, height, width) float32, from 0 to 1: to be stretched over each box and cut at '
-    'mask_threshold',
+    mmdet=dict(
+        boxes='(n, 4) float32: left, top, right, bottom in pixels of the image that was given, '
+        'best first',
+        scores='(n,) float32, from 0 to 1',
+        labels='(n,) int64: indices into classes',
+        masks='(n, height, width) float32, from 0 to 1: to be stretched over each box and cut at '
+        'mask_threshold',
+    ),
+    mmseg=dict(
+        labels='(batch, height, width) int64: indices into classes, of the size {}',
+        logits='(batch, classes, height, width) float32, of the size {}',
+    ),
+    mmpretrain=dict(scores='(batch, classes) float32, from 0 to 1, those of an image sum up to 1'),
 )
-LABEL_MAP = '(batch, height, width) int64: indices into classes, of the size that was asked for'
-LOGITS = '(batch, classes, height, width) float32, of the size that was asked for'
-CLASS_SCORES = '(batch, classes) float32, from 0 to 1, those of an image sum up to 1'
 TASKS = dict(mmseg='label map', mmpretrain='classes')
 
 
 def of_network(cfg: Config, what: str) -> Dict[str, str]:
     """Of a file that takes normalised images."""
     known = cfg.model.get('data_preprocessor') or {}
-    order = 'RGB' if known.get('bgr_to_rgb') else 'BGR'
+    order = 'RGB' if known.get('bgr_to_rgb') or known.get('to_rgb') else 'BGR'
     return dict(
         what=what,
         input=f'{order} images (batch, 3, height, width), normalised: '
@@ -70,17 +75,14 @@ def of_whole_model(
     prepared = preparation(dataset.get('pipeline') or ())
     before = '' if resize_inside else ', after ' + ' and '.join(prepared)
     rule = prepared.pop('resize')
-    said = {**OUTPUTS, 'logits': LOGITS}
-    said.update(
-        dict(mmseg=dict(labels=LABEL_MAP), mmpretrain=dict(scores=CLASS_SCORES)).get(scope, {})
-    )
+    size = 'of the image' if resize_inside else 'that was asked for'
     described = dict(
         task=TASKS.get(scope, 'instances' if 'masks' in outputs else 'boxes'),
         input=f'RGB images as they are, values from 0 to 255{before}: image '
         + ('(1, 3, height, width)' if detection else '(batch, 3, height, width)'),
         resize=None if resize_inside else rule,
         **prepared,
-        outputs={name: said[name] for name in outputs},
+        outputs={name: OUTPUTS[scope][name].format(size) for name in outputs},
         **names_and_colours(getattr(built, 'metainfo', {}), content),
         model=kind_of(cfg.model),
         config=str(config),

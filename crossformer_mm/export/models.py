@@ -329,7 +329,7 @@ class Resize(nn.Module):
     """What the test pipeline's Resize does to images, to the bit; float32 in any case.
 
     Args:
-        rule (dict, optional): of :func:`.metadata.resize_rule`; None: nothing is resized.
+        rule (dict, optional): of :func:`.metadata.rule_for_inside`; None: nothing is resized.
     """
 
     def __init__(self, rule: Optional[dict]):

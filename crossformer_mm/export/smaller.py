@@ -20,7 +20,12 @@ def to_int8(file: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    said = onnx.load(file).metadata_props  # which the quantiser leaves out
+    proto = onnx.load(file)
+    said = proto.metadata_props  # which the quantiser leaves out
+    del proto.graph.value_info[
+        :
+    ]  # it turns weights, and does not expect that their shapes are here
+    onnx.save(proto, file)
     quantize_dynamic(
         file,
         file,
