@@ -10,7 +10,7 @@ as in the published tables, each box head gets 1000 proposals and each mask head
 100. A segmentor's auxiliary head has parameters, but only training runs it.
 """
 
-from typing import Iterator, Sequence, Tuple
+from typing import Dict, Iterator, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import GroupAttention
+from .block import CrossFormerBlock
+from .grouping import AxisRule
 
 # Of the published tables, by default_scope: height, width.
 SHAPES = {'mmdet': (800, 1280), 'mmseg': (1024, 1024), 'mmpretrain': (224, 224)}
@@ -114,6 +116,8 @@ def build_empty(model: dict) -> nn.Module:
 def operation_counter(model: nn.Module) -> FlopCounterMode:
     """What counts the operations of a model once it is entered, 2 for a multiplication with its
     addition; the model computes attention in a way that can be counted from then on."""
+    counter = FlopCounterMode(display=False)
+    blocks: Dict[tuple, int] = {}
     for module in model.modules():
         if isinstance(module, GroupAttention):
             # The others hide their products, and work on real tensors only.
@@ -121,7 +125,34 @@ def operation_counter(model: nn.Module) -> FlopCounterMode:
         elif isinstance(module, nn.LayerNorm):
             # Not counted, and followed by PyTorch in many small steps: half of the time.
             module.forward = nn.Identity().forward
-    return FlopCounterMode(display=False)
+        elif isinstance(module, CrossFormerBlock):
+            module.forward = counted_once(module, counter, blocks)  # type: ignore[method-assign]
+    return counter
+
+
+def counted_once(block: CrossFormerBlock, counter: FlopCounterMode, known: Dict[tuple, int]):
+    """The forward pass of a block that does nothing where one like it has been counted: most of a
+    stage's blocks are alike.
+
+    Args:
+        block (CrossFormerBlock): whose forward pass it is.
+        counter (FlopCounterMode): what counts.
+        known (dict): the operations of blocks; shared by all of a model.
+    """
+    forward = block.forward
+    weights = tuple((name, weight.shape) for name, weight in block.named_parameters())
+
+    def counted(x: Tensor, rows: AxisRule, columns: AxisRule) -> Tensor:
+        kind = weights, x.shape, rows, columns
+        if kind in known:
+            counter.flop_counts['Global']['of blocks like others'] += known[kind]
+            return x
+        before = counter.get_total_flops()
+        x = forward(x, rows, columns)
+        known[kind] = counter.get_total_flops() - before
+        return x
+
+    return counted
 
 
 def count(cfg: Config, shape: Sequence[int]) -> dict:

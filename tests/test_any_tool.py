@@ -8,6 +8,8 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.visualization import Visualizer
 
 from crossformer_mm.checkpoint import CheckpointError
@@ -41,7 +43,7 @@ def train(*arguments) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, 'argv', [str(MMDETECTIONS), *map(str, arguments)])
-        for kind in (Visualizer, *Visualizer.__subclasses__()):
+        for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
             kind._instance_dict.clear()  # a new process would have none
         runpy.run_path(str(MMDETECTIONS), run_name='__main__')
 
@@ -179,6 +181,30 @@ def test_the_check_of_data_alone_names_the_file(tmp_path):
     )
     with pytest.raises(DataError, match=f"Image '{bad}' is cut short or no image."):
         train(config, '--work-dir', tmp_path)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [[], ['--amp', 'bfloat16'], ['--tensorboard-samples', 1]],
+    ids=['plain', 'bfloat16', 'samples'],
+)
+def test_the_config_that_a_run_keeps_is_for_any_tool(capfd, data, tmp_path, options):
+    config = write_config(
+        ONE_STAGE,
+        tmp_path / f'kept_{len(options)}_{options[-1:] == ["bfloat16"]}.py',
+        data,
+        train_cfg=dict(max_epochs=1, val_interval=1),
+        custom_imports=None,
+    )
+    work = tmp_path / 'work'
+    run_tool(capfd, config, '--work-dir', work, *options, tool='train.py')
+    kept = work / config.name
+    # No more than the options ask for, and how that is found.
+    for name in ('Careful', 'Counted', "'SeedHook", 'CheckDataHook', 'WholeFiles', 'SafeLoading'):
+        assert name not in kept.read_text()
+    assert bool(Config.fromfile(kept).custom_imports) == bool(options)
+    train(kept, '--work-dir', tmp_path / 'theirs')
+    assert (tmp_path / 'theirs' / 'epoch_1.pth').exists()
 
 
 def test_a_config_in_pure_python_is_like_any_other(capfd, data, tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from .tool_process import load_script
+from .tool_process import leave_libraries_uncollected, load_script
 
 FOLDER = Path(__file__).parents[1] / 'benchmarks/position_bias'
 
@@ -139,6 +139,7 @@ def test_a_page_without_a_table_is_refused(capsys):
 
 def study(*arguments) -> None:
     """The study's command, in this process."""
+    leave_libraries_uncollected()
     import study
 
     with pytest.MonkeyPatch.context() as patch:

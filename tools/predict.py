@@ -154,21 +154,15 @@ def find_files(patterns: Sequence[str], out: Path) -> List[Path]:
                 for file in path.rglob('*')
                 if file.is_file() and file.suffix.lower() in IMAGES + VIDEOS and not ours(file)
             )
-            if not inside:
-                fail(
-                    f"folder '{pattern}' holds no images or videos: looked for "
-                    f"{', '.join(IMAGES + VIDEOS)}."
-                )
-            found += inside
-        elif path.is_file():
-            found.append(path)
+            without = f"folder '{pattern}' holds no images or videos: looked for "
+            without += f"{', '.join(IMAGES + VIDEOS)}."
         else:
-            inside = sorted(
-                Path(file) for file in glob.glob(pattern, recursive=True) if os.path.isfile(file)
-            )
-            if not inside:
-                fail(f"images: '{pattern}' is no file, no folder and matches nothing.")
-            found += inside
+            names = [pattern] if path.is_file() else sorted(glob.glob(pattern, recursive=True))
+            inside = [Path(name) for name in names if os.path.isfile(name)]
+            without = f"images: '{pattern}' is no file, no folder and matches nothing."
+        if not inside:
+            fail(without)
+        found += inside
     return list({file.absolute(): file for file in found}.values())
 
 

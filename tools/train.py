@@ -93,8 +93,15 @@ def use_mixed_precision(cfg, precision: str) -> None:
     for name in ('loss_scale', 'dtype'):  # of a config that trains in float16
         cfg.optim_wrapper.pop(name, None)
     cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
-    imports = cfg.setdefault('custom_imports', dict(imports=[]))
-    imports['imports'] = [*imports['imports'], 'crossformer_mm.engine']  # for any other tool
+    import_package(cfg)
+
+
+def import_package(cfg) -> None:
+    """Let any other tool that gets the config, which a run keeps, know what is registered here."""
+    given = dict(cfg.get('custom_imports') or {})
+    names = given.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    cfg.custom_imports = dict(given, imports=list(dict.fromkeys([*names, 'crossformer_mm'])))
 
 
 def check_weights(cfg, args) -> None:
@@ -136,6 +143,7 @@ def main():
             *(cfg.get('custom_hooks') or []),
             dict(type='ValidationSamplesHook', count=args.tensorboard_samples),
         ]
+        import_package(cfg)
     check_writable('--work-dir', cfg.work_dir)
     runner = build_runner(cfg)
     if isinstance(runner, Careful):
