@@ -142,15 +142,16 @@ def test_config_table_names_the_configs_that_exist():
 
 
 def test_the_picture_is_what_its_command_draws(tmp_path):
-    from PIL import Image
+    from PIL import Image, ImageFilter
 
     load_script(DOCS / 'pictures/groups_over_image.py').main(tmp_path / 'drawn.png')
+    # Blurred: versions of Matplotlib set letters and edges of pixels otherwise.
     drawn, kept = (
-        np.asarray(Image.open(path).convert('RGB'), dtype=float)
+        np.asarray(Image.open(path).convert('RGB').filter(ImageFilter.BoxBlur(4)), dtype=float)
         for path in (tmp_path / 'drawn.png', DOCS / 'pictures/groups_over_image.png')
     )
     assert drawn.shape == kept.shape
-    assert abs(drawn - kept).mean() < 1  # of 255: other versions set letters otherwise
+    assert abs(drawn - kept).mean() < 1  # of 255
 
 
 def test_readme_is_short_enough_to_be_read():
