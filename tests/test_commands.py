@@ -103,6 +103,7 @@ def small_config(name: str) -> Config:
     if '/demo/' in name:
         return cfg
     shrink_data(cfg)
+    shrink_heads(cfg.model)
     if cfg.model.backbone.type != 'CrossFormer':  # a baseline
         return cfg
     cfg.model.backbone.arch = TINY
@@ -114,6 +115,18 @@ def small_config(name: str) -> Config:
         cfg.model.decode_head.update(in_channels=CHANNELS, channels=16)
         cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
     return cfg
+
+
+def shrink_heads(part) -> None:
+    """The channels of a neck and what follows it."""
+    for name, value in part.items() if isinstance(part, dict) else ():
+        for one in value if isinstance(value, list) else [value]:
+            if name != 'backbone':
+                shrink_heads(one)
+        if 'channels' in name and value in (256, 1024):
+            part[name] = 16
+        elif name == 'in_channels' and value == [256] * 4:
+            part[name] = [16] * 4
 
 
 def shrink_data(cfg: Config) -> None:
