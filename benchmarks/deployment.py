@@ -227,32 +227,32 @@ def main() -> None:
         parser.error('--threads and --repeats must be 1 or more.')
     folder = Path(args.out)
     file = folder / 'results.json'
-    if (args.redraw or args.only) and not file.is_file():
-        sys.exit(f"error: --{'redraw' if args.redraw else 'only'}: '{file}' does not exist.")
-    if args.redraw:
+    if args.redraw or args.only:
+        if not file.is_file():
+            sys.exit(f"error: --{'redraw' if args.redraw else 'only'}: '{file}' does not exist.")
         record = json.loads(file.read_text())
-    else:
+    if not args.redraw:
         import torch
 
         folder.mkdir(parents=True, exist_ok=True)
         files = Path(args.files or folder)
         files.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(args.threads)
-        fresh = dict(
-            command='python benchmarks/deployment.py --size {}x{}'.format(*args.size),
-            machine=f'{processor()}, {args.threads} threads, PyTorch {torch.__version__}, '
-            f'Python {platform.python_version()}',
-            rates={name: round(rate, 1) for name, rate in product_rates().items()},
-        )
+        if not args.only:
+            record = dict(
+                command='python benchmarks/deployment.py --size {}x{}'.format(*args.size),
+                machine=f'{processor()}, {args.threads} threads, PyTorch {torch.__version__}, '
+                f'Python {platform.python_version()}',
+                rates={name: round(rate, 1) for name, rate in product_rates().items()},
+            )
         names = args.only or list(WAYS)
         with torch.no_grad():
             results = measure(args.size, args.threads, args.repeats, files, names)
         if args.only:
-            record = json.loads(file.read_text())
             new = {result['name']: dict(result, anew=True) for result in results}
             record['results'] = [new.get(one['name'], one) for one in record['results']]
         else:
-            record = dict(fresh, results=results)
+            record['results'] = results
         file.write_text(json.dumps(record, indent=1) + '\n')
     (folder / 'table.md').write_text(table_of(record))
     draw(record, folder / 'deployment.png')

@@ -82,14 +82,18 @@ class Differs(ValueError):
     """A file does not compute what PyTorch does; the message is a sentence."""
 
 
-class Backbone(nn.Module):
-    """Image (B, 3, H, W) to features."""
+class Network(nn.Module):
+    """Around a model, to return what is exported of it by names."""
 
-    any_size = {}  # see Segmentor
+    any_size: dict = {}  # modules to be replaced: see any_size_upsampling
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+
+
+class Backbone(Network):
+    """Image (B, 3, H, W) to features."""
 
     def forward(self, image: Tensor) -> Outputs:
         return {
@@ -98,12 +102,12 @@ class Backbone(nn.Module):
         }
 
 
-class Segmentor(nn.Module):
+class Segmentor(Network):
     """Image (B, 3, H, W) to logits (B, classes, H, W) or, as label map, to (B, H, W)."""
 
     def __init__(self, model: nn.Module, label_map: bool):
-        super().__init__()
-        self.model, self.label_map = model, label_map
+        super().__init__(model)
+        self.label_map = label_map
 
     def logits(self, image: Tensor) -> Tensor:
         return F.interpolate(
@@ -122,14 +126,8 @@ class Segmentor(nn.Module):
         return any_size_upsampling(self)
 
 
-class Detector(nn.Module):
+class Detector(Network):
     """Image (B, 3, H, W) to what its head, or region proposal network and neck, return."""
-
-    any_size = {}
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, image: Tensor) -> Outputs:
         features = self.model.extract_feat(image)
@@ -146,14 +144,8 @@ class Detector(nn.Module):
         }
 
 
-class Classifier(nn.Module):
+class Classifier(Network):
     """Image (B, 3, H, W) to logits (B, classes)."""
-
-    any_size = {}
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, image: Tensor) -> Outputs:
         return dict(logits=self.model(image, mode='tensor'))

@@ -70,7 +70,7 @@ def of_whole_model(
     """
     scope = cfg.default_scope
     detection = scope == 'mmdet'
-    dataset = innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
+    dataset = test_dataset(cfg)
     built = DATASETS.build({**dataset, 'lazy_init': True}) if dataset else None
     prepared = preparation(dataset.get('pipeline') or ())
     before = '' if resize_inside else ', after ' + ' and '.join(prepared)
@@ -109,6 +109,11 @@ def of_whole_model(
     else:
         described['first_value'] = int(bool(getattr(built, 'reduce_zero_label', False)))
     return {key: json.dumps(value) for key, value in described.items()}
+
+
+def test_dataset(cfg: Config) -> dict:
+    """The data set that a model is tested on, without what is around it; empty if none is named."""
+    return innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
 
 
 def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
@@ -151,8 +156,7 @@ def rule_for_inside(cfg: Config) -> dict:
     Raises:
         ValueError: it cannot; the message is a sentence.
     """
-    dataset = innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
-    prepared = preparation(dataset.get('pipeline') or ())
+    prepared = preparation(test_dataset(cfg).get('pipeline') or ())
     rule = prepared['resize']
     known = rule and 'edge' not in rule and rule['backend'] == 'cv2'
     if not known or rule['interpolation'] != 'bilinear' or 'crop' in prepared:

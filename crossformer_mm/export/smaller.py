@@ -22,9 +22,8 @@ def to_int8(file: Path) -> None:
 
     proto = onnx.load(file)
     said = proto.metadata_props  # which the quantiser leaves out
-    del proto.graph.value_info[
-        :
-    ]  # it turns weights, and does not expect that their shapes are here
+    # It turns weights, and does not expect that their shapes are here.
+    del proto.graph.value_info[:]
     onnx.save(proto, file)
     quantize_dynamic(
         file,
