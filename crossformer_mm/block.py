@@ -64,8 +64,14 @@ class CrossFormerBlock(BaseModule):
 
     def forward(self, x: Tensor, rows: AxisRule, columns: AxisRule) -> Tensor:
         """(B, H, W, C) to the same shape; rows and columns as of :class:`GroupAttention`."""
-        x = x + self.drop_path(self.attn(self.norm1(x), rows, columns))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        if self.cooling:
-            x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return x
+        x = self.mix(x, rows, columns)
+        return self.cool(x) if self.cooling else x
+
+    def mix(self, x: Tensor, *groups) -> Tensor:
+        """Attention and MLP; the groups as the attention takes them."""
+        x = x + self.drop_path(self.attn(self.norm1(x), *groups))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def cool(self, x: Tensor) -> Tensor:
+        """The amplitude cooling layer."""
+        return self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

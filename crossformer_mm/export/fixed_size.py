@@ -1,12 +1,11 @@
 """The same function for images of one size: no masks and no arithmetic on sizes.
 
-The groups are those of :mod:`crossformer_mm.grouping`, written down: one table of where each token
-goes, one back, and the biases of all offsets computed once, from which a runtime makes those of
-pairs when it loads the file.
+The groups are those of :mod:`crossformer_mm.grouping`, written down: where each token goes, and the
+biases of all offsets, of which a runtime makes those of pairs when it loads the file.
 """
 
 import copy
-from typing import List, Mapping, NamedTuple, Sequence, Tuple, Type
+from typing import Mapping, Sequence, Type
 
 import torch
 from torch import Tensor, nn
@@ -14,78 +13,74 @@ from torch.export import ExportedProgram
 
 from ..attention import GroupAttention
 from ..backbone import CrossFormerStage
-from ..grouping import AxisRule, group_map
+from ..grouping import group_map
 from . import operators
 
-
-class FixedGroups(NamedTuple):
-    """The groups of a map of one size.
-
-    Args:
-        order (Tensor): (H*W,) int32, the positions group by group.
-        inverse (Tensor): (H*W,) int32, where in ``order`` each position stands.
-        segments: of each size of group the number of groups, of rows and of columns.
-        size: rows and columns of the largest.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    segments: List[int]
-    size: Tuple[int, int]
+MAP, SHORT, LONG = range(3)  # orders of the tokens: row by row, or group by group
 
 
 class FixedSizeStage(CrossFormerStage):
-    """Its blocks get :class:`FixedGroups` in place of two AxisRules."""
+    """Its tokens are a matrix (H*W, C), group by group: all that a block does but attention and the
+    cooling layer takes them in any order, so that they are moved once a block. (And OpenVINO takes
+    any tensor of four axes for channels first, and turns (1, H, W, C) round before each sum.)"""
 
     def fix(self, x: Tensor) -> None:
         """Write down the groups of a map (1, H, W, C), and the biases of its blocks."""
         height, width = x.shape[1:3]
-        for name, rules in zip(('short', 'long'), CrossFormerStage.rules(self, x)):
-            tables = group_map(height, width, *rules)
-            order = torch.cat([table.flatten() for table in tables])
-            self.register_buffer(f'{name}_order', order.int())
-            self.register_buffer(f'{name}_inverse', order.argsort().int())
-            segments = [number for table in tables for number in table.shape]
-            setattr(self, f'{name}_rest', (segments, tuple(rule.size for rule in rules)))
+        rules = CrossFormerStage.rules(self, x)
+        tables = [group_map(height, width, *pair) for pair in rules]
+        orders = [torch.arange(height * width)]
+        orders += [torch.cat([part.flatten() for part in table]) for table in tables]
+        self.segments = [[number for part in table for number in part.shape] for table in tables]
+        for before in (MAP, SHORT, LONG):
+            for after in (MAP, SHORT, LONG):
+                move = orders[before].argsort()[orders[after]]
+                if not torch.equal(move, orders[MAP]):
+                    self.register_buffer(f'move_{before}_{after}', move.int())
         for index, block in enumerate(self.blocks):
-            _, size = self.long_rest if index % 2 else self.short_rest
-            block.attn.fix(*size)
+            block.attn.fix(*(axis.size for axis in rules[index % 2]))
 
-    def rules(self, x: Tensor):
-        return [
-            (
-                FixedGroups(
-                    getattr(self, f'{name}_order'),
-                    getattr(self, f'{name}_inverse'),
-                    *getattr(self, f'{name}_rest'),
-                ),
-                None,
-            )
-            for name in ('short', 'long')
-        ]
+    def move(self, tokens: Tensor, before: int, after: int) -> Tensor:
+        """From one order to another."""
+        move = getattr(self, f'move_{before}_{after}', None)
+        return tokens if move is None else tokens.index_select(0, move)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, order = x.flatten(0, 2), MAP
+        for index, block in enumerate(self.blocks):
+            after = LONG if index % 2 else SHORT
+            tokens = block.mix(self.move(tokens, order, after), self.segments[index % 2])
+            order = after
+            if block.cooling:
+                tokens = block.cool(self.move(tokens, order, MAP).view(x.shape)).flatten(0, 2)
+                order = MAP
+        return self.move(tokens, order, MAP).view(x.shape)
 
 
 class FixedSizeAttention(GroupAttention):
-    """See :func:`.operators.fixed_attention`."""
+    """See :func:`.operators.fixed_attention`. Queries, keys and values have a linear layer each: to
+    cut them out of one matrix would be to copy it."""
 
     def fix(self, height: int, width: int) -> None:
         """Compute the biases of the offsets in groups of this size."""
         self.register_buffer('table', self.pos(height, width).contiguous())
         self.pos = nn.Identity()
+        channels, weights = self.qkv.in_features, self.qkv.state_dict()
+        self.qkv = nn.ModuleList(
+            nn.Linear(channels, channels, bias='bias' in weights) for _ in range(3)
+        )
+        for index, linear in enumerate(self.qkv):
+            linear.load_state_dict({name: one.chunk(3)[index] for name, one in weights.items()})
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, groups: FixedGroups, _: AxisRule
+        self, tokens: Tensor, segments: Sequence[int]
     ) -> Tensor:
-        out = operators.fixed_attention(
-            self.qkv(x),
-            self.table,
-            groups.order,
-            groups.inverse,
-            groups.segments,
-            self.num_heads,
-            float(self.scale),
+        q, k, v = (linear(tokens) for linear in self.qkv)
+        return self.proj(
+            operators.fixed_attention(
+                q, k, v, self.table, segments, self.num_heads, float(self.scale)
+            )
         )
-        return self.proj(out)
 
 
 def exportable_for(

@@ -68,40 +68,44 @@ def _(qkv, table, rows, columns, num_heads, scale):
 
 @torch.library.custom_op(f'{DOMAIN}::fixed_attention', mutates_args=())
 def fixed_attention(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     table: Tensor,
-    order: Tensor,
-    inverse: Tensor,
     segments: Sequence[int],
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    """Attention of groups that are known.
+    """Attention of tokens that stand group by group.
 
     Args:
-        qkv (Tensor): (1, H, W, 3C).
+        q, k, v (Tensor): (tokens, C).
         table (Tensor): (heads, 2*R-1, 2*S-1), the bias of each offset in groups of R x S.
-        order, inverse, segments: of :class:`.fixed_size.FixedGroups`, ``segments`` as one list.
+        segments: of each size of group, one after the other, how many groups there are, and of how
+            many rows and columns.
         num_heads, scale: as of :func:`crossformer_mm.kernels.map_attention`.
 
     Returns:
-        Tensor: (1, H, W, C).
+        Tensor: (tokens, C).
     """
     from ..position_bias import bias_of_pairs
 
-    tokens, start, outs = qkv.flatten(0, 2)[order.long()], 0, []
+    start, outs = 0, []
     for groups, rows, columns in triples(segments):
-        part = tokens[start : start + groups * rows * columns]
-        start += len(part)
-        q, k, v = part.view(groups, rows * columns, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-        logits = q * scale @ k.transpose(-1, -2) + bias_of_pairs(table, rows, columns)
-        outs.append((logits.softmax(-1) @ v).transpose(1, 2).reshape(len(part), -1))
-    return torch.cat(outs)[inverse.long()].view(*qkv.shape[:3], -1)
+        stop = start + groups * rows * columns
+        queries, keys, values = (
+            one[start:stop].view(groups, rows * columns, num_heads, -1).transpose(1, 2)
+            for one in (q, k, v)
+        )
+        start = stop
+        logits = queries * scale @ keys.transpose(-1, -2) + bias_of_pairs(table, rows, columns)
+        outs.append((logits.softmax(-1) @ values).transpose(1, 2).flatten(0, 1).flatten(1))
+    return torch.cat(outs)
 
 
 @fixed_attention.register_fake
-def _(qkv, table, order, inverse, segments, num_heads, scale):
-    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+def _(q, k, v, table, segments, num_heads, scale):
+    return torch.empty_like(q)
 
 
 def triples(numbers: Sequence[int]) -> List[Sequence[int]]:
@@ -254,9 +258,9 @@ def onnx_map_attention(call, qkv, table, rows, columns, num_heads, scale):
     return call('MapAttention', [qkv, table, rows, columns], heads=num_heads, scale=scale)
 
 
-def onnx_fixed_attention(call, qkv, table, order, inverse, segments, num_heads, scale):
-    text = fixed_attention_text(list(qkv.shape), list(table.shape), segments, num_heads, scale)
-    return call(text, [qkv, table, order, inverse])
+def onnx_fixed_attention(call, q, k, v, table, segments, num_heads, scale):
+    text = fixed_attention_text(q.shape[1], list(table.shape), segments, num_heads, scale)
+    return call(text, [q, k, v, table])
 
 
 def onnx_nms(call, boxes, scores, iou_threshold, keep):
@@ -502,11 +506,9 @@ CHUNK = 96e6  # bytes of the weights of the groups that are computed at a time
 
 
 def fixed_attention_text(
-    shape: Sequence[int], table: Sequence[int], segments: Sequence[int], heads: int, scale: float
+    channels: int, table: Sequence[int], segments: Sequence[int], heads: int, scale: float
 ) -> str:
     """:func:`fixed_attention` with every number written down."""
-    _, height, width, channels = map(int, shape)
-    channels //= 3
     constants: dict = {}
     lines: List[str] = []
 
@@ -527,8 +529,6 @@ def fixed_attention_text(
         return ints(*pairs, kind='int32')
 
     factor = constants.setdefault(f'float[1] {{{scale!r}}}', 'factor')
-    tokens = add('tokens', 'Reshape', 'qkv', ints(-1, 3 * channels))
-    tokens = add('sorted', 'Gather', tokens, 'order', axis=0)
     start, outs = 0, []
     for number, (groups, rows, columns) in enumerate(triples(segments)):
         members = rows * columns
@@ -547,13 +547,11 @@ def fixed_attention_text(
                 continue
             y = f'{x}g{begin}'
             stop = start + count * members
-            add(f'{y}a', 'Slice', tokens, ints(start), ints(stop), ints(0))
-            start = stop
-            add(f'{y}b', 'Reshape', f'{y}a', ints(count, members, 3, heads, channels // heads))
-            add(f'{y}q, {y}k, {y}v', 'Split', f'{y}b', axis=2, num_outputs=3)
             apart = ints(count, members, heads, channels // heads)
             for one in 'qkv':
-                add(f'{y}{one}1', 'Reshape', f'{y}{one}', apart)
+                add(f'{y}{one}0', 'Slice', one, ints(start), ints(stop), ints(0))
+                add(f'{y}{one}1', 'Reshape', f'{y}{one}0', apart)
+            start = stop
             add(f'{y}q2', 'Transpose', f'{y}q1', perm=[0, 2, 1, 3])
             add(f'{y}k2', 'Transpose', f'{y}k1', perm=[0, 2, 3, 1])
             add(f'{y}v2', 'Transpose', f'{y}v1', perm=[0, 2, 1, 3])
@@ -564,13 +562,11 @@ def fixed_attention_text(
             add(f'{y}mixed', 'MatMul', f'{y}weights', f'{y}v2')
             add(f'{y}turned', 'Transpose', f'{y}mixed', perm=[0, 2, 1, 3])
             outs.append(add(f'{y}out', 'Reshape', f'{y}turned', ints(-1, channels)))
-    together = add('together', 'Concat', *outs, axis=0)
-    add('back', 'Gather', together, 'inverse', axis=0)
-    add('out', 'Reshape', 'back', ints(1, height, width, channels))
+    add('out', 'Concat', *outs, axis=0)
     known = [f'{name} = Constant <value = {text}> ()' for text, name in constants.items()]
     body = '\n'.join(known + lines)
     name = f'FixedAttention_{hashlib.sha256(body.encode()).hexdigest()[:12]}'
-    return f'{name} (qkv, table, order, inverse) => (out) {{\n{body}\n}}'
+    return f'{name} (q, k, v, table) => (out) {{\n{body}\n}}'
 
 
 NMS = """
