@@ -184,7 +184,7 @@ def test_label_map_of_another_size(data, tmp_path):
     assert dataset[0] is not None
     dataset = build(SEGMENTOR, data, 'train', tmp_path)
     said = refusal(lambda: [dataset[0] for _ in range(20)])  # some crops are of one size
-    assert said == f"Label map '{path}' is of another size than its image."
+    assert str(path) in said and 'another size' in said
 
 
 @pytest.mark.parametrize('split, folder', [('train', 'training'), ('val', 'validation')])
@@ -193,7 +193,7 @@ def test_label_map_of_one_pixel(data, tmp_path, split, folder):
     cv2.imwrite(str(path), np.ones((1, 1), np.uint8))
     dataset = build(SEGMENTOR, data, split, tmp_path)
     said = refusal(lambda: dataset[0])
-    assert said.startswith(f"Label map '{path}' has 1 x 1 pixels, MMSegmentation needs 2 or more")
+    assert str(path) in said and '1 x 1' in said
 
 
 def test_skipping_takes_another_image_and_lists_each_once(data, tmp_path):

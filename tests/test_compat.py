@@ -87,7 +87,7 @@ def test_operator_has_shapes_without_data(operators):
 def test_missing_torch_is_said_in_a_clause(monkeypatch):
     monkeypatch.setattr(compat, 'TORCH', (2, 4))
     assert not missing_torch('2.4') and not missing_torch('2.1')
-    assert missing_torch('2.10') == (f'it needs PyTorch 2.10 or newer, this is {torch.__version__}')
+    assert '2.10' in missing_torch('2.10') and torch.__version__ in missing_torch('2.10')
 
 
 @pytest.fixture(params=['as on this PyTorch', 'as before 2.6'])

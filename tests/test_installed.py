@@ -59,8 +59,7 @@ def test_one_sentence_says_what_to_install(environment, package, version, family
     with pytest.raises(ImportError) as error:
         check_installed()
     said = str(error.value)
-    state = f'this is {version}' if version else 'which is not installed'
-    assert said.startswith(f'crossformer_mm needs {package} {OLDEST[package]} or newer, {state}: ')
+    assert f'{package} {OLDEST[package]}' in said and (version or 'not installed') in said
     assert said.endswith('.') and '\n' not in said
     if package in ('mmengine', 'mmcv'):
         assert [command in said for command in COMMANDS.values()] == [

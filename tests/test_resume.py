@@ -122,11 +122,11 @@ def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint(
     first, second = (tmp_path / name for name in ONE_STAGE.checkpoints)
     if full == second.name:
         assert read_checkpoint(str(first))['meta']['epoch'] == 1
-        advice = f"once it can, go on from '{first}' with --resume."
+        assert f"'{first}' with --resume" in said
     else:
         assert not first.exists()
-        advice = 'there is no checkpoint yet.'
-    assert said == f"'{tmp_path / full}' could not be written: No space left on device; {advice}"
+        assert '--resume' not in said
+    assert f"'{tmp_path / full}'" in said and 'No space left on device' in said
     assert not second.exists()
 
 
