@@ -213,8 +213,8 @@ def test_command_runs(command, place, capfd, request):
         words = words[1:]
     tool = words[0]
     if tool in ('tools/export.py', 'tools/run_onnx.py'):
-        if missing_torch('2.6'):
-            pytest.skip('torch.export.Dim.DYNAMIC came with PyTorch 2.6')
+        if missing_torch('2.8'):
+            pytest.skip('export needs PyTorch 2.8')
         if not find_spec('onnxruntime'):
             pytest.skip('tools/export.py needs the packages of the extra export')
     make_checkpoints(place, words)

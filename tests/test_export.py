@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.compat import missing_torch
 from crossformer_mm.kernels import native
 
 from .older_torch import needs_torch
@@ -86,9 +87,11 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
             values_and_gradients(backbone, backbone, image),
             rounding=1e-2,
         )
-    assert len(graphs) == 2  # for one image, and for several
+    # One for single images, and one for batches, of which PyTorch 2.6 and 2.8 make two.
+    assert len(graphs) == (3 if missing_torch('2.13') else 2)
+    before = len(graphs)
     compiled(torch.randn(2, 3, 101, 24))
-    assert len(graphs) == 3
+    assert len(graphs) == before + 1
 
 
 @COMPILED
@@ -135,6 +138,7 @@ def test_compiled_code_gives_the_same_features():
 
 
 @COMPILED
+@needs_torch('2.13', 'an inductor that compiles these gradients (not yet 2.6 and 2.8)')
 def test_compiled_code_gives_the_same_gradients():
     """What is kept for the backward pass has sides that are symbols, too."""
     backbone = tiny(dict(TINY, depths=(1,)), patch_sizes=(4,))
@@ -147,7 +151,7 @@ def test_compiled_code_gives_the_same_gradients():
     )
 
 
-@needs_torch('2.6', 'the torch.export that the backbone is exported by')
+@needs_torch('2.8', 'the torch.export that the backbone is exported by')
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_exported_program_gives_the_same_features(small, lda):
     backbone, image = small(lda=lda, **TWO_STAGES), torch.randn(1, 3, 101, 83)

@@ -11,7 +11,7 @@ import pytest
 
 from crossformer_mm.compat import missing_torch
 
-from .older_torch import needs_torch
+from .older_torch import needs_interpreter, needs_torch
 
 needs_its_triton = needs_torch('2.4', 'the Triton that has all that the kernels use')
 SCRIPT = Path(__file__).parents[1] / 'benchmarks/gpu.py'
@@ -25,6 +25,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @needs_its_triton
+@needs_interpreter
 def test_every_section_runs_on_a_bare_machine(tmp_path):
     pytest.importorskip('triton', reason='fused attention needs the package triton')
     out = tmp_path / 'gpu.json'

@@ -20,8 +20,8 @@ from pycocotools import mask as rle
 
 from crossformer_mm.compat import missing_torch
 
-if missing_torch('2.6'):
-    pytest.skip('torch.export.Dim.DYNAMIC came with PyTorch 2.6', allow_module_level=True)
+if missing_torch('2.8'):
+    pytest.skip('export needs PyTorch 2.8', allow_module_level=True)
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 

@@ -53,8 +53,8 @@ from crossformer_mm.engine.command_line import (
 )
 from crossformer_mm.engine.option_checks import add_cfg_options
 
-if missing_torch('2.6'):
-    fail(f'export: {missing_torch("2.6")}.')
+if missing_torch('2.8'):
+    fail(f'export: {missing_torch("2.8")}.')
 
 from crossformer_mm.export import export_any_size, exportable, metadata, smaller  # noqa: E402
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402

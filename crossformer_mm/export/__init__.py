@@ -11,8 +11,8 @@ cannot say in ONNX by itself; ``models``: whole models, from pixels to boxes, ma
 
 from ..compat import missing_torch
 
-if missing_torch('2.6'):
-    raise ImportError(f'Export of a CrossFormer: {missing_torch("2.6")}.')
+if missing_torch('2.8'):
+    raise ImportError(f'Export of a CrossFormer: {missing_torch("2.8")}.')
 
 from .any_size import AnySizePool, export_any_size, exportable  # noqa: E402
 
