@@ -194,7 +194,7 @@ def group_numbers(height: int, width: int, rules: Tuple[AxisRule, AxisRule]) -> 
     """(H, W) the number of each position's group."""
     numbers, first = np.empty(height * width, int), 0
     for table in group_map(height, width, *rules):
-        numbers[table] = np.arange(first, first + len(table))[:, None, None]
+        numbers[table.numpy()] = np.arange(first, first + len(table))[:, None, None]
         first += len(table)
     return numbers.reshape(height, width)
 
