@@ -193,7 +193,7 @@ def test_label_map_of_one_pixel(data, tmp_path, split, folder):
     cv2.imwrite(str(path), np.ones((1, 1), np.uint8))
     dataset = build(SEGMENTOR, data, split, tmp_path)
     said = refusal(lambda: dataset[0])
-    assert str(path) in said and '1 x 1' in said
+    assert str(path) in said and '1 x 1' in said and 'needs 2' in said
 
 
 def test_skipping_takes_another_image_and_lists_each_once(data, tmp_path):

@@ -136,7 +136,8 @@ def test_a_corrupt_partner_in_a_mosaic_is_what_is_named(capfd, config, tmp_path)
     # Images are loaded two by two: the first batch loads almost all as partners.
     file = wrapped(config(place=data), mosaic)
     said = run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py', expect=2)
-    assert str(bad) in said.strip().splitlines()[-1]
+    last = said.strip().splitlines()[-1]
+    assert str(bad) in last and 'cut short' in last
     run_tool(capfd, file, '--work-dir', tmp_path, '--skip-bad-images', tool='train.py')
     assert (tmp_path / 'skipped_images.txt').read_text() == (
         f"Image '{bad}' is cut short or no image.\n"
@@ -241,7 +242,7 @@ train_dataloader = dict(dataset=dict(pipeline=[
     assert said.strip().splitlines()[-1] == "KeyError: 'no such key'"
     (log,) = tmp_path.glob('*/*.log')
     for text in (said, log.read_text()):
-        assert "000000000003.png' can be read" in text
+        assert "000000000003.png' can be read" in text and 'KeyError' in text
         assert 'Traceback' in text and "return results['no such key']" in text
     assert not (tmp_path / 'skipped_images.txt').exists()
 

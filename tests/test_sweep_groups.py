@@ -282,7 +282,7 @@ def test_results_of_another_model_or_other_data_are_kept(sweep, tmp_path, capsys
     assert sweep(answer(40, 1), arguments=['--lda', 'interval']) == 0
     before = (tmp_path / 'sweep' / 'sweep.json').read_bytes()
     assert sweep(arguments=['--lda', 'interval', '--max-images', '2']) == 2
-    assert 'sweep.json' in capsys.readouterr().err
+    assert 'is of another model' in capsys.readouterr().err
     assert (tmp_path / 'sweep' / 'sweep.json').read_bytes() == before
 
 
