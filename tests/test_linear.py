@@ -82,13 +82,23 @@ def test_chunks_cover_every_row_once(rows, width):
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
 
 
+def be_processor(monkeypatch, capability='AVX512', intel=False):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    monkeypatch.setattr(onednn, 'is_intel', lambda: intel)
+
+
 @needs_onednn
-def test_the_rule_takes_onednn_for_float32_on_cpus_with_avx512_alone(monkeypatch):
+def test_the_rule_takes_onednn_for_float32_on_others_cpus_with_avx512_alone(monkeypatch):
     x, weight = torch.randn(200, 8), torch.randn(16, 8)
-    for capability, suits in (('AVX512', True), ('AVX2', False), ('DEFAULT', False)):
-        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    for capability, intel, suits in (
+        ('AVX512', False, True),
+        ('AVX512', True, False),
+        ('AVX2', False, False),
+        ('DEFAULT', False, False),
+    ):
+        be_processor(monkeypatch, capability, intel)
         assert onednn_suits(x, weight) == suits
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+    be_processor(monkeypatch)
     assert not onednn_suits(x.double(), weight) and not onednn_suits(x.bfloat16(), weight)
     assert not onednn_suits(x.to('meta'), weight)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -99,7 +109,7 @@ def test_the_rule_takes_onednn_for_float32_on_cpus_with_avx512_alone(monkeypatch
 
 @needs_onednn
 def test_the_rule_takes_it_for_few_tokens_only_without_gradient(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+    be_processor(monkeypatch)
     few, some, many = torch.randn(3, 5, 8), torch.randn(13, 10, 8), torch.randn(400, 8)
     small, large = torch.randn(16, 8), torch.empty(1025, 1024)
     assert not onednn_suits(few, small) and onednn_suits(some, small)

@@ -13,7 +13,7 @@ from crossformer_mm.grouping import AxisRule, fit_rule, group_axis
 from crossformer_mm.kernels import native
 from crossformer_mm.position_bias import bias_of_pairs
 
-NAMES = ('avx512bf16', 'avx512', 'avx2', 'generic', 'avx2_wide')
+NAMES = ('amx', 'avx512bf16', 'avx512', 'avx2', 'generic', 'avx2_wide')
 # Of the value, of its gradients: relative errors in the norm.
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 

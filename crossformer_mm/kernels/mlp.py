@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from .onednn import onednn_suits, product, weight_gradients
 
 # Numbers in the part of the hidden layer that is worked on at a time: 4 MB in float32 where oneDNN
-# multiplies, 16 MB where MKL does, each the fastest of several on one processor.
+# multiplies, 16 MB where MKL does, and as many in bfloat16, each the fastest of several on one
+# processor.
 CHUNK, MKL_CHUNK = 2**20, 2**22
 # Numbers of a hidden layer that is small enough to be kept for the backward pass, 32 MB: those of
 # small images, and the last stages' of large ones. A training step on images of 224x224 takes

@@ -16,6 +16,12 @@
 
 #ifdef __x86_64__
 #include <immintrin.h>
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define WITH_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -115,9 +121,14 @@ struct Arena {
   }
 };
 
+typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
+
+// What an instruction set has besides vectors is defined before the kernel is included, and undefined
+// in its end.
+
 #ifdef __x86_64__
 
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")
 namespace avx512bf16 {
 REGISTERS(16)
 constexpr int ROWS = 8;
@@ -125,10 +136,9 @@ INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); 
 INLINE vec dot_pairs(vec x, vec y, vec sum) {
   return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
 }
-#define NATIVE_LARGER
 INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+#define HAS_LARGER
 #define HAS_PAIRS true
-#define EMULATED_PAIRS false
 #include "native_kernel.h"
 }  // namespace avx512bf16
 END_TARGET
@@ -138,27 +148,93 @@ namespace avx512 {
 REGISTERS(16)
 constexpr int ROWS = 8;
 INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
-#undef HAS_PAIRS
-#define HAS_PAIRS false
+#define HAS_LARGER
 #include "native_kernel.h"
 }  // namespace avx512
 END_TARGET
+
+#ifdef WITH_AMX
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf16")
+namespace amx {
+REGISTERS(16)
+constexpr int ROWS = 32;
+INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }
+INLINE vec dot_pairs(vec x, vec y, vec sum) {
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+
+// Eight tiles of 16 rows of 64 bytes.
+INLINE void begin_tiles() {
+  struct alignas(64) {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } shape{};
+  shape.palette = 1;
+  for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+  _tile_loadconfig(&shape);
+}
+
+INLINE void end_tiles() { _tile_release(); }
+
+// Of the tiles 0 and 1, and below 2 and 3, the sums; 4 and below 5, rows of a; 6 and 7, columns of b.
+template <int COLUMNS>
+INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row, const float *b,
+                           int64_t b_step, int64_t depth, bool is_first) {
+  asm volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(2);
+    if (COLUMNS > 1) _tile_zero(1);
+    if (COLUMNS > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, c_step * 4);
+    _tile_loadd(2, c + 16 * c_step, c_step * 4);
+    if (COLUMNS > 1) _tile_loadd(1, c + 16, c_step * 4);
+    if (COLUMNS > 1) _tile_loadd(3, c + 16 * c_step + 16, c_step * 4);
+  }
+  for (int64_t k = 0; k < depth; k += 16, a += 16, b += 16 * b_step) {
+    _tile_loadd(4, a, row * 4);
+    _tile_loadd(6, b, b_step * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a + 16 * row, row * 4);
+    _tile_dpbf16ps(2, 5, 6);
+    if (COLUMNS > 1) {
+      _tile_loadd(7, b + 16, b_step * 4);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_step * 4);
+  _tile_stored(2, c + 16 * c_step, c_step * 4);
+  if (COLUMNS > 1) _tile_stored(1, c + 16, c_step * 4);
+  if (COLUMNS > 1) _tile_stored(3, c + 16 * c_step + 16, c_step * 4);
+}
+
+#define HAS_LARGER
+#define HAS_PAIRS true
+#define HAS_TILES true
+#define OTHERS avx512::work  // heads of other sizes, other types
+#include "native_kernel.h"
+}  // namespace amx
+END_TARGET
+#endif
 
 BEGIN_TARGET("avx2,fma")
 namespace avx2 {
 REGISTERS(8)
 constexpr int ROWS = 6;
 INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
+#define HAS_LARGER
 #include "native_kernel.h"
 }  // namespace avx2
-#undef NATIVE_LARGER
 namespace avx2_wide {
 REGISTERS(16)
-constexpr int ROWS = 8;
-#undef HAS_PAIRS
-#undef EMULATED_PAIRS
+constexpr int ROWS = 32;
 #define HAS_PAIRS true
-#define EMULATED_PAIRS true
+#define HAS_TILES true
+#define EMULATED
 #include "native_kernel.h"
 }  // namespace avx2_wide
 END_TARGET
@@ -168,14 +244,8 @@ END_TARGET
 namespace generic {
 REGISTERS(4)
 constexpr int ROWS = 6;
-#undef HAS_PAIRS
-#undef EMULATED_PAIRS
-#define HAS_PAIRS false
-#define EMULATED_PAIRS false
 #include "native_kernel.h"
 }  // namespace generic
-
-typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
 
 struct InstructionSet {
   const char *name;
@@ -183,22 +253,46 @@ struct InstructionSet {
   bool supported;
 };
 
-// Best first. The last is that of AVX512_BF16 in other instructions, to be tested without.
-std::vector<InstructionSet> instruction_sets() {
+#ifdef WITH_AMX
+// The tiles' state is so large that Linux gives it to those processes alone that ask for it.
+bool may_use_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned TILES = 1u << 24, BFLOAT16_IN_TILES = 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILES) || !(d & BFLOAT16_IN_TILES))
+    return false;
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+#endif
+
+// Best first. The last is that of AMX and AVX512_BF16 in other instructions, to be tested without.
+std::vector<InstructionSet> find_instruction_sets() {
 #ifdef __x86_64__
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return {{"avx512bf16", avx512bf16::work, avx512 && __builtin_cpu_supports("avx512bf16")},
-          {"avx512", avx512::work, avx512},
-          {"avx2", avx2::work, avx2},
-          {"generic", generic::work, true},
-          {"avx2_wide", avx2_wide::work, avx2}};
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  std::vector<InstructionSet> sets = {{"avx512bf16", avx512bf16::work, bf16},
+                                      {"avx512", avx512::work, avx512},
+                                      {"avx2", avx2::work, avx2},
+                                      {"generic", generic::work, true},
+                                      {"avx2_wide", avx2_wide::work, avx2}};
+  // Intel's multiply pairs at a quarter of the rate of floats, by pair: half of what floats give.
+  if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
+#ifdef WITH_AMX
+  sets.insert(sets.begin(), {"amx", amx::work, bf16 && may_use_amx()});
+#endif
+  return sets;
 #else
   return {{"generic", generic::work, true}};
 #endif
+}
+
+const std::vector<InstructionSet> &instruction_sets() {
+  static const std::vector<InstructionSet> sets = find_instruction_sets();
+  return sets;
 }
 
 struct Team {

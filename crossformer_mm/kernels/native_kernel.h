@@ -1,5 +1,10 @@
 // The kernel of native.cpp, included there once for each instruction set, in a namespace that has
-// LANES, ROWS, HAS_PAIRS, vec, ints, halves, round_bf16 and dot_pairs.
+// LANES, ROWS, vec, ints, halves, and where these macros are defined:
+//     HAS_LARGER  larger
+//     HAS_PAIRS   round_bf16, dot_pairs: products of two numbers in bfloat16 at once
+//     HAS_TILES   begin_tiles, multiply_tiles, end_tiles: products of tiles of such pairs
+//     EMULATED    both of these in other instructions, which are here
+//     OTHERS      what does the work that tiles are not for
 //
 // A task is one head of some groups. Keys and values of a group are packed once. Then BLOCK queries
 // at a time meet KEYS keys at a time: a product of matrices gives their logits, which become
@@ -11,12 +16,22 @@
 // table is summed in strips, too.
 //
 // Products are of words of 32 bits: of floats or, with PAIRS, of two numbers in bfloat16 each,
-// which are multiplied and added up at once.
+// which are multiplied and added up at once. With TILES they are, too, but of whole tiles: ROWS rows
+// of words by as many words of TILE columns. Rows have to lie there as they are multiplied, so that
+// the gradients of keys and values are summed with their channels as the rows.
+
+#ifndef HAS_PAIRS
+#define HAS_PAIRS false
+#endif
+#ifndef HAS_TILES
+#define HAS_TILES false
+#endif
 
 constexpr int TILE = 2 * LANES;  // keys of a tile of logits; its queries are ROWS
 constexpr int64_t BLOCK = (49 + ROWS - 1) / ROWS * ROWS;  // all queries of a group of 7 x 7
 constexpr int64_t KEYS = 192;
 static_assert(KEYS % TILE == 0 && KEYS % ROWS == 0, "whole tiles");
+enum Product { FLOATS, PAIRS_OF_HALVES, TILES_OF_PAIRS };
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 INLINE vec load(const float *from) {
@@ -33,7 +48,7 @@ INLINE void store_halves(float *to, int64_t at, halves x) {
 
 INLINE vec all(float x) { return x - vec{}; }
 
-#ifndef NATIVE_LARGER
+#ifndef HAS_LARGER
 INLINE vec larger(vec x, vec y) { return x > y ? x : y; }  // y, if one of them is not a number
 #endif
 
@@ -64,31 +79,39 @@ INLINE float sum_of(vec x) {
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
-// 2^x for x <= 0, to 1e-7 of itself: 2 to the power of the nearest whole number, which is rounded
+// 2^x for x <= 0, to 1e-7 of itself, or to 1e-4 where it will be rounded to bfloat16: 2 to the power of the nearest whole number, which is rounded
 // to, and moved to where a float has its exponent, by adding a number so large that what is behind
 // the point is lost; times the polynomial of least relative error for the rest. 0 below 2^-126.5.
-INLINE vec exp2(vec x) {
+template <bool ROUGH = false> INLINE vec exp2(vec x) {
   const vec magic = all(12582912.f + 127.f);
   x = larger(all(-127.f), x);
   const vec shifted = x + magic, rest = x - (shifted - magic);
-  vec y = all(1.534581e-4f);
-  y = y * rest + all(1.3399931e-3f);
-  y = y * rest + all(9.6184891e-3f);
-  y = y * rest + all(5.5503286e-2f);
-  y = y * rest + all(2.4022646e-1f);
-  y = y * rest + all(6.9314718e-1f);
-  y = y * rest + all(1.f);
+  vec y;
+  if (ROUGH) {
+    y = all(5.5171321e-2f);
+    y = y * rest + all(2.4261054e-1f);
+    y = y * rest + all(6.9326099e-1f);
+    y = y * rest + all(9.9992811e-1f);
+  } else {
+    y = all(1.534581e-4f);
+    y = y * rest + all(1.3399931e-3f);
+    y = y * rest + all(9.6184891e-3f);
+    y = y * rest + all(5.5503286e-2f);
+    y = y * rest + all(2.4022646e-1f);
+    y = y * rest + all(6.9314718e-1f);
+    y = y * rest + all(1.f);
+  }
   return y * (vec)((ints)shifted << 23);
 }
 
-#if !HAS_PAIRS || EMULATED_PAIRS
+#if !HAS_PAIRS || defined(EMULATED)
 INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
   const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
   return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
 }
 #endif
 
-#if EMULATED_PAIRS
+#ifdef EMULATED
 INLINE vec dot_pairs(vec x, vec y, vec sum) {
   const ints a = (ints)x, b = (ints)y, high = ints{} - 0x10000;
   return (vec)(a & high) * (vec)(b & high) + ((vec)(a << 16) * (vec)(b << 16) + sum);
@@ -142,54 +165,94 @@ INLINE vec pair_up(vec low, vec high) {
   return (vec)(one | (other << 16));
 }
 
-template <bool PAIRS> INLINE vec add_product(vec x, vec y, vec sum) {
+template <Product HOW> INLINE vec add_product(vec x, vec y, vec sum) {
 #if HAS_PAIRS
-  if constexpr (PAIRS) return dot_pairs(x, y, sum);
+  if constexpr (HOW != FLOATS) return dot_pairs(x, y, sum);
 #endif
   return x * y + sum;
 }
 
-// sums[i] += a[i*row + k*step] * b[k*b_step...] for all k.
-template <bool PAIRS, int COLUMNS>
+#ifdef EMULATED
+INLINE void begin_tiles() {}
+INLINE void end_tiles() {}
+
+// c[i*c_step + j] = c[...] * !is_first + sum of a[i*row + k] * b[k*b_step + j], for ROWS rows and
+// COLUMNS registers of columns.
+template <int COLUMNS>
+INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row, const float *b,
+                           int64_t b_step, int64_t depth, bool is_first) {
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < COLUMNS * LANES; j += LANES) {
+      vec sum = is_first ? vec{} : load(c + i * c_step + j);
+      for (int64_t k = 0; k < depth; k++)
+        sum = dot_pairs(all(a[i * row + k]), load(b + k * b_step + j), sum);
+      store(c + i * c_step + j, sum);
+    }
+}
+#endif
+
+// sums[i] += a[i*row + k*step] * b[k*b_step...] for all k; where it is the first, sums are taken for
+// zeros.
+template <Product HOW, int COLUMNS>
 INLINE void multiply(vec (&sums)[ROWS][COLUMNS], const float *a, int64_t row, int64_t step,
-                     const float *b, int64_t b_step, int64_t depth) {
+                     const float *b, int64_t b_step, int64_t depth, bool is_first) {
+#if HAS_TILES
+  if constexpr (HOW == TILES_OF_PAIRS)
+    return multiply_tiles<COLUMNS>(reinterpret_cast<float *>(sums), COLUMNS * LANES, a, row, b,
+                                   b_step, depth, is_first);
+#endif
+  if (is_first)
+    UNROLL for (int i = 0; i < ROWS; i++)
+      UNROLL for (int j = 0; j < COLUMNS; j++) sums[i][j] = vec{};
   for (int64_t k = 0; k < depth; k++, a += step, b += b_step) {
     vec right[COLUMNS];
     UNROLL for (int j = 0; j < COLUMNS; j++) right[j] = load(b + j * LANES);
     UNROLL for (int i = 0; i < ROWS; i++) {
       const vec left = all(a[i * row]);
       UNROLL for (int j = 0; j < COLUMNS; j++)
-        sums[i][j] = add_product<PAIRS>(left, right[j], sums[i][j]);
+        sums[i][j] = add_product<HOW>(left, right[j], sums[i][j]);
     }
   }
 }
 
-// c[i*c_row + j] = c[i*c_row + j] * factors[i] + sum of a[i*row + k*step] * b[k*wide + j], for ROWS
-// rows and all channels j. Where a block is the first, c is taken for zeros.
-template <bool PAIRS, int COLUMNS>
-NOINLINE void multiply_channels(const float *a, int64_t row, int64_t step, const float *b,
-                              int64_t wide, int64_t depth, float *c, const float *factors,
-                              bool is_first) {
+// c[i*c_step + j] = c[i*c_step + j] * factors[i] + sum of a[i*row + k*step] * b[k*b_step + j], for
+// ROWS rows and COLUMNS registers of columns. Where a block is the first, c is taken for zeros.
+template <Product HOW, int COLUMNS>
+NOINLINE void multiply_block(const float *a, int64_t row, int64_t step, const float *b,
+                             int64_t b_step, int64_t depth, float *c, int64_t c_step,
+                             const float *factors, bool is_first) {
+#if HAS_TILES
+  if constexpr (HOW == TILES_OF_PAIRS) {
+    if (factors && !is_first)
+      for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) {
+          float *at = c + i * c_step + j * LANES;
+          store(at, load(at) * all(factors[i]));
+        }
+    return multiply_tiles<COLUMNS>(c, c_step, a, row, b, b_step, depth, is_first);
+  }
+#endif
   vec sums[ROWS][COLUMNS];
   UNROLL for (int i = 0; i < ROWS; i++)
     UNROLL for (int j = 0; j < COLUMNS; j++) {
-      sums[i][j] = is_first ? vec{} : load(c + i * wide + j * LANES);
+      sums[i][j] = is_first ? vec{} : load(c + i * c_step + j * LANES);
       if (factors && !is_first) sums[i][j] *= all(factors[i]);
     }
-  multiply<PAIRS, COLUMNS>(sums, a, row, step, b, wide, depth);
+  multiply<HOW, COLUMNS>(sums, a, row, step, b, b_step, depth, false);
   UNROLL for (int i = 0; i < ROWS; i++)
-    UNROLL for (int j = 0; j < COLUMNS; j++) store(c + i * wide + j * LANES, sums[i][j]);
+    UNROLL for (int j = 0; j < COLUMNS; j++) store(c + i * c_step + j * LANES, sums[i][j]);
 }
 
-template <bool PAIRS>
-INLINE void multiply_all_channels(const float *a, int64_t row, int64_t step, const float *b,
-                                  int64_t wide, int64_t depth, float *c, const float *factors,
-                                  bool is_first) {
-  int64_t j = 0;
-  for (; j + TILE <= wide; j += TILE)
-    multiply_channels<PAIRS, 2>(a, row, step, b + j, wide, depth, c + j, factors, is_first);
-  if (j < wide)
-    multiply_channels<PAIRS, 1>(a, row, step, b + j, wide, depth, c + j, factors, is_first);
+// Of `count` columns, of which those up to a whole register are there.
+template <Product HOW>
+INLINE void multiply_columns(const float *a, int64_t row, int64_t step, const float *b,
+                             int64_t b_step, int64_t depth, float *c, int64_t c_step, int64_t count,
+                             const float *factors, bool is_first) {
+  for (int64_t j = 0; j < count; j += TILE)
+    if (count - j > LANES)
+      multiply_block<HOW, 2>(a, row, step, b + j, b_step, depth, c + j, c_step, factors, is_first);
+    else
+      multiply_block<HOW, 1>(a, row, step, b + j, b_step, depth, c + j, c_step, factors, is_first);
 }
 
 // Rows of `words` words to panels (rows / TILE, words, TILE); both in whole tiles and fours.
@@ -213,7 +276,10 @@ void transpose(const float *rows, int64_t count, int64_t words, float *panels) {
 }
 
 // D: the number of channels of a head, or 0 for any.
-template <bool PAIRS, int D> struct Kernel {
+template <Product HOW, int D> struct Kernel {
+  static constexpr bool PAIRS = HOW != FLOATS, TILES = HOW == TILES_OF_PAIRS;
+  static_assert(!TILES || (D == ROWS && TILE == ROWS && BLOCK / 2 <= TILE), "whole tiles");
+
   const Call &call;
   // Of a group, its rows of numbers one after another (with PAIRS in bfloat16); panels of keys and
   // values; keys and values as words of a channel.
@@ -223,18 +289,30 @@ template <bool PAIRS, int D> struct Kernel {
   // Logits that become weights, their gradients; (PAIRS) the words of both.
   float *weights = nullptr, *weight_pairs = nullptr, *slopes = nullptr, *slope_words = nullptr, *slope_pairs = nullptr;
   float *flipped = nullptr, *grad_flipped = nullptr, *strips = nullptr, *grad_strips = nullptr;  // the head's table, and its strips
-  int64_t *tokens = nullptr;  // of the group's members, row by row
+  int64_t *tokens = nullptr, *next_tokens = nullptr;  // of the group's members, row by row
   const float *bias[BLOCK];
   float *grad_bias[BLOCK];
   int64_t query_tokens[BLOCK];
 
+  // Of which columns of a group, of how many rows and columns, the strips are.
+  struct Strips {
+    int64_t first = 0, last = -1, rows = 0, columns = 0;
+    bool operator==(const Strips &o) const {
+      return first == o.first && last == o.last && rows == o.rows && columns == o.columns;
+    }
+  } stripped;
+
   // Of the group at hand
-  int64_t group_rows, group_columns, members, strip;
+  int64_t group_rows, group_columns, members, strip, next_members;
 
   INLINE int64_t dim() const { return D ? D : call.dim; }
   INLINE int64_t wide() const { return (dim() + LANES - 1) / LANES * LANES; }
   INLINE int64_t words() const { return PAIRS ? wide() / 2 : wide(); }  // of a row
   static INLINE int64_t depth(int64_t numbers) { return PAIRS ? (numbers + 1) / 2 : numbers; }
+  // A number of keys or queries as products take it: behind the last, weights are zeros.
+  static INLINE int64_t in_tiles(int64_t count) {
+    return TILES ? (count + TILE - 1) / TILE * TILE : count;
+  }
   static int64_t strip_size(int64_t rows, int64_t columns) {  // with room for what tiles overlap
     return (2 * rows - 1) * columns + 2 * TILE;
   }
@@ -262,6 +340,7 @@ template <bool PAIRS, int D> struct Kernel {
                                               strip_size(rows.count, columns.count));
     strips = arena.take(strip_room);
     tokens = reinterpret_cast<int64_t *>(arena.take(2 * most));
+    next_tokens = reinterpret_cast<int64_t *>(arena.take(2 * most));
     if (!backward) return;
     value_panels = arena.take(room);
     keys = PAIRS ? arena.take(room) : raw;
@@ -337,18 +416,48 @@ template <bool PAIRS, int D> struct Kernel {
     return padded;
   }
 
-  void start_group(int64_t group) {
+  // Tokens of a group's members, row by row, to `to`.
+  void list_tokens(int64_t group, int64_t *to) const {
     const int64_t c = group % call.columns.size(), r = group / call.columns.size();
     const Run &columns = call.columns[c], &rows = call.rows[r % call.rows.size()];
     const int64_t image = r / call.rows.size();
-    group_rows = rows.count, group_columns = columns.count, members = group_rows * group_columns;
-    strip = strip_size(group_rows, group_columns);
-    int64_t *token = tokens;
-    for (int64_t y = 0; y < group_rows; y++) {
+    for (int64_t y = 0; y < rows.count; y++) {
       const int64_t line = (image * call.height + rows.start + y * rows.step) * call.width;
-      for (int64_t x = 0; x < group_columns; x++)
-        *token++ = line + columns.start + x * columns.step;
+      for (int64_t x = 0; x < columns.count; x++) *to++ = line + columns.start + x * columns.step;
     }
+  }
+
+  int64_t members_of(int64_t group) const {
+    return call.rows[group / call.columns.size() % call.rows.size()].count *
+           call.columns[group % call.columns.size()].count;
+  }
+
+  // Make a group the one at hand, and the one behind it the next.
+  void start_group(int64_t group, bool is_first, bool is_last) {
+    if (is_first) list_tokens(group, next_tokens);
+    std::swap(tokens, next_tokens);
+    group_rows = call.rows[group / call.columns.size() % call.rows.size()].count;
+    group_columns = call.columns[group % call.columns.size()].count;
+    members = group_rows * group_columns;
+    strip = strip_size(group_rows, group_columns);
+    next_members = is_last ? 0 : members_of(group + 1);
+    if (!is_last) list_tokens(group + 1, next_tokens);
+  }
+
+  // Rows are far apart in memory, which no processor foresees: ask for those of a member of the next
+  // group while this one is worked on.
+  INLINE void prefetch(int64_t member, int64_t head, bool backward) const {
+    if (member >= next_members) return;
+    const int64_t token = next_tokens[member];
+    for (int part = 0; part < 3; part++) prefetch_row(call.qkv + at(token, head, part, 3));
+    if (!backward) return;
+    prefetch_row(call.out + at(token, head, 0, 1));
+    prefetch_row(call.grad_out + at(token, head, 0, 1));
+  }
+
+  INLINE void prefetch_row(const char *row) const {
+    for (int64_t byte = 0; byte < dim() * size_of(call.dtype); byte += 64)
+      __builtin_prefetch(row + byte, 0, 2);
   }
 
   // The offsets of key - query, for products with log2(e) at once.
@@ -365,43 +474,49 @@ template <bool PAIRS, int D> struct Kernel {
   }
 
   // Where the offsets of a query in this column to the first column of keys begin.
-  INLINE int64_t offset(int64_t column) const {
-    return (call.largest_rows - group_rows) * across() + call.largest_columns - 1 - column;
+  INLINE int64_t offset(const Strips &of, int64_t column) const {
+    return (call.largest_rows - of.rows) * across() + call.largest_columns - 1 - column;
   }
 
-  // Strips and tokens of the queries from `first` on. A tile beyond the last repeats that one.
+  // Strips and tokens of the queries from `first` on. Strips of a group that is small enough to be
+  // one block serve the next one, too. A tile beyond the last query repeats that one.
   void start_block(int64_t first, int64_t count, bool backward) {
-    const int64_t column0 = first / group_rows, last = (first + count - 1) / group_rows;
-    for (int64_t column = column0; column <= last; column++) {
-      const float *from = flipped + offset(column);
-      float *to = strips + (column - column0) * strip;
-      for (int64_t y = 0; y < 2 * group_rows - 1; y++, from += across(), to += group_columns)
-        for (int64_t x = 0; x < group_columns; x += LANES) store(to + x, load(from + x));
-      std::memset(to, 0, 2 * TILE * 4);
+    const Strips of{first / group_rows, (first + count - 1) / group_rows, group_rows, group_columns};
+    if (!(of == stripped)) {
+      if (backward) end_strips();
+      stripped = of;
+      for (int64_t column = of.first; column <= of.last; column++) {
+        const float *from = flipped + offset(of, column);
+        float *to = strips + (column - of.first) * strip;
+        for (int64_t y = 0; y < 2 * group_rows - 1; y++, from += across(), to += group_columns)
+          for (int64_t x = 0; x < group_columns; x += LANES) store(to + x, load(from + x));
+        std::memset(to, 0, 2 * TILE * 4);
+      }
+      if (backward) std::memset(grad_strips, 0, (of.last - of.first + 1) * strip * 4);
     }
-    if (backward) std::memset(grad_strips, 0, (last - column0 + 1) * strip * 4);
     int64_t column = 0, row = first % group_rows;
     for (int64_t i = 0; i < BLOCK; i++) {
       const int64_t from = column * strip + (group_rows - 1 - row) * group_columns;
       bias[i] = strips + from;
       grad_bias[i] = grad_strips + from;
-      query_tokens[i] = tokens[row * group_columns + column0 + column];
+      query_tokens[i] = tokens[row * group_columns + of.first + column];
       if (i + 1 < count && ++row == group_rows) row = 0, column++;
     }
   }
 
   // Add the gradients of the strips up in that of the table.
-  void end_block(int64_t first, int64_t count) {
-    const int64_t column0 = first / group_rows, last = (first + count - 1) / group_rows;
-    for (int64_t column = column0; column <= last; column++) {
-      float *to = grad_flipped + offset(column);
-      const float *from = grad_strips + (column - column0) * strip;
-      for (int64_t y = 0; y < 2 * group_rows - 1; y++, to += across(), from += group_columns) {
+  void end_strips() {
+    const Strips of = stripped;
+    for (int64_t column = of.first; column <= of.last; column++) {
+      float *to = grad_flipped + offset(of, column);
+      const float *from = grad_strips + (column - of.first) * strip_size(of.rows, of.columns);
+      for (int64_t y = 0; y < 2 * of.rows - 1; y++, to += across(), from += of.columns) {
         int64_t x = 0;
-        for (; x + LANES <= group_columns; x += LANES) store(to + x, load(to + x) + load(from + x));
-        for (; x < group_columns; x++) to[x] += from[x];
+        for (; x + LANES <= of.columns; x += LANES) store(to + x, load(to + x) + load(from + x));
+        for (; x < of.columns; x++) to[x] += from[x];
       }
     }
+    stripped = Strips{};
   }
 
   // Of ROWS queries and COLUMNS registers of keys, in a function of its own: all registers are for
@@ -409,9 +524,9 @@ template <bool PAIRS, int D> struct Kernel {
 
   // Logits, times log2(e), to `weights`.
   template <int COLUMNS> NOINLINE void logits_tile(int64_t i0, int64_t first, int64_t key) {
-    vec sums[ROWS][COLUMNS] = {};
-    multiply<PAIRS, COLUMNS>(sums, queries + i0 * words(), words(), 1,
-                             key_panels + (first + key) * words(), TILE, depth(dim()));
+    vec sums[ROWS][COLUMNS];
+    multiply<HOW, COLUMNS>(sums, queries + i0 * words(), words(), 1,
+                           key_panels + (first + key) * words(), TILE, depth(dim()), true);
     const vec scale = all(call.scale * LOG2_E);
     UNROLL for (int i = 0; i < ROWS; i++) {
       const float *from = bias[i0 + i] + first + key;
@@ -423,9 +538,9 @@ template <bool PAIRS, int D> struct Kernel {
 
   // Gradients of logits: weight * (gradient of the weight - their mean).
   template <int COLUMNS> NOINLINE void slopes_tile(int64_t i0, int64_t first, int64_t key) {
-    vec sums[ROWS][COLUMNS] = {};
-    multiply<PAIRS, COLUMNS>(sums, grads + i0 * words(), words(), 1,
-                             value_panels + (first + key) * words(), TILE, depth(dim()));
+    vec sums[ROWS][COLUMNS];
+    multiply<HOW, COLUMNS>(sums, grads + i0 * words(), words(), 1,
+                           value_panels + (first + key) * words(), TILE, depth(dim()), true);
     UNROLL for (int i = 0; i < ROWS; i++) {
       float *to = grad_bias[i0 + i] + first + key;
       const int64_t at = (i0 + i) * KEYS + key;
@@ -436,6 +551,7 @@ template <bool PAIRS, int D> struct Kernel {
         if constexpr (PAIRS) store_halves(slope_words, at + j * LANES, round_bf16(sums[i][j]));
         else store(slopes + at + j * LANES, sums[i][j]);
       }
+      if (TILES && COLUMNS == 1) store_halves(slope_words, at + LANES, halves{});
     }
     if constexpr (PAIRS) {
       UNROLL for (int i = 0; i < ROWS; i += 2)
@@ -460,38 +576,59 @@ template <bool PAIRS, int D> struct Kernel {
 
   INLINE vec weight_at(int64_t i, int64_t key, vec top) {
     float *at = weights + i * KEYS + key;
-    const vec x = exp2(load(at) - top);
+    const vec x = exp2<PAIRS>(load(at) - top);
     if constexpr (PAIRS) store_halves(slope_words, i * KEYS + key, round_bf16(x));
     else store(at, x);
     return x;
   }
 
-  // Logits of a row to weights: of a query, with what was its largest logit before.
-  INLINE void exponentiate(int64_t i, int64_t count, bool is_first) {
+  // The largest logits of `many` keys by a query, of those before and these.
+  INLINE float top_of(int64_t i, int64_t many, float before) {
     float *row = weights + i * KEYS;
     const vec lowest = all(-INFINITY);
-    const int64_t whole = count / LANES * LANES;
-    if (whole < count)
-      store(row + whole, first_lanes(count - whole, load(row + whole), lowest));
+    const int64_t whole = many / LANES * LANES;
+    if (whole < many) store(row + whole, first_lanes(many - whole, load(row + whole), lowest));
     vec top0 = lowest, top1 = lowest;
-    for (int64_t key = 0; key + LANES < count; key += TILE) {
+    for (int64_t key = 0; key + LANES < many; key += TILE) {
       top0 = larger(load(row + key), top0);
       top1 = larger(load(row + key + LANES), top1);
     }
-    const int64_t padded = (count + LANES - 1) / LANES * LANES;
+    const int64_t padded = (many + LANES - 1) / LANES * LANES;
     if (padded % TILE) top0 = larger(load(row + padded - LANES), top0);
-    const float largest = largest_of(larger(top0, top1)), before = is_first ? -INFINITY : tops[i];
-    tops[i] = largest > before ? largest : before;
-    factors[i] = exp2(all(before - tops[i]))[0];
+    const float largest = largest_of(larger(top0, top1));
+    return largest > before ? largest : before;
+  }
+
+  // Logits of a query to weights; returns their sum.
+  INLINE float weigh_row(int64_t i, int64_t many) {
+    const int64_t padded = (many + LANES - 1) / LANES * LANES;
     const vec top = all(tops[i]);
     vec sum0{}, sum1{};
-    for (int64_t key = 0; key + LANES < count; key += TILE) {
+    for (int64_t key = 0; key + LANES < many; key += TILE) {
       sum0 += weight_at(i, key, top);
       sum1 += weight_at(i, key + LANES, top);
     }
-    if (padded % TILE) sum0 += weight_at(i, padded - LANES, top);
-    const float sum = sum_of(sum0 + sum1);
-    totals[i] = is_first ? sum : totals[i] * factors[i] + sum;
+    if (padded % TILE) {
+      sum0 += weight_at(i, padded - LANES, top);
+      if (TILES) store_halves(slope_words, i * KEYS + padded, halves{});
+    }
+    return sum_of(sum0 + sum1);
+  }
+
+  // Logits of a block's queries and some keys to weights, and what those before are to be multiplied
+  // with. A row does not wait for the result of another.
+  INLINE void exponentiate(int64_t count, int64_t many, bool is_first) {
+    for (int64_t i = 0; i < count; i++) {
+      const float before = is_first ? -INFINITY : tops[i];
+      tops[i] = top_of(i, many, before);
+      factors[i] = before - tops[i];
+    }
+    if (!is_first)
+      for (int64_t i = 0; i < count; i += LANES) store(factors + i, exp2(load(factors + i)));
+    for (int64_t i = 0; i < count; i++) {
+      const float sum = weigh_row(i, many);
+      totals[i] = is_first ? sum : totals[i] * factors[i] + sum;
+    }
   }
 
   void forward(int64_t head) {
@@ -509,12 +646,14 @@ template <bool PAIRS, int D> struct Kernel {
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
         tiles<false>(rows, key, many);
-        for (int64_t i = 0; i < rows; i++) exponentiate(i, many, key == 0);
+        if (key == 0)
+          for (int64_t i = 0; i < count; i++) prefetch(first + i, head, false);
+        exponentiate(count, many, key == 0);
         const float *left = PAIRS ? slope_words : weights;
         for (int64_t i = 0; i < rows; i += ROWS)
-          multiply_all_channels<PAIRS>(left + i * depth(KEYS), depth(KEYS), 1,
-                                       values + depth(key) * wide(), wide(), depth(many),
-                                       attended + i * wide(), factors + i, key == 0);
+          multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1,
+                                values + depth(key) * wide(), wide(), depth(in_tiles(many)),
+                                attended + i * wide(), wide(), wide(), factors + i, key == 0);
       }
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = query_tokens[i];
@@ -535,11 +674,29 @@ template <bool PAIRS, int D> struct Kernel {
       store(row1 + whole, first_lanes(count - whole, load(row1 + whole), lowest));
     }
     for (int64_t key = 0; key < count; key += LANES) {
-      const vec x0 = exp2(load(row0 + key) - top0), x1 = exp2(load(row1 + key) - top1);
+      const vec x0 = exp2<PAIRS>(load(row0 + key) - top0), x1 = exp2<PAIRS>(load(row1 + key) - top1);
       store(row0 + key, x0);
       store(row1 + key, x1);
       if constexpr (PAIRS) store(weight_pairs + i / 2 * KEYS + key, pair_up(x0, x1));
     }
+  }
+
+  // A block of queries or of their gradients, as pairs of rows, for `add_gradients`.
+  INLINE void pair_rows(const float *rows, int64_t count, float *to) const {
+    interleave(rows, count, TILES ? raw : to);
+    if (TILES) transpose(raw, count / 2, wide(), to);
+  }
+
+  // Sums over the queries of a block for `many` keys from `key` on: of their weights by `grad_pairs`
+  // or of their slopes by `query_pairs`, (members, channels) or (channels, padded).
+  INLINE void add_gradients(float *sums, const float *pairs, const float *of_keys, int64_t key,
+                            int64_t many, int64_t count, int64_t padded, bool is_first) const {
+    if (TILES)
+      return multiply_columns<HOW>(pairs, TILE, 1, of_keys, KEYS, depth(in_tiles(count)), sums + key, padded,
+                                   many, nullptr, is_first);
+    for (int64_t k = 0; k < many; k += ROWS)
+      multiply_columns<HOW>(of_keys + k, 1, KEYS, pairs, wide(), depth(count),
+                            sums + (key + k) * wide(), wide(), wide(), nullptr, is_first);
   }
 
   void backward(int64_t head) {
@@ -570,29 +727,35 @@ template <bool PAIRS, int D> struct Kernel {
       std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
       std::memset(grads + count * words(), 0, (rows - count) * words() * 4);
       for (int64_t i = count; i < rows; i++) totals[i] = 0, tops[i] = INFINITY;  // weights of 0
-      if (PAIRS) interleave(queries, rows, query_pairs), interleave(grads, rows, grad_pairs);
+      if (PAIRS) pair_rows(queries, rows, query_pairs), pair_rows(grads, rows, grad_pairs);
 
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
         tiles<false>(rows, key, many);
-        for (int64_t i = 0; i < rows; i += 2) weigh(i, many);
-        tiles<true>(rows, key, many);
-        for (int64_t k = 0; k < many; k += ROWS) {
-          const int64_t to = (key + k) * wide();
-          multiply_all_channels<PAIRS>(weight_pairs + k, 1, KEYS, grad_pairs, wide(), depth(count),
-                                       grad_values + to, nullptr, first == 0);
-          multiply_all_channels<PAIRS>(slope_pairs + k, 1, KEYS, query_pairs, wide(), depth(count),
-                                       grad_keys + to, nullptr, first == 0);
+        for (int64_t i = 0; i < count; i += 2) {
+          if (key == 0) prefetch(first + i, head, true), prefetch(first + i + 1, head, true);
+          weigh(i, many);
         }
+        const int64_t none = (count + 1) / 2 * 2;
+        std::memset(weights + none * KEYS, 0, (rows - none) * KEYS * 4);
+        if (PAIRS) std::memset(weight_pairs + none / 2 * KEYS, 0, (rows - none) / 2 * KEYS * 4);
+        tiles<true>(rows, key, many);
+        add_gradients(grad_values, grad_pairs, weight_pairs, key, many, count, padded, first == 0);
+        add_gradients(grad_keys, query_pairs, slope_pairs, key, many, count, padded, first == 0);
         for (int64_t i = 0; i < rows; i += ROWS)
-          multiply_all_channels<PAIRS>(slope_words + i * depth(KEYS), depth(KEYS), 1,
-                                       keys + depth(key) * wide(), wide(), depth(many),
-                                       attended + i * wide(), nullptr, key == 0);
+          multiply_columns<HOW>(slope_words + i * depth(KEYS), depth(KEYS), 1,
+                                keys + depth(key) * wide(), wide(), depth(in_tiles(many)),
+                                attended + i * wide(), wide(), wide(), nullptr, key == 0);
       }
-      end_block(first, count);
       for (int64_t i = 0; i < count; i++)
         give_row(attended + i * wide(), call.scale,
                  call.grad_qkv + at(query_tokens[i], head, 0, 3));
+    }
+    if (TILES) {  // from channels as rows
+      transpose(grad_keys, wide(), padded, raw);
+      std::swap(grad_keys, raw);
+      transpose(grad_values, wide(), padded, raw);
+      std::swap(grad_values, raw);
     }
     for (int64_t m = 0; m < members; m++) {
       give_row(grad_keys + m * wide(), call.scale, call.grad_qkv + at(tokens[m], head, 1, 3));
@@ -604,29 +767,51 @@ template <bool PAIRS, int D> struct Kernel {
   void run(int64_t task, bool is_backward) {
     const int64_t head = task % call.heads, chunk = task / call.heads, groups = call.groups();
     flip_table(head);
+    stripped = Strips{};
     if (is_backward) {
       grad_flipped = call.grad_parts + task * call.part;
       std::memset(grad_flipped, 0, call.part * 4);
     }
-    const int64_t end = (chunk + 1) * groups / call.chunks;
-    for (int64_t group = chunk * groups / call.chunks; group < end; group++) {
-      start_group(group);
+    const int64_t begin = chunk * groups / call.chunks, end = (chunk + 1) * groups / call.chunks;
+    for (int64_t group = begin; group < end; group++) {
+      start_group(group, group == begin, group + 1 == end);
       is_backward ? backward(head) : forward(head);
     }
+    if (is_backward) end_strips();
   }
 };
 
-template <bool PAIRS, int D> void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
-  Kernel<PAIRS, D> kernel(call, arena, call.grad_out);
+template <Product HOW, int D> void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
+  Kernel<HOW, D> kernel(call, arena, call.grad_out);
   if (!next) return;  // it was only about the size of the arena
+#if HAS_TILES
+  if (HOW == TILES_OF_PAIRS) begin_tiles();
+#endif
   for (int64_t task; (task = next->fetch_add(1)) < call.heads * call.chunks;)
     kernel.run(task, call.grad_out);
+#if HAS_TILES
+  if (HOW == TILES_OF_PAIRS) end_tiles();
+#endif
 }
 
 void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
-  const bool pairs = HAS_PAIRS && call.dtype == BFLOAT16;
+  constexpr Product HALVES = HAS_PAIRS ? PAIRS_OF_HALVES : FLOATS;
+  const bool halves = call.dtype == BFLOAT16;
+#if HAS_TILES
+  if (halves && call.dim == ROWS) return work<TILES_OF_PAIRS, ROWS>(call, arena, next);
+#endif
+#ifdef OTHERS
+  OTHERS(call, arena, next);
+#else
   if (call.dim == 32)
-    pairs ? work<HAS_PAIRS, 32>(call, arena, next) : work<false, 32>(call, arena, next);
+    halves ? work<HALVES, 32>(call, arena, next) : work<FLOATS, 32>(call, arena, next);
   else
-    pairs ? work<HAS_PAIRS, 0>(call, arena, next) : work<false, 0>(call, arena, next);
+    halves ? work<HALVES, 0>(call, arena, next) : work<FLOATS, 0>(call, arena, next);
+#endif
 }
+
+#undef HAS_LARGER
+#undef HAS_PAIRS
+#undef HAS_TILES
+#undef EMULATED
+#undef OTHERS

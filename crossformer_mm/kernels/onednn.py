@@ -1,10 +1,14 @@
 """Linear layers on the CPU through oneDNN, where PyTorch's own leave some of the processor unused.
 
-PyTorch multiplies float32 matrices on the CPU with MKL, which on processors of some makers takes
-no 512-bit instructions, and copies the bias into the result first. oneDNN, which is in the same
-PyTorch and runs its convolutions, does neither, but lays the weight out in its own way first.
+PyTorch multiplies float32 matrices on the CPU with MKL, which is Intel's and takes 512-bit
+instructions on Intel's processors alone, and copies the bias into the result first. oneDNN, which
+is in the same PyTorch and runs its convolutions, does neither, but lays the weight out in its own
+way first.
 """
 
+import functools
+import platform
+from pathlib import Path
 from typing import Optional, Tuple
 
 import torch
@@ -29,11 +33,12 @@ def is_float32_on_cpu(x: Tensor) -> bool:
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply these.
 
-    Where processors have AVX-512: two of AMD multiplied matrices at 215 and 400 GFLOP/s in oneDNN,
-    134 and 180 in MKL. One with AVX2 alone did at 184 and 178, and its training step took 1.2 of
-    the time in oneDNN. There, and not for few tokens in training, of which laying the weight out
-    for three products takes too long. ``torch.backends.mkldnn.flags(enabled=False)`` switches it
-    off, as it does for convolutions.
+    Where processors of other makers than Intel have AVX-512: two of AMD multiplied matrices at 215
+    and 400 GFLOP/s in oneDNN, 134 and 180 in MKL. One with AVX2 alone did at 184 and 178, and its
+    training step took 1.2 of the time in oneDNN; so did that of an Intel with AVX-512. There, and
+    not for few tokens in training, of which laying the weight out for three products takes too
+    long. ``torch.backends.mkldnn.flags(enabled=False)`` switches it off, as it does for
+    convolutions.
     """
     tokens = x.numel() // x.shape[-1]
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
@@ -42,8 +47,18 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
+        and not is_intel()
         and (tokens >= few or not torch.is_grad_enabled())
     )
+
+
+@functools.lru_cache(maxsize=None)
+def is_intel() -> bool:
+    """Whether the processor is one of Intel's."""
+    try:
+        return 'GenuineIntel' in Path('/proc/cpuinfo').read_text()
+    except OSError:  # not Linux
+        return 'GenuineIntel' in platform.processor()
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
