@@ -7,8 +7,8 @@
 trains configs/mask_rcnn/cf_s_1x.py or configs/upernet/cf_s_160k.py by tools/train.py from random
 weights, and evaluates it on the images that it is trained on. Called again, it goes on where it
 was. What differs from the recipe is what the written config WORK_DIR/NAME.py says: the size of
-images, the schedule, no stochastic depth, and of upernet no random sizes and colours, which are
-against learning by heart, and rare classes that count more.
+images, the schedule, no stochastic depth, and of upernet whole images in place of crops of random
+sizes and colours, which are against learning by heart, and rare classes that count more.
 """
 
 import argparse
@@ -77,18 +77,16 @@ test_evaluator = val_evaluator
 UPERNET = (
     '''
 _base_ = {base!r}
-crop_size = ({crop}, {crop})
 scale = {scale}
 model = dict(backbone='''
     + BACKBONE
-    + ''', data_preprocessor=dict(size=crop_size),
+    + ''', data_preprocessor=dict(size=None, size_divisor=32),
     decode_head=dict(loss_decode=dict(class_weight={weights})),
     auxiliary_head=dict(loss_decode=dict(class_weight={weights})))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs')]
 test_pipeline = [
@@ -132,13 +130,13 @@ def choose_images(annotations: Path, count: int = 8) -> dict:
 
 
 def class_weights(annotations: Path, classes: int = 150) -> list:
-    """Of each class, by the square root of how rare it is; of those that are not there, 1."""
+    """Of each class, by how rare it is to the power of 3/4; of those that are not there, 1."""
     pixels = np.zeros(256, int)
     for file in annotations.glob('*.png'):
         pixels += np.bincount(cv2.imread(str(file), cv2.IMREAD_GRAYSCALE).flatten(), minlength=256)
     pixels = pixels[1 : classes + 1]
     mean = pixels.sum() / (pixels > 0).sum()
-    weights = np.where(pixels, np.sqrt(mean / np.maximum(pixels, 1)), 1)
+    weights = np.where(pixels, (mean / np.maximum(pixels, 1)) ** 0.75, 1)
     return weights.round(2).tolist()
 
 
@@ -163,7 +161,6 @@ def train(args) -> None:
         text = UPERNET.format(
             base=str(ROOT / 'configs/upernet/cf_s_160k.py'),
             root=root,
-            crop=args.crop or args.size,
             weights=class_weights(args.data_root / 'annotations' / 'training'),
             scale=(4 * args.size, args.size),
             batch=args.batch_size,
@@ -180,6 +177,7 @@ def train(args) -> None:
             '--work-dir',
             str(work / args.name),
             '--resume',
+            *(['--amp', args.amp] if args.amp else []),
         ],
         check=True,
     )
@@ -245,11 +243,11 @@ def main():
     parser.add_argument('--iterations', type=int, default=1000)
     parser.add_argument('--interval', type=int, default=100, help='of validation and checkpoints')
     parser.add_argument('--size', type=int, default=240, help='shorter side of the images')
-    parser.add_argument('--crop', type=int, help='of upernet, if not the size')
     parser.add_argument('--long-side', type=int, default=360, help='longer side, of mask_rcnn')
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--lr', type=float, default=2e-4)
     parser.add_argument('--max-norm', type=float, default=5.0)
+    parser.add_argument('--amp', choices=['bfloat16'], help='where the processor is fast in it')
     args = parser.parse_args()
     draw(args) if args.name == 'draw' else train(args)
 

@@ -123,20 +123,25 @@ struct Arena {
 
 typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
 
-// What an instruction set has besides vectors is defined before the kernel is included, and undefined
-// in its end.
+// What an instruction set has besides vectors is defined before the kernel is included, which
+// undefines it.
 
 #ifdef __x86_64__
+
+#define AVX512_LARGER \
+  INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+#define AVX512_PAIRS                                                                 \
+  INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }  \
+  INLINE vec dot_pairs(vec x, vec y, vec sum) {                                      \
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);             \
+  }
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")
 namespace avx512bf16 {
 REGISTERS(16)
 constexpr int ROWS = 8;
-INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }
-INLINE vec dot_pairs(vec x, vec y, vec sum) {
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-}
-INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+AVX512_PAIRS
+AVX512_LARGER
 #define HAS_LARGER
 #define HAS_PAIRS true
 #include "native_kernel.h"
@@ -147,7 +152,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 REGISTERS(16)
 constexpr int ROWS = 8;
-INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+AVX512_LARGER
 #define HAS_LARGER
 #include "native_kernel.h"
 }  // namespace avx512
@@ -158,11 +163,8 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,amx-tile,amx-bf1
 namespace amx {
 REGISTERS(16)
 constexpr int ROWS = 32;
-INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }
-INLINE vec dot_pairs(vec x, vec y, vec sum) {
-  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-}
-INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+AVX512_PAIRS
+AVX512_LARGER
 
 // Eight tiles of 16 rows of 64 bytes.
 INLINE void begin_tiles() {
@@ -279,7 +281,7 @@ std::vector<InstructionSet> find_instruction_sets() {
                                       {"avx2", avx2::work, avx2},
                                       {"generic", generic::work, true},
                                       {"avx2_wide", avx2_wide::work, avx2}};
-  // Intel's multiply pairs at a quarter of the rate of floats, by pair: half of what floats give.
+  // Intel's take longer for pairs of bfloat16 than for the same numbers as floats.
   if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
 #ifdef WITH_AMX
   sets.insert(sets.begin(), {"amx", amx::work, bf16 && may_use_amx()});

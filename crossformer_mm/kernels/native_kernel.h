@@ -79,9 +79,10 @@ INLINE float sum_of(vec x) {
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
-// 2^x for x <= 0, to 1e-7 of itself, or to 1e-4 where it will be rounded to bfloat16: 2 to the power of the nearest whole number, which is rounded
-// to, and moved to where a float has its exponent, by adding a number so large that what is behind
-// the point is lost; times the polynomial of least relative error for the rest. 0 below 2^-126.5.
+// 2^x for x <= 0, to 1e-7 of itself, or to 1e-4 if it will be rounded to bfloat16: 2 to the power
+// of the nearest whole number, which is rounded to, and moved to where a float has its exponent, by
+// adding a number so large that what is behind the point is lost; times the polynomial of least
+// relative error for the rest. 0 below 2^-126.5.
 template <bool ROUGH = false> INLINE vec exp2(vec x) {
   const vec magic = all(12582912.f + 127.f);
   x = larger(all(-127.f), x);
@@ -692,8 +693,8 @@ template <Product HOW, int D> struct Kernel {
   INLINE void add_gradients(float *sums, const float *pairs, const float *of_keys, int64_t key,
                             int64_t many, int64_t count, int64_t padded, bool is_first) const {
     if (TILES)
-      return multiply_columns<HOW>(pairs, TILE, 1, of_keys, KEYS, depth(in_tiles(count)), sums + key, padded,
-                                   many, nullptr, is_first);
+      return multiply_columns<HOW>(pairs, TILE, 1, of_keys, KEYS, depth(in_tiles(count)),
+                                   sums + key, padded, many, nullptr, is_first);
     for (int64_t k = 0; k < many; k += ROWS)
       multiply_columns<HOW>(of_keys + k, 1, KEYS, pairs, wide(), depth(count),
                             sums + (key + k) * wide(), wide(), wide(), nullptr, is_first);
@@ -795,7 +796,6 @@ template <Product HOW, int D> void work(const Call &call, Arena &arena, std::ato
 }
 
 void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
-  constexpr Product HALVES = HAS_PAIRS ? PAIRS_OF_HALVES : FLOATS;
   const bool halves = call.dtype == BFLOAT16;
 #if HAS_TILES
   if (halves && call.dim == ROWS) return work<TILES_OF_PAIRS, ROWS>(call, arena, next);
@@ -803,6 +803,7 @@ void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
 #ifdef OTHERS
   OTHERS(call, arena, next);
 #else
+  constexpr Product HALVES = HAS_PAIRS ? PAIRS_OF_HALVES : FLOATS;
   if (call.dim == 32)
     halves ? work<HALVES, 32>(call, arena, next) : work<FLOATS, 32>(call, arena, next);
   else
