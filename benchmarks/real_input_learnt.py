@@ -199,15 +199,16 @@ def draw(args) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
-    for axis, name, metrics in zip(
-        axes,
-        ('mask_rcnn', 'upernet'),
-        (
-            ('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_mAP'),
-            ('mIoU', 'aAcc'),
-        ),
-    ):
+    metrics_of = dict(
+        mask_rcnn=('coco/bbox_mAP_50', 'coco/segm_mAP_50', 'coco/bbox_mAP', 'coco/segm_mAP'),
+        upernet=('mIoU', 'aAcc'),
+    )
+    names = [name for name in metrics_of if (args.data_root / name).is_dir()]
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(5.5 * len(names), 3.6), squeeze=False, constrained_layout=True
+    )
+    for axis, name in zip(axes[0], names):
+        metrics = metrics_of[name]
         rows = read_log(args.data_root / name)
         losses = [(row['step'], row['loss']) for row in rows if 'loss' in row]
         scores = [row for row in rows if metrics[0] in row]
@@ -236,7 +237,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('name', choices=['mask_rcnn', 'upernet', 'draw'])
     parser.add_argument(
-        'data_root', type=Path, help='of COCO or of ADE20K; of draw: the work folder of both'
+        'data_root', type=Path, help='of COCO or of ADE20K; of draw: the work folder'
     )
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/real_input_learnt'))
     parser.add_argument('--out', type=Path, default=Path('benchmarks/real_input_learnt.png'))

@@ -20,7 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 
 from .test_docs import EXAMPLES, PAGES, commands
 from .test_predict import run_here
@@ -213,8 +213,8 @@ def test_command_runs(command, place, capfd, request):
         words = words[1:]
     tool = words[0]
     if tool in ('tools/export.py', 'tools/run_onnx.py'):
-        if missing_torch('2.8'):
-            pytest.skip('export needs PyTorch 2.8')
+        if missing_torch(EXPORT):
+            pytest.skip(f'export: {missing_torch(EXPORT)}')
         if not find_spec('onnxruntime'):
             pytest.skip('tools/export.py needs the packages of the extra export')
     make_checkpoints(place, words)

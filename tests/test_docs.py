@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.engine.command_line import load_config
 
 from .test_predict import run_here
@@ -129,8 +129,8 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         return
     if program == 'python':
         tool, rest = rest[0], rest[1:]
-        if tool == 'tools/export.py' and missing_torch('2.8'):
-            pytest.skip('export needs PyTorch 2.8')
+        if tool == 'tools/export.py' and missing_torch(EXPORT):
+            pytest.skip(f'export: {missing_torch(EXPORT)}')
     else:  # dist_train.sh CONFIG GPUS ..., dist_test.sh CONFIG CHECKPOINT GPUS ...,
         # slurm_train.sh PARTITION NAME CONFIG FOLDER ..., slurm_test.sh ... CONFIG CHECKPOINT ...
         start, task = re.fullmatch(r'tools/(dist|slurm)_(train|test)\.sh', program).groups()

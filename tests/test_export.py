@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from crossformer_mm import CrossFormer
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.kernels import native
 
 from .older_torch import needs_torch
@@ -151,7 +151,7 @@ def test_compiled_code_gives_the_same_gradients():
     )
 
 
-@needs_torch('2.8', 'the torch.export that the backbone is exported by')
+@needs_torch(EXPORT, 'the torch.export that the backbone is exported by')
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 def test_exported_program_gives_the_same_features(small, lda):
     backbone, image = small(lda=lda, **TWO_STAGES), torch.randn(1, 3, 101, 83)

@@ -8,10 +8,10 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 
-if missing_torch('2.8'):
-    pytest.skip('export needs PyTorch 2.8', allow_module_level=True)
+if missing_torch(EXPORT):
+    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
 pytest.importorskip('mmdet')
 from crossformer_mm.export import export_any_size, operators  # noqa: E402
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402

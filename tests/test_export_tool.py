@@ -11,10 +11,10 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from crossformer_mm import CrossFormer
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 
-if missing_torch('2.8'):
-    pytest.skip('export needs PyTorch 2.8', allow_module_level=True)
+if missing_torch(EXPORT):
+    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
 from torch._logging._internal import trace_log  # noqa: E402
 
 from crossformer_mm.export import AnySizePool, export_any_size, exportable  # noqa: E402

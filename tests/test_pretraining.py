@@ -18,6 +18,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
+from crossformer_mm.compat import EXPORT
 from crossformer_mm.engine.data_checks import check_files
 
 from .older_torch import needs_torch
@@ -563,7 +564,7 @@ IMAGENET = 'configs/imagenet/cf_t_300e.py'
             'export.py',
             ['--out', 'x.onnx', '--resize-inside'],
             '--resize-inside is for whole detectors and segmentors of any size.',
-            marks=needs_torch('2.8', 'export of sides that may be 1'),
+            marks=needs_torch(EXPORT, 'export of sides that may be 1'),
         ),
     ],
 )

@@ -18,10 +18,10 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools import mask as rle
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 
-if missing_torch('2.8'):
-    pytest.skip('export needs PyTorch 2.8', allow_module_level=True)
+if missing_torch(EXPORT):
+    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 

@@ -42,7 +42,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import fit_checkpoint, load_backbone, read_checkpoint
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.engine.command_line import (
     check_file,
     fail,
@@ -53,8 +53,8 @@ from crossformer_mm.engine.command_line import (
 )
 from crossformer_mm.engine.option_checks import add_cfg_options
 
-if missing_torch('2.8'):
-    fail(f'export: {missing_torch("2.8")}.')
+if missing_torch(EXPORT):
+    fail(f'export: {missing_torch(EXPORT)}.')
 
 from crossformer_mm.export import export_any_size, exportable, metadata, smaller  # noqa: E402
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402

@@ -9,10 +9,10 @@ cannot say in ONNX by itself; ``models``: whole models, from pixels to boxes, ma
 ``onnx_file``: the file that they are written to.
 """
 
-from ..compat import missing_torch
+from ..compat import EXPORT, missing_torch
 
-if missing_torch('2.8'):
-    raise ImportError(f'Export of a CrossFormer: {missing_torch("2.8")}.')
+if missing_torch(EXPORT):
+    raise ImportError(f'Export of a CrossFormer: {missing_torch(EXPORT)}.')
 
 from .any_size import AnySizePool, export_any_size, exportable  # noqa: E402
 
