@@ -405,7 +405,7 @@ def draw(record: dict, folder: Path) -> None:
 
     parts = sorted(
         (r for r in record['results'] if 'parts' in r and r['dtype'] == 'float32'),
-        key=lambda r: r['size'],
+        key=lambda r: tuple(r['size']),
     )
     if parts:
         figure, axis = plt.subplots(figsize=(9, 1.2 + 0.6 * len(parts)))
