@@ -405,7 +405,7 @@ def draw(record: dict, folder: Path) -> None:
 
     parts = sorted(
         (r for r in record['results'] if 'parts' in r and r['dtype'] == 'float32'),
-        key=lambda r: tuple(r['size']),
+        key=lambda r: (tuple(r['size']), r['batch']),
     )
     if parts:
         figure, axis = plt.subplots(figsize=(9, 1.2 + 0.6 * len(parts)))
@@ -429,7 +429,10 @@ def draw(record: dict, folder: Path) -> None:
             yticks=range(len(parts)),
             xlim=(0, 100),
             xlabel='% of the time of one forward',
-            yticklabels=['{}x{}'.format(*r['size']) for r in parts],
+            yticklabels=[
+                '{}x{}'.format(*r['size']) + (f' x {r["batch"]}' if r['batch'] > 1 else '')
+                for r in parts
+            ],
             title='Where the time of a CrossFormer-S forward goes',
         )
         axis.legend(fontsize=8, ncol=4, loc='upper center', bbox_to_anchor=(0.5, -0.35))
