@@ -28,7 +28,7 @@ def missing_torch(needed: str) -> str:
     return f'it needs PyTorch {needed} or newer, this is {torch.__version__}'
 
 
-# What export needs: sides that may be 1 (backed_size_oblivious), which 2.6 cannot; 2.7 is not tried.
+# What export needs: sides that may be 1 (backed_size_oblivious), not in 2.6; 2.7 was not tried.
 EXPORT = '2.8'
 
 # 2.3: torch.compiler.is_compiling. The compilers before know this to be true inside a graph.

@@ -52,7 +52,7 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_intel() -> bool:
     """Whether the processor is one of Intel's."""
     try:
