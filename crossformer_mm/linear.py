@@ -5,7 +5,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .kernels import watcher
-from .kernels.mlp import MKL_CHUNK, chunks, mlp
+from .kernels.mlp import CHUNK, chunks, mlp
 from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
 
 
@@ -48,7 +48,7 @@ class Mlp(BaseModule):
                 # A part at a time stays in the cache.
                 parts = [
                     self.fc2(self.act(self.fc1(tokens[rows])))
-                    for rows in chunks(len(tokens), self.fc1.out_features, MKL_CHUNK)
+                    for rows in chunks(len(tokens), self.fc1.out_features, CHUNK)
                 ]
                 return torch.cat(parts).view(x.shape)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

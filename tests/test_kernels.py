@@ -101,7 +101,7 @@ SERVED = [
 
 
 @pytest.mark.parametrize('path', SERVED)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
@@ -119,6 +119,8 @@ def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
         dtype,
         spare=data.draw(number(0, 2)),
     )
+    if path == 'plain' and dtype == torch.bfloat16:
+        tolerance = 3e-2  # PyTorch 2.1 rounds in more places
     ours = values_and_gradients(*inputs, *rules, heads, 0.3, path=path)
     exact = values_and_gradients(*(x.double() for x in inputs), *rules, heads, 0.3, path='plain')
     assert [x.dtype for x in ours] == [dtype, dtype, torch.float32]

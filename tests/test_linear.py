@@ -42,7 +42,7 @@ def test_linear_equals_pytorchs(tokens, channels, out):
 @pytest.mark.parametrize('library', ['MKL', pytest.param('oneDNN', marks=needs_onednn)])
 def test_mlp_equals_pytorchs_in_parts_of_any_size(tokens, chunk, kept, library, monkeypatch):
     monkeypatch.setattr(mlps, 'CHUNK', chunk)
-    monkeypatch.setattr(mlps, 'MKL_CHUNK', chunk)
+    monkeypatch.setattr(mlps, 'ONEDNN_CHUNK', chunk)
     monkeypatch.setattr(mlps, 'KEPT', kept)
     monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
 

@@ -182,7 +182,7 @@ def exported(tmp_path_factory, photos):
     return get
 
 
-def assert_same_boxes(theirs, ours):
+def assert_one_to_one(theirs, ours, alike):
     """One to one, in any order of almost equal scores. In an image of one colour, boxes at many
     places have the same score, and which of them are kept is open."""
     assert len(theirs) == len(ours)
@@ -195,10 +195,25 @@ def assert_same_boxes(theirs, ours):
             for one in left
             if all(one[key] == wanted[key] for key in ('image_id', 'category_id'))
             and abs(one['score'] - wanted['score']) < 1e-5
-            and np.abs(np.subtract(one['bbox'], wanted['bbox'])).max() < 0.05
+            and alike(one, wanted)
         ]
         assert near, wanted
         left.remove(near[0])
+
+
+def assert_same_boxes(theirs, ours):
+    assert_one_to_one(
+        theirs,
+        ours,
+        lambda one, other: np.abs(np.subtract(one['bbox'], other['bbox'])).max() < 0.05,
+    )
+
+
+def masks_are_alike(one, other) -> bool:
+    one, other = one['segmentation'], other['segmentation']
+    if one['size'] != other['size']:
+        return False
+    return rle.iou([one], [other], [False]) >= 0.999 or not rle.area(one) + rle.area(other)
 
 
 def test_there_are_images_with_no_few_and_the_most_boxes(exported):
@@ -219,23 +234,7 @@ def test_masks_are_those_of_predict(exported):
     boxes, _ = exported('mask_rcnn').both('results.bbox.json')
     theirs, ours = exported('mask_rcnn').both('results.segm.json')
     assert len(ours) == len(boxes)
-    assert len(ours) == len(theirs)
-    for one in theirs:
-        if one['image_id'] in OF_ONE_COLOUR:
-            continue
-        near = [
-            other
-            for other in ours
-            if all(one[key] == other[key] for key in ('image_id', 'category_id'))
-            and abs(one['score'] - other['score']) < 1e-5
-            and one['segmentation']['size'] == other['segmentation']['size']
-            and (
-                rle.iou([one['segmentation']], [other['segmentation']], [False]) >= 0.999
-                or not rle.area(one['segmentation']) + rle.area(other['segmentation'])
-            )
-        ]
-        assert near, one
-        ours.remove(near[0])  # equal scores come in any order
+    assert_one_to_one(theirs, ours, masks_are_alike)
 
 
 @pytest.mark.parametrize('kind', ['retinanet', 'segmentor'])

@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from .onednn import onednn_suits, product, weight_gradients
 
 # Numbers in the part of the hidden layer that is worked on at a time: 4 MB in float32 where oneDNN
-# multiplies, 16 MB where MKL does, and as many in bfloat16, each the fastest of several on one
-# processor.
-CHUNK, MKL_CHUNK = 2**20, 2**22
+# multiplies, 16 MB where MKL does, and as many numbers in other types, each the fastest of several
+# on one processor.
+ONEDNN_CHUNK, CHUNK = 2**20, 2**22
 # Numbers of a hidden layer that is small enough to be kept for the backward pass, 32 MB: those of
 # small images, and the last stages' of large ones. A training step on images of 224x224 takes
 # 0.9 of the time with it.
@@ -53,7 +53,7 @@ class ChunkedMlp(torch.autograd.Function):
         onednn: bool,
         training: bool,
     ) -> Tensor:
-        ctx.parts = list(chunks(len(x), len(weight1), CHUNK if onednn else MKL_CHUNK))
+        ctx.parts = list(chunks(len(x), len(weight1), ONEDNN_CHUNK if onednn else CHUNK))
         ctx.onednn = onednn
         kept = (
             x.new_empty(len(x), len(weight1))

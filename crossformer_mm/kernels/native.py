@@ -6,11 +6,13 @@ forward and backward. It is compiled for several instruction sets, of which the 
 processor has is taken; ``CROSSFORMER_MM_INSTRUCTIONS`` names another:
 
 ============== ==================================================================================
-``avx512bf16`` AVX-512 with AVX512_BF16: bfloat16 is multiplied as it is
+``amx``        AVX-512 with AMX (Linux): bfloat16, of heads of 32, is multiplied in tiles
+``avx512bf16`` AVX-512 with AVX512_BF16: bfloat16 is multiplied as it is; of Intel's processors,
+               where that is slower, ``avx512`` is the better one
 ``avx512``     AVX-512; as below, bfloat16 and float16 are multiplied in float32
 ``avx2``       AVX2 with FMA
 ``generic``    what every processor of the kind has (SSE2, NEON)
-``avx2_wide``  the very steps of ``avx512bf16`` in AVX2: for tests, slow
+``avx2_wide``  the very steps of ``amx`` and ``avx512bf16`` in AVX2: for tests, slow
 ============== ==================================================================================
 
 The threads are PyTorch's own, as many as ``torch.get_num_threads()`` says; values do not depend

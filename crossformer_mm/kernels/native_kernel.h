@@ -417,32 +417,33 @@ template <Product HOW, int D> struct Kernel {
     return padded;
   }
 
+  const Run &rows_of(int64_t group) const {
+    return call.rows[group / call.columns.size() % call.rows.size()];
+  }
+
+  const Run &columns_of(int64_t group) const { return call.columns[group % call.columns.size()]; }
+
   // Tokens of a group's members, row by row, to `to`.
   void list_tokens(int64_t group, int64_t *to) const {
-    const int64_t c = group % call.columns.size(), r = group / call.columns.size();
-    const Run &columns = call.columns[c], &rows = call.rows[r % call.rows.size()];
-    const int64_t image = r / call.rows.size();
+    const Run &rows = rows_of(group), &columns = columns_of(group);
+    const int64_t image = group / (call.rows.size() * call.columns.size());
     for (int64_t y = 0; y < rows.count; y++) {
       const int64_t line = (image * call.height + rows.start + y * rows.step) * call.width;
       for (int64_t x = 0; x < columns.count; x++) *to++ = line + columns.start + x * columns.step;
     }
   }
 
-  int64_t members_of(int64_t group) const {
-    return call.rows[group / call.columns.size() % call.rows.size()].count *
-           call.columns[group % call.columns.size()].count;
-  }
-
   // Make a group the one at hand, and the one behind it the next.
   void start_group(int64_t group, bool is_first, bool is_last) {
     if (is_first) list_tokens(group, next_tokens);
     std::swap(tokens, next_tokens);
-    group_rows = call.rows[group / call.columns.size() % call.rows.size()].count;
-    group_columns = call.columns[group % call.columns.size()].count;
+    group_rows = rows_of(group).count, group_columns = columns_of(group).count;
     members = group_rows * group_columns;
     strip = strip_size(group_rows, group_columns);
-    next_members = is_last ? 0 : members_of(group + 1);
-    if (!is_last) list_tokens(group + 1, next_tokens);
+    next_members = 0;
+    if (is_last) return;
+    next_members = rows_of(group + 1).count * columns_of(group + 1).count;
+    list_tokens(group + 1, next_tokens);
   }
 
   // Rows are far apart in memory, which no processor foresees: ask for those of a member of the next
