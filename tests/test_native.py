@@ -155,6 +155,30 @@ def test_large_logits_do_not_overflow(instructions, largest):
 
 
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+@pytest.mark.parametrize('rise', [30.0, 300.0, 3000.0])
+def test_logits_may_rise_from_key_to_key(instructions, dtype, rise):
+    # The first keys say what weights are relative to; those behind them may be far larger. Beside
+    # the largest, weights are smaller than any normal float.
+    rules = (AxisRule(1, 1), AxisRule(500, 1), 2, 32**-0.5)
+    qkv, table, grad = random_case(1, 1, 500, *rules[:2], 2, 32, dtype)
+    q, k, _ = qkv.unflatten(3, (3, 2, 32)).unbind(3)
+    q[..., 0] = 1
+    k[..., 0] = (rise * 32**0.5) * torch.linspace(0, 1, 500)[:, None]
+    k[:, :, 490:, 1, 0] = -rise  # one head is attracted by those before the last few
+    out, norms, *gradients = run(qkv, table, grad, rules)
+    exact, exact_norms = attention(qkv.double(), table.double(), *rules)
+    limit = LIMITS[dtype] + 3e-7 * rise  # what the logits are rounded to
+    assert error(out, exact) < limit and error(norms, exact_norms) < 1e-6
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_numbers_too_small_to_be_normal_stay_what_they_are_elsewhere(instructions):
+    rules = (AxisRule(7, 1), AxisRule(7, 1), 3, 32**-0.5)
+    run(*random_case(1, 14, 14, *rules[:2], 3, 32, torch.float32), rules)
+    assert torch.tensor([1e-30]).mul(1e-10) > 0
+
+
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
 def test_what_is_not_finite_shows(instructions, dtype):
     rules = (AxisRule(3, 1), AxisRule(4, 1), 1, 1.0)
     qkv, table, _ = random_case(2, 3, 4, *rules[:2], 1, 32, dtype)

@@ -128,10 +128,21 @@ typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
 
 #ifdef __x86_64__
 
-#define AVX512_LARGER \
-  INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+#define AVX512_FLOATS                                                                           \
+  INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }          \
+  INLINE vec above_whole(vec x) { return (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_FLOOR); }  \
+  INLINE vec times_power(vec y, vec x) { return (vec)_mm512_scalef_ps((__m512)y, (__m512)x); }
 #define AVX512_PAIRS                                                                 \
   INLINE halves round_bf16(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }  \
+  INLINE vec round_both(vec x, vec y) {                                              \
+    return (vec)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);                           \
+  }                                                                                  \
+  INLINE vec side_by_side(vec both) {                                                \
+    const __m512i order = _mm512_set_epi16(                                          \
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,  \
+        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);                                   \
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)both);                      \
+  }                                                                                  \
   INLINE vec dot_pairs(vec x, vec y, vec sum) {                                      \
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);             \
   }
@@ -141,8 +152,9 @@ namespace avx512bf16 {
 REGISTERS(16)
 constexpr int ROWS = 8;
 AVX512_PAIRS
-AVX512_LARGER
+AVX512_FLOATS
 #define HAS_LARGER
+#define HAS_POWERS
 #define HAS_PAIRS true
 #include "native_kernel.h"
 }  // namespace avx512bf16
@@ -152,8 +164,9 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 REGISTERS(16)
 constexpr int ROWS = 8;
-AVX512_LARGER
+AVX512_FLOATS
 #define HAS_LARGER
+#define HAS_POWERS
 #include "native_kernel.h"
 }  // namespace avx512
 END_TARGET
@@ -164,7 +177,7 @@ namespace amx {
 REGISTERS(16)
 constexpr int ROWS = 32;
 AVX512_PAIRS
-AVX512_LARGER
+AVX512_FLOATS
 
 // Eight tiles of 16 rows of 64 bytes.
 INLINE void begin_tiles() {
@@ -215,6 +228,7 @@ INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row
 }
 
 #define HAS_LARGER
+#define HAS_POWERS
 #define HAS_PAIRS true
 #define HAS_TILES true
 #define OTHERS avx512::work  // heads of other sizes, other types
@@ -305,9 +319,20 @@ struct Team {
   std::atomic<int64_t> next{0}, members{0};
 };
 
+// Weights below 2^-126 are zeros to the processor while one of these lives: those that are not
+// normal floats take it a hundred times as long.
+struct FlushedToZero {
+#ifdef __x86_64__
+  const unsigned before = _mm_getcsr();
+  FlushedToZero() { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }
+  ~FlushedToZero() { _mm_setcsr(before); }
+#endif
+};
+
 extern "C" void join(void *data) {
   Team &team = *static_cast<Team *>(data);
   Arena arena{team.memory + team.members++ * team.floats};
+  const FlushedToZero flushed;
   team.work(team.call, arena, &team.next);
 }
 

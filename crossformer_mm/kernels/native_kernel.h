@@ -28,8 +28,14 @@
 #endif
 
 constexpr int TILE = 2 * LANES;  // keys of a tile of logits; its queries are ROWS
-constexpr int64_t BLOCK = (49 + ROWS - 1) / ROWS * ROWS;  // all queries of a group of 7 x 7
-constexpr int64_t KEYS = 192;
+#ifndef BB
+#define BB 49
+#endif
+#ifndef KK
+#define KK 192
+#endif
+constexpr int64_t BLOCK = (BB + ROWS - 1) / ROWS * ROWS;  // all queries of a group of 7 x 7
+constexpr int64_t KEYS = KK;
 static_assert(KEYS % TILE == 0 && KEYS % ROWS == 0, "whole tiles");
 enum Product { FLOATS, PAIRS_OF_HALVES, TILES_OF_PAIRS };
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
@@ -79,36 +85,63 @@ INLINE float sum_of(vec x) {
   return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
-// 2^x for x <= 0, to 1e-7 of itself, or to 1e-4 if it will be rounded to bfloat16: 2 to the power
-// of the nearest whole number, which is rounded to, and moved to where a float has its exponent, by
-// adding a number so large that what is behind the point is lost; times the polynomial of least
-// relative error for the rest. 0 below 2^-126.5.
+template <int TERMS> INLINE vec polynomial(vec x, const float (&factors)[TERMS]) {
+  vec y = all(factors[0]);
+  UNROLL for (int i = 1; i < TERMS; i++) y = y * x + all(factors[i]);
+  return y;
+}
+
+#ifdef HAS_POWERS
+constexpr bool SATURATES = true;
+#else
+constexpr bool SATURATES = false;
+#endif
+
+// 2^x for x <= 0 and, if it SATURATES, for any x, to 2e-7 of itself, or to 1e-4 if it will be rounded to bfloat16; 0 far below
+// 2^-126. It is 2 to the power of a whole number times the polynomial of least relative error for
+// the rest.
 template <bool ROUGH = false> INLINE vec exp2(vec x) {
+#ifdef HAS_POWERS
+  const vec rest = above_whole(x);  // from 0 to 1
+  const vec y = ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f})
+                      : polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f,
+                                          2.4015362e-1f, 6.9315307e-1f, 9.9999993e-1f});
+  return times_power(y, x);
+#else
+  // The nearest whole number, which is rounded to, and moved to where a float has its exponent, by
+  // adding a number so large that what is behind the point is lost.
   const vec magic = all(12582912.f + 127.f);
   x = larger(all(-127.f), x);
-  const vec shifted = x + magic, rest = x - (shifted - magic);
-  vec y;
-  if (ROUGH) {
-    y = all(5.5171321e-2f);
-    y = y * rest + all(2.4261054e-1f);
-    y = y * rest + all(6.9326099e-1f);
-    y = y * rest + all(9.9992811e-1f);
-  } else {
-    y = all(1.534581e-4f);
-    y = y * rest + all(1.3399931e-3f);
-    y = y * rest + all(9.6184891e-3f);
-    y = y * rest + all(5.5503286e-2f);
-    y = y * rest + all(2.4022646e-1f);
-    y = y * rest + all(6.9314718e-1f);
-    y = y * rest + all(1.f);
-  }
+  const vec shifted = x + magic, rest = x - (shifted - magic);  // from -1/2 to 1/2
+  const vec y = ROUGH ? polynomial(rest, {5.5171498e-2f, 2.4261084e-1f, 6.9326099e-1f, 9.9992809e-1f})
+                      : polynomial(rest, {1.3276459e-3f, 9.6755396e-3f, 5.5507133e-2f,
+                                          2.402212e-1f, 6.9314697e-1f, 1.0000001f});
   return y * (vec)((ints)shifted << 23);
+#endif
+}
+
+// Words of these, as the lower and the upper half.
+INLINE vec words_of(halves x, halves y) {
+  return (vec)(__builtin_convertvector(x, ints) | (__builtin_convertvector(y, ints) << 16));
 }
 
 #if !HAS_PAIRS || defined(EMULATED)
 INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
   const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
   return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
+}
+
+INLINE vec round_both(vec x, vec y) {
+  const halves parts[2] = {round_bf16(x), round_bf16(y)};
+  vec both;
+  std::memcpy(&both, parts, sizeof both);
+  return both;
+}
+
+INLINE vec side_by_side(vec both) {
+  halves parts[2];
+  std::memcpy(parts, &both, sizeof both);
+  return words_of(parts[0], parts[1]);
 }
 #endif
 
@@ -158,12 +191,6 @@ INLINE void store_numbers(DType dtype, char *to, vec x, int64_t left) {
   }
   const halves bits = to_bits(dtype, x);
   std::memcpy(to, &bits, left < LANES ? left * 2 : sizeof bits);
-}
-
-INLINE vec pair_up(vec low, vec high) {
-  const ints one = __builtin_convertvector(round_bf16(low), ints);
-  const ints other = __builtin_convertvector(round_bf16(high), ints);
-  return (vec)(one | (other << 16));
 }
 
 template <Product HOW> INLINE vec add_product(vec x, vec y, vec sum) {
@@ -224,7 +251,7 @@ NOINLINE void multiply_block(const float *a, int64_t row, int64_t step, const fl
                              const float *factors, bool is_first) {
 #if HAS_TILES
   if constexpr (HOW == TILES_OF_PAIRS) {
-    if (factors && !is_first)
+    if (factors)
       for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < COLUMNS; j++) {
           float *at = c + i * c_step + j * LANES;
@@ -237,7 +264,7 @@ NOINLINE void multiply_block(const float *a, int64_t row, int64_t step, const fl
   UNROLL for (int i = 0; i < ROWS; i++)
     UNROLL for (int j = 0; j < COLUMNS; j++) {
       sums[i][j] = is_first ? vec{} : load(c + i * c_step + j * LANES);
-      if (factors && !is_first) sums[i][j] *= all(factors[i]);
+      if (factors) sums[i][j] *= all(factors[i]);
     }
   multiply<HOW, COLUMNS>(sums, a, row, step, b, b_step, depth, false);
   UNROLL for (int i = 0; i < ROWS; i++)
@@ -286,7 +313,7 @@ template <Product HOW, int D> struct Kernel {
   // values; keys and values as words of a channel.
   float *raw = nullptr, *key_panels = nullptr, *value_panels = nullptr, *keys = nullptr, *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
   // Of a block of queries: words along channels, and (PAIRS) along queries; results.
-  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr, *attended = nullptr, *tops = nullptr, *totals = nullptr, *factors = nullptr;
+  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr, *attended = nullptr, *tops = nullptr, *sums = nullptr, *totals = nullptr, *factors = nullptr;
   // Logits that become weights, their gradients; (PAIRS) the words of both.
   float *weights = nullptr, *weight_pairs = nullptr, *slopes = nullptr, *slope_words = nullptr, *slope_pairs = nullptr;
   float *flipped = nullptr, *grad_flipped = nullptr, *strips = nullptr, *grad_strips = nullptr;  // the head's table, and its strips
@@ -329,7 +356,8 @@ template <Product HOW, int D> struct Kernel {
     queries = arena.take(block);
     attended = arena.take(block);
     tops = arena.take(BLOCK);
-    totals = arena.take(BLOCK);
+    sums = arena.take(BLOCK * LANES);
+    totals = arena.take(BLOCK * LANES);
     factors = arena.take(BLOCK);
     weights = arena.take(BLOCK * KEYS);
     slope_words = arena.take(PAIRS ? BLOCK * KEYS / 2 : 0);
@@ -403,9 +431,16 @@ template <Product HOW, int D> struct Kernel {
         halves one, other;
         std::memcpy(&one, from + c, sizeof one);
         std::memcpy(&other, from + wide() + c, sizeof other);
-        store(to + c, (vec)(__builtin_convertvector(one, ints) |
-                            (__builtin_convertvector(other, ints) << 16)));
+        store(to + c, words_of(one, other));
       }
+  }
+
+  // A query; without PAIRS, in which it would be rounded, times what its logits are scaled with.
+  INLINE void take_query(int64_t token, int64_t head, float *to) const {
+    take_row(call.qkv + at(token, head, 0, 3), to);
+    if (!PAIRS)
+      for (int64_t c = 0; c < wide(); c += LANES)
+        store(to + c, load(to + c) * all(call.scale * LOG2_E));
   }
 
   // Rows of keys (part 1) or values (2) of the group to `to`; returns how many with the padding.
@@ -446,20 +481,25 @@ template <Product HOW, int D> struct Kernel {
     list_tokens(group + 1, next_tokens);
   }
 
-  // Rows are far apart in memory, which no processor foresees: ask for those of a member of the next
-  // group while this one is worked on.
-  INLINE void prefetch(int64_t member, int64_t head, bool backward) const {
-    if (member >= next_members) return;
-    const int64_t token = next_tokens[member];
-    for (int part = 0; part < 3; part++) prefetch_row(call.qkv + at(token, head, part, 3));
-    if (!backward) return;
-    prefetch_row(call.out + at(token, head, 0, 1));
-    prefetch_row(call.grad_out + at(token, head, 0, 1));
+  // Rows are far apart in memory, which no processor foresees: ask for those of the next group and
+  // those that results go to, with each part of the keys for a part of the block.
+  INLINE void prefetch(int64_t head, int64_t first, int64_t count, int64_t key, int64_t many,
+                       bool backward) const {
+    for (int64_t i = count * key / members; i < count * (key + many) / members; i++) {
+      prefetch_row<true>(backward ? call.grad_qkv + at(query_tokens[i], head, 0, 3)
+                                  : call.out + at(query_tokens[i], head, 0, 1));
+      if (first + i >= next_members) continue;
+      const int64_t token = next_tokens[first + i];
+      for (int part = 0; part < 3; part++) prefetch_row(call.qkv + at(token, head, part, 3));
+      if (!backward) continue;
+      prefetch_row(call.out + at(token, head, 0, 1));
+      prefetch_row(call.grad_out + at(token, head, 0, 1));
+    }
   }
 
-  INLINE void prefetch_row(const char *row) const {
+  template <bool WRITE = false> INLINE void prefetch_row(const char *row) const {
     for (int64_t byte = 0; byte < dim() * size_of(call.dtype); byte += 64)
-      __builtin_prefetch(row + byte, 0, 2);
+      __builtin_prefetch(row + byte, WRITE, 2);
   }
 
   // The offsets of key - query, for products with log2(e) at once.
@@ -527,14 +567,18 @@ template <Product HOW, int D> struct Kernel {
   // Logits, times log2(e), to `weights`.
   template <int COLUMNS> NOINLINE void logits_tile(int64_t i0, int64_t first, int64_t key) {
     vec sums[ROWS][COLUMNS];
+    if (!PAIRS)  // queries are scaled
+      UNROLL for (int i = 0; i < ROWS; i++)
+        UNROLL for (int j = 0; j < COLUMNS; j++)
+          sums[i][j] = load(bias[i0 + i] + first + key + j * LANES);
     multiply<HOW, COLUMNS>(sums, queries + i0 * words(), words(), 1,
-                           key_panels + (first + key) * words(), TILE, depth(dim()), true);
+                           key_panels + (first + key) * words(), TILE, depth(dim()), PAIRS);
     const vec scale = all(call.scale * LOG2_E);
     UNROLL for (int i = 0; i < ROWS; i++) {
       const float *from = bias[i0 + i] + first + key;
       float *to = weights + (i0 + i) * KEYS + key;
       UNROLL for (int j = 0; j < COLUMNS; j++)
-        store(to + j * LANES, sums[i][j] * scale + load(from + j * LANES));
+        store(to + j * LANES, PAIRS ? sums[i][j] * scale + load(from + j * LANES) : sums[i][j]);
     }
   }
 
@@ -550,16 +594,24 @@ template <Product HOW, int D> struct Kernel {
       UNROLL for (int j = 0; j < COLUMNS; j++) {
         sums[i][j] = load(weights + at + j * LANES) * (sums[i][j] - mean);
         store(to + j * LANES, load(to + j * LANES) + sums[i][j]);
-        if constexpr (PAIRS) store_halves(slope_words, at + j * LANES, round_bf16(sums[i][j]));
-        else store(slopes + at + j * LANES, sums[i][j]);
+        if constexpr (!PAIRS) store(slopes + at + j * LANES, sums[i][j]);
       }
-      if (TILES && COLUMNS == 1) store_halves(slope_words, at + LANES, halves{});
     }
     if constexpr (PAIRS) {
-      UNROLL for (int i = 0; i < ROWS; i += 2)
-        UNROLL for (int j = 0; j < COLUMNS; j++)
-          store(slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
-                pair_up(sums[i][j], sums[i + 1][j]));
+      UNROLL for (int i = 0; i < ROWS; i += 2) {
+        const int64_t at = (i0 + i) * KEYS + key;
+        UNROLL for (int j = 0; j < COLUMNS; j++) {
+          const vec both = round_both(sums[i][j], sums[i + 1][j]);
+          halves rows[2];
+          std::memcpy(rows, &both, sizeof both);
+          store_halves(slope_words, at + j * LANES, rows[0]);
+          store_halves(slope_words, at + KEYS + j * LANES, rows[1]);
+          store(slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES, side_by_side(both));
+        }
+        if (TILES && COLUMNS == 1)
+          for (int row = 0; row < 2; row++)
+            store_halves(slope_words, at + row * KEYS + LANES, halves{});
+      }
     }
   }
 
@@ -576,61 +628,98 @@ template <Product HOW, int D> struct Kernel {
         count - key > LANES ? tile<2, SLOPES>(i, first, key) : tile<1, SLOPES>(i, first, key);
   }
 
-  INLINE vec weight_at(int64_t i, int64_t key, vec top) {
-    float *at = weights + i * KEYS + key;
-    const vec x = exp2<PAIRS>(load(at) - top);
-    if constexpr (PAIRS) store_halves(slope_words, i * KEYS + key, round_bf16(x));
-    else store(at, x);
-    return x;
+  // What a tile has behind the last of its keys gets no weight.
+  INLINE void hide(int64_t i, int64_t many) {
+    float *at = weights + i * KEYS + many / LANES * LANES;
+    if (many % LANES) store(at, first_lanes(many % LANES, load(at), all(-INFINITY)));
   }
 
-  // The largest logits of `many` keys by a query, of those before and these.
-  INLINE float top_of(int64_t i, int64_t many, float before) {
-    float *row = weights + i * KEYS;
-    const vec lowest = all(-INFINITY);
-    const int64_t whole = many / LANES * LANES;
-    if (whole < many) store(row + whole, first_lanes(many - whole, load(row + whole), lowest));
-    vec top0 = lowest, top1 = lowest;
-    for (int64_t key = 0; key + LANES < many; key += TILE) {
+  // The largest logit of a query.
+  INLINE float top_of(int64_t i, int64_t many) {
+    const float *row = weights + i * KEYS;
+    vec top0 = all(-INFINITY), top1 = top0;
+    int64_t key = 0;
+    for (; key + LANES < many; key += TILE) {
       top0 = larger(load(row + key), top0);
       top1 = larger(load(row + key + LANES), top1);
     }
-    const int64_t padded = (many + LANES - 1) / LANES * LANES;
-    if (padded % TILE) top0 = larger(load(row + padded - LANES), top0);
-    const float largest = largest_of(larger(top0, top1));
-    return largest > before ? largest : before;
+    if (key < many) top0 = larger(load(row + key), top0);
+    return largest_of(larger(top0, top1));
   }
 
-  // Logits of a query to weights; returns their sum.
-  INLINE float weigh_row(int64_t i, int64_t many) {
-    const int64_t padded = (many + LANES - 1) / LANES * LANES;
-    const vec top = all(tops[i]);
-    vec sum0{}, sum1{};
-    for (int64_t key = 0; key + LANES < many; key += TILE) {
-      sum0 += weight_at(i, key, top);
-      sum1 += weight_at(i, key + LANES, top);
-    }
-    if (padded % TILE) {
-      sum0 += weight_at(i, padded - LANES, top);
-      if (TILES) store_halves(slope_words, i * KEYS + padded, halves{});
-    }
-    return sum_of(sum0 + sum1);
-  }
-
-  // Logits of a block's queries and some keys to weights, and what those before are to be multiplied
-  // with. A row does not wait for the result of another.
-  INLINE void exponentiate(int64_t count, int64_t many, bool is_first) {
+  // What weights are relative to: the largest logits of those before and these. The factors are what
+  // sums up to here are to be multiplied with.
+  INLINE void raise_tops(int64_t count, int64_t many, bool is_first) {
     for (int64_t i = 0; i < count; i++) {
-      const float before = is_first ? -INFINITY : tops[i];
-      tops[i] = top_of(i, many, before);
+      const float before = is_first ? -INFINITY : tops[i], top = top_of(i, many);
+      tops[i] = top > before ? top : before;
       factors[i] = before - tops[i];
     }
     if (!is_first)
       for (int64_t i = 0; i < count; i += LANES) store(factors + i, exp2(load(factors + i)));
-    for (int64_t i = 0; i < count; i++) {
-      const float sum = weigh_row(i, many);
-      totals[i] = is_first ? sum : totals[i] * factors[i] + sum;
+  }
+
+  // Logits of a query to weights; returns their sums by lane. Tiles take registers in pairs, with
+  // zeros behind the last.
+  INLINE vec weigh_row(int64_t i, int64_t many) {
+    const vec top = all(tops[i]);
+    vec sum0{}, sum1{};
+    int64_t key = 0;
+    for (; key + LANES < many; key += TILE) {
+      float *at = weights + i * KEYS + key;
+      const vec x0 = exp2<PAIRS>(load(at) - top), x1 = exp2<PAIRS>(load(at + LANES) - top);
+      give_weights(i, key, x0, x1);
+      sum0 += x0, sum1 += x1;
     }
+    if (key < many) {
+      const vec x = exp2<PAIRS>(load(weights + i * KEYS + key) - top);
+      give_weights(i, key, x, vec{});
+      sum0 += x;
+    }
+    return sum0 + sum1;
+  }
+
+  INLINE void give_weights(int64_t i, int64_t key, vec x0, vec x1) {
+    if constexpr (PAIRS) {
+      store(slope_words + (i * KEYS + key) / 2, round_both(x0, x1));
+    } else {
+      store(weights + i * KEYS + key, x0);
+      store(weights + i * KEYS + key + LANES, x1);
+    }
+  }
+
+  // Logits of a block's queries and some keys to weights. A row does not wait for the result of
+  // another. Returns whether the tops are high enough for sums of such weights.
+  INLINE bool weigh_rows(int64_t count, int64_t many) {
+    vec largest{};
+    for (int64_t i = 0; i < count; i++) {
+      const vec sum = weigh_row(i, many);
+      store(sums + i * LANES, sum);
+      largest = larger(sum, largest);
+    }
+    return largest_of(largest) < 0x1p96f;
+  }
+
+  // The same, and adds their sums up; returns whether what was summed up before is to be multiplied
+  // with `factors` first. Looking for the largest logit takes longer than all that tops of the first
+  // keys leave to do in the rare case that they are too low.
+  INLINE bool exponentiate(int64_t rows, int64_t count, int64_t key, int64_t many) {
+    for (int64_t i = 0; i < count; i++) hide(i, many);
+    const bool raises = !SATURATES || key == 0 || !weigh_rows(count, many);
+    if (raises) {
+      if (SATURATES && key > 0) {  // the logits are lost
+        tiles<false>(rows, key, many);
+        for (int64_t i = 0; i < count; i++) hide(i, many);
+      }
+      raise_tops(count, many, key == 0);
+      weigh_rows(count, many);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      float *at = totals + i * LANES;
+      const vec sum = load(sums + i * LANES);
+      store(at, key == 0 ? sum : load(at) * all(raises ? factors[i] : 1) + sum);
+    }
+    return raises && key > 0;
   }
 
   void forward(int64_t head) {
@@ -643,43 +732,39 @@ template <Product HOW, int D> struct Kernel {
       const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
       start_block(first, count, false);
       for (int64_t i = 0; i < count; i++)
-        take_row(call.qkv + at(query_tokens[i], head, 0, 3), queries + i * words());
+        take_query(query_tokens[i], head, queries + i * words());
       std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
         tiles<false>(rows, key, many);
-        if (key == 0)
-          for (int64_t i = 0; i < count; i++) prefetch(first + i, head, false);
-        exponentiate(count, many, key == 0);
+        prefetch(head, first, count, key, many, false);
+        const bool raised = exponentiate(rows, count, key, many);
         const float *left = PAIRS ? slope_words : weights;
         for (int64_t i = 0; i < rows; i += ROWS)
           multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1,
                                 values + depth(key) * wide(), wide(), depth(in_tiles(many)),
-                                attended + i * wide(), wide(), wide(), factors + i, key == 0);
+                                attended + i * wide(), wide(), wide(), raised ? factors + i : nullptr,
+                                key == 0);
       }
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = query_tokens[i];
-        give_row(attended + i * wide(), 1 / totals[i], call.out + at(token, head, 0, 1));
-        call.norms[token * call.heads + head] = LN_2 * tops[i] + std::log(totals[i]);
+        const float total = sum_of(load(totals + i * LANES));
+        give_row(attended + i * wide(), 1 / total, call.out + at(token, head, 0, 1));
+        call.norms[token * call.heads + head] = LN_2 * tops[i] + std::log(total);
       }
     }
   }
 
   // Weights again, from logits and `tops`; of two rows at a time for the pairs of both.
   INLINE void weigh(int64_t i, int64_t count) {
-    const int64_t whole = count / LANES * LANES;
     const vec top0 = all(tops[i]), top1 = all(tops[i + 1]);
     float *row0 = weights + i * KEYS, *row1 = row0 + KEYS;
-    if (whole < count) {
-      const vec lowest = all(-INFINITY);
-      store(row0 + whole, first_lanes(count - whole, load(row0 + whole), lowest));
-      store(row1 + whole, first_lanes(count - whole, load(row1 + whole), lowest));
-    }
+    hide(i, count), hide(i + 1, count);
     for (int64_t key = 0; key < count; key += LANES) {
       const vec x0 = exp2<PAIRS>(load(row0 + key) - top0), x1 = exp2<PAIRS>(load(row1 + key) - top1);
       store(row0 + key, x0);
       store(row1 + key, x1);
-      if constexpr (PAIRS) store(weight_pairs + i / 2 * KEYS + key, pair_up(x0, x1));
+      if constexpr (PAIRS) store(weight_pairs + i / 2 * KEYS + key, side_by_side(round_both(x0, x1)));
     }
   }
 
@@ -715,7 +800,7 @@ template <Product HOW, int D> struct Kernel {
         const int64_t token = query_tokens[i];
         const char *out = call.out + at(token, head, 0, 1);
         const char *grad = call.grad_out + at(token, head, 0, 1);
-        take_row(call.qkv + at(token, head, 0, 3), queries + i * words());
+        take_query(token, head, queries + i * words());
         take_row(grad, grads + i * words());
         vec sum{};
         for (int64_t c = 0; c < dim(); c += LANES) {
@@ -734,10 +819,8 @@ template <Product HOW, int D> struct Kernel {
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
         tiles<false>(rows, key, many);
-        for (int64_t i = 0; i < count; i += 2) {
-          if (key == 0) prefetch(first + i, head, true), prefetch(first + i + 1, head, true);
-          weigh(i, many);
-        }
+        prefetch(head, first, count, key, many, true);
+        for (int64_t i = 0; i < count; i += 2) weigh(i, many);
         const int64_t none = (count + 1) / 2 * 2;
         std::memset(weights + none * KEYS, 0, (rows - none) * KEYS * 4);
         if (PAIRS) std::memset(weight_pairs + none / 2 * KEYS, 0, (rows - none) / 2 * KEYS * 4);
@@ -760,7 +843,7 @@ template <Product HOW, int D> struct Kernel {
       std::swap(grad_values, raw);
     }
     for (int64_t m = 0; m < members; m++) {
-      give_row(grad_keys + m * wide(), call.scale, call.grad_qkv + at(tokens[m], head, 1, 3));
+      give_row(grad_keys + m * wide(), PAIRS ? call.scale : LN_2, call.grad_qkv + at(tokens[m], head, 1, 3));
       give_row(grad_values + m * wide(), 1, call.grad_qkv + at(tokens[m], head, 2, 3));
     }
   }
@@ -813,6 +896,7 @@ void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
 }
 
 #undef HAS_LARGER
+#undef HAS_POWERS
 #undef HAS_PAIRS
 #undef HAS_TILES
 #undef EMULATED
