@@ -1,15 +1,21 @@
 // The kernel of native.cpp, included there once for each instruction set, in a namespace that has
 // LANES, ROWS, vec, ints, halves, and where these macros are defined:
 //     HAS_LARGER  larger
-//     HAS_PAIRS   round_bf16, dot_pairs: products of two numbers in bfloat16 at once
+//     HAS_POWERS  above_whole, times_power: x - floor(x) and y * 2^floor(x), infinite if too large
+//     HAS_PAIRS   round_bf16, round_both, side_by_side, dot_pairs: numbers in bfloat16, of one vector
+//                 or two, and words of both; products of two numbers at once
 //     HAS_TILES   begin_tiles, multiply_tiles, end_tiles: products of tiles of such pairs
 //     EMULATED    both of these in other instructions, which are here
 //     OTHERS      what does the work that tiles are not for
 //
 // A task is one head of some groups. Keys and values of a group are packed once. Then BLOCK queries
 // at a time meet KEYS keys at a time: a product of matrices gives their logits, which become
-// weights in place and are multiplied with the values, all in the first level cache. The backward
-// pass computes the weights again, from the logarithms of the sums of exponentials.
+// weights and are multiplied with the values, all in the first level cache. The backward pass
+// computes the weights again, from the logarithms of the sums of exponentials.
+//
+// Weights are 2^(logit - top). The top of a query is its largest logit for the first keys, and mostly
+// does for the others: where a sum shows that it does not, it is raised, and what is summed up before
+// is lessened. Where there is nothing like HAS_POWERS, it is raised for all keys.
 //
 // Queries are taken column by column of the group: the biases of all queries of one column are one
 // strip of the table, of which each query reads a run as long as the group. The gradient of the
@@ -28,16 +34,11 @@
 #endif
 
 constexpr int TILE = 2 * LANES;  // keys of a tile of logits; its queries are ROWS
-#ifndef BB
-#define BB 49
-#endif
-#ifndef KK
-#define KK 192
-#endif
-constexpr int64_t BLOCK = (BB + ROWS - 1) / ROWS * ROWS;  // all queries of a group of 7 x 7
-constexpr int64_t KEYS = KK;
+constexpr int64_t BLOCK = (49 + ROWS - 1) / ROWS * ROWS;  // all queries of a group of 7 x 7
+constexpr int64_t KEYS = 192;
 static_assert(KEYS % TILE == 0 && KEYS % ROWS == 0, "whole tiles");
 enum Product { FLOATS, PAIRS_OF_HALVES, TILES_OF_PAIRS };
+enum Result { LOGITS, WEIGHTS, WEIGHTS_TWICE, SLOPES };  // of a tile
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 INLINE vec load(const float *from) {
@@ -561,83 +562,140 @@ template <Product HOW, int D> struct Kernel {
     stripped = Strips{};
   }
 
-  // Of ROWS queries and COLUMNS registers of keys, in a function of its own: all registers are for
-  // the sums.
+  // What follows is of a tile: of ROWS queries and COLUMNS registers of keys.
 
-  // Logits, times log2(e), to `weights`.
-  template <int COLUMNS> NOINLINE void logits_tile(int64_t i0, int64_t first, int64_t key) {
-    vec sums[ROWS][COLUMNS];
-    if (!PAIRS)  // queries are scaled
+  // Products of queries and keys or, for slopes, of gradients and values.
+  template <int COLUMNS, Result RESULT>
+  INLINE void multiply_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) const {
+    constexpr bool HAS_BIAS = RESULT != SLOPES && !PAIRS;  // for which queries are scaled
+    if (HAS_BIAS)
       UNROLL for (int i = 0; i < ROWS; i++)
         UNROLL for (int j = 0; j < COLUMNS; j++)
-          sums[i][j] = load(bias[i0 + i] + first + key + j * LANES);
-    multiply<HOW, COLUMNS>(sums, queries + i0 * words(), words(), 1,
-                           key_panels + (first + key) * words(), TILE, depth(dim()), PAIRS);
+          x[i][j] = load(bias[i0 + i] + first + key + j * LANES);
+    multiply<HOW, COLUMNS>(x, (RESULT == SLOPES ? grads : queries) + i0 * words(), words(), 1,
+                           (RESULT == SLOPES ? value_panels : key_panels) + (first + key) * words(),
+                           TILE, depth(dim()), !HAS_BIAS);
+  }
+
+  // Logits, times log2(e), or weights relative to `tops`: in the forward pass for products, with
+  // their sums by lane, in the backward pass with the pairs of two rows. What is behind the last of
+  // `count` keys has no weight.
+  template <int COLUMNS, Result RESULT>
+  INLINE void give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
+                                int64_t count) {
     const vec scale = all(call.scale * LOG2_E);
-    UNROLL for (int i = 0; i < ROWS; i++) {
-      const float *from = bias[i0 + i] + first + key;
-      float *to = weights + (i0 + i) * KEYS + key;
-      UNROLL for (int j = 0; j < COLUMNS; j++)
-        store(to + j * LANES, PAIRS ? sums[i][j] * scale + load(from + j * LANES) : sums[i][j]);
+    const bool is_whole = count - key >= COLUMNS * LANES;
+    UNROLL for (int i = 0; i < ROWS; i += 2) {
+      const int64_t at = (i0 + i) * KEYS + key;
+      vec y[2][COLUMNS];
+      UNROLL for (int row = 0; row < 2; row++)
+        UNROLL for (int j = 0; j < COLUMNS; j++) {
+          vec &one = y[row][j] = x[i + row][j];
+          if (PAIRS) one = one * scale + load(bias[i0 + i + row] + first + key + j * LANES);
+          if (RESULT == LOGITS) continue;
+          one = exp2<PAIRS>(one - all(tops[i0 + i + row]));
+          if (!is_whole) one = first_lanes(count - key - j * LANES, one, vec{});
+        }
+      UNROLL for (int row = 0; row < 2; row++) {
+        if (RESULT == WEIGHTS) {
+          const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
+          float *sum = sums + (i0 + i + row) * LANES;
+          store(sum, key > 0 ? load(sum) + (y[row][0] + second) : y[row][0] + second);
+          give_weights(at + row * KEYS, y[row][0], second);
+        } else {
+          UNROLL for (int j = 0; j < COLUMNS; j++)
+            store(weights + at + row * KEYS + j * LANES, y[row][j]);
+        }
+      }
+      if constexpr (PAIRS && RESULT == WEIGHTS_TWICE)
+        UNROLL for (int j = 0; j < COLUMNS; j++)
+          store(weight_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
+                side_by_side(round_both(y[0][j], y[1][j])));
+    }
+  }
+
+  // Tiles take registers in pairs.
+  INLINE void give_weights(int64_t at, vec first, vec second) {
+    if constexpr (PAIRS) {
+      store(slope_words + at / 2, round_both(first, second));
+    } else {
+      store(weights + at, first);
+      store(weights + at + LANES, second);
     }
   }
 
   // Gradients of logits: weight * (gradient of the weight - their mean).
-  template <int COLUMNS> NOINLINE void slopes_tile(int64_t i0, int64_t first, int64_t key) {
-    vec sums[ROWS][COLUMNS];
-    multiply<HOW, COLUMNS>(sums, grads + i0 * words(), words(), 1,
-                           value_panels + (first + key) * words(), TILE, depth(dim()), true);
-    UNROLL for (int i = 0; i < ROWS; i++) {
-      float *to = grad_bias[i0 + i] + first + key;
+  template <int COLUMNS>
+  INLINE void give_slopes_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) {
+    UNROLL for (int i = 0; i < ROWS; i += 2) {
       const int64_t at = (i0 + i) * KEYS + key;
-      const vec mean = all(totals[i0 + i]);
-      UNROLL for (int j = 0; j < COLUMNS; j++) {
-        sums[i][j] = load(weights + at + j * LANES) * (sums[i][j] - mean);
-        store(to + j * LANES, load(to + j * LANES) + sums[i][j]);
-        if constexpr (!PAIRS) store(slopes + at + j * LANES, sums[i][j]);
-      }
-    }
-    if constexpr (PAIRS) {
-      UNROLL for (int i = 0; i < ROWS; i += 2) {
-        const int64_t at = (i0 + i) * KEYS + key;
+      vec y[2][COLUMNS];
+      UNROLL for (int row = 0; row < 2; row++) {
+        float *to = grad_bias[i0 + i + row] + first + key;
+        const vec mean = all(totals[i0 + i + row]);
         UNROLL for (int j = 0; j < COLUMNS; j++) {
-          const vec both = round_both(sums[i][j], sums[i + 1][j]);
+          const int64_t here = at + row * KEYS + j * LANES;
+          y[row][j] = load(weights + here) * (x[i + row][j] - mean);
+          store(to + j * LANES, load(to + j * LANES) + y[row][j]);
+          if constexpr (!PAIRS) store(slopes + here, y[row][j]);
+        }
+      }
+      if constexpr (PAIRS)
+        UNROLL for (int j = 0; j < COLUMNS; j++) {
+          const vec both = round_both(y[0][j], y[1][j]);
           halves rows[2];
           std::memcpy(rows, &both, sizeof both);
           store_halves(slope_words, at + j * LANES, rows[0]);
           store_halves(slope_words, at + KEYS + j * LANES, rows[1]);
           store(slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES, side_by_side(both));
         }
-        if (TILES && COLUMNS == 1)
-          for (int row = 0; row < 2; row++)
-            store_halves(slope_words, at + row * KEYS + LANES, halves{});
-      }
     }
   }
 
-  template <int COLUMNS, bool SLOPES>
-  INLINE void tile(int64_t i, int64_t first, int64_t key) {
-    if constexpr (SLOPES) slopes_tile<COLUMNS>(i, first, key);
-    else logits_tile<COLUMNS>(i, first, key);
+  template <int COLUMNS, Result RESULT>
+  INLINE void give_tile(vec (&x)[ROWS][COLUMNS], int64_t i, int64_t first, int64_t key,
+                        int64_t count) {
+    if constexpr (RESULT == SLOPES) give_slopes_tile<COLUMNS>(x, i, first, key);
+    else give_weights_tile<COLUMNS, RESULT>(x, i, first, key, count);
+  }
+
+  // In a function of its own: all registers are for the sums.
+  template <int COLUMNS, Result RESULT>
+  NOINLINE void tile(int64_t i, int64_t first, int64_t key, int64_t count) {
+    vec x[ROWS][COLUMNS];
+    multiply_tile<COLUMNS, RESULT>(x, i, first, key);
+    give_tile<COLUMNS, RESULT>(x, i, first, key, count);
   }
 
   // Of `rows` queries and the `count` keys from `first` on.
-  template <bool SLOPES> INLINE void tiles(int64_t rows, int64_t first, int64_t count) {
+  template <Result RESULT> INLINE void tiles(int64_t rows, int64_t first, int64_t count) {
+    if constexpr (TILES) return tiles_in_turn<RESULT>(rows, first, count);
     for (int64_t key = 0; key < count; key += TILE)
       for (int64_t i = 0; i < rows; i += ROWS)
-        count - key > LANES ? tile<2, SLOPES>(i, first, key) : tile<1, SLOPES>(i, first, key);
+        count - key > LANES ? tile<2, RESULT>(i, first, key, count)
+                            : tile<1, RESULT>(i, first, key, count);
   }
 
-  // What a tile has behind the last of its keys gets no weight.
-  INLINE void hide(int64_t i, int64_t many) {
-    float *at = weights + i * KEYS + many / LANES * LANES;
-    if (many % LANES) store(at, first_lanes(many % LANES, load(at), all(-INFINITY)));
+  // Tiles are multiplied beside what is done with the one before.
+  template <Result RESULT> NOINLINE void tiles_in_turn(int64_t rows, int64_t first, int64_t count) {
+    vec x[2][ROWS][2];
+    const int64_t down = rows / ROWS, number = (count + TILE - 1) / TILE * down;
+    for (int64_t n = 0; n <= number; n++) {
+      const int64_t last = n - 1;
+      if (n < number) multiply_tile<2, RESULT>(x[n % 2], n % down * ROWS, first, n / down * TILE);
+      if (n > 0)
+        give_tile<2, RESULT>(x[last % 2], last % down * ROWS, first, last / down * TILE, count);
+    }
   }
 
   // The largest logit of a query.
   INLINE float top_of(int64_t i, int64_t many) {
-    const float *row = weights + i * KEYS;
+    float *row = weights + i * KEYS;
     vec top0 = all(-INFINITY), top1 = top0;
+    if (many % LANES) {
+      float *at = row + many / LANES * LANES;
+      store(at, first_lanes(many % LANES, load(at), top0));  // no weight behind the last
+    }
     int64_t key = 0;
     for (; key + LANES < many; key += TILE) {
       top0 = larger(load(row + key), top0);
@@ -647,8 +705,8 @@ template <Product HOW, int D> struct Kernel {
     return largest_of(larger(top0, top1));
   }
 
-  // What weights are relative to: the largest logits of those before and these. The factors are what
-  // sums up to here are to be multiplied with.
+  // Raises `tops` to the largest logits of those before and these. The factors are what sums up to
+  // here are to be multiplied with. A row does not wait for the result of another.
   INLINE void raise_tops(int64_t count, int64_t many, bool is_first) {
     for (int64_t i = 0; i < count; i++) {
       const float before = is_first ? -INFINITY : tops[i], top = top_of(i, many);
@@ -659,67 +717,50 @@ template <Product HOW, int D> struct Kernel {
       for (int64_t i = 0; i < count; i += LANES) store(factors + i, exp2(load(factors + i)));
   }
 
-  // Logits of a query to weights; returns their sums by lane. Tiles take registers in pairs, with
-  // zeros behind the last.
+  // Logits of a query to weights; returns their sums by lane.
   INLINE vec weigh_row(int64_t i, int64_t many) {
     const vec top = all(tops[i]);
     vec sum0{}, sum1{};
-    int64_t key = 0;
-    for (; key + LANES < many; key += TILE) {
-      float *at = weights + i * KEYS + key;
-      const vec x0 = exp2<PAIRS>(load(at) - top), x1 = exp2<PAIRS>(load(at + LANES) - top);
-      give_weights(i, key, x0, x1);
+    int64_t at = i * KEYS, key = 0;
+    for (; key + LANES < many; key += TILE, at += TILE) {
+      const vec x0 = exp2<PAIRS>(load(weights + at) - top);
+      const vec x1 = exp2<PAIRS>(load(weights + at + LANES) - top);
+      give_weights(at, x0, x1);
       sum0 += x0, sum1 += x1;
     }
     if (key < many) {
-      const vec x = exp2<PAIRS>(load(weights + i * KEYS + key) - top);
-      give_weights(i, key, x, vec{});
+      const vec x = exp2<PAIRS>(load(weights + at) - top);
+      give_weights(at, x, vec{});
       sum0 += x;
     }
     return sum0 + sum1;
   }
 
-  INLINE void give_weights(int64_t i, int64_t key, vec x0, vec x1) {
-    if constexpr (PAIRS) {
-      store(slope_words + (i * KEYS + key) / 2, round_both(x0, x1));
-    } else {
-      store(weights + i * KEYS + key, x0);
-      store(weights + i * KEYS + key + LANES, x1);
-    }
-  }
-
-  // Logits of a block's queries and some keys to weights. A row does not wait for the result of
-  // another. Returns whether the tops are high enough for sums of such weights.
-  INLINE bool weigh_rows(int64_t count, int64_t many) {
+  // Whether sums of weights are so small that their tops will do.
+  INLINE bool tops_suffice(int64_t count) const {
     vec largest{};
-    for (int64_t i = 0; i < count; i++) {
-      const vec sum = weigh_row(i, many);
-      store(sums + i * LANES, sum);
-      largest = larger(sum, largest);
-    }
+    for (int64_t i = 0; i < count; i++) largest = larger(load(sums + i * LANES), largest);
     return largest_of(largest) < 0x1p96f;
   }
 
-  // The same, and adds their sums up; returns whether what was summed up before is to be multiplied
-  // with `factors` first. Looking for the largest logit takes longer than all that tops of the first
-  // keys leave to do in the rare case that they are too low.
-  INLINE bool exponentiate(int64_t rows, int64_t count, int64_t key, int64_t many) {
-    for (int64_t i = 0; i < count; i++) hide(i, many);
-    const bool raises = !SATURATES || key == 0 || !weigh_rows(count, many);
-    if (raises) {
-      if (SATURATES && key > 0) {  // the logits are lost
-        tiles<false>(rows, key, many);
-        for (int64_t i = 0; i < count; i++) hide(i, many);
-      }
+  // Weights of a block's queries for the keys from `key` on, and their sums. Returns whether what was
+  // summed up before is to be multiplied with `factors`. The tops of the first keys mostly do for
+  // the others, too, whose largest logits are not searched for then.
+  INLINE bool weigh(int64_t rows, int64_t count, int64_t key, int64_t many) {
+    bool raised = false;
+    if (SATURATES && key > 0) tiles<WEIGHTS>(rows, key, many);
+    if (!SATURATES || key == 0 || !tops_suffice(count)) {
+      tiles<LOGITS>(rows, key, many);
       raise_tops(count, many, key == 0);
-      weigh_rows(count, many);
+      for (int64_t i = 0; i < count; i++) store(sums + i * LANES, weigh_row(i, many));
+      raised = key > 0;
     }
     for (int64_t i = 0; i < count; i++) {
-      float *at = totals + i * LANES;
+      float *total = totals + i * LANES;
       const vec sum = load(sums + i * LANES);
-      store(at, key == 0 ? sum : load(at) * all(raises ? factors[i] : 1) + sum);
+      store(total, key > 0 ? load(total) * all(raised ? factors[i] : 1) + sum : sum);
     }
-    return raises && key > 0;
+    return raised;
   }
 
   void forward(int64_t head) {
@@ -734,11 +775,11 @@ template <Product HOW, int D> struct Kernel {
       for (int64_t i = 0; i < count; i++)
         take_query(query_tokens[i], head, queries + i * words());
       std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
+      for (int64_t i = count; i < rows; i++) tops[i] = INFINITY;  // weights of 0
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
-        tiles<false>(rows, key, many);
         prefetch(head, first, count, key, many, false);
-        const bool raised = exponentiate(rows, count, key, many);
+        const bool raised = weigh(rows, count, key, many);
         const float *left = PAIRS ? slope_words : weights;
         for (int64_t i = 0; i < rows; i += ROWS)
           multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1,
@@ -752,19 +793,6 @@ template <Product HOW, int D> struct Kernel {
         give_row(attended + i * wide(), 1 / total, call.out + at(token, head, 0, 1));
         call.norms[token * call.heads + head] = LN_2 * tops[i] + std::log(total);
       }
-    }
-  }
-
-  // Weights again, from logits and `tops`; of two rows at a time for the pairs of both.
-  INLINE void weigh(int64_t i, int64_t count) {
-    const vec top0 = all(tops[i]), top1 = all(tops[i + 1]);
-    float *row0 = weights + i * KEYS, *row1 = row0 + KEYS;
-    hide(i, count), hide(i + 1, count);
-    for (int64_t key = 0; key < count; key += LANES) {
-      const vec x0 = exp2<PAIRS>(load(row0 + key) - top0), x1 = exp2<PAIRS>(load(row1 + key) - top1);
-      store(row0 + key, x0);
-      store(row1 + key, x1);
-      if constexpr (PAIRS) store(weight_pairs + i / 2 * KEYS + key, side_by_side(round_both(x0, x1)));
     }
   }
 
@@ -818,13 +846,9 @@ template <Product HOW, int D> struct Kernel {
 
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
-        tiles<false>(rows, key, many);
+        tiles<WEIGHTS_TWICE>(rows, key, many);
         prefetch(head, first, count, key, many, true);
-        for (int64_t i = 0; i < count; i += 2) weigh(i, many);
-        const int64_t none = (count + 1) / 2 * 2;
-        std::memset(weights + none * KEYS, 0, (rows - none) * KEYS * 4);
-        if (PAIRS) std::memset(weight_pairs + none / 2 * KEYS, 0, (rows - none) / 2 * KEYS * 4);
-        tiles<true>(rows, key, many);
+        tiles<SLOPES>(rows, key, many);
         add_gradients(grad_values, grad_pairs, weight_pairs, key, many, count, padded, first == 0);
         add_gradients(grad_keys, query_pairs, slope_pairs, key, many, count, padded, first == 0);
         for (int64_t i = 0; i < rows; i += ROWS)
