@@ -98,15 +98,16 @@ constexpr bool SATURATES = true;
 constexpr bool SATURATES = false;
 #endif
 
-// 2^x for x <= 0 and, if it SATURATES, for any x, to 2e-7 of itself, or to 1e-4 if it will be rounded to bfloat16; 0 far below
-// 2^-126. It is 2 to the power of a whole number times the polynomial of least relative error for
-// the rest.
+// 2^x to 2e-7 of itself, or to 1e-4 if it will be rounded to bfloat16; 0 far below 2^-126; for
+// x <= 0 and, if it SATURATES, any other. It is 2 to the power of a whole number times the polynomial
+// of least relative error for the rest.
 template <bool ROUGH = false> INLINE vec exp2(vec x) {
 #ifdef HAS_POWERS
   const vec rest = above_whole(x);  // from 0 to 1
-  const vec y = ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f})
-                      : polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f,
-                                          2.4015362e-1f, 6.9315307e-1f, 9.9999993e-1f});
+  const vec y =
+      ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f})
+            : polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f, 2.4015362e-1f,
+                                6.9315307e-1f, 9.9999993e-1f});
   return times_power(y, x);
 #else
   // The nearest whole number, which is rounded to, and moved to where a float has its exponent, by
@@ -114,9 +115,10 @@ template <bool ROUGH = false> INLINE vec exp2(vec x) {
   const vec magic = all(12582912.f + 127.f);
   x = larger(all(-127.f), x);
   const vec shifted = x + magic, rest = x - (shifted - magic);  // from -1/2 to 1/2
-  const vec y = ROUGH ? polynomial(rest, {5.5171498e-2f, 2.4261084e-1f, 6.9326099e-1f, 9.9992809e-1f})
-                      : polynomial(rest, {1.3276459e-3f, 9.6755396e-3f, 5.5507133e-2f,
-                                          2.402212e-1f, 6.9314697e-1f, 1.0000001f});
+  const vec y =
+      ROUGH ? polynomial(rest, {5.5171498e-2f, 2.4261084e-1f, 6.9326099e-1f, 9.9992809e-1f})
+            : polynomial(rest, {1.3276459e-3f, 9.6755396e-3f, 5.5507133e-2f, 2.402212e-1f,
+                                6.9314697e-1f, 1.0000001f});
   return y * (vec)((ints)shifted << 23);
 #endif
 }
@@ -784,8 +786,8 @@ template <Product HOW, int D> struct Kernel {
         for (int64_t i = 0; i < rows; i += ROWS)
           multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1,
                                 values + depth(key) * wide(), wide(), depth(in_tiles(many)),
-                                attended + i * wide(), wide(), wide(), raised ? factors + i : nullptr,
-                                key == 0);
+                                attended + i * wide(), wide(), wide(),
+                                raised ? factors + i : nullptr, key == 0);
       }
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = query_tokens[i];
@@ -867,7 +869,8 @@ template <Product HOW, int D> struct Kernel {
       std::swap(grad_values, raw);
     }
     for (int64_t m = 0; m < members; m++) {
-      give_row(grad_keys + m * wide(), PAIRS ? call.scale : LN_2, call.grad_qkv + at(tokens[m], head, 1, 3));
+      give_row(grad_keys + m * wide(), PAIRS ? call.scale : LN_2,
+               call.grad_qkv + at(tokens[m], head, 1, 3));
       give_row(grad_values + m * wide(), 1, call.grad_qkv + at(tokens[m], head, 2, 3));
     }
   }
