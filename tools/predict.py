@@ -532,7 +532,9 @@ def main():
     sources = sources_of(find_files(args.images, out), out)
     # What the libraries remark on losses, palettes and registries is of no use here.
     warnings.filterwarnings('ignore', category=UserWarning, module=r'mm(det|seg|engine|cv)\b')
-    MMLogger.get_current_instance().addFilter(lambda record: 'registry' not in record.getMessage())
+    MMLogger.get_current_instance().addFilter(
+        lambda record: not record.getMessage().startswith('Failed to search registry with scope')
+    )
 
     with sentences_for(ValueError, FileNotFoundError):
         inferencer, dataset = build_inferencer(cfg, args, device)
