@@ -154,7 +154,7 @@ constexpr int ROWS = 8;
 AVX512_PAIRS
 AVX512_FLOATS
 #define HAS_LARGER
-#define HAS_POWERS
+#define HAS_POWERS true
 #define HAS_PAIRS true
 #include "native_kernel.h"
 }  // namespace avx512bf16
@@ -166,7 +166,7 @@ REGISTERS(16)
 constexpr int ROWS = 8;
 AVX512_FLOATS
 #define HAS_LARGER
-#define HAS_POWERS
+#define HAS_POWERS true
 #include "native_kernel.h"
 }  // namespace avx512
 END_TARGET
@@ -228,7 +228,7 @@ INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row
 }
 
 #define HAS_LARGER
-#define HAS_POWERS
+#define HAS_POWERS true
 #define HAS_PAIRS true
 #define HAS_TILES true
 #define OTHERS avx512::work  // heads of other sizes, other types

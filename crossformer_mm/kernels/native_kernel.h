@@ -26,6 +26,9 @@
 // of words by as many words of TILE columns. Rows have to lie there as they are multiplied, so that
 // the gradients of keys and values are summed with their channels as the rows.
 
+#ifndef HAS_POWERS
+#define HAS_POWERS false
+#endif
 #ifndef HAS_PAIRS
 #define HAS_PAIRS false
 #endif
@@ -92,17 +95,11 @@ template <int TERMS> INLINE vec polynomial(vec x, const float (&factors)[TERMS])
   return y;
 }
 
-#ifdef HAS_POWERS
-constexpr bool SATURATES = true;
-#else
-constexpr bool SATURATES = false;
-#endif
-
 // 2^x to 2e-7 of itself, or to 1e-4 if it will be rounded to bfloat16; 0 far below 2^-126; for
-// x <= 0 and, if it SATURATES, any other. It is 2 to the power of a whole number times the polynomial
+// x <= 0 and, with HAS_POWERS, any other. It is 2 to the power of a whole number times the polynomial
 // of least relative error for the rest.
 template <bool ROUGH = false> INLINE vec exp2(vec x) {
-#ifdef HAS_POWERS
+#if HAS_POWERS
   const vec rest = above_whole(x);  // from 0 to 1
   const vec y =
       ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f})
@@ -602,7 +599,8 @@ template <Product HOW, int D> struct Kernel {
         if (RESULT == WEIGHTS) {
           const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
           float *sum = sums + (i0 + i + row) * LANES;
-          store(sum, key > 0 ? load(sum) + (y[row][0] + second) : y[row][0] + second);
+          const vec both = y[row][0] + second;
+          store(sum, key > 0 ? load(sum) + both : both);
           give_weights(at + row * KEYS, y[row][0], second);
         } else {
           UNROLL for (int j = 0; j < COLUMNS; j++)
@@ -750,8 +748,8 @@ template <Product HOW, int D> struct Kernel {
   // the others, too, whose largest logits are not searched for then.
   INLINE bool weigh(int64_t rows, int64_t count, int64_t key, int64_t many) {
     bool raised = false;
-    if (SATURATES && key > 0) tiles<WEIGHTS>(rows, key, many);
-    if (!SATURATES || key == 0 || !tops_suffice(count)) {
+    if (HAS_POWERS && key > 0) tiles<WEIGHTS>(rows, key, many);
+    if (!HAS_POWERS || key == 0 || !tops_suffice(count)) {
       tiles<LOGITS>(rows, key, many);
       raise_tops(count, many, key == 0);
       for (int64_t i = 0; i < count; i++) store(sums + i * LANES, weigh_row(i, many));
