@@ -107,6 +107,7 @@ struct Call {
   float *grad_parts;  // (chunks, heads, part): the table's gradient, flipped
 
   int64_t groups() const { return batch * rows.size() * columns.size(); }
+  int64_t tasks() const { return heads * chunks; }
 };
 
 // Hands out pieces of memory, or only counts them.
@@ -193,40 +194,10 @@ INLINE void begin_tiles() {
 
 INLINE void end_tiles() { _tile_release(); }
 
-// Of the tiles 0 and 1, and below 2 and 3, the sums; 4 and below 5, rows of a; 6 and 7, columns of b.
-template <int COLUMNS>
-INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row, const float *b,
-                           int64_t b_step, int64_t depth, bool is_first) {
-  asm volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
-  if (is_first) {
-    _tile_zero(0);
-    _tile_zero(2);
-    if (COLUMNS > 1) _tile_zero(1);
-    if (COLUMNS > 1) _tile_zero(3);
-  } else {
-    _tile_loadd(0, c, c_step * 4);
-    _tile_loadd(2, c + 16 * c_step, c_step * 4);
-    if (COLUMNS > 1) _tile_loadd(1, c + 16, c_step * 4);
-    if (COLUMNS > 1) _tile_loadd(3, c + 16 * c_step + 16, c_step * 4);
-  }
-  for (int64_t k = 0; k < depth; k += 16, a += 16, b += 16 * b_step) {
-    _tile_loadd(4, a, row * 4);
-    _tile_loadd(6, b, b_step * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a + 16 * row, row * 4);
-    _tile_dpbf16ps(2, 5, 6);
-    if (COLUMNS > 1) {
-      _tile_loadd(7, b + 16, b_step * 4);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, c_step * 4);
-  _tile_stored(2, c + 16 * c_step, c_step * 4);
-  if (COLUMNS > 1) _tile_stored(1, c + 16, c_step * 4);
-  if (COLUMNS > 1) _tile_stored(3, c + 16 * c_step + 16, c_step * 4);
-}
-
+#define ZERO_TILE(tile) _tile_zero(tile)
+#define LOAD_TILE(tile, from, step) _tile_loadd(tile, from, (step) * 4)
+#define STORE_TILE(tile, to, step) _tile_stored(tile, to, (step) * 4)
+#define ADD_PRODUCT(c, a, b) _tile_dpbf16ps(c, a, b)
 #define HAS_LARGER
 #define HAS_POWERS true
 #define HAS_PAIRS true
@@ -381,13 +352,13 @@ bool attend(Call &call, Work *work, Pool *pool, int threads) {
   constexpr int64_t TASKS = 128;
   call.chunks = std::min(call.groups(), (TASKS + call.heads - 1) / call.heads);
   call.part = (2 * call.largest_rows - 1) * (2 * call.largest_columns - 1);
-  threads = static_cast<int>(std::min<int64_t>(threads, call.chunks * call.heads));
+  threads = static_cast<int>(std::min<int64_t>(threads, call.tasks()));
   if (threads < 1) return true;
 
   Arena size{nullptr};
   work(call, size, nullptr);
   const Memory memory(size.taken * threads);
-  const Memory parts(call.grad_out ? call.chunks * call.heads * call.part : 0);
+  const Memory parts(call.grad_out ? call.tasks() * call.part : 0);
   if (!memory.floats || !parts.floats) return false;
   call.grad_parts = parts.floats;
   Team team{call, work, memory.floats, size.taken};

@@ -4,7 +4,8 @@
 //     HAS_POWERS  above_whole, times_power: x - floor(x) and y * 2^floor(x), infinite if too large
 //     HAS_PAIRS   round_bf16, round_both, side_by_side, dot_pairs: numbers in bfloat16, of one vector
 //                 or two, and words of both; products of two numbers at once
-//     HAS_TILES   begin_tiles, multiply_tiles, end_tiles: products of tiles of such pairs
+//     HAS_TILES   begin_tiles, end_tiles, and the macros ZERO_TILE, LOAD_TILE, STORE_TILE,
+//                 ADD_PRODUCT: eight registers of LANES rows of LANES words of such pairs, or sums
 //     EMULATED    both of these in other instructions, which are here
 //     OTHERS      what does the work that tiles are not for
 //
@@ -13,9 +14,9 @@
 // weights and are multiplied with the values, all in the first level cache. The backward pass
 // computes the weights again, from the logarithms of the sums of exponentials.
 //
-// Weights are 2^(logit - top). The top of a query is its largest logit for the first keys, and mostly
-// does for the others: where a sum shows that it does not, it is raised, and what is summed up before
-// is lessened. Where there is nothing like HAS_POWERS, it is raised for all keys.
+// Weights are 2^(logit - top). With HAS_POWERS a top of 0 mostly does: floats are as exact far from 1
+// as near it. Where the sum of a query's weights is too large or too small for that, and without
+// HAS_POWERS, tops are the largest logits so far, and what is summed up before is lessened with them.
 //
 // Queries are taken column by column of the group: the biases of all queries of one column are one
 // strip of the table, of which each query reads a run as long as the group. The gradient of the
@@ -95,14 +96,21 @@ template <int TERMS> INLINE vec polynomial(vec x, const float (&factors)[TERMS])
   return y;
 }
 
-// 2^x to 2e-7 of itself, or to 1e-4 if it will be rounded to bfloat16; 0 far below 2^-126; for
-// x <= 0 and, with HAS_POWERS, any other. It is 2 to the power of a whole number times the polynomial
-// of least relative error for the rest.
-template <bool ROUGH = false> INLINE vec exp2(vec x) {
+#if !HAS_PAIRS || defined(EMULATED)
+INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
+  const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
+  return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
+}
+#endif
+
+// 2^x to 2e-7 of itself or, ROUGHly, to 1e-4; 0 far below 2^-126; for x <= 0 and, with HAS_POWERS, any
+// other. It is 2 to the power of a whole number times the polynomial of least relative error for the
+// rest.
+template <bool ROUGH = false> INLINE vec exp2(vec x, float more = 0) {
 #if HAS_POWERS
   const vec rest = above_whole(x);  // from 0 to 1
   const vec y =
-      ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f})
+      ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f + more})
             : polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f, 2.4015362e-1f,
                                 6.9315307e-1f, 9.9999993e-1f});
   return times_power(y, x);
@@ -120,17 +128,35 @@ template <bool ROUGH = false> INLINE vec exp2(vec x) {
 #endif
 }
 
+// 2^x in bfloat16. With HAS_POWERS half of its last digit for numbers from 1 to 2 is added before they
+// are so, and what is too long cut off.
+INLINE vec exp2_bf16(vec x) {
+#if HAS_POWERS
+  return (vec)((ints)exp2<true>(x, 0x1p-8f) & -0x10000);
+#else
+  return (vec)(__builtin_convertvector(round_bf16(exp2<true>(x)), ints) << 16);
+#endif
+}
+
+// Words of such numbers, which are not negative, as the lower and the upper half.
+INLINE vec words_of(vec x, vec y) { return (vec)((ints)x >> 16 | (ints)y); }
+
+// The logarithm to base 2 of a normal float, to 5e-8; of what is not finite, not a number. It is that
+// of a power of 2 and the polynomial of least error for a number from sqrt(1/2) to sqrt(2).
+INLINE vec log2(vec x) {
+  const ints power = ((ints)x - 0x3f3504f3) >> 23;
+  const vec rest = (vec)((ints)x - (power << 23)) - all(1);
+  const vec y = polynomial(rest, {0.12614846f, -0.20742103f, 0.21566986f, -0.23892035f, 0.28791833f,
+                                  -0.36070484f, 0.4809106f, -0.72134733f, 1.442695f});
+  return y * rest + __builtin_convertvector(power, vec) + (x - x);
+}
+
 // Words of these, as the lower and the upper half.
 INLINE vec words_of(halves x, halves y) {
   return (vec)(__builtin_convertvector(x, ints) | (__builtin_convertvector(y, ints) << 16));
 }
 
 #if !HAS_PAIRS || defined(EMULATED)
-INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
-  const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
-  return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
-}
-
 INLINE vec round_both(vec x, vec y) {
   const halves parts[2] = {round_bf16(x), round_bf16(y)};
   vec both;
@@ -201,21 +227,92 @@ template <Product HOW> INLINE vec add_product(vec x, vec y, vec sum) {
 }
 
 #ifdef EMULATED
+thread_local vec tiles[8][LANES];
 INLINE void begin_tiles() {}
 INLINE void end_tiles() {}
+
+INLINE void load_tile(int tile, const float *from, int64_t step) {
+  for (int i = 0; i < LANES; i++) tiles[tile][i] = load(from + i * step);
+}
+
+INLINE void store_tile(int tile, float *to, int64_t step) {
+  for (int i = 0; i < LANES; i++) store(to + i * step, tiles[tile][i]);
+}
+
+INLINE void add_product(int c, int a, int b) {
+  for (int i = 0; i < LANES; i++)
+    for (int k = 0; k < LANES; k++)
+      tiles[c][i] = dot_pairs(all(tiles[a][i][k]), tiles[b][k], tiles[c][i]);
+}
+
+#define ZERO_TILE(tile) std::memset(tiles[tile], 0, sizeof tiles[tile])
+#define LOAD_TILE load_tile
+#define STORE_TILE store_tile
+#define ADD_PRODUCT add_product
+#endif
+
+#if HAS_TILES
+// Sums of products, and where they are in memory: the tiles 0 and 1, and below 2 and 3.
+template <int COLUMNS> INLINE void begin_sums(const float *c, int64_t c_step, bool is_first) {
+  if (is_first) {
+    ZERO_TILE(0);
+    ZERO_TILE(2);
+    if (COLUMNS > 1) ZERO_TILE(1);
+    if (COLUMNS > 1) ZERO_TILE(3);
+  } else {
+    LOAD_TILE(0, c, c_step);
+    LOAD_TILE(2, c + LANES * c_step, c_step);
+    if (COLUMNS > 1) LOAD_TILE(1, c + LANES, c_step);
+    if (COLUMNS > 1) LOAD_TILE(3, c + LANES * c_step + LANES, c_step);
+  }
+}
+
+template <int COLUMNS> INLINE void end_sums(float *c, int64_t c_step) {
+  STORE_TILE(0, c, c_step);
+  STORE_TILE(2, c + LANES * c_step, c_step);
+  if (COLUMNS > 1) STORE_TILE(1, c + LANES, c_step);
+  if (COLUMNS > 1) STORE_TILE(3, c + LANES * c_step + LANES, c_step);
+}
+
+// For LANES words of depth: a is in the tiles 4 and below 5, columns of b in 6.
+template <int COLUMNS>
+INLINE void add_to_sums(const float *a, int64_t row, const float *b, int64_t b_step) {
+  LOAD_TILE(4, a, row);
+  LOAD_TILE(6, b, b_step);
+  ADD_PRODUCT(0, 4, 6);
+  LOAD_TILE(5, a + LANES * row, row);
+  ADD_PRODUCT(2, 5, 6);
+  if (COLUMNS == 1) return;
+  LOAD_TILE(6, b + LANES, b_step);
+  ADD_PRODUCT(1, 4, 6);
+  ADD_PRODUCT(3, 5, 6);
+}
 
 // c[i*c_step + j] = c[...] * !is_first + sum of a[i*row + k] * b[k*b_step + j], for ROWS rows and
 // COLUMNS registers of columns.
 template <int COLUMNS>
 INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row, const float *b,
                            int64_t b_step, int64_t depth, bool is_first) {
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < COLUMNS * LANES; j += LANES) {
-      vec sum = is_first ? vec{} : load(c + i * c_step + j);
-      for (int64_t k = 0; k < depth; k++)
-        sum = dot_pairs(all(a[i * row + k]), load(b + k * b_step + j), sum);
-      store(c + i * c_step + j, sum);
-    }
+  asm volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
+  begin_sums<COLUMNS>(c, c_step, is_first);
+  for (int64_t k = 0; k < depth; k += LANES)
+    add_to_sums<COLUMNS>(a + k, row, b + k * b_step, b_step);
+  end_sums<COLUMNS>(c, c_step);
+}
+
+// Products of ROWS rows of a and TILE columns of b of LANES words each, beside sums in tiles.
+INLINE void multiply_beside(float *c, const float *a, const float *b) {
+  LOAD_TILE(4, a, LANES);
+  LOAD_TILE(5, a + LANES * LANES, LANES);
+  for (int64_t j = 0; j < TILE; j += LANES) {
+    LOAD_TILE(6, b + j, TILE);
+    ZERO_TILE(7);
+    ADD_PRODUCT(7, 4, 6);
+    STORE_TILE(7, c + j, TILE);
+    ZERO_TILE(7);
+    ADD_PRODUCT(7, 5, 6);
+    STORE_TILE(7, c + LANES * TILE + j, TILE);
+  }
 }
 #endif
 
@@ -313,7 +410,7 @@ template <Product HOW, int D> struct Kernel {
   // values; keys and values as words of a channel.
   float *raw = nullptr, *key_panels = nullptr, *value_panels = nullptr, *keys = nullptr, *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
   // Of a block of queries: words along channels, and (PAIRS) along queries; results.
-  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr, *attended = nullptr, *tops = nullptr, *sums = nullptr, *totals = nullptr, *factors = nullptr;
+  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr, *attended = nullptr, *tops = nullptr, *totals = nullptr, *factors = nullptr;
   // Logits that become weights, their gradients; (PAIRS) the words of both.
   float *weights = nullptr, *weight_pairs = nullptr, *slopes = nullptr, *slope_words = nullptr, *slope_pairs = nullptr;
   float *flipped = nullptr, *grad_flipped = nullptr, *strips = nullptr, *grad_strips = nullptr;  // the head's table, and its strips
@@ -331,7 +428,10 @@ template <Product HOW, int D> struct Kernel {
   } stripped;
 
   // Of the group at hand
-  int64_t group_rows, group_columns, members, strip, next_members;
+  int64_t group_rows, group_columns, members, strip, next_members = 0, next_head;
+
+  // Of the block at hand: its head, its queries, and these with what fills up their last tile
+  int64_t head, first_query, queries_here, query_rows;
 
   INLINE int64_t dim() const { return D ? D : call.dim; }
   INLINE int64_t wide() const { return (dim() + LANES - 1) / LANES * LANES; }
@@ -356,7 +456,6 @@ template <Product HOW, int D> struct Kernel {
     queries = arena.take(block);
     attended = arena.take(block);
     tops = arena.take(BLOCK);
-    sums = arena.take(BLOCK * LANES);
     totals = arena.take(BLOCK * LANES);
     factors = arena.take(BLOCK);
     weights = arena.take(BLOCK * KEYS);
@@ -423,20 +522,20 @@ template <Product HOW, int D> struct Kernel {
       store_numbers(DTYPE, to + c * size_of(DTYPE), load(from + c) * all(factor), dim() - c);
   }
 
-  // Words of two rows in bfloat16, a channel of both side by side.
-  INLINE void interleave(const float *rows, int64_t count, float *to) const {
+  // Words of two rows in bfloat16 that are so far apart, a channel of both side by side.
+  INLINE void interleave(const float *rows, int64_t count, float *to, int64_t apart = 1) const {
     const uint16_t *from = reinterpret_cast<const uint16_t *>(rows);
-    for (int64_t row = 0; row < count; row += 2, from += 2 * wide(), to += wide())
-      for (int64_t c = 0; c < wide(); c += LANES) {
+    for (int64_t row = 0; row < count; row += row % apart + 1 < apart ? 1 : apart + 1)
+      for (int64_t c = 0; c < wide(); c += LANES, to += LANES) {
         halves one, other;
-        std::memcpy(&one, from + c, sizeof one);
-        std::memcpy(&other, from + wide() + c, sizeof other);
-        store(to + c, words_of(one, other));
+        std::memcpy(&one, from + row * wide() + c, sizeof one);
+        std::memcpy(&other, from + (row + apart) * wide() + c, sizeof other);
+        store(to, words_of(one, other));
       }
   }
 
   // A query; without PAIRS, in which it would be rounded, times what its logits are scaled with.
-  INLINE void take_query(int64_t token, int64_t head, float *to) const {
+  INLINE void take_query(int64_t token, float *to) const {
     take_row(call.qkv + at(token, head, 0, 3), to);
     if (!PAIRS)
       for (int64_t c = 0; c < wide(); c += LANES)
@@ -444,7 +543,7 @@ template <Product HOW, int D> struct Kernel {
   }
 
   // Rows of keys (part 1) or values (2) of the group to `to`; returns how many with the padding.
-  int64_t take_rows(int64_t head, int part, float *to) const {
+  int64_t take_rows(int part, float *to) const {
     for (int64_t m = 0; m < members; m++)
       take_row(call.qkv + at(tokens[m], head, part, 3), to + m * words());
     const int64_t padded = (members + TILE - 1) / TILE * TILE;
@@ -468,32 +567,31 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // Make a group the one at hand, and the one behind it the next.
-  void start_group(int64_t group, bool is_first, bool is_last) {
-    if (is_first) list_tokens(group, next_tokens);
+  // Make the next group the one at hand, and this one of a head the next; none if -1.
+  void start_group(int64_t group, int64_t next, int64_t head) {
+    if (next_members == 0) list_tokens(group, next_tokens);
     std::swap(tokens, next_tokens);
     group_rows = rows_of(group).count, group_columns = columns_of(group).count;
     members = group_rows * group_columns;
     strip = strip_size(group_rows, group_columns);
-    next_members = 0;
-    if (is_last) return;
-    next_members = rows_of(group + 1).count * columns_of(group + 1).count;
-    list_tokens(group + 1, next_tokens);
+    next_members = 0, next_head = head;
+    if (next < 0) return;
+    next_members = rows_of(next).count * columns_of(next).count;
+    list_tokens(next, next_tokens);
   }
 
   // Rows are far apart in memory, which no processor foresees: ask for those of the next group and
-  // those that results go to, with each part of the keys for a part of the block.
-  INLINE void prefetch(int64_t head, int64_t first, int64_t count, int64_t key, int64_t many,
-                       bool backward) const {
-    for (int64_t i = count * key / members; i < count * (key + many) / members; i++) {
+  // those that results go to, those from `i` to `end` of a block at a time.
+  INLINE void prefetch(int64_t i, int64_t end, bool backward) const {
+    for (; i < end; i++) {
       prefetch_row<true>(backward ? call.grad_qkv + at(query_tokens[i], head, 0, 3)
                                   : call.out + at(query_tokens[i], head, 0, 1));
-      if (first + i >= next_members) continue;
-      const int64_t token = next_tokens[first + i];
-      for (int part = 0; part < 3; part++) prefetch_row(call.qkv + at(token, head, part, 3));
+      if (first_query + i >= next_members) continue;
+      const int64_t token = next_tokens[first_query + i];
+      for (int part = 0; part < 3; part++) prefetch_row(call.qkv + at(token, next_head, part, 3));
       if (!backward) continue;
-      prefetch_row(call.out + at(token, head, 0, 1));
-      prefetch_row(call.grad_out + at(token, head, 0, 1));
+      prefetch_row(call.out + at(token, next_head, 0, 1));
+      prefetch_row(call.grad_out + at(token, next_head, 0, 1));
     }
   }
 
@@ -503,7 +601,7 @@ template <Product HOW, int D> struct Kernel {
   }
 
   // The offsets of key - query, for products with log2(e) at once.
-  void flip_table(int64_t head) {
+  void flip_table() {
     const int64_t rows = 2 * call.largest_rows - 1;
     const float *middle = call.table + (head * call.table_rows + call.table_rows / 2) *
                                            call.table_columns + call.table_columns / 2;
@@ -522,7 +620,9 @@ template <Product HOW, int D> struct Kernel {
 
   // Strips and tokens of the queries from `first` on. Strips of a group that is small enough to be
   // one block serve the next one, too. A tile beyond the last query repeats that one.
-  void start_block(int64_t first, int64_t count, bool backward) {
+  void start_block(int64_t first, bool backward) {
+    const int64_t count = members - first < BLOCK ? members - first : BLOCK;
+    first_query = first, queries_here = count, query_rows = (count + ROWS - 1) / ROWS * ROWS;
     const Strips of{first / group_rows, (first + count - 1) / group_rows, group_rows, group_columns};
     if (!(of == stripped)) {
       if (backward) end_strips();
@@ -576,15 +676,16 @@ template <Product HOW, int D> struct Kernel {
                            TILE, depth(dim()), !HAS_BIAS);
   }
 
-  // Logits, times log2(e), or weights relative to `tops`: in the forward pass for products, with
-  // their sums by lane, in the backward pass with the pairs of two rows. What is behind the last of
-  // `count` keys has no weight.
+  // Logits, times log2(e), or weights: in the forward pass, with tops of 0, for products, with their
+  // sums by lane, in the backward pass with the pairs of two rows. What is behind the last of `count`
+  // keys has no weight.
   template <int COLUMNS, Result RESULT>
   INLINE void give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
                                 int64_t count) {
     const vec scale = all(call.scale * LOG2_E);
     const bool is_whole = count - key >= COLUMNS * LANES;
     UNROLL for (int i = 0; i < ROWS; i += 2) {
+      if (RESULT == WEIGHTS && i0 + i >= queries_here) return;
       const int64_t at = (i0 + i) * KEYS + key;
       vec y[2][COLUMNS];
       UNROLL for (int row = 0; row < 2; row++)
@@ -592,15 +693,14 @@ template <Product HOW, int D> struct Kernel {
           vec &one = y[row][j] = x[i + row][j];
           if (PAIRS) one = one * scale + load(bias[i0 + i + row] + first + key + j * LANES);
           if (RESULT == LOGITS) continue;
-          one = exp2<PAIRS>(one - all(tops[i0 + i + row]));
+          one = RESULT == WEIGHTS_TWICE ? exp2<PAIRS>(one - all(tops[i0 + i + row])) : weight(one);
           if (!is_whole) one = first_lanes(count - key - j * LANES, one, vec{});
         }
       UNROLL for (int row = 0; row < 2; row++) {
         if (RESULT == WEIGHTS) {
           const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
-          float *sum = sums + (i0 + i + row) * LANES;
-          const vec both = y[row][0] + second;
-          store(sum, key > 0 ? load(sum) + both : both);
+          float *total = totals + (i0 + i + row) * LANES;
+          store(total, load(total) + (y[row][0] + second));
           give_weights(at + row * KEYS, y[row][0], second);
         } else {
           UNROLL for (int j = 0; j < COLUMNS; j++)
@@ -614,10 +714,13 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // Tiles take registers in pairs.
+  // Of a logit. Sums are of what is multiplied with the values, so that one key has all the weight.
+  static INLINE vec weight(vec logit) { return PAIRS ? exp2_bf16(logit) : exp2(logit); }
+
+  // Of TILE keys or, if they are the last, LANES. With TILES those are a pair that are LANES apart.
   INLINE void give_weights(int64_t at, vec first, vec second) {
     if constexpr (PAIRS) {
-      store(slope_words + at / 2, round_both(first, second));
+      store(slope_words + at / 2, TILES ? words_of(first, second) : round_both(first, second));
     } else {
       store(weights + at, first);
       store(weights + at + LANES, second);
@@ -667,19 +770,19 @@ template <Product HOW, int D> struct Kernel {
     give_tile<COLUMNS, RESULT>(x, i, first, key, count);
   }
 
-  // Of `rows` queries and the `count` keys from `first` on.
-  template <Result RESULT> INLINE void tiles(int64_t rows, int64_t first, int64_t count) {
-    if constexpr (TILES) return tiles_in_turn<RESULT>(rows, first, count);
+  // Of the `count` keys from `first` on.
+  template <Result RESULT> INLINE void tiles(int64_t first, int64_t count) {
+    if constexpr (TILES) return tiles_in_turn<RESULT>(first, count);
     for (int64_t key = 0; key < count; key += TILE)
-      for (int64_t i = 0; i < rows; i += ROWS)
+      for (int64_t i = 0; i < query_rows; i += ROWS)
         count - key > LANES ? tile<2, RESULT>(i, first, key, count)
                             : tile<1, RESULT>(i, first, key, count);
   }
 
   // Tiles are multiplied beside what is done with the one before.
-  template <Result RESULT> NOINLINE void tiles_in_turn(int64_t rows, int64_t first, int64_t count) {
+  template <Result RESULT> NOINLINE void tiles_in_turn(int64_t first, int64_t count) {
     vec x[2][ROWS][2];
-    const int64_t down = rows / ROWS, number = (count + TILE - 1) / TILE * down;
+    const int64_t down = query_rows / ROWS, number = (count + TILE - 1) / TILE * down;
     for (int64_t n = 0; n <= number; n++) {
       const int64_t last = n - 1;
       if (n < number) multiply_tile<2, RESULT>(x[n % 2], n % down * ROWS, first, n / down * TILE);
@@ -707,14 +810,13 @@ template <Product HOW, int D> struct Kernel {
 
   // Raises `tops` to the largest logits of those before and these. The factors are what sums up to
   // here are to be multiplied with. A row does not wait for the result of another.
-  INLINE void raise_tops(int64_t count, int64_t many, bool is_first) {
-    for (int64_t i = 0; i < count; i++) {
+  INLINE void raise_tops(int64_t many, bool is_first) {
+    for (int64_t i = 0; i < queries_here; i++) {
       const float before = is_first ? -INFINITY : tops[i], top = top_of(i, many);
       tops[i] = top > before ? top : before;
       factors[i] = before - tops[i];
     }
-    if (!is_first)
-      for (int64_t i = 0; i < count; i += LANES) store(factors + i, exp2(load(factors + i)));
+    for (int64_t i = 0; i < queries_here; i += LANES) store(factors + i, exp2(load(factors + i)));
   }
 
   // Logits of a query to weights; returns their sums by lane.
@@ -723,75 +825,106 @@ template <Product HOW, int D> struct Kernel {
     vec sum0{}, sum1{};
     int64_t at = i * KEYS, key = 0;
     for (; key + LANES < many; key += TILE, at += TILE) {
-      const vec x0 = exp2<PAIRS>(load(weights + at) - top);
-      const vec x1 = exp2<PAIRS>(load(weights + at + LANES) - top);
+      const vec x0 = weight(load(weights + at) - top);
+      const vec x1 = weight(load(weights + at + LANES) - top);
       give_weights(at, x0, x1);
       sum0 += x0, sum1 += x1;
     }
     if (key < many) {
-      const vec x = exp2<PAIRS>(load(weights + at) - top);
+      const vec x = weight(load(weights + at) - top);
       give_weights(at, x, vec{});
       sum0 += x;
     }
     return sum0 + sum1;
   }
 
-  // Whether sums of weights are so small that their tops will do.
-  INLINE bool tops_suffice(int64_t count) const {
-    vec largest{};
-    for (int64_t i = 0; i < count; i++) largest = larger(load(sums + i * LANES), largest);
-    return largest_of(largest) < 0x1p96f;
-  }
-
-  // Weights of a block's queries for the keys from `key` on, and their sums. Returns whether what was
-  // summed up before is to be multiplied with `factors`. The tops of the first keys mostly do for
-  // the others, too, whose largest logits are not searched for then.
-  INLINE bool weigh(int64_t rows, int64_t count, int64_t key, int64_t many) {
-    bool raised = false;
-    if (HAS_POWERS && key > 0) tiles<WEIGHTS>(rows, key, many);
-    if (!HAS_POWERS || key == 0 || !tops_suffice(count)) {
-      tiles<LOGITS>(rows, key, many);
-      raise_tops(count, many, key == 0);
-      for (int64_t i = 0; i < count; i++) store(sums + i * LANES, weigh_row(i, many));
-      raised = key > 0;
-    }
-    for (int64_t i = 0; i < count; i++) {
-      float *total = totals + i * LANES;
-      const vec sum = load(sums + i * LANES);
-      store(total, key > 0 ? load(total) * all(raised ? factors[i] : 1) + sum : sum);
-    }
-    return raised;
-  }
-
-  void forward(int64_t head) {
-    const int64_t padded = take_rows(head, 1, raw);
-    transpose(raw, padded, words(), key_panels);
-    take_rows(head, 2, PAIRS ? raw : values);
-    if (PAIRS) interleave(raw, padded, values);
-    for (int64_t first = 0; first < members; first += BLOCK) {
-      const int64_t count = members - first < BLOCK ? members - first : BLOCK;
-      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
-      start_block(first, count, false);
-      for (int64_t i = 0; i < count; i++)
-        take_query(query_tokens[i], head, queries + i * words());
-      std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
-      for (int64_t i = count; i < rows; i++) tops[i] = INFINITY;  // weights of 0
-      for (int64_t key = 0; key < members; key += KEYS) {
-        const int64_t many = members - key < KEYS ? members - key : KEYS;
-        prefetch(head, first, count, key, many, false);
-        const bool raised = weigh(rows, count, key, many);
-        const float *left = PAIRS ? slope_words : weights;
-        for (int64_t i = 0; i < rows; i += ROWS)
-          multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1,
-                                values + depth(key) * wide(), wide(), depth(in_tiles(many)),
-                                attended + i * wide(), wide(), wide(),
-                                raised ? factors + i : nullptr, key == 0);
+  // What the queries of a block attend to, and sums of their weights by lane, with tops of 0 or, if it
+  // RAISES them, of the largest logits.
+  template <bool RAISES> NOINLINE void attend() {
+    std::memset(tops, 0, query_rows * 4);
+    std::memset(totals, 0, query_rows * LANES * 4);
+    if constexpr (TILES && !RAISES) return attend_in_turn();
+    for (int64_t key = 0; key < members; key += KEYS) {
+      const int64_t many = members - key < KEYS ? members - key : KEYS;
+      prefetch(queries_here * key / members, queries_here * (key + many) / members, false);
+      tiles<RAISES ? LOGITS : WEIGHTS>(key, many);
+      if (RAISES) {
+        raise_tops(many, key == 0);
+        for (int64_t i = 0; i < queries_here; i++) {
+          float *total = totals + i * LANES;
+          store(total, load(total) * all(factors[i]) + weigh_row(i, many));
+        }
       }
+      const float *left = PAIRS ? slope_words : weights;
+      for (int64_t i = 0; i < query_rows; i += ROWS)
+        multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1, values + depth(key) * wide(),
+                              wide(), depth(in_tiles(many)), attended + i * wide(), wide(), wide(),
+                              RAISES && key > 0 ? factors + i : nullptr, key == 0);
+    }
+  }
+
+  // The same a tile at a time: the next one of logits is multiplied beside the weights of this one and
+  // what is attended with those of the last, whose sums stay in tiles from the first key to the last.
+  INLINE void attend_in_turn() {
+#if HAS_TILES
+    vec logits[2][ROWS][2];
+    const int64_t across = (members + TILE - 1) / TILE, number = query_rows / ROWS * across;
+    for (int64_t n = 0; n < number + 2; n++) {
+      prefetch(queries_here * n / (number + 2), queries_here * (n + 1) / (number + 2), false);
+      asm volatile("" ::: "memory");  // see multiply_tiles
+      if (n < number)
+        multiply_beside(reinterpret_cast<float *>(logits[n % 2]),
+                        queries + n / across * ROWS * words(),
+                        key_panels + n % across * TILE * words());
+      if (n > 1) {
+        const int64_t i = (n - 2) / across * ROWS, key = (n - 2) % across * TILE;
+        if (key == 0) begin_sums<2>(nullptr, 0, true);
+        add_to_sums<2>(slope_words + (i * KEYS + n % 2 * TILE) / 2, KEYS / 2,
+                       values + key / 2 * wide(), wide());
+        if (key + TILE >= members) end_sums<2>(attended + i * wide(), wide());
+      }
+      asm volatile("" ::: "memory");
+      if (n > 0 && n <= number) {
+        const int64_t key = (n - 1) % across * TILE, at = (n - 1) % 2 * TILE;
+        give_weights_tile<2, WEIGHTS>(logits[(n - 1) % 2], (n - 1) / across * ROWS, key - at, at,
+                                      members - key + at);
+      }
+    }
+#endif
+  }
+
+  // Sums of weights of a block's queries, instead of those by lane. Returns whether all are such that
+  // floats are exact for tops of 0, for values up to 2^63, too.
+  INLINE bool add_lanes() {
+    bool fits = true;
+    for (int64_t i = 0; i < queries_here; i++) {
+      const float total = totals[i] = sum_of(load(totals + i * LANES));
+      fits = fits && total > 0x1p-64f && total < 0x1p64f;
+    }
+    return fits;
+  }
+
+  void forward() {
+    const int64_t padded = take_rows(1, raw);
+    transpose(raw, padded, words(), key_panels);
+    take_rows(2, PAIRS ? raw : values);
+    if (PAIRS) interleave(raw, padded, values, TILES ? LANES : 1);  // see give_weights
+    for (int64_t first = 0; first < members; first += BLOCK) {
+      start_block(first, false);
+      const int64_t count = queries_here;
+      for (int64_t i = 0; i < count; i++) take_query(query_tokens[i], queries + i * words());
+      std::memset(queries + count * words(), 0, (query_rows - count) * words() * 4);
+      if (HAS_POWERS) attend<false>();
+      if (!HAS_POWERS || !add_lanes()) {
+        attend<true>();
+        add_lanes();
+      }
+      for (int64_t i = 0; i < count; i += LANES)
+        store(factors + i, (load(tops + i) + log2(load(totals + i))) * all(LN_2));
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = query_tokens[i];
-        const float total = sum_of(load(totals + i * LANES));
-        give_row(attended + i * wide(), 1 / total, call.out + at(token, head, 0, 1));
-        call.norms[token * call.heads + head] = LN_2 * tops[i] + std::log(total);
+        give_row(attended + i * wide(), 1 / totals[i], call.out + at(token, head, 0, 1));
+        call.norms[token * call.heads + head] = factors[i];
       }
     }
   }
@@ -814,21 +947,20 @@ template <Product HOW, int D> struct Kernel {
                             sums + (key + k) * wide(), wide(), wide(), nullptr, is_first);
   }
 
-  void backward(int64_t head) {
-    const int64_t padded = take_rows(head, 2, raw);
+  void backward() {
+    const int64_t padded = take_rows(2, raw);
     transpose(raw, padded, words(), value_panels);
-    take_rows(head, 1, raw);
+    take_rows(1, raw);
     transpose(raw, padded, words(), key_panels);
     if (PAIRS) interleave(raw, padded, keys);
     for (int64_t first = 0; first < members; first += BLOCK) {
-      const int64_t count = members - first < BLOCK ? members - first : BLOCK;
-      const int64_t rows = (count + ROWS - 1) / ROWS * ROWS;
-      start_block(first, count, true);
+      start_block(first, true);
+      const int64_t count = queries_here, rows = query_rows;
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = query_tokens[i];
         const char *out = call.out + at(token, head, 0, 1);
         const char *grad = call.grad_out + at(token, head, 0, 1);
-        take_query(token, head, queries + i * words());
+        take_query(token, queries + i * words());
         take_row(grad, grads + i * words());
         vec sum{};
         for (int64_t c = 0; c < dim(); c += LANES) {
@@ -846,9 +978,9 @@ template <Product HOW, int D> struct Kernel {
 
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
-        tiles<WEIGHTS_TWICE>(rows, key, many);
-        prefetch(head, first, count, key, many, true);
-        tiles<SLOPES>(rows, key, many);
+        tiles<WEIGHTS_TWICE>(key, many);
+        prefetch(count * key / members, count * (key + many) / members, true);
+        tiles<SLOPES>(key, many);
         add_gradients(grad_values, grad_pairs, weight_pairs, key, many, count, padded, first == 0);
         add_gradients(grad_keys, query_pairs, slope_pairs, key, many, count, padded, first == 0);
         for (int64_t i = 0; i < rows; i += ROWS)
@@ -873,19 +1005,24 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // One head of the groups of one chunk.
-  void run(int64_t task, bool is_backward) {
-    const int64_t head = task % call.heads, chunk = task / call.heads, groups = call.groups();
-    flip_table(head);
+  int64_t first_group(int64_t task) const {
+    return task / call.heads * call.groups() / call.chunks;
+  }
+
+  // One head of the groups of one chunk; the next task is that of this thread.
+  void run(int64_t task, int64_t next, bool is_backward) {
+    head = task % call.heads;
+    flip_table();
     stripped = Strips{};
     if (is_backward) {
       grad_flipped = call.grad_parts + task * call.part;
       std::memset(grad_flipped, 0, call.part * 4);
     }
-    const int64_t begin = chunk * groups / call.chunks, end = (chunk + 1) * groups / call.chunks;
-    for (int64_t group = begin; group < end; group++) {
-      start_group(group, group == begin, group + 1 == end);
-      is_backward ? backward(head) : forward(head);
+    const int64_t end = first_group(task + call.heads);
+    for (int64_t group = first_group(task); group < end; group++) {
+      if (group + 1 < end) start_group(group, group + 1, head);
+      else start_group(group, next < call.tasks() ? first_group(next) : -1, next % call.heads);
+      is_backward ? backward() : forward();
     }
     if (is_backward) end_strips();
   }
@@ -897,8 +1034,11 @@ template <Product HOW, int D> void work(const Call &call, Arena &arena, std::ato
 #if HAS_TILES
   if (HOW == TILES_OF_PAIRS) begin_tiles();
 #endif
-  for (int64_t task; (task = next->fetch_add(1)) < call.heads * call.chunks;)
-    kernel.run(task, call.grad_out);
+  // The next task is taken beforehand, to ask for its rows.
+  for (int64_t task = next->fetch_add(1), following; task < call.tasks(); task = following) {
+    following = next->fetch_add(1);
+    kernel.run(task, following, call.grad_out);
+  }
 #if HAS_TILES
   if (HOW == TILES_OF_PAIRS) end_tiles();
 #endif
@@ -925,4 +1065,8 @@ void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
 #undef HAS_PAIRS
 #undef HAS_TILES
 #undef EMULATED
+#undef ZERO_TILE
+#undef LOAD_TILE
+#undef STORE_TILE
+#undef ADD_PRODUCT
 #undef OTHERS
