@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .compat import load_plain
 
-# What the authors' ImageNet files hold besides the backbone: the classifier's
-# final norm and linear layer, with their names in a classifier here
-# (configs/_base_/models/classifier.py), and buffers that their code recomputes anyway.
+# What the authors' ImageNet files hold besides the backbone: the classifier's final norm and linear
+# layer, with their names in a classifier here (configs/_base_/models/classifier.py), and buffers
+# that their code recomputes anyway.
 CLASSIFIER_NAMES = {'norm.': 'neck.norm.', 'head.': 'head.fc.'}
 BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
@@ -33,9 +33,9 @@ def log_statistic(owner, name: str):
     return getattr(owner, name)
 
 
-# What may stand in a file next to tensors and plain values: the log in mmengine's
-# own checkpoints, whose resuming needs it, and the configuration in the authors'
-# files, read as a plain dict. Anything else makes reading fail.
+# What may stand in a file next to tensors and plain values: the log in mmengine's own checkpoints,
+# whose resuming needs it, and the configuration in the authors' files, read as a plain dict.
+# Anything else makes reading fail.
 SAFE_GLOBALS = [
     HistoryBuffer,
     numpy.ndarray,
@@ -45,43 +45,33 @@ SAFE_GLOBALS = [
     (OrderedDict, 'yacs.config.CfgNode'),
     # numpy 2 moved its functions; files of either are read with either.
     *(
-        (numpy.array(0).__reduce__()[0], f'numpy.{core}.multiarray._reconstruct')
+        (value.__reduce__()[0], f'numpy.{core}.multiarray.{function}')
         for core in ('core', '_core')
-    ),
-    *(
-        (numpy.float64(0).__reduce__()[0], f'numpy.{core}.multiarray.scalar')
-        for core in ('core', '_core')
+        for function, value in [('_reconstruct', numpy.array(0)), ('scalar', numpy.float64(0))]
     ),
 ]
 
 
-# mmengine's addresses: those that name a file, and names in model zoos, which mmengine
-# turns into a file by itself and reads in its own way.
+# mmengine's addresses: those that name a file, and names in model zoos, which mmengine turns into a
+# file by itself and reads in its own way.
 FILE_SCHEMES = ('', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
-ZOO_SCHEMES = (
-    'modelzoo://',
-    'torchvision://',
-    'open-mmlab://',
-    'openmmlab://',
-    'mmcls://',
-    'pavi://',
+ZOO_SCHEMES = tuple(
+    f'{zoo}://' for zoo in ('modelzoo', 'torchvision', 'open-mmlab', 'openmmlab', 'mmcls', 'pavi')
 )
 
 
 def use_safe_loading(known: Optional[Dict[str, dict]] = None) -> None:
     """Let mmengine read every checkpoint, for resuming and testing too, as pure data.
 
-    Its own loader falls back to running what a file says when the safe way
-    refuses it.
+    Its own loader falls back to running what a file says when the safe way refuses it.
 
     Args:
         known (dict, optional): what has been read already, by paths; given away once.
     """
-    known = known or {}
 
     # The log names a loader by what follows `load_from_`.
     def load_from_plain_data(path, map_location=None):
-        return known.pop(path, None) or read_checkpoint(path, map_location)
+        return (known or {}).pop(path, None) or read_checkpoint(path, map_location)
 
     def load_from_zoo(path, map_location=None):
         raise CheckpointError(
@@ -98,22 +88,20 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is not a checkpoint, is cut short, or holds
-            objects other than tensors, plain values and a training log; nothing
-            of it was run.
+        CheckpointError: the file is not a checkpoint, is cut short, or holds objects other than
+            tensors, plain values and a training log; nothing of it was run.
     """
     try:
         with get_local_path(path) as local, open(local, 'rb') as file:
-            if is_safetensors(file):
+            # Safetensors begin with the length of a JSON head, and the head.
+            if file.peek(9)[4:9] == b'\0\0\0\0{':
                 return read_safetensors(local)
             return read_plain(file, map_location)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Checkpoint '{path}' does not exist: give the path of a .pth file."
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"Checkpoint '{path}' could not be opened: {error}.") from None
-    except CheckpointError as error:
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"Checkpoint '{path}' could not be read: {error}.") from None
 
 
@@ -130,13 +118,6 @@ def read_plain(file, map_location) -> dict:
             if 'TorchScript' in str(error)
             else 'it is cut short or no file of plain weights'
         ) from None
-
-
-def is_safetensors(file) -> bool:
-    """Whether an open file begins as safetensors do: the length of a JSON head, and the head."""
-    start = file.read(9)
-    file.seek(0)
-    return start[4:] == b'\0\0\0\0{'
 
 
 def require_safetensors() -> None:
@@ -163,32 +144,27 @@ def read_safetensors(path: str) -> dict:
 def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
     """The tensors of a checkpoint, wherever it keeps them.
 
-    Takes a plain state dict, the authors' ImageNet files (``model``) and
-    checkpoints of whole detectors and segmentors (``state_dict``).
+    Takes a plain state dict, the authors' ImageNet files (``model``) and checkpoints of whole
+    detectors and segmentors (``state_dict``).
 
     Raises:
         CheckpointError: there are no tensors.
     """
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    weights: Any = (
-        OrderedDict(
-            (str(key).removeprefix('module.'), value)
-            for key, value in checkpoint.items()
-            if isinstance(value, Tensor)
-        )
-        if isinstance(checkpoint, Mapping)
-        else OrderedDict()
+    whole = checkpoint if isinstance(checkpoint, Mapping) else {}
+    places = whole.get('state_dict'), whole.get('model'), whole
+    found = next(place for place in places if isinstance(place, Mapping))
+    weights: Any = OrderedDict(
+        (str(key).removeprefix('module.'), value)
+        for key, value in found.items()
+        if isinstance(value, Tensor)
     )
     if not weights:
         raise CheckpointError(
             f"Checkpoint '{name}' holds no weights: expected a dict of "
             "tensors, or one under 'state_dict' or 'model'."
         )
-    if hasattr(checkpoint, '_metadata'):  # versions, by which modules read what older ones wrote
-        weights._metadata = checkpoint._metadata
+    # Versions, by which modules read what older ones wrote.
+    weights._metadata = getattr(found, '_metadata', OrderedDict())
     return weights
 
 
@@ -197,48 +173,36 @@ def is_known_extra(key: str) -> bool:
     return key.startswith(tuple(CLASSIFIER_NAMES)) or key.endswith(BUFFER_KEYS)
 
 
-def backbone_weights(
-    checkpoint: Mapping, prefix: str = 'backbone.', name: str = 'given'
-) -> Dict[str, Tensor]:
-    """The backbone's part of a checkpoint, its keys as the backbone names them.
-
-    Takes what :func:`weights_in` takes; of whole detectors and segmentors the
-    keys with ``prefix``. Drops the classifier and stored buffers by name.
-
-    Raises:
-        CheckpointError: there are no tensors.
-    """
-    weights = weights_in(checkpoint, name)
-    prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
-    if any(key.startswith(prefix) for key in weights):
-        weights = {
-            key.removeprefix(prefix): value
-            for key, value in weights.items()
-            if key.startswith(prefix)
-        }
-    return {key: value for key, value in weights.items() if not is_known_extra(key)}
-
-
 def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> None:
     """Load the weights in a file into a backbone, all of them or none.
 
-    Parameters that the file cannot have are kept as they are and named in the
-    log: the norms of ``out_norm=True``. Stages that a backbone with fewer
-    ``out_indices`` has not built are left out.
+    Parameters that the file cannot have are kept as they are and named in the log: the norms of
+    ``out_norm=True``. Stages that a backbone with fewer ``out_indices`` has not built are left out,
+    and what :func:`is_known_extra` knows.
+
+    Args:
+        backbone (nn.Module): a CrossFormer.
+        path (str): of a file that :func:`weights_in` takes.
+        prefix (str): of the backbone's keys in a file of a whole model.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, or the file's weights are not this
-            architecture's; the sentence lists what is missing, unexpected or
-            of another shape.
+        CheckpointError: not a checkpoint, or the file's weights are not this architecture's; the
+            sentence lists what is missing, unexpected or of another shape.
     """
-    weights = backbone_weights(read_checkpoint(path), prefix, path)
-    own = backbone.state_dict()
-    weights = {
-        key: value for key, value in weights.items() if key in own or not backbone.is_left_out(key)
+    weights, own = weights_in(read_checkpoint(path), path), backbone.state_dict()
+    prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
+    part = {
+        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
-    fresh = [key for key in own if key not in weights and backbone.is_extra(key)]
-    problems = compare(own.keys() - fresh, weights, own)
+    weights = {
+        key: value
+        for key, value in (part or weights).items()
+        if key in own or not (is_known_extra(key) or backbone.is_left_out(key))
+    }
+    fresh = {key for key in own if key not in weights and backbone.is_extra(key)}
+    missing, unexpected = own.keys() - weights.keys() - fresh, weights.keys() - own.keys()
+    problems = differences(missing, unexpected, weights, own)
     if problems:
         raise CheckpointError(
             f"Checkpoint '{path}' does not fit this backbone: "
@@ -263,9 +227,8 @@ def model_weights(model: nn.Module, checkpoint: Mapping, name: str) -> Dict[str,
     classifier = all(f'{part}weight' in own for part in CLASSIFIER_NAMES.values())
     if classifier and any(key.startswith('patch_embed.') for key in weights):
         weights = OrderedDict((name_in_classifier(key), value) for key, value in weights.items())
-    for key in list(weights):
-        part = key.removeprefix('backbone.')
-        if key not in own and part != key and is_known_extra(part):
+    for key in weights.keys() - own.keys():
+        if key.startswith('backbone.') and is_known_extra(key.removeprefix('backbone.')):
             del weights[key]
     return weights
 
@@ -283,17 +246,16 @@ def fit_checkpoint(
 ) -> None:
     """Load a checkpoint's weights into a whole model, and see that nothing stays random unsaid.
 
-    Afterwards ``checkpoint['state_dict']`` holds just the weights that fit, for
-    mmengine to load. What the authors' files hold besides is dropped by name.
+    Afterwards ``checkpoint['state_dict']`` holds just the weights that fit, for mmengine to load.
+    What the authors' files hold besides is dropped by name.
 
     Args:
-        required: prefix of the keys that must fit: ``''`` is all of them, None is
-            none. Where others do not fit, the log lists them.
+        required: prefix of the keys that must fit: ``''`` is all of them, None is none. Where
+            others do not fit, the log lists them.
 
     Raises:
-        CheckpointError: the file holds no weights, nothing of this model, or
-            what is required does not fit; the sentence lists what is missing,
-            unexpected or of another shape.
+        CheckpointError: the file holds no weights, nothing of this model, or what is required does
+            not fit; the sentence lists what is missing, unexpected or of another shape.
     """
     own, weights = model.state_dict(), model_weights(model, checkpoint, name)
     shapes = {key for key in weights if key in own and weights[key].shape != own[key].shape}
@@ -318,12 +280,11 @@ def fit_checkpoint(
                 else '.'
             )
         )
-    if required is not None:
-        problems = [key for key in (*missing, *unexpected, *shapes) if key.startswith(required)]
-        if problems:
-            said = '; '.join(differences(missing, unexpected, shapes, weights, own))
-            raise CheckpointError(f"Checkpoint '{name}' does not fit this model: {said}.")
-    for difference in differences(missing, unexpected, shapes, weights, own, shown=None):
+    problems = (*missing, *unexpected, *shapes)
+    if required is not None and any(key.startswith(required) for key in problems):
+        said = '; '.join(differences(missing, unexpected, weights, own))
+        raise CheckpointError(f"Checkpoint '{name}' does not fit this model: {said}.")
+    for difference in differences(missing, unexpected, weights, own, shown=None):
         print_log(
             f"Checkpoint '{name}' does not fit this model: {difference}", 'current', logging.WARNING
         )
@@ -332,18 +293,9 @@ def fit_checkpoint(
     checkpoint['state_dict'] = fitting
 
 
-def compare(expected, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> List[str]:
-    """One phrase for each way in which weights differ from what is expected."""
-    shapes = {key for key in own if key in weights and weights[key].shape != own[key].shape}
-    return differences(
-        set(expected) - weights.keys(), weights.keys() - own.keys(), shapes, weights, own
-    )
-
-
 def differences(
     missing: Iterable[str],
     unexpected: Iterable[str],
-    shapes: Iterable[str],
     weights: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     shown: Optional[int] = 3,
@@ -356,8 +308,9 @@ def differences(
         return [f"{what} {', '.join(keys[:shown])}{more}"] if keys else []
 
     shapes = [
-        f'{key} ({tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} here)'
-        for key in shapes
+        f'{key} ({tuple(value.shape)} in the file, {tuple(own[key].shape)} here)'
+        for key, value in weights.items()
+        if key in own and value.shape != own[key].shape
     ]
     return (
         phrase('missing', missing)

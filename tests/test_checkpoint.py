@@ -201,7 +201,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_folder_is_refused(tmp_path):
-    refused(str(tmp_path), 'could not be opened')
+    refused(str(tmp_path), 'could not be read')
 
 
 @pytest.mark.parametrize('old_format', [False, True])
