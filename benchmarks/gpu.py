@@ -166,7 +166,7 @@ from oracle import plain_features  # noqa: E402
 
 from crossformer_mm import CrossFormer  # noqa: E402
 from crossformer_mm.compat import missing_torch  # noqa: E402
-from crossformer_mm.grouping import AxisRule, fit_rule, group_map, long_distance, short_distance  # noqa: E402
+from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules  # noqa: E402
 
 if missing_torch('2.4'):
     sys.exit(f"error: benchmarks/gpu.py: {missing_torch('2.4')}.")
@@ -509,9 +509,8 @@ def layers_of(bench: Bench, dtype, lda: str = 'interval'):
     """Inputs of the two kinds of attention in each stage, one after another."""
     for stage, (stride, heads, interval, depth) in enumerate(STAGES):
         height, width = (-(-side // stride) for side in bench.options.image)
-        short = short_distance(height, width, GROUP, lda)
-        long = long_distance(height, width, GROUP, interval, lda)
-        for kind, rules in (('short', short), ('long', long)):
+        both = stage_rules(height, width, GROUP, interval, lda)
+        for kind, rules in zip(('short', 'long'), both):
             qkv = bench.randn(bench.options.batch, height, width, 3 * heads * HEAD_DIM, dtype=dtype)
             yield dict(
                 stage=stage,

@@ -6,7 +6,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .grouping import AxisRule
-from .kernels import check_path, map_attention
+from .kernels import map_attention
 from .linear import Linear
 from .position_bias import build_position_bias
 
@@ -20,17 +20,10 @@ class GroupAttention(BaseModule):
     Args:
         channels (int): channels of the map, a multiple of ``num_heads``.
         num_heads (int): attention heads.
-        qkv_bias (bool): give the projection to queries, keys, values a bias.
-        qk_scale (float, optional): factor on the logits. None: head_dim^-0.5.
-        attn_drop_rate (float): dropout on attention weights while training.
         proj_drop_rate (float): dropout on the output while training.
-        attention_path (str, optional): how to compute, see :mod:`crossformer_mm.kernels`.
-            None: the fastest that works.
-        position_bias (str): one of :mod:`crossformer_mm.position_bias`.
+        qkv_bias, qk_scale, attn_drop_rate, attention_path, position_bias: see
+            :class:`~crossformer_mm.backbone.CrossFormer`.
         group_size (int): G, for a position bias that has a size.
-
-    Raises:
-        ValueError: there is no such ``attention_path``.
     """
 
     attend = staticmethod(map_attention)
@@ -48,7 +41,6 @@ class GroupAttention(BaseModule):
         group_size: int = 7,
     ):
         super().__init__()
-        check_path(attention_path)
         self.num_heads = num_heads
         self.scale = (channels // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.attn_drop_rate = attn_drop_rate

@@ -4,13 +4,13 @@ import difflib
 import functools
 import inspect
 import logging
+import math
 import re
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
-from mmengine.model.weight_init import constant_init, trunc_normal_init
+from mmengine.model import BaseModule, initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,43 +20,29 @@ from .checkpoint import load_backbone
 from .compat import compiled_since_2_4
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, Rules, stage_rules
+from .kernels import PATHS
 from .position_bias import POSITION_BIASES, AbsolutePosition
 
-# CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv
-# 2303.06908, table 1). Depths, heads and channels are those of the released weights.
+# CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv 2303.06908, table 1).
+# Depths, heads and channels are those of the released weights.
 ARCHITECTURES = {
-    't': dict(embed_dims=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16), drop_path_rate=0.1),
-    's': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.2),
-    'b': dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.3),
-    'l': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
-    'pp-s': dict(
-        embed_dims=64,
-        depths=(2, 2, 18, 2),
-        num_heads=(2, 4, 8, 16),
-        drop_path_rate=0.2,
-        cooling=True,
-    ),
-    'pp-b': dict(
-        embed_dims=96,
-        depths=(2, 2, 18, 2),
-        num_heads=(3, 6, 12, 24),
-        drop_path_rate=0.3,
-        cooling=True,
-    ),
-    'pp-l': dict(
-        embed_dims=128,
-        depths=(2, 2, 18, 2),
-        num_heads=(4, 8, 16, 32),
-        drop_path_rate=0.5,
-        cooling=True,
-    ),
-    'pp-h': dict(
-        embed_dims=128,
-        depths=(6, 6, 18, 2),
-        num_heads=(4, 8, 16, 32),
-        drop_path_rate=0.5,
-        cooling=True,
-    ),
+    name: dict(
+        embed_dims=dims,
+        depths=depths,
+        num_heads=tuple(dims // 32 * 2**stage for stage in range(4)),
+        drop_path_rate=drop_path_rate,
+        cooling=name.startswith('pp-'),
+    )
+    for name, dims, depths, drop_path_rate in [
+        ('t', 64, (1, 1, 8, 6), 0.1),
+        ('s', 96, (2, 2, 6, 2), 0.2),
+        ('b', 96, (2, 2, 18, 2), 0.3),
+        ('l', 128, (2, 2, 18, 2), 0.5),
+        ('pp-s', 64, (2, 2, 18, 2), 0.2),
+        ('pp-b', 96, (2, 2, 18, 2), 0.3),
+        ('pp-l', 128, (2, 2, 18, 2), 0.5),
+        ('pp-h', 128, (6, 6, 18, 2), 0.5),
+    ]
 }
 
 
@@ -64,8 +50,8 @@ class CrossFormerStage(BaseModule):
     """Blocks that alternate short and long distance attention, then a merging.
 
     Args:
-        blocks (Sequence[CrossFormerBlock]): the blocks, the first of which
-            attends at short distance.
+        blocks (Sequence[CrossFormerBlock]): the blocks, the first of which attends at short
+            distance.
         downsample (PatchMerging, optional): what leads to the next stage.
         group_size, interval, lda: see :class:`CrossFormer`.
         with_cp (bool): recompute each block in the backward pass.
@@ -95,13 +81,12 @@ class CrossFormerStage(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
-        short, long = self.rules(x)
+        rules = self.rules(x)
         for index, block in enumerate(self.blocks):
-            rules = long if index % 2 else short
             if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, *rules, use_reentrant=False)
+                x = checkpoint(block, x, *rules[index % 2], use_reentrant=False)
             else:
-                x = block(x, *rules)
+                x = block(x, *rules[index % 2])
         return x
 
 
@@ -128,62 +113,55 @@ def names_known(init: Callable) -> Callable:
 class CrossFormer(BaseModule):
     """CrossFormer and CrossFormer++ as a backbone for dense prediction.
 
-    `CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale
-    Attention <https://arxiv.org/abs/2108.00154>`_ and `CrossFormer++
-    <https://arxiv.org/abs/2303.06908>`_. The output depends on the input, the
-    weights and ``training`` alone; one instance serves images of all sizes.
+    `CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention
+    <https://arxiv.org/abs/2108.00154>`_ and `CrossFormer++ <https://arxiv.org/abs/2303.06908>`_.
+    The output depends on the input, the weights and ``training`` alone; one instance serves images
+    of all sizes.
 
     Args:
-        arch (str | dict): one of ``t s b l pp-s pp-b pp-l pp-h``, or a dict with
-            ``embed_dims`` (channels of the first stage, a multiple of 16),
-            ``depths`` and ``num_heads`` (one number for each of the stages),
-            and optionally ``drop_path_rate`` (0.) and ``cooling`` (False).
+        arch (str | dict): one of ``t s b l pp-s pp-b pp-l pp-h``, or a dict with ``embed_dims``
+            (channels of the first stage, a multiple of 16), ``depths`` and ``num_heads`` (one
+            number for each of the stages), and optionally ``drop_path_rate`` (0.) and ``cooling``
+            (False).
         in_channels (int): channels of the image.
-        patch_sizes (Sequence[int]): kernels of the first embedding; the first
-            is its stride.
-        merge_sizes (Sequence[Sequence[int]]): the same for each merging
-            between stages.
-        group_size (Sequence[int]): G of each stage: short distance attention
-            covers G x G adjacent positions.
-        interval (Sequence[int]): I of each stage: long distance attention joins
-            every I-th position.
-        lda (str): how long distance attention groups. ``interval``: over the
-            whole map, so that groups grow with the image (the ICLR paper, and
-            every published COCO and ADE20K result). ``block``: inside tiles of
-            G*I x G*I positions, so that cost is linear in the image's area
-            (the later CrossFormer++ code). At 224x224 with the default G and I
-            they are the same. To compare with: ``shifted``, short distance groups
-            moved by half their size (Swin's), and ``none``, short distance again.
-        position_bias (str): what tells attention where a token is: ``dynamic``
-            (an MLP from the offset of two tokens to a bias), ``dynamic_residual``,
-            ``relative`` (a learnt table of G x G groups, resized for others),
-            ``absolute`` (a learnt map on the first embedding) or ``none``, see
+        patch_sizes (Sequence[int]): kernels of the first embedding; the first is its stride.
+        merge_sizes (Sequence[Sequence[int]]): the same for each merging between stages.
+        group_size (Sequence[int]): G of each stage: short distance attention covers G x G adjacent
+            positions.
+        interval (Sequence[int]): I of each stage: long distance attention joins every I-th
+            position.
+        lda (str): how long distance attention groups. ``interval``: over the whole map, so that
+            groups grow with the image (the ICLR paper, and every published COCO and ADE20K result).
+            ``block``: inside tiles of G*I x G*I positions, so that cost is linear in the image's
+            area (the later CrossFormer++ code). At 224x224 with the default G and I they are the
+            same. To compare with: ``shifted``, short distance groups moved by half their size
+            (Swin's), and ``none``, short distance again.
+        position_bias (str): what tells attention where a token is: ``dynamic``, or to compare with
+            ``dynamic_residual``, ``relative``, ``absolute`` or ``none``; see
             :mod:`crossformer_mm.position_bias`.
-        cooling (bool, optional): amplitude cooling layer after every third
-            block of a stage but its last. None: what the architecture says.
+        cooling (bool, optional): amplitude cooling layer after every third block of a stage but its
+            last. None: what the architecture says.
         mlp_ratio (float): hidden channels of the MLPs over their input's.
         qkv_bias (bool): bias in the projection to queries, keys and values.
-        qk_scale (float, optional): factor on attention logits. None:
-            head_dim^-0.5.
+        qk_scale (float, optional): factor on attention logits. None: head_dim^-0.5.
         drop_rate (float): dropout of embedding and linear layers.
         attn_drop_rate (float): dropout of attention weights.
-        drop_path_rate (float, optional): stochastic depth of the last block,
-            growing linearly from 0 at the first. None: the architecture's.
-        out_indices (Sequence[int]): stages whose features are returned.
-            Stages after the last of them are not built.
-        out_norm (bool): a LayerNorm on each output, as Swin has. Off, because
-            the published models have none; helps training from random weights.
-        frozen_stages (int): stages to freeze: -1 none, 0 the first embedding,
-            n the embedding and the first n stages with their mergings.
-        with_cp (bool): recompute each block in the backward pass: less memory,
-            more time, same values.
-        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=path)``
-            reads ImageNet weights or the backbone of a whole model's
-            checkpoint. None, or a checkpoint of None: random weights.
-        attention_path (str, optional): for study, how attention is computed:
-            ``plain``, ``native`` or ``fused`` (:mod:`crossformer_mm.kernels`). The
-            values are the same. One that cannot serve an image is an error. None:
-            the fastest that can.
+        drop_path_rate (float, optional): stochastic depth of the last block, growing linearly from
+            0 at the first. None: the architecture's.
+        out_indices (Sequence[int]): stages whose features are returned. Stages after the last of
+            them are not built.
+        out_norm (bool): a LayerNorm on each output, as Swin has. Off, because the published models
+            have none; helps training from random weights.
+        frozen_stages (int): stages to freeze: -1 none, 0 the first embedding, n the embedding and
+            the first n stages with their mergings.
+        with_cp (bool): recompute each block in the backward pass: less memory, more time, same
+            values.
+        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=path)`` reads ImageNet
+            weights or the backbone of a whole model's checkpoint. None, or a checkpoint of None:
+            random weights.
+        attention_path (str, optional): for study, how attention is computed: ``plain``, ``native``
+            or ``fused`` (:mod:`crossformer_mm.kernels`). The values are the same. One that cannot
+            serve an image is an error. None: the fastest that can.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.
@@ -230,11 +208,9 @@ class CrossFormer(BaseModule):
     ):
         super().__init__(init_cfg=init_cfg)
         arch = resolve_arch(arch)
-        depths, num_heads = arch['depths'], arch['num_heads']
-        if cooling is None:
-            cooling = arch['cooling']
-        if drop_path_rate is None:
-            drop_path_rate = arch['drop_path_rate']
+        embed_dims, depths = arch['embed_dims'], arch['depths']
+        cooling = arch['cooling'] if cooling is None else cooling
+        drop_path_rate = arch['drop_path_rate'] if drop_path_rate is None else drop_path_rate
         check_options(
             arch,
             in_channels,
@@ -258,32 +234,30 @@ class CrossFormer(BaseModule):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
 
-        self.patch_embed = PatchEmbedding(in_channels, arch['embed_dims'], patch_sizes)
-        self.absolute_pos = nn.Identity()
-        if position_bias == 'absolute':
-            self.absolute_pos = AbsolutePosition(arch['embed_dims'], group_size[0] * interval[0])
+        self.patch_embed = PatchEmbedding(in_channels, embed_dims, patch_sizes)
+        self.absolute_pos = (
+            AbsolutePosition(embed_dims, group_size[0] * interval[0])
+            if position_bias == 'absolute'
+            else nn.Identity()
+        )
         self.embed_drop = nn.Dropout(drop_rate)
         last_block = max(sum(depths) - 1, 1)
         drop_path = (drop_path_rate * block / last_block for block in range(sum(depths)))
         num_stages = max(out_indices) + 1
         self.layers = nn.ModuleList()
-        channels: List[int] = []
-        strides: List[int] = []
         for stage in range(num_stages):
-            dims = arch['embed_dims'] * 2**stage
-            channels.append(dims)
-            strides.append(strides[-1] * merge_sizes[stage - 1][0] if stage else patch_sizes[0])
+            dims = embed_dims * 2**stage
             blocks = [
                 CrossFormerBlock(
                     dims,
-                    num_heads[stage],
                     mlp_ratio,
-                    qkv_bias,
-                    qk_scale,
                     drop_rate,
-                    attn_drop_rate,
                     next(drop_path),
                     cooling=cooling and (block + 1) % 3 == 0 and block + 1 < depths[stage],
+                    num_heads=arch['num_heads'][stage],
+                    qkv_bias=qkv_bias,
+                    qk_scale=qk_scale,
+                    attn_drop_rate=attn_drop_rate,
                     attention_path=attention_path,
                     position_bias=position_bias,
                     group_size=group_size[stage],
@@ -297,12 +271,14 @@ class CrossFormer(BaseModule):
                 )
             )
 
-        self.out_channels = tuple(channels[stage] for stage in self.out_indices)
-        self.out_strides = tuple(strides[stage] for stage in self.out_indices)
+        self.out_channels = tuple(embed_dims * 2**stage for stage in self.out_indices)
+        self.out_strides = tuple(
+            patch_sizes[0] * math.prod(sizes[0] for sizes in merge_sizes[:stage])
+            for stage in self.out_indices
+        )
         self.out_norm = out_norm
-        if out_norm:
-            for stage in self.out_indices:
-                self.add_module(f'norm{stage}', nn.LayerNorm(channels[stage]))
+        for stage, channels in zip(self.out_indices, self.out_channels):
+            self.add_module(f'norm{stage}', nn.LayerNorm(channels) if out_norm else nn.Identity())
         self._freeze_stages()
 
     @compiled_since_2_4
@@ -310,13 +286,13 @@ class CrossFormer(BaseModule):
         """Features of the chosen stages.
 
         Args:
-            image (Tensor): (B, in_channels, H, W) in a floating point type, of
-                any H, W >= 1. A side that is no multiple of a stage's stride is
-                padded with zeros at the bottom or right.
+            image (Tensor): (B, in_channels, H, W) in a floating point type, of any H, W >= 1. A
+                side that is no multiple of a stage's stride is padded with zeros at the bottom or
+                right.
 
         Returns:
-            tuple[Tensor]: (B, C * 2^i, ceil(H / stride_i), ceil(W / stride_i))
-            for each i of ``out_indices``.
+            tuple[Tensor]: (B, C * 2^i, ceil(H / stride_i), ceil(W / stride_i)) for each i of
+            ``out_indices``.
 
         Raises:
             ValueError: the input is no such batch of images.
@@ -336,7 +312,7 @@ class CrossFormer(BaseModule):
         for stage, layer in enumerate(self.layers):
             x = layer(x)
             if stage in self.out_indices:
-                out = getattr(self, f'norm{stage}')(x) if self.out_norm else x
+                out = getattr(self, f'norm{stage}')(x)
                 outputs[stage] = out.permute(0, 3, 1, 2).contiguous()
             if layer.downsample is not None:
                 x = layer.downsample(x)
@@ -345,8 +321,8 @@ class CrossFormer(BaseModule):
     def init_weights(self) -> None:
         """Random weights, or those that ``init_cfg`` names.
 
-        Linear layers: truncated normal of standard deviation 0.02 and bias 0;
-        LayerNorm: 1 and 0; convolutions: PyTorch's default, as the authors do.
+        Linear layers: truncated normal of standard deviation 0.02 and bias 0; LayerNorm: 1 and 0;
+        convolutions: PyTorch's default, as the authors do.
 
         Raises:
             FileNotFoundError: the checkpoint does not exist.
@@ -367,11 +343,8 @@ class CrossFormer(BaseModule):
                 'current',
                 logging.WARNING,
             )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_init(module, std=0.02)
-            elif isinstance(module, nn.LayerNorm):
-                constant_init(module, 1)
+        linear = dict(type='TruncNormal', layer='Linear', std=0.02)
+        initialize(self, [linear, dict(type='Constant', layer='LayerNorm', val=1)])
 
     def train(self, mode: bool = True) -> 'CrossFormer':
         """Set training mode, frozen stages staying in evaluation mode."""
@@ -380,16 +353,11 @@ class CrossFormer(BaseModule):
         return self
 
     def _freeze_stages(self) -> None:
-        frozen = (
-            [] if self.frozen_stages < 0 else [self.patch_embed, self.absolute_pos, self.embed_drop]
-        )
-        for stage in range(self.frozen_stages):
-            frozen.append(self.layers[stage])
-            if self.out_norm and stage in self.out_indices:
-                frozen.append(getattr(self, f'norm{stage}'))
-        for module in frozen:
-            module.eval()
-            module.requires_grad_(False)
+        if self.frozen_stages >= 0:
+            first = [self.patch_embed, self.absolute_pos, self.embed_drop]
+            norms = [getattr(self, f'norm{i}') for i in self.out_indices if i < self.frozen_stages]
+            frozen = nn.ModuleList([*first, *self.layers[: self.frozen_stages], *norms])
+            frozen.eval().requires_grad_(False)
 
     def is_extra(self, key: str) -> bool:
         """Whether published weights cannot have this parameter of ours."""
@@ -398,15 +366,11 @@ class CrossFormer(BaseModule):
     def is_left_out(self, key: str) -> bool:
         """Whether a parameter belongs to what follows the last returned stage, or only to the
         output norm of a stage that is not returned."""
-        last = len(self.layers) - 1
-        parts = key.split('.')
-        if self.out_norm and re.fullmatch(r'norm\d+', parts[0]):
-            return int(parts[0][4:]) not in self.out_indices
-        return (
-            parts[0] == 'layers'
-            and parts[1].isdigit()
-            and (int(parts[1]) > last or (int(parts[1]) == last and parts[2] == 'downsample'))
-        )
+        norm = re.match(r'norm(\d+)\.', key)
+        if norm and self.out_norm:
+            return int(norm[1]) not in self.out_indices
+        layer = re.match(r'layers\.(\d+)\.(downsample\.)?', key)  # which is of the next stage
+        return layer is not None and int(layer[1]) + bool(layer[2]) >= len(self.layers)
 
 
 def resolve_arch(arch: Union[str, dict]) -> dict:
@@ -415,21 +379,15 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
     Raises:
         ValueError: no such name, or keys are missing or unknown.
     """
-    if isinstance(arch, str):
-        if arch not in ARCHITECTURES:
-            raise ValueError(
-                f"CrossFormer: arch '{arch}' is unknown, choose one of "
-                f"{', '.join(ARCHITECTURES)} or give a dict."
-            )
-        arch = ARCHITECTURES[arch]
+    numbers = ARCHITECTURES.get(arch) if isinstance(arch, str) else arch
     needed, optional = {'embed_dims', 'depths', 'num_heads'}, {'drop_path_rate', 'cooling'}
-    if not isinstance(arch, dict) or not needed <= arch.keys() <= needed | optional:
+    if not isinstance(numbers, dict) or not needed <= numbers.keys() <= needed | optional:
         raise ValueError(
-            "CrossFormer: arch must be a name or a dict with 'embed_dims', 'depths' "
-            "and 'num_heads' (and optionally 'drop_path_rate', 'cooling'), "
-            f'got {arch!r}.'
+            f"CrossFormer: arch must be one of {', '.join(ARCHITECTURES)} or a dict with "
+            "'embed_dims', 'depths' and 'num_heads' (and optionally 'drop_path_rate', "
+            f"'cooling'), got {arch!r}."
         )
-    return dict(drop_path_rate=0.0, cooling=False) | arch
+    return dict(drop_path_rate=0.0, cooling=False) | numbers
 
 
 def check_options(
@@ -461,9 +419,6 @@ def check_options(
             and len(numbers) > 0
             and all(isinstance(n, int) and n >= 1 for n in numbers)
         )
-
-    def number(value) -> bool:
-        return isinstance(value, (int, float))
 
     dims, depths, heads = arch['embed_dims'], arch['depths'], arch['num_heads']
     check(
@@ -508,21 +463,22 @@ def check_options(
             2 ** (len(kernels) - 1) <= dims,
             f'{name} has more kernels than {dims} channels can be halved for, got {kernels!r}',
         )
+    for name, choice, choices in [
+        ('lda', lda, LDA_DEFINITIONS),
+        ('position_bias', position_bias, POSITION_BIASES),
+        ('attention_path', attention_path, (None, *PATHS)),
+    ]:
+        check(
+            choice in choices,
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}",
+        )
     check(
-        lda in LDA_DEFINITIONS,
-        f"lda must be one of {', '.join(map(repr, LDA_DEFINITIONS))}, got {lda!r}",
-    )
-    check(
-        position_bias in POSITION_BIASES,
-        f"position_bias must be one of {', '.join(map(repr, POSITION_BIASES))}, "
-        f'got {position_bias!r}',
-    )
-    check(
-        number(mlp_ratio) and dims * mlp_ratio >= 1,
+        isinstance(mlp_ratio, (int, float)) and dims * mlp_ratio >= 1,
         f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}',
     )
     check(
-        qk_scale is None or number(qk_scale), f'qk_scale must be a number or None, got {qk_scale!r}'
+        isinstance(qk_scale, (int, float, type(None))),
+        f'qk_scale must be a number or None, got {qk_scale!r}',
     )
     check(
         isinstance(out_indices, Sequence)
@@ -538,6 +494,6 @@ def check_options(
     )
     for name, rate in rates.items():
         check(
-            number(rate) and 0 <= rate < 1,
+            isinstance(rate, (int, float)) and 0 <= rate < 1,
             f'{name} must be at least 0 and less than 1, got {rate!r}',
         )

@@ -1,7 +1,5 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
 
-from typing import Optional
-
 from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -15,45 +13,27 @@ class CrossFormerBlock(BaseModule):
     """Pre-norm transformer block on a map (B, H, W, C).
 
     Args:
-        channels, num_heads, qkv_bias, qk_scale, attn_drop_rate: see
-            :class:`~crossformer_mm.attention.GroupAttention`.
+        channels (int): channels of the map.
         mlp_ratio (float): hidden channels of the MLP over ``channels``.
         drop_rate (float): dropout after each linear layer but qkv.
         drop_path_rate (float): probability to drop a branch for a sample.
-        cooling (bool): end with the amplitude cooling layer of CrossFormer++
-            (arXiv 2303.06908, section 3.4): depthwise 3x3 convolution and
-            LayerNorm with no residual around them.
-        attention_path, position_bias, group_size: likewise.
+        cooling (bool): end with the amplitude cooling layer of CrossFormer++ (arXiv 2303.06908,
+            section 3.4): depthwise 3x3 convolution and LayerNorm with no residual around them.
+        attention: the other arguments of :class:`~crossformer_mm.attention.GroupAttention`.
     """
 
     def __init__(
         self,
         channels: int,
-        num_heads: int,
         mlp_ratio: float = 4,
-        qkv_bias: bool = True,
-        qk_scale: Optional[float] = None,
         drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         cooling: bool = False,
-        attention_path: Optional[str] = None,
-        position_bias: str = 'dynamic',
-        group_size: int = 7,
+        **attention,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attn = GroupAttention(
-            channels,
-            num_heads,
-            qkv_bias,
-            qk_scale,
-            attn_drop_rate,
-            drop_rate,
-            attention_path,
-            position_bias,
-            group_size,
-        )
+        self.attn = GroupAttention(channels, proj_drop_rate=drop_rate, **attention)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio), drop_rate)

@@ -12,7 +12,7 @@ import pickle
 import tarfile
 import warnings
 from types import SimpleNamespace
-from typing import Any, Callable, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ _TYPES = {
     Tensor: 'Tensor',
     Optional[Tensor]: 'Tensor?',
     int: 'SymInt',
+    List[int]: 'SymInt[]',
     float: 'float',
     bool: 'bool',
     str: 'str',
@@ -69,7 +70,6 @@ def define_operator(
     function: Callable,
     fake: Callable,
     *,
-    schema: Optional[str] = None,
     setup_context: Optional[Callable] = None,
     backward: Optional[Callable] = None,
 ) -> Callable:
@@ -81,26 +81,23 @@ def define_operator(
 
     Args:
         name (str): of the operator, without namespace.
-        function (Callable): takes and returns what ``schema`` says. It is called below
+        function (Callable): takes and returns what its annotations say. It is called below
             autograd, and must not return one of its arguments or a view of one.
         fake (Callable): the same without data: takes the same arguments, with shapes alone, and
             returns empty tensors of the right shapes, types and strides.
-        schema (str, optional): arguments and results, such as ``(Tensor x, SymInt n) -> Tensor``.
-            None: from the annotations of ``function``.
         setup_context, backward (Callable, optional): as of
             ``torch.library.register_autograd``.
 
     Returns:
         Callable: the operator; takes what ``function`` takes, by position.
     """
-    schema = schema or schema_of(function)
     tags = [
         getattr(torch.Tag, tag)
         for tag in ('pt2_compliant_tag', 'needs_fixed_stride_order')
         if hasattr(torch.Tag, tag)
     ]
     # Strides matter to a function that works on addresses; tags: 2.2.
-    _library.define(name + schema, **(dict(tags=tags) if tags else {}))
+    _library.define(name + schema_of(function), **(dict(tags=tags) if tags else {}))
     _library.impl(name, function, 'CompositeExplicitAutograd')
     register_fake(name, fake)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default

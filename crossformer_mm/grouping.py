@@ -1,11 +1,10 @@
 """Which positions of a map attend to each other: pure geometry, no parameters.
 
-Every kind of group in CrossFormer is the product of a grouping of the rows and
-one of the columns, and every such one-dimensional grouping is the same rule
-with two numbers:
+Every kind of group in CrossFormer is the product of a grouping of the rows and one of the columns,
+and every such one-dimensional grouping is the same rule with two numbers:
 
-    cut the axis into tiles of ``size * interval`` positions; inside a tile,
-    every ``interval``-th position belongs to one group.
+    cut the axis into tiles of ``size * interval`` positions; inside a tile, every ``interval``-th
+    position belongs to one group.
 
 =================== ======================= ==========
 attention           size                    interval
@@ -15,16 +14,15 @@ long, ``interval``  ceil(n / I): one tile   I
 long, ``block``     G                       I
 =================== ======================= ==========
 
-For comparison there are two stand-ins for long distance attention: ``none``, that is
-short distance attention again, and ``shifted``, which is that with its groups moved by
-half their size, as in Swin (arXiv 2103.14030, section 3.2): a third number, ``lead``,
-says by how much the first tile begins before the axis does.
+For comparison there are two stand-ins for long distance attention: ``none``, that is short distance
+attention again, and ``shifted``, which is that with its groups moved by half their size, as in Swin
+(arXiv 2103.14030, section 3.2): a third number, ``lead``, says by how much the first tile begins
+before the axis does.
 
-Where the axis ends inside a tile, its last groups simply have fewer members.
-The authors pad the map to whole tiles and mask the padded keys instead; a
-masked key has no weight and a padded query is thrown away, so both give the
-same output (CrossFormer, arXiv 2108.00154, section 3.2; CrossFormer++, arXiv
-2303.06908, section 3.2).
+Where the axis ends inside a tile, its last groups simply have fewer members. The authors pad the
+map to whole tiles and mask the padded keys instead; a masked key has no weight and a padded query
+is thrown away, so both give the same output (CrossFormer, arXiv 2108.00154, section 3.2;
+CrossFormer++, arXiv 2303.06908, section 3.2).
 """
 
 from typing import List, NamedTuple, Tuple
@@ -41,8 +39,8 @@ class AxisRule(NamedTuple):
     Args:
         size (int): members of a group that is not ragged.
         interval (int): positions from one member to the next.
-        lead (int): positions by which the first tile begins before the axis does;
-            less than ``size``, and with an interval of 1 only.
+        lead (int): positions by which the first tile begins before the axis does; less than
+            ``size``, and with an interval of 1 only.
     """
 
     size: int
@@ -58,8 +56,8 @@ def fit_rule(length: int, rule: AxisRule) -> AxisRule:
 
     Their ``size`` is the number of members of the largest group.
     """
-    # Not min(): of the symbolic lengths of torch.compile it makes ever longer terms, where an
-    # `if` is one condition of the graph.
+    # Not min(): of the symbolic lengths of torch.compile it makes ever longer terms, where an `if`
+    # is one condition of the graph.
     interval = rule.interval if rule.interval <= length else length
     members = -(-length // interval)
     return AxisRule(rule.size if rule.size <= members else members, interval, rule.lead)
@@ -78,9 +76,8 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
     """Positions of the groups of one axis.
 
     Returns:
-        list[Tensor]: index tables (groups, members), one for each number of
-        members that occurs (at most four), together holding every position of
-        ``range(length)`` once.
+        list[Tensor]: index tables (groups, members), one for each number of members that occurs (at
+        most four), together holding every position of ``range(length)`` once.
     """
     size, interval, lead = rule
     tile = size * interval
@@ -97,13 +94,11 @@ def group_axis(length: int, rule: AxisRule, device=None) -> List[Tensor]:
         rest = positions[whole:]
         # Not divmod: it is undefined on the symbolic sizes of torch.compile and torch.jit.trace.
         members, longer = (length - whole) // interval, (length - whole) % interval
+        table = rest[: members * interval].view(members, interval).t()
+        if longer:
+            tables.append(torch.cat([table[:longer], rest[members * interval :, None]], 1))
         if members:
-            table = rest[: members * interval].view(members, interval).t()
-            if longer:
-                tables.append(torch.cat([table[:longer], rest[members * interval :, None]], 1))
             tables.append(table[longer:])
-        else:
-            tables.append(rest[:, None])
     return tables
 
 
@@ -118,9 +113,9 @@ def group_map(
         device (torch.device, optional): of the tables.
 
     Returns:
-        list[Tensor]: tables (groups, row members, column members), one for each size of group
-        that occurs, together holding every position once. Members are row-major, neighbours
-        ``interval`` apart.
+        list[Tensor]: tables (groups, row members, column members), one for each size of group that
+        occurs, together holding every position once. Members are row-major, neighbours ``interval``
+        apart.
     """
     column_tables = group_axis(width, columns, device)
     return [
@@ -135,48 +130,31 @@ def stage_rules(
 ) -> Tuple[Rules, Rules]:
     """Rules of short and of long distance attention on a map, in the smallest numbers.
 
+    On a map that is not larger than a group on one side both are short distance, in groups of
+    min(H, W) or, under ``block``, of max(H, W), which is what each of the authors' two codes does.
+
     Args:
         height, width (int): of the map.
         group_size, interval (int): G and I of the stage.
         lda (str): how long distance attention groups, see :class:`.backbone.CrossFormer`.
     """
-    short = short_distance(height, width, group_size, lda)
-    long = long_distance(height, width, group_size, interval, lda)
-    return (
-        (fit_rule(height, short[0]), fit_rule(width, short[1])),
-        (fit_rule(height, long[0]), fit_rule(width, long[1])),
+    short = AxisRule(group_size, 1)
+    rows, columns = (
+        {
+            'interval': AxisRule(-(-side // interval), interval),
+            'block': AxisRule(group_size, interval),
+            'shifted': AxisRule(group_size, 1, half_lead(group_size)),
+            'none': short,
+        }[lda]
+        for side in (height, width)
     )
-
-
-def short_distance(height: int, width: int, group_size: int, lda: str) -> Rules:
-    """Rules for rows and columns of short distance attention.
-
-    A map that is not larger than a group on one side is cut into groups of
-    min(H, W) or, under ``block``, taken whole, max(H, W), which is what each of
-    the authors' two codes does.
-    """
     if is_small(height, width, group_size):
-        group_size = max(height, width) if lda == 'block' else min(height, width)
-    rule = AxisRule(group_size, 1)
-    return rule, rule
-
-
-def long_distance(height: int, width: int, group_size: int, interval: int, lda: str) -> Rules:
-    """Rules for rows and columns of long distance attention.
-
-    On a map that is not larger than a group on one side it is short distance
-    attention.
-    """
-    if lda == 'none' or is_small(height, width, group_size):
-        return short_distance(height, width, group_size, lda)
-    if lda in ('block', 'shifted'):
-        rule = (
-            AxisRule(group_size, interval)
-            if lda == 'block'
-            else AxisRule(group_size, 1, half_lead(group_size))
-        )
-        return rule, rule
-    return (AxisRule(-(-height // interval), interval), AxisRule(-(-width // interval), interval))
+        side = max(height, width) if lda == 'block' else min(height, width)
+        short = rows = columns = AxisRule(side, 1)
+    return (
+        (fit_rule(height, short), fit_rule(width, short)),
+        (fit_rule(height, rows), fit_rule(width, columns)),
+    )
 
 
 def half_lead(group_size: int) -> int:

@@ -1,5 +1,6 @@
 """What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
 
+from functools import partial
 from pathlib import Path
 from typing import Dict, List, Sequence
 
@@ -71,11 +72,11 @@ class MagnitudeHook(Hook):
         if not self.every_n_train_iters(runner, self.interval) or runner.rank != 0:
             return
         for index, stage in enumerate(self.backbone(runner).layers):
+            features = partial(self.look_at_features, f'stage{index}/feature')
+            logits = partial(self.look_at_logits, f'stage{index}/logit')
             self.handles += [
-                stage.register_forward_hook(self.look_at_features(f'stage{index}/feature')),
-                stage.blocks[-1].attn.register_forward_hook(
-                    self.look_at_logits(f'stage{index}/logit')
-                ),
+                stage.register_forward_hook(features),
+                stage.blocks[-1].attn.register_forward_hook(logits),
             ]
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -84,8 +85,7 @@ class MagnitudeHook(Hook):
         self.handles = []
         if not self.magnitudes:
             return
-        names = list(self.magnitudes)
-        values = dict(zip(names, torch.stack(list(self.magnitudes.values())).tolist()))
+        values = dict(zip(self.magnitudes, torch.stack(list(self.magnitudes.values())).tolist()))
         self.magnitudes = {}
         runner.visualizer.add_scalars(
             {f'magnitude/{name}': value for name, value in values.items()}, step=runner.iter + 1
@@ -107,19 +107,11 @@ class MagnitudeHook(Hook):
         self.magnitudes[f'{name}_std'] = values.std(correction=0)
         self.magnitudes[f'{name}_max'] = values.abs().max()
 
-    def look_at_features(self, name: str):
+    def look_at_features(self, name: str, stage: nn.Module, inputs, output: Tensor) -> None:
+        self.keep(name, output)
 
-        def hook(stage: nn.Module, inputs: Sequence, output: Tensor) -> None:
-            self.keep(name, output)
-
-        return hook
-
-    def look_at_logits(self, name: str):
-
-        def hook(attention: GroupAttention, inputs: Sequence, output: Tensor) -> None:
-            self.keep(name, sample_logits(attention, *inputs, self.groups, self.queries))
-
-        return hook
+    def look_at_logits(self, name: str, attention: GroupAttention, inputs, output) -> None:
+        self.keep(name, sample_logits(attention, *inputs, self.groups, self.queries))
 
 
 @torch.no_grad()
@@ -187,15 +179,13 @@ class ValidationSamplesHook(Hook):
         if runner.rank != 0:
             return
         # A classifier's visualizer has a method of its own.
-        visualizer = runner.visualizer
-        draw = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)
+        draw = getattr(runner.visualizer, 'visualize_cls', runner.visualizer.add_datasample)
         loader = runner.val_dataloader
         chosen = set(spread(len(loader.sampler), self.count, 'cpu').tolist())
         for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
             if index in chosen:
-                name = 'val_' + Path(sample.img_path).name
                 draw(
-                    name=name,
+                    name='val_' + Path(sample.img_path).name,
                     image=mmcv.imread(sample.img_path, channel_order='rgb'),
                     data_sample=sample.cpu(),
                     step=runner.iter,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .kernels import watcher
 from .kernels.mlp import CHUNK, chunks, mlp
-from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
+from .kernels.onednn import OneDNNLinear, is_float32_on_cpu, onednn_suits
 
 
 class Linear(nn.Linear):
@@ -15,7 +15,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         if onednn_suits(x, self.weight):
-            out = onednn_linear(x.flatten(0, -2), self.weight, self.bias)
+            out = OneDNNLinear.apply(x.flatten(0, -2), self.weight, self.bias)
             return out.view(*x.shape[:-1], -1)
         return super().forward(x)
 

@@ -5,7 +5,8 @@ position_bias       what tells attention where a token is
 =================== ==============================================================
 dynamic             an MLP from the offset between two tokens to a bias per head
 dynamic_residual    the same with residual connections
-relative            a learnt table of biases, one for each offset of a group
+relative            a learnt table of biases, one for each offset of a group of G x G members;
+                    resized for others
 absolute            a learnt map that is added to the first embedding, no bias
 none                nothing
 =================== ==============================================================

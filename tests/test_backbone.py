@@ -441,10 +441,10 @@ def arch(**changes):
 @pytest.mark.parametrize(
     'options, sentence',
     [
-        (dict(arch='xxl'), "arch 'xxl' is unknown"),
-        (dict(arch=dict(embed_dims=32)), 'arch must be a name or a dict'),
-        (dict(arch=arch(heads=3)), 'arch must be a name or a dict'),
-        (dict(arch=7), 'arch must be a name or a dict'),
+        (dict(arch='xxl'), "arch must be one of t, s, b, l, pp-s, pp-b, pp-l, pp-h or a dict"),
+        (dict(arch=dict(embed_dims=32)), 'arch must be one of t, s'),
+        (dict(arch=arch(heads=3)), 'arch must be one of t, s'),
+        (dict(arch=7), 'arch must be one of t, s'),
         (dict(arch=arch(embed_dims=40)), 'embed_dims must be a positive multiple of 16, got 40'),
         (dict(arch=arch(embed_dims=0)), 'embed_dims must be'),
         (dict(arch=arch(embed_dims='32')), 'embed_dims must be'),

@@ -4,6 +4,7 @@ import io
 import pickle
 import tarfile
 import zipfile
+from typing import List
 
 import cv2
 import numpy as np
@@ -17,11 +18,13 @@ from crossformer_mm.compat import define_operator, is_cut_short, missing_torch, 
 
 
 def test_schema_is_that_of_the_annotations():
-    def function(x: Tensor, size: int, scale: float, flag: bool) -> tuple:
+    def function(x: Tensor, size: int, sides: List[int], scale: float, flag: bool) -> tuple:
         """Not called."""
 
     function.__annotations__['return'] = Tensor
-    assert schema_of(function) == '(Tensor x, SymInt size, float scale, bool flag) -> Tensor'
+    assert schema_of(function) == (
+        '(Tensor x, SymInt size, SymInt[] sides, float scale, bool flag) -> Tensor'
+    )
 
 
 def twice(x: Tensor, factor: int) -> Tensor:

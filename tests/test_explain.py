@@ -11,7 +11,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from crossformer_mm.grouping import long_distance, short_distance
+from crossformer_mm.grouping import stage_rules
 
 ROOT = Path(__file__).parent.parent
 ARCH = dict(embed_dims=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8))
@@ -67,11 +67,8 @@ def test_attention_map_shows_one_head_or_their_mean_inside_the_group_alone(tool,
 @pytest.mark.parametrize('position', [(0, 0), (9, 20), (17, 29)])
 def test_colours_are_those_of_the_groups(tool, kind, position):
     height, width, size, interval = 18, 30, 4, 3
-    rules = (
-        short_distance(height, width, size, 'interval')
-        if kind == 'short'
-        else long_distance(height, width, size, interval, kind)
-    )
+    lda = 'interval' if kind == 'short' else kind
+    rules = stage_rules(height, width, size, interval, lda)[int(kind != 'short')]
 
     def group(row, column):  # the definitions of the papers, position by position
         return {

@@ -13,7 +13,7 @@ from torch import nn
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.explain_page import write_page
-from crossformer_mm.grouping import long_distance, short_distance
+from crossformer_mm.grouping import stage_rules
 
 from . import chromium
 
@@ -117,11 +117,9 @@ def expected(page, tool, stage, block, kind, position, head):
     layer = page.backbone.layers[stage]
     attended = page.seen.blocks[stage][block]
     _, height, width, _ = attended.x.shape
-    rows, columns = (
-        short_distance(height, width, layer.group_size, layer.lda)
-        if kind == 'short'
-        else long_distance(height, width, layer.group_size, layer.interval, kind)
-    )
+    lda = layer.lda if kind == 'short' else kind
+    both = stage_rules(height, width, layer.group_size, layer.interval, lda)
+    rows, columns = both[int(kind != 'short')]
     attended = attended._replace(rows=rows, columns=columns)
     return tool['attention_map'](attended, layer.blocks[block].attn, position, head)
 

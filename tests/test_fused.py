@@ -16,14 +16,7 @@ from torch import library
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.compat import missing_torch
-from crossformer_mm.grouping import (
-    AxisRule,
-    count_groups,
-    fit_rule,
-    group_axis,
-    long_distance,
-    short_distance,
-)
+from crossformer_mm.grouping import AxisRule, count_groups, fit_rule, group_axis, stage_rules
 from crossformer_mm.kernels import Call, choose_path, fused, plain
 
 from .older_torch import needs_interpreter
@@ -182,15 +175,9 @@ def test_the_operator_keeps_the_rules_of_operators():
         (
             qkv.flatten(0, 2).requires_grad_(),
             table.requires_grad_(),
-            1,
-            3,
-            3,
-            3,
-            1,
-            0,
-            3,
-            1,
-            0,
+            [1, 3, 3],
+            [3, 1, 0],
+            [3, 1, 0],
             1,
             0.5,
         ),
@@ -462,10 +449,7 @@ def test_rules_of_both_definitions_reach_the_kernels():
     for lda in ('interval', 'block'):
         for side, interval in ((200, 8), (100, 4), (50, 2), (25, 1)):
             width = -(-side * 1333 // 800)
-            for rules in (
-                short_distance(side, width, 7, lda),
-                long_distance(side, width, 7, interval, lda),
-            ):
+            for rules in stage_rules(side, width, 7, interval, lda):
                 qkv = torch.empty(2, side, width, 3, device='meta')
                 assert fused_triton.Groups.of(qkv, *rules).members <= fused_triton.MEMBERS_LIMIT
 

@@ -94,9 +94,7 @@ def test_definition_is_that_of_loops_over_positions(rows, columns):
 
 
 SERVED = [
-    name
-    for name in kernels.ATTENTION_PATHS
-    if name != 'fused' and not kernels.PATHS[name].why_not(Call(CPU))
+    name for name in kernels.PATHS if name != 'fused' and not kernels.PATHS[name].why_not(Call(CPU))
 ]
 
 
@@ -202,7 +200,7 @@ def test_the_operator_keeps_the_rules_of_operators():
     qkv, table = torch.randn(2 * 7 * 5, 3 * 16), torch.randn(2, 7, 5)
     torch.library.opcheck(
         torch.ops.crossformer_mm.native_attention.default,
-        (qkv.requires_grad_(), table.requires_grad_(), 2, 7, 5, 4, 2, 0, 3, 2, 0, 2, 0.5),
+        (qkv.requires_grad_(), table.requires_grad_(), [2, 7, 5], [4, 2, 0], [3, 2, 0], 2, 0.5),
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.grouping import AxisRule, long_distance, short_distance
+from crossformer_mm.grouping import AxisRule, stage_rules
 from crossformer_mm.position_bias import (
     POSITION_BIASES,
     AbsolutePosition,
@@ -164,11 +164,7 @@ def test_with_a_learnt_table_and_shifted_groups_it_is_attention_of_swin(height, 
         for layer in ('qkv', 'proj'):
             getattr(inner, layer).load_state_dict(getattr(ours, layer).state_dict())
         inner.relative_position_bias_table.copy_(table.flatten(1).T)
-    rules = (
-        long_distance(height, width, 7, 1, 'shifted')
-        if shifted
-        else short_distance(height, width, 7, 'shifted')
-    )
+    rules = stage_rules(height, width, 7, 1, 'shifted')[int(shifted)]
     x = torch.randn(2, height, width, 32, requires_grad=True)
     ours_out = ours(x, *rules)
     theirs_out = theirs(x.flatten(1, 2), (height, width)).view_as(x)

@@ -44,7 +44,7 @@ from crossformer_mm.engine.command_line import (
 )
 from crossformer_mm.engine.option_checks import add_cfg_options
 from crossformer_mm.explain_page import write_page
-from crossformer_mm.grouping import AxisRule, group_map, is_small, long_distance, short_distance
+from crossformer_mm.grouping import AxisRule, group_map, is_small, stage_rules
 from crossformer_mm.position_bias import bias_of_pairs
 
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
@@ -354,8 +354,8 @@ def draw_groups(figure, scene: Scene) -> None:
     for stage, layer in enumerate(scene.backbone.layers):
         _, height, width = scene.seen.features[stage].shape
         size, interval, stride = layer.group_size, layer.interval, scene.stride(stage)
-        all_rules = [short_distance(height, width, size, layer.lda)]
-        all_rules += [long_distance(height, width, size, interval, kind) for kind in kinds]
+        all_rules = [stage_rules(height, width, size, interval, layer.lda)[0]]
+        all_rules += [stage_rules(height, width, size, interval, kind)[1] for kind in kinds]
         for panel, rules in zip(axes[:, stage], all_rules):
             colours = group_colours(height, width, rules, scene.place(stage))
             show(panel, scene, stage, colours, faded=True)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.command_line import write_whole
-from ..grouping import AxisRule, fit_rule, is_small, long_distance, short_distance
+from ..grouping import AxisRule, is_small, stage_rules
 from ..position_bias import DynamicPositionBias, NoPositionBias
 
 HERE = Path(__file__).resolve().parent
@@ -262,13 +262,10 @@ def rules_of(layer: nn.Module, height: int, width: int) -> Dict[str, Tuple[AxisR
     """Of each kind of group the rules of rows and columns, in the smallest numbers."""
     size, interval = layer.group_size, layer.interval
     # On a small map all are short distance, of a size that the definition says.
-    found = {'short': short_distance(height, width, size, layer.lda)}
+    found = {'short': stage_rules(height, width, size, interval, layer.lda)[0]}
     for kind in kinds_of(layer)[1:]:
-        found[kind] = long_distance(height, width, size, interval, kind)
-    return {
-        kind: (fit_rule(height, rows), fit_rule(width, columns))
-        for kind, (rows, columns) in found.items()
-    }
+        found[kind] = stage_rules(height, width, size, interval, kind)[1]
+    return found
 
 
 def members_of(position: int, length: int, rule: AxisRule) -> np.ndarray:

@@ -212,10 +212,8 @@ class AnySizePool(nn.AdaptiveAvgPool2d):
     """Average pooling to a given size as two products with matrices; of pyramid pooling heads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = nn.modules.utils._pair(self.output_size)
-        rows, columns = (
-            self.weights(out, side, x) for out, side in zip((height, width), x.shape[-2:])
-        )
+        sizes = zip(nn.modules.utils._pair(self.output_size), x.shape[-2:])
+        rows, columns = (self.weights(out, side, x) for out, side in sizes)
         maps = x.flatten(0, 1)
         # Not @, which asks each side whether it is 1 and makes the answer hold for ever.
         rows, columns = (weights.expand(maps.shape[0], -1, -1) for weights in (rows, columns.T))
@@ -227,8 +225,7 @@ class AnySizePool(nn.AdaptiveAvgPool2d):
         cell = torch.arange(out, device=like.device)[:, None]
         position = torch.arange(side, device=like.device)
         start, end = cell * side, (cell + 1) * side  # both times out
-        inside = ((position + 1) * out > start) & (position * out < end)
-        inside = inside.to(like.dtype)
+        inside = (((position + 1) * out > start) & (position * out < end)).to(like.dtype)
         return inside / inside.sum(1, keepdim=True)
 
 

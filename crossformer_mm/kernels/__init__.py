@@ -25,7 +25,7 @@ from ..grouping import AxisRule
 from . import fused, native, plain
 from .call import Call, watcher
 
-__all__ = ['ATTENTION_PATHS', 'Call', 'check_path', 'choose_path', 'map_attention', 'watcher']
+__all__ = ['PATHS', 'Call', 'choose_path', 'map_attention', 'watcher']
 
 
 class Path(NamedTuple):
@@ -39,25 +39,15 @@ class Path(NamedTuple):
     """
 
     attend: Callable
-    why_not: Callable[[Call], str]
+    why_not: Callable[[Call], str] = lambda call: ''
     is_trusted: Callable[[torch.device], bool] = lambda device: True
 
 
 PATHS = {  # the best first
     'native': Path(native.attend, native.why_not),
     'fused': Path(fused.attend, fused.why_not, fused.agrees_with_plain),
-    'plain': Path(plain.attend, plain.why_not),
+    'plain': Path(plain.attend),
 }
-ATTENTION_PATHS = tuple(PATHS)
-
-
-def check_path(path: Optional[str]) -> None:
-    """Raise a ValueError unless it is None or a path's name."""
-    if path is not None and path not in PATHS:
-        raise ValueError(
-            'CrossFormer: attention_path must be None (the fastest that works) or '
-            f"one of {', '.join(map(repr, PATHS))}, got {path!r}."
-        )
 
 
 def choose_path(call: Call, path: Optional[str] = None) -> str:
@@ -70,14 +60,13 @@ def choose_path(call: Call, path: Optional[str] = None) -> str:
     Raises:
         ValueError: there is no such path, or it cannot serve the call; says why.
     """
-    check_path(path)
     if path is None:
         return next(
             name
             for name, kernel in PATHS.items()
             if not kernel.why_not(call) and kernel.is_trusted(call.device)
         )
-    reason = PATHS[path].why_not(call)
+    reason = PATHS[path].why_not(call) if path in PATHS else 'there is no such path'
     if reason:
         raise ValueError(
             f"CrossFormer: attention_path={path!r} cannot work here: {reason}. Leave "
@@ -108,8 +97,7 @@ def map_attention(
         num_heads (int): heads.
         scale (float): factor on ``q @ k``.
         dropout (float): dropout of the attention weights.
-        path (str, optional): how to compute, one of ``ATTENTION_PATHS``. None: the fastest that
-            can serve.
+        path (str, optional): how to compute, one of ``PATHS``. None: the fastest that can serve.
 
     Returns:
         Tensor: (B, H, W, heads*d) in the type of ``qkv``.

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..compat import is_compiling, is_exporting
 from ..grouping import AxisRule
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
+
 
 class Call(NamedTuple):
     """One attention over a map.
@@ -41,6 +43,19 @@ class Call(NamedTuple):
         )
 
 
+def why_not_compiled(call: Call, head_dim: int) -> str:
+    """What is in the way of any kernel of ours for heads of at most ``head_dim``, or nothing."""
+    if call.watcher == 'exporter':
+        return 'an exporter cannot write it down'
+    if call.dtype not in DTYPES:
+        return f'it takes {", ".join(map(str, DTYPES))}, but got {call.dtype}'
+    if call.head_dim > head_dim:
+        return f'it takes heads of at most {head_dim} channels, but they have {call.head_dim}'
+    if call.dropout:
+        return f'it has no dropout of attention weights, but attn_drop_rate is {call.dropout}'
+    return ''
+
+
 def watcher() -> str:
     """Who follows what is computed, to do it again later.
 
@@ -48,6 +63,6 @@ def watcher() -> str:
         str: 'exporter' writes it down for other machines, which may have nothing but PyTorch's
         own operators, or not even those; 'compiler' builds code for this process; '' is nobody.
     """
-    if torch.jit.is_tracing() or torch.jit.is_scripting() or is_exporting():
+    if torch.jit.is_tracing() or is_exporting():
         return 'exporter'
     return 'compiler' if is_compiling() else ''

@@ -19,7 +19,7 @@ on (TRITON_INTERPRET=1 in the environment), they run on the CPU, too, for tests.
 import functools
 import importlib.util
 import warnings
-from typing import Callable, Tuple
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -27,28 +27,22 @@ from torch import Tensor
 from ..compat import missing_torch
 from ..grouping import AxisRule
 from . import plain
-from .call import Call
+from .call import Call, why_not_compiled
 from .operator import map_operator
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
 
 
 def why_not(call: Call) -> str:
     """What is in the way of this path, or nothing."""
-    if call.watcher == 'exporter':
-        return 'an exporter cannot write Triton kernels down'
-    if missing_torch('2.4'):  # whose Triton is the first to have all that the kernels use
-        return missing_torch('2.4')
-    if call.has_lead:
-        return "it does not know the shifted groups of lda='shifted'"
-    if call.dropout:
-        return f'it has no dropout of attention weights, but attn_drop_rate is {call.dropout}'
-    if call.head_dim > HEAD_DIM:
-        return f'it takes heads of at most {HEAD_DIM} channels, but they have {call.head_dim}'
-    if call.dtype not in DTYPES:
-        return f'it takes float32, float16 and bfloat16, but got {call.dtype}'
-    return why_no_triton(call.device)
+    # 2.4: whose Triton is the first to have all that the kernels use
+    lead = "it does not know the shifted groups of lda='shifted'" if call.has_lead else ''
+    return (
+        missing_torch('2.4')
+        or lead
+        or why_not_compiled(call, HEAD_DIM)
+        or why_no_triton(call.device)
+    )
 
 
 @functools.cache
@@ -130,18 +124,11 @@ for constant in (why_no_triton, agrees_with_plain):
     vars(constant)['_dynamo_marked_constant'] = True
 
 
-def forward(*arguments) -> Tuple[Tensor, Tensor]:
-    """See :func:`.fused_triton.forward`, which imports Triton."""
-    from . import fused_triton
-
-    return fused_triton.forward(*arguments)
+def from_triton(name: str) -> Callable:
+    """A function of :mod:`.fused_triton`, which is imported, and Triton with it, at the call."""
+    return lambda *args: getattr(importlib.import_module('.fused_triton', __package__), name)(*args)
 
 
-def backward(*arguments) -> Tuple[Tensor, Tensor]:
-    """See :func:`.fused_triton.backward`."""
-    from . import fused_triton
-
-    return fused_triton.backward(*arguments)
-
-
-attend: Callable[..., Tensor] = map_operator('fused_attention', forward, backward)
+attend: Callable[..., Tensor] = map_operator(
+    'fused_attention', from_triton('forward'), from_triton('backward')
+)

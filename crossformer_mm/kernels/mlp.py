@@ -5,7 +5,7 @@ is used again for each: new memory is mapped by the system page by page, which t
 time. Where the whole layer is large it is never stored, and the backward pass computes it again.
 """
 
-from typing import Iterator, Optional
+from typing import List, Optional
 
 import torch
 from torch import Tensor
@@ -43,17 +43,8 @@ class ChunkedMlp(torch.autograd.Function):
     """See :func:`mlp`."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        onednn: bool,
-        training: bool,
-    ) -> Tensor:
-        ctx.parts = list(chunks(len(x), len(weight1), ONEDNN_CHUNK if onednn else CHUNK))
+    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool, training: bool) -> Tensor:
+        ctx.parts = chunks(len(x), len(weight1), ONEDNN_CHUNK if onednn else CHUNK)
         ctx.onednn = onednn
         kept = (
             x.new_empty(len(x), len(weight1))
@@ -129,9 +120,8 @@ def add_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, onednn:
         bias += grad.sum(0)
 
 
-def chunks(rows: int, width: int, numbers: int) -> Iterator[slice]:
+def chunks(rows: int, width: int, numbers: int) -> List[slice]:
     """Slices that cover ``range(rows)``, of about ``numbers / width`` each."""
     count = max(1, -(-rows * width // numbers))
     step = max(1, -(-rows // count))
-    for first in range(0, rows, step):
-        yield slice(first, first + step)
+    return [slice(first, first + step) for first in range(0, rows, step)]

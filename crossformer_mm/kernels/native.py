@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..grouping import AxisRule, fit_rule
-from .call import Call
+from .call import DTYPES, Call, why_not_compiled
 from .operator import map_operator
 
 try:
@@ -40,7 +40,6 @@ except ImportError as error:  # there was no compiler
 
 VARIABLE = 'CROSSFORMER_MM_INSTRUCTIONS'
 LARGEST_HEAD = 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
 
 
 def find_pool() -> int:
@@ -58,17 +57,8 @@ def find_pool() -> int:
     return 0
 
 
-POOL = find_pool()
-
-
-def leave_pool() -> None:
-    global POOL
-    POOL = 0
-
-
-if hasattr(os, 'register_at_fork'):
-    # The threads of GNU OpenMP do not survive a fork, and it waits for them forever.
-    os.register_at_fork(after_in_child=leave_pool)
+# Of this process: the threads of GNU OpenMP do not survive a fork, and it waits for them forever.
+POOL, PROCESS = find_pool(), os.getpid()
 
 
 def instructions() -> str:
@@ -88,33 +78,19 @@ def instructions() -> str:
 
 def why_not(call: Call) -> str:
     """What is in the way of this path, or nothing."""
-    if call.watcher == 'exporter':
-        return 'an exporter cannot write it down'
     if call.device.type != 'cpu':
         return f'it works on the CPU, but got tensors on {call.device}'
-    if call.dtype not in DTYPES:
-        return f'it takes {", ".join(map(str, DTYPES))}, but got {call.dtype}'
-    if call.head_dim > LARGEST_HEAD:
-        return f'it takes heads of at most {LARGEST_HEAD} channels, but they have {call.head_dim}'
-    if call.dropout:
-        return f'it has no dropout of attention weights, but attn_drop_rate is {call.dropout}'
-    return MISSING
+    return why_not_compiled(call, LARGEST_HEAD) or MISSING
 
 
 def forward(
     qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, scale: float
 ) -> Tuple[Tensor, Tensor]:
-    """Attention of every position of a map to its group.
-
-    Logits and all sums are in float32.
+    """Attention of every position of a map to its group; logits and all sums are in float32.
 
     Args:
-        qkv (Tensor): (B, H, W, 3*heads*d) on the CPU, in one of ``DTYPES``.
-        table (Tensor): (heads, 2*h-1, 2*w-1), the bias of every offset query - key, 0 in the
-            middle, for groups of at least the size that occurs.
-        rows, columns (AxisRule): which rows and columns form a group.
-        num_heads (int): heads.
-        scale (float): factor on ``q @ k``.
+        qkv, table, rows, columns, num_heads, scale: as of
+            :func:`crossformer_mm.kernels.map_attention`; on the CPU, ``qkv`` in one of ``DTYPES``.
 
     Returns:
         tuple[Tensor, Tensor]: (B, H, W, heads*d) in the type of ``qkv``; and (B, H, W, heads) in
@@ -122,22 +98,12 @@ def forward(
         :func:`backward`.
 
     Raises:
-        ValueError: if the environment names instructions that this processor does not have.
+        ValueError: the environment names instructions that this processor does not have, or the
+            table is too small for the groups.
     """
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     norms = qkv.new_empty(*qkv.shape[:3], num_heads, dtype=torch.float32)
-    call_kernel(
-        qkv.contiguous(),
-        table.float().contiguous(),
-        out,
-        norms,
-        None,
-        None,
-        None,
-        rows,
-        columns,
-        scale,
-    )
+    call_kernel(rows, columns, scale, qkv, table, out, norms)
     return out, norms
 
 
@@ -160,32 +126,21 @@ def backward(
         qkv, table, rows, columns, num_heads, scale: as there.
 
     Returns:
-        tuple[Tensor, Tensor]: the gradients of ``qkv``, in its type, and of ``table``, in
-        float32.
+        tuple[Tensor, Tensor]: the gradients of ``qkv``, in its type, and of ``table``, in float32.
 
     Raises:
-        ValueError: if the environment names instructions that this processor does not have.
+        ValueError: as there.
     """
-    qkv, table = qkv.contiguous(), table.float().contiguous()
-    grad_qkv, grad_table = torch.empty_like(qkv), torch.zeros_like(table)
-    grad_out = grad_out.to(qkv.dtype).contiguous()
+    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_table = table.new_zeros(table.shape, dtype=torch.float32)
     call_kernel(
-        qkv,
-        table,
-        out.contiguous(),
-        norms.contiguous(),
-        grad_out,
-        grad_qkv,
-        grad_table,
-        rows,
-        columns,
-        scale,
+        rows, columns, scale, qkv, table, out, norms, grad_out.to(qkv.dtype), grad_qkv, grad_table
     )
     return grad_qkv, grad_table
 
 
 def call_kernel(
-    qkv, table, out, norms, grad_out, grad_qkv, grad_table, rows, columns, scale
+    rows, columns, scale, qkv, table, out, norms, grad_out=None, grad_qkv=None, grad_table=None
 ) -> None:
     """Call the kernel, which takes addresses; without gradients it is the forward pass."""
     batch, height, width, heads = norms.shape
@@ -195,10 +150,13 @@ def call_kernel(
             f'a table of {table.shape[1]} x {table.shape[2]} offsets is too small for '
             f'groups of {rows.size} x {columns.size} members'
         )
-    tensors = (qkv, table, out, norms, grad_out, grad_qkv, grad_table)
+    tensors = [  # what is written to is contiguous already
+        tensor if tensor is None else tensor.contiguous()
+        for tensor in (qkv, table.float(), out, norms, grad_out, grad_qkv, grad_table)
+    ]
     _native.attend(
         instructions(),
-        POOL,
+        POOL if os.getpid() == PROCESS else 0,
         torch.get_num_threads(),
         DTYPES.index(qkv.dtype),
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),

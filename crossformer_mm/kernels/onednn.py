@@ -61,7 +61,7 @@ def is_intel() -> bool:
         return 'GenuineIntel' in platform.processor()
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+class OneDNNLinear(torch.autograd.Function):
     """``F.linear(x, weight, bias)`` in value and gradient. Differentiable once.
 
     Args:
@@ -71,11 +71,6 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     Returns:
         Tensor: (tokens, out).
     """
-    return OneDNNLinear.apply(x, weight, bias)
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """See :func:`onednn_linear`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """A kernel for maps as an operator of PyTorch's, so that torch.compile takes it as one node."""
 
-from typing import Callable, Tuple
+from typing import Callable, List, Tuple
 
 import torch
 from torch import Tensor
@@ -31,26 +31,14 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
     def run(
         qkv: Tensor,
         table: Tensor,
-        batch: int,
-        height: int,
-        width: int,
-        row_size: int,
-        row_interval: int,
-        row_lead: int,
-        column_size: int,
-        column_interval: int,
-        column_lead: int,
+        sides: List[int],
+        rows: List[int],
+        columns: List[int],
         num_heads: int,
         scale: float,
     ) -> Tuple[Tensor, Tensor]:
-        out, norms = forward(
-            qkv.reshape(batch, height, width, -1),
-            table,
-            AxisRule(row_size, row_interval, row_lead),
-            AxisRule(column_size, column_interval, column_lead),
-            num_heads,
-            scale,
-        )
+        rules = AxisRule(*rows), AxisRule(*columns)
+        out, norms = forward(qkv.reshape(*sides, -1), table, *rules, num_heads, scale)
         return out.flatten(0, 2), norms.flatten(0, 2)
 
     def fake_run(qkv, table, *numbers):
@@ -66,32 +54,16 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
         table: Tensor,
         out: Tensor,
         norms: Tensor,
-        batch: int,
-        height: int,
-        width: int,
-        row_size: int,
-        row_interval: int,
-        row_lead: int,
-        column_size: int,
-        column_interval: int,
-        column_lead: int,
+        sides: List[int],
+        rows: List[int],
+        columns: List[int],
         num_heads: int,
         scale: float,
     ) -> Tuple[Tensor, Tensor]:
-        maps = (x.reshape(batch, height, width, -1) for x in (grad_out, qkv, out, norms))
-        grad_out, qkv, out, norms = maps
-        grad_qkv, grad_table = backward(
-            grad_out,
-            qkv,
-            table,
-            out,
-            norms,
-            AxisRule(row_size, row_interval, row_lead),
-            AxisRule(column_size, column_interval, column_lead),
-            num_heads,
-            scale,
-        )
-        return grad_qkv.flatten(0, 2), grad_table.to(table.dtype)
+        rules = AxisRule(*rows), AxisRule(*columns)
+        grad_out, qkv, out, norms = (x.reshape(*sides, -1) for x in (grad_out, qkv, out, norms))
+        grads = backward(grad_out, qkv, table, out, norms, *rules, num_heads, scale)
+        return grads[0].flatten(0, 2), grads[1].to(table.dtype)
 
     def fake_backward(grad_out, qkv, table, *_):
         return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
@@ -104,24 +76,16 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
 
     def differentiate(ctx, grad_out, grad_norms):
         if grad_out is None:
-            return (None,) * 13
+            return (None,) * 7
         grads = operator_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
-        return (*grads, *(None,) * 11)
+        return (*grads, *(None,) * 5)
 
     operator_backward = define_operator(f'{name}_backward', run_backward, fake_backward)
     operator = define_operator(name, run, fake_run, setup_context=keep, backward=differentiate)
 
-    def attend(
-        qkv: Tensor,
-        table: Tensor,
-        rows: AxisRule,
-        columns: AxisRule,
-        num_heads: int,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        maps = qkv.shape[:3]
-        out, _ = operator(qkv.flatten(0, 2), table, *maps, *rows, *columns, num_heads, scale)
-        return out.view(*maps, -1)
+    def attend(qkv, table, rows, columns, num_heads, scale, dropout=0.0) -> Tensor:
+        sides = qkv.shape[:3]
+        out, _ = operator(qkv.flatten(0, 2), table, sides, [*rows], [*columns], num_heads, scale)
+        return out.view(*sides, -1)
 
     return attend

@@ -9,12 +9,6 @@ from torch import Tensor
 
 from ..grouping import AxisRule, group_map
 from ..position_bias import bias_of_pairs
-from .call import Call
-
-
-def why_not(call: Call) -> str:
-    """Nothing is in the way of this path: it runs everywhere, and whoever may be watching."""
-    return ''
 
 
 def attend(

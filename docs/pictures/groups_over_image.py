@@ -13,7 +13,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-from crossformer_mm.grouping import group_map, long_distance, short_distance  # noqa: E402
+from crossformer_mm.grouping import group_map, stage_rules  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / 'tools'))
@@ -40,18 +40,12 @@ def main(out: Path = HERE / 'groups_over_image.png') -> None:
     image, _ = scene(np.random.default_rng(SEED), SIZE)
     image = image[..., ::-1]  # OpenCV's order of colours
     side = SIZE // STRIDE
+    short, interval = stage_rules(side, side, GROUP_SIZE, INTERVAL, 'interval')
+    _, block = stage_rules(side, side, GROUP_SIZE, INTERVAL, 'block')
     panels = [
-        ('Short distance', '7 x 7 neighbours', short_distance(side, side, GROUP_SIZE, 'interval')),
-        (
-            "Long distance, lda='interval'",
-            'every 4th position of the map',
-            long_distance(side, side, GROUP_SIZE, INTERVAL, 'interval'),
-        ),
-        (
-            "Long distance, lda='block'",
-            'every 4th position of a tile, 7 x 7',
-            long_distance(side, side, GROUP_SIZE, INTERVAL, 'block'),
-        ),
+        ('Short distance', '7 x 7 neighbours', short),
+        ("Long distance, lda='interval'", 'every 4th position of the map', interval),
+        ("Long distance, lda='block'", 'every 4th position of a tile, 7 x 7', block),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.55))
     # Not by the size of the letters, which is another in each version of Matplotlib.
