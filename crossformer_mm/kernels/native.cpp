@@ -213,6 +213,7 @@ namespace avx2 {
 REGISTERS(8)
 constexpr int ROWS = 6;
 INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
+INLINE vec smaller(vec x, vec y) { return (vec)_mm256_min_ps((__m256)x, (__m256)y); }
 #define HAS_LARGER
 #include "native_kernel.h"
 }  // namespace avx2

@@ -14,9 +14,9 @@
 // weights and are multiplied with the values, all in the first level cache. The backward pass
 // computes the weights again, from the logarithms of the sums of exponentials.
 //
-// Weights are 2^(logit - top). With HAS_POWERS a top of 0 mostly does: floats are as exact far from 1
-// as near it. Where the sum of a query's weights is too large or too small for that, and without
-// HAS_POWERS, tops are the largest logits so far, and what is summed up before is lessened with them.
+// Weights are 2^(logit - top). A top of 0 mostly does: floats are as exact far from 1 as near it. Where
+// the sum of a query's weights is too large or too small for that, the block is computed again: tops
+// are the largest logits so far then, and what is summed up before is lessened with them.
 //
 // Queries are taken column by column of the group: the biases of all queries of one column are one
 // strip of the table, of which each query reads a run as long as the group. The gradient of the
@@ -42,6 +42,7 @@ constexpr int64_t BLOCK = (49 + ROWS - 1) / ROWS * ROWS;  // all queries of a gr
 constexpr int64_t KEYS = 192;
 static_assert(KEYS % TILE == 0 && KEYS % ROWS == 0, "whole tiles");
 enum Product { FLOATS, PAIRS_OF_HALVES, TILES_OF_PAIRS };
+enum Digits { OF_FLOATS, ROUGH, OF_BFLOAT16 };
 enum Result { LOGITS, WEIGHTS, WEIGHTS_TWICE, SLOPES };  // of a tile
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
@@ -59,8 +60,9 @@ INLINE void store_halves(float *to, int64_t at, halves x) {
 
 INLINE vec all(float x) { return x - vec{}; }
 
-#ifndef HAS_LARGER
-INLINE vec larger(vec x, vec y) { return x > y ? x : y; }  // y, if one of them is not a number
+#ifndef HAS_LARGER  // y, if one of them is not a number
+INLINE vec larger(vec x, vec y) { return x > y ? x : y; }
+INLINE vec smaller(vec x, vec y) { return x < y ? x : y; }
 #endif
 
 INLINE vec lanes() {
@@ -103,42 +105,38 @@ INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
 }
 #endif
 
-// 2^x to 2e-7 of itself or, ROUGHly, to 1e-4; 0 far below 2^-126; for x <= 0 and, with HAS_POWERS, any
-// other. It is 2 to the power of a whole number times the polynomial of least relative error for the
-// rest.
-template <bool ROUGH = false> INLINE vec exp2(vec x, float more = 0) {
+// 2^x to 2e-7 of itself, or ROUGHly to 1e-4, or that rounded to bfloat16; 0 far below 2^-126, and
+// infinite from 2^128 on. It is 2 to the power of a whole number times the polynomial of least relative
+// error for the rest.
+template <Digits DIGITS = OF_FLOATS> INLINE vec exp2(vec x) {
 #if HAS_POWERS
   const vec rest = above_whole(x);  // from 0 to 1
-  const vec y =
-      ROUGH ? polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f, 9.9992517e-1f + more})
-            : polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f, 2.4015362e-1f,
-                                6.9315307e-1f, 9.9999993e-1f});
-  return times_power(y, x);
+  // Half of bfloat16's last digit, for numbers from 1 to 2, before what is behind it is cut off.
+  constexpr float half = DIGITS == OF_BFLOAT16 ? 0x1p-8f : 0;
+  const vec y = DIGITS == OF_FLOATS
+                    ? polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f, 2.4015362e-1f,
+                                        6.9315307e-1f, 9.9999993e-1f})
+                    : polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f,
+                                        9.9992517e-1f + half});
+  const vec power = times_power(y, x);
+  return DIGITS == OF_BFLOAT16 ? (vec)((ints)power & -0x10000) : power;
 #else
   // The nearest whole number, which is rounded to, and moved to where a float has its exponent, by
   // adding a number so large that what is behind the point is lost.
   const vec magic = all(12582912.f + 127.f);
-  x = larger(all(-127.f), x);
+  x = smaller(all(128.f), larger(all(-127.f), x));
   const vec shifted = x + magic, rest = x - (shifted - magic);  // from -1/2 to 1/2
-  const vec y =
-      ROUGH ? polynomial(rest, {5.5171498e-2f, 2.4261084e-1f, 6.9326099e-1f, 9.9992809e-1f})
-            : polynomial(rest, {1.3276459e-3f, 9.6755396e-3f, 5.5507133e-2f, 2.402212e-1f,
-                                6.9314697e-1f, 1.0000001f});
-  return y * (vec)((ints)shifted << 23);
+  const vec y = DIGITS == OF_FLOATS
+                    ? polynomial(rest, {1.3276459e-3f, 9.6755396e-3f, 5.5507133e-2f, 2.402212e-1f,
+                                        6.9314697e-1f, 1.0000001f})
+                    : polynomial(rest, {5.5171498e-2f, 2.4261084e-1f, 6.9326099e-1f, 9.9992809e-1f});
+  const vec power = y * (vec)((ints)shifted << 23);
+  if (DIGITS != OF_BFLOAT16) return power;
+  return (vec)(__builtin_convertvector(round_bf16(power), ints) << 16);
 #endif
 }
 
-// 2^x in bfloat16. With HAS_POWERS half of its last digit for numbers from 1 to 2 is added before they
-// are so, and what is too long cut off.
-INLINE vec exp2_bf16(vec x) {
-#if HAS_POWERS
-  return (vec)((ints)exp2<true>(x, 0x1p-8f) & -0x10000);
-#else
-  return (vec)(__builtin_convertvector(round_bf16(exp2<true>(x)), ints) << 16);
-#endif
-}
-
-// Words of such numbers, which are not negative, as the lower and the upper half.
+// Words of numbers rounded to bfloat16, none negative, as the lower and the upper half.
 INLINE vec words_of(vec x, vec y) { return (vec)((ints)x >> 16 | (ints)y); }
 
 // The logarithm to base 2 of a normal float, to 5e-8; of what is not finite, not a number. It is that
@@ -231,15 +229,15 @@ thread_local vec tiles[8][LANES];
 INLINE void begin_tiles() {}
 INLINE void end_tiles() {}
 
-INLINE void load_tile(int tile, const float *from, int64_t step) {
+NOINLINE void load_tile(int tile, const float *from, int64_t step) {
   for (int i = 0; i < LANES; i++) tiles[tile][i] = load(from + i * step);
 }
 
-INLINE void store_tile(int tile, float *to, int64_t step) {
+NOINLINE void store_tile(int tile, float *to, int64_t step) {
   for (int i = 0; i < LANES; i++) store(to + i * step, tiles[tile][i]);
 }
 
-INLINE void add_product(int c, int a, int b) {
+NOINLINE void add_product(int c, int a, int b) {
   for (int i = 0; i < LANES; i++)
     for (int k = 0; k < LANES; k++)
       tiles[c][i] = dot_pairs(all(tiles[a][i][k]), tiles[b][k], tiles[c][i]);
@@ -693,7 +691,8 @@ template <Product HOW, int D> struct Kernel {
           vec &one = y[row][j] = x[i + row][j];
           if (PAIRS) one = one * scale + load(bias[i0 + i + row] + first + key + j * LANES);
           if (RESULT == LOGITS) continue;
-          one = RESULT == WEIGHTS_TWICE ? exp2<PAIRS>(one - all(tops[i0 + i + row])) : weight(one);
+          if (RESULT == WEIGHTS) one = weight(one);
+          else one = exp2<PAIRS ? ROUGH : OF_FLOATS>(one - all(tops[i0 + i + row]));
           if (!is_whole) one = first_lanes(count - key - j * LANES, one, vec{});
         }
       UNROLL for (int row = 0; row < 2; row++) {
@@ -715,7 +714,7 @@ template <Product HOW, int D> struct Kernel {
   }
 
   // Of a logit. Sums are of what is multiplied with the values, so that one key has all the weight.
-  static INLINE vec weight(vec logit) { return PAIRS ? exp2_bf16(logit) : exp2(logit); }
+  static INLINE vec weight(vec logit) { return exp2<PAIRS ? OF_BFLOAT16 : OF_FLOATS>(logit); }
 
   // Of TILE keys or, if they are the last, LANES. With TILES those are a pair that are LANES apart.
   INLINE void give_weights(int64_t at, vec first, vec second) {
@@ -914,8 +913,8 @@ template <Product HOW, int D> struct Kernel {
       const int64_t count = queries_here;
       for (int64_t i = 0; i < count; i++) take_query(query_tokens[i], queries + i * words());
       std::memset(queries + count * words(), 0, (query_rows - count) * words() * 4);
-      if (HAS_POWERS) attend<false>();
-      if (!HAS_POWERS || !add_lanes()) {
+      attend<false>();
+      if (!add_lanes()) {
         attend<true>();
         add_lanes();
       }
