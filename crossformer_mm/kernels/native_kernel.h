@@ -680,30 +680,44 @@ template <Product HOW, int D> struct Kernel {
   template <int COLUMNS, Result RESULT>
   INLINE void give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
                                 int64_t count) {
+    if (RESULT == LOGITS || count - key >= COLUMNS * LANES)
+      give_weights_rows<COLUMNS, RESULT, true>(x, i0, first, key, count);
+    else
+      give_weights_rows<COLUMNS, RESULT, false>(x, i0, first, key, count);
+  }
+
+  // Addresses are taken first, so that no compiler takes them again after each number it stores.
+  template <int COLUMNS, Result RESULT, bool IS_WHOLE>
+  INLINE void give_weights_rows(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
+                                int64_t count) {
     const vec scale = all(call.scale * LOG2_E);
-    const bool is_whole = count - key >= COLUMNS * LANES;
+    const float *const *const biases = bias + i0;
+    float *const total = totals + i0 * LANES, *const words = slope_words;
+    float *const to = weights + i0 * KEYS + key;
+    const int64_t queries_left = queries_here - i0, at_bias = first + key, at = i0 * KEYS + key;
     UNROLL for (int i = 0; i < ROWS; i += 2) {
-      if (RESULT == WEIGHTS && i0 + i >= queries_here) return;
-      const int64_t at = (i0 + i) * KEYS + key;
+      if (RESULT == WEIGHTS && i >= queries_left) return;
       vec y[2][COLUMNS];
-      UNROLL for (int row = 0; row < 2; row++)
+      UNROLL for (int row = 0; row < 2; row++) {
+        const float *const here = biases[i + row] + at_bias;
         UNROLL for (int j = 0; j < COLUMNS; j++) {
           vec &one = y[row][j] = x[i + row][j];
-          if (PAIRS) one = one * scale + load(bias[i0 + i + row] + first + key + j * LANES);
+          if (PAIRS) one = one * scale + load(here + j * LANES);
           if (RESULT == LOGITS) continue;
           if (RESULT == WEIGHTS) one = weight(one);
           else one = exp2<PAIRS ? ROUGH : OF_FLOATS>(one - all(tops[i0 + i + row]));
-          if (!is_whole) one = first_lanes(count - key - j * LANES, one, vec{});
+          if (!IS_WHOLE) one = first_lanes(count - key - j * LANES, one, vec{});
         }
+      }
       UNROLL for (int row = 0; row < 2; row++) {
         if (RESULT == WEIGHTS) {
           const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
-          float *total = totals + (i0 + i + row) * LANES;
-          store(total, load(total) + (y[row][0] + second));
-          give_weights(at + row * KEYS, y[row][0], second);
+          float *sum = total + (i + row) * LANES;
+          store(sum, load(sum) + (y[row][0] + second));
+          give_weights(PAIRS ? words : to - at, at + (i + row) * KEYS, y[row][0], second);
         } else {
           UNROLL for (int j = 0; j < COLUMNS; j++)
-            store(weights + at + row * KEYS + j * LANES, y[row][j]);
+            store(to + (i + row) * KEYS + j * LANES, y[row][j]);
         }
       }
       if constexpr (PAIRS && RESULT == WEIGHTS_TWICE)
@@ -716,13 +730,14 @@ template <Product HOW, int D> struct Kernel {
   // Of a logit. Sums are of what is multiplied with the values, so that one key has all the weight.
   static INLINE vec weight(vec logit) { return exp2<PAIRS ? OF_BFLOAT16 : OF_FLOATS>(logit); }
 
-  // Of TILE keys or, if they are the last, LANES. With TILES those are a pair that are LANES apart.
-  INLINE void give_weights(int64_t at, vec first, vec second) {
+  // Of TILE keys or, if they are the last, LANES; to `slope_words` with PAIRS and else to `weights`.
+  // With TILES those are a pair that are LANES apart.
+  static INLINE void give_weights(float *to, int64_t at, vec first, vec second) {
     if constexpr (PAIRS) {
-      store(slope_words + at / 2, TILES ? words_of(first, second) : round_both(first, second));
+      store(to + at / 2, TILES ? words_of(first, second) : round_both(first, second));
     } else {
-      store(weights + at, first);
-      store(weights + at + LANES, second);
+      store(to + at, first);
+      store(to + at + LANES, second);
     }
   }
 
@@ -826,12 +841,12 @@ template <Product HOW, int D> struct Kernel {
     for (; key + LANES < many; key += TILE, at += TILE) {
       const vec x0 = weight(load(weights + at) - top);
       const vec x1 = weight(load(weights + at + LANES) - top);
-      give_weights(at, x0, x1);
+      give_weights(PAIRS ? slope_words : weights, at, x0, x1);
       sum0 += x0, sum1 += x1;
     }
     if (key < many) {
       const vec x = weight(load(weights + at) - top);
-      give_weights(at, x, vec{});
+      give_weights(PAIRS ? slope_words : weights, at, x, vec{});
       sum0 += x;
     }
     return sum0 + sum1;
@@ -862,31 +877,43 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
+  struct Place {  // of a tile of logits
+    int64_t query, key;
+    INLINE void go_on(int64_t members) {
+      key += TILE;
+      if (key >= members) key = 0, query += ROWS;
+    }
+  };
+
   // The same a tile at a time: the next one of logits is multiplied beside the weights of this one and
   // what is attended with those of the last, whose sums stay in tiles from the first key to the last.
   INLINE void attend_in_turn() {
 #if HAS_TILES
     vec logits[2][ROWS][2];
-    const int64_t across = (members + TILE - 1) / TILE, number = query_rows / ROWS * across;
+    const int64_t number = query_rows / ROWS * ((members + TILE - 1) / TILE);
+    const int64_t share = queries_here / number + 1;
+    Place next{}, here{}, last{};
     for (int64_t n = 0; n < number + 2; n++) {
-      prefetch(queries_here * n / (number + 2), queries_here * (n + 1) / (number + 2), false);
+      prefetch(n * share, n * share + share < queries_here ? n * share + share : queries_here, false);
       asm volatile("" ::: "memory");  // see multiply_tiles
-      if (n < number)
-        multiply_beside(reinterpret_cast<float *>(logits[n % 2]),
-                        queries + n / across * ROWS * words(),
-                        key_panels + n % across * TILE * words());
+      if (n < number) {
+        multiply_beside(reinterpret_cast<float *>(logits[n % 2]), queries + next.query * words(),
+                        key_panels + next.key * words());
+        next.go_on(members);
+      }
       if (n > 1) {
-        const int64_t i = (n - 2) / across * ROWS, key = (n - 2) % across * TILE;
-        if (key == 0) begin_sums<2>(nullptr, 0, true);
-        add_to_sums<2>(slope_words + (i * KEYS + n % 2 * TILE) / 2, KEYS / 2,
-                       values + key / 2 * wide(), wide());
-        if (key + TILE >= members) end_sums<2>(attended + i * wide(), wide());
+        if (last.key == 0) begin_sums<2>(nullptr, 0, true);
+        add_to_sums<2>(slope_words + (last.query * KEYS + n % 2 * TILE) / 2, KEYS / 2,
+                       values + last.key / 2 * wide(), wide());
+        if (last.key + TILE >= members) end_sums<2>(attended + last.query * wide(), wide());
+        last.go_on(members);
       }
       asm volatile("" ::: "memory");
       if (n > 0 && n <= number) {
-        const int64_t key = (n - 1) % across * TILE, at = (n - 1) % 2 * TILE;
-        give_weights_tile<2, WEIGHTS>(logits[(n - 1) % 2], (n - 1) / across * ROWS, key - at, at,
-                                      members - key + at);
+        const int64_t at = (n - 1) % 2 * TILE;
+        give_weights_tile<2, WEIGHTS>(logits[(n - 1) % 2], here.query, here.key - at, at,
+                                      members - here.key + at);
+        here.go_on(members);
       }
     }
 #endif
