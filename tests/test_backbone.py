@@ -441,7 +441,12 @@ def arch(**changes):
 @pytest.mark.parametrize(
     'options, sentence',
     [
-        (dict(arch='xxl'), "arch must be one of t, s, b, l, pp-s, pp-b, pp-l, pp-h or a dict"),
+        (
+            dict(arch='xxl'),
+            'arch must be one of t, s, b, l, pp-s, pp-b, pp-l, pp-h or a dict with '
+            "'embed_dims', 'depths' and 'num_heads' (and optionally 'drop_path_rate', "
+            "'cooling'), got 'xxl'",
+        ),
         (dict(arch=dict(embed_dims=32)), 'arch must be one of t, s'),
         (dict(arch=arch(heads=3)), 'arch must be one of t, s'),
         (dict(arch=7), 'arch must be one of t, s'),

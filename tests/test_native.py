@@ -154,9 +154,10 @@ def test_large_logits_do_not_overflow(instructions, largest):
     assert all(x.isfinite().all() for x in native.backward(grad, qkv, table, out, norms, *rules))
 
 
-def norm_limit(dtype, norms):
-    """Relative; in bfloat16 the weights that are summed up are rounded to 2^-9 of themselves."""
-    return 1e-6 if dtype != torch.bfloat16 else 1e-6 + 2**-9 / norms.abs().max().item()
+def norm_limit(instructions, dtype, norms):
+    """Relative; what multiplies bfloat16 sums weights that are rounded to 2^-9 of themselves."""
+    rounds = dtype == torch.bfloat16 and instructions in ('amx', 'avx512bf16', 'avx2_wide')
+    return 1e-6 + rounds * 2**-9 / norms.abs().max().item()
 
 
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
@@ -173,7 +174,8 @@ def test_logits_may_rise_from_key_to_key(instructions, dtype, rise):
     out, norms, *gradients = run(qkv, table, grad, rules)
     exact, exact_norms = attention(qkv.double(), table.double(), *rules)
     limit = LIMITS[dtype] + 3e-7 * rise  # what the logits are rounded to
-    assert error(out, exact) < limit and error(norms, exact_norms) < norm_limit(dtype, exact_norms)
+    assert error(out, exact) < limit
+    assert error(norms, exact_norms) < norm_limit(instructions, dtype, exact_norms)
     assert all(x.isfinite().all() for x in gradients)
 
 
@@ -190,7 +192,7 @@ def test_all_logits_of_a_query_may_be_large_or_small(instructions, dtype, size):
     out, norms, *gradients = run(qkv, table, grad, rules)
     exact, exact_norms = attention(qkv.double(), table.double(), *rules)
     assert error(out, exact) < LIMITS[dtype] + 3e-7 * abs(size)
-    assert error(norms, exact_norms) < norm_limit(dtype, exact_norms)
+    assert error(norms, exact_norms) < norm_limit(instructions, dtype, exact_norms)
     assert all(x.isfinite().all() for x in gradients)
 
 

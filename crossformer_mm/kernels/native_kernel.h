@@ -98,10 +98,31 @@ template <int TERMS> INLINE vec polynomial(vec x, const float (&factors)[TERMS])
   return y;
 }
 
+// Words of two numbers in bfloat16, the lower and the upper half.
+INLINE vec words_of(halves x, halves y) {
+  return (vec)(__builtin_convertvector(x, ints) | (__builtin_convertvector(y, ints) << 16));
+}
+
+// The same of floats that are such numbers, none negative.
+INLINE vec words_of(vec x, vec y) { return (vec)((ints)x >> 16 | (ints)y); }
+
 #if !HAS_PAIRS || defined(EMULATED)
 INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
   const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
   return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
+}
+
+INLINE vec round_both(vec x, vec y) {
+  const halves parts[2] = {round_bf16(x), round_bf16(y)};
+  vec both;
+  std::memcpy(&both, parts, sizeof both);
+  return both;
+}
+
+INLINE vec side_by_side(vec both) {
+  halves parts[2];
+  std::memcpy(parts, &both, sizeof both);
+  return words_of(parts[0], parts[1]);
 }
 #endif
 
@@ -136,9 +157,6 @@ template <Digits DIGITS = OF_FLOATS> INLINE vec exp2(vec x) {
 #endif
 }
 
-// Words of numbers rounded to bfloat16, none negative, as the lower and the upper half.
-INLINE vec words_of(vec x, vec y) { return (vec)((ints)x >> 16 | (ints)y); }
-
 // The logarithm to base 2 of a normal float, to 5e-8; of what is not finite, not a number. It is that
 // of a power of 2 and the polynomial of least error for a number from sqrt(1/2) to sqrt(2).
 INLINE vec log2(vec x) {
@@ -148,26 +166,6 @@ INLINE vec log2(vec x) {
                                   -0.36070484f, 0.4809106f, -0.72134733f, 1.442695f});
   return y * rest + __builtin_convertvector(power, vec) + (x - x);
 }
-
-// Words of these, as the lower and the upper half.
-INLINE vec words_of(halves x, halves y) {
-  return (vec)(__builtin_convertvector(x, ints) | (__builtin_convertvector(y, ints) << 16));
-}
-
-#if !HAS_PAIRS || defined(EMULATED)
-INLINE vec round_both(vec x, vec y) {
-  const halves parts[2] = {round_bf16(x), round_bf16(y)};
-  vec both;
-  std::memcpy(&both, parts, sizeof both);
-  return both;
-}
-
-INLINE vec side_by_side(vec both) {
-  halves parts[2];
-  std::memcpy(parts, &both, sizeof both);
-  return words_of(parts[0], parts[1]);
-}
-#endif
 
 #ifdef EMULATED
 INLINE vec dot_pairs(vec x, vec y, vec sum) {
@@ -581,7 +579,7 @@ template <Product HOW, int D> struct Kernel {
   // Rows are far apart in memory, which no processor foresees: ask for those of the next group and
   // those that results go to, those from `i` to `end` of a block at a time.
   INLINE void prefetch(int64_t i, int64_t end, bool backward) const {
-    for (; i < end; i++) {
+    for (; i < end && i < queries_here; i++) {
       prefetch_row<true>(backward ? call.grad_qkv + at(query_tokens[i], head, 0, 3)
                                   : call.out + at(query_tokens[i], head, 0, 1));
       if (first_query + i >= next_members) continue;
@@ -692,8 +690,7 @@ template <Product HOW, int D> struct Kernel {
                                 int64_t count) {
     const vec scale = all(call.scale * LOG2_E);
     const float *const *const biases = bias + i0;
-    float *const total = totals + i0 * LANES, *const words = slope_words;
-    float *const to = weights + i0 * KEYS + key;
+    float *const total = totals + i0 * LANES, *const to = weights, *const words = given();
     const int64_t queries_left = queries_here - i0, at_bias = first + key, at = i0 * KEYS + key;
     UNROLL for (int i = 0; i < ROWS; i += 2) {
       if (RESULT == WEIGHTS && i >= queries_left) return;
@@ -714,10 +711,10 @@ template <Product HOW, int D> struct Kernel {
           const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
           float *sum = total + (i + row) * LANES;
           store(sum, load(sum) + (y[row][0] + second));
-          give_weights(PAIRS ? words : to - at, at + (i + row) * KEYS, y[row][0], second);
+          give_weights(words, at + (i + row) * KEYS, y[row][0], second);
         } else {
           UNROLL for (int j = 0; j < COLUMNS; j++)
-            store(to + (i + row) * KEYS + j * LANES, y[row][j]);
+            store(to + at + (i + row) * KEYS + j * LANES, y[row][j]);
         }
       }
       if constexpr (PAIRS && RESULT == WEIGHTS_TWICE)
@@ -730,8 +727,10 @@ template <Product HOW, int D> struct Kernel {
   // Of a logit. Sums are of what is multiplied with the values, so that one key has all the weight.
   static INLINE vec weight(vec logit) { return exp2<PAIRS ? OF_BFLOAT16 : OF_FLOATS>(logit); }
 
-  // Of TILE keys or, if they are the last, LANES; to `slope_words` with PAIRS and else to `weights`.
-  // With TILES those are a pair that are LANES apart.
+  // Weights as they are multiplied with the values.
+  INLINE float *given() const { return PAIRS ? slope_words : weights; }
+
+  // Of TILE keys or, if they are the last, LANES. With TILES those are a pair that are LANES apart.
   static INLINE void give_weights(float *to, int64_t at, vec first, vec second) {
     if constexpr (PAIRS) {
       store(to + at / 2, TILES ? words_of(first, second) : round_both(first, second));
@@ -824,9 +823,9 @@ template <Product HOW, int D> struct Kernel {
 
   // Raises `tops` to the largest logits of those before and these. The factors are what sums up to
   // here are to be multiplied with. A row does not wait for the result of another.
-  INLINE void raise_tops(int64_t many, bool is_first) {
+  INLINE void raise_tops(int64_t many) {
     for (int64_t i = 0; i < queries_here; i++) {
-      const float before = is_first ? -INFINITY : tops[i], top = top_of(i, many);
+      const float before = tops[i], top = top_of(i, many);
       tops[i] = top > before ? top : before;
       factors[i] = before - tops[i];
     }
@@ -841,12 +840,12 @@ template <Product HOW, int D> struct Kernel {
     for (; key + LANES < many; key += TILE, at += TILE) {
       const vec x0 = weight(load(weights + at) - top);
       const vec x1 = weight(load(weights + at + LANES) - top);
-      give_weights(PAIRS ? slope_words : weights, at, x0, x1);
+      give_weights(given(), at, x0, x1);
       sum0 += x0, sum1 += x1;
     }
     if (key < many) {
       const vec x = weight(load(weights + at) - top);
-      give_weights(PAIRS ? slope_words : weights, at, x, vec{});
+      give_weights(given(), at, x, vec{});
       sum0 += x;
     }
     return sum0 + sum1;
@@ -855,7 +854,7 @@ template <Product HOW, int D> struct Kernel {
   // What the queries of a block attend to, and sums of their weights by lane, with tops of 0 or, if it
   // RAISES them, of the largest logits.
   template <bool RAISES> NOINLINE void attend() {
-    std::memset(tops, 0, query_rows * 4);
+    for (int64_t i = 0; i < query_rows; i++) tops[i] = RAISES ? -INFINITY : 0;
     std::memset(totals, 0, query_rows * LANES * 4);
     if constexpr (TILES && !RAISES) return attend_in_turn();
     for (int64_t key = 0; key < members; key += KEYS) {
@@ -863,16 +862,15 @@ template <Product HOW, int D> struct Kernel {
       prefetch(queries_here * key / members, queries_here * (key + many) / members, false);
       tiles<RAISES ? LOGITS : WEIGHTS>(key, many);
       if (RAISES) {
-        raise_tops(many, key == 0);
+        raise_tops(many);
         for (int64_t i = 0; i < queries_here; i++) {
           float *total = totals + i * LANES;
           store(total, load(total) * all(factors[i]) + weigh_row(i, many));
         }
       }
-      const float *left = PAIRS ? slope_words : weights;
       for (int64_t i = 0; i < query_rows; i += ROWS)
-        multiply_columns<HOW>(left + i * depth(KEYS), depth(KEYS), 1, values + depth(key) * wide(),
-                              wide(), depth(in_tiles(many)), attended + i * wide(), wide(), wide(),
+        multiply_columns<HOW>(given() + i * depth(KEYS), depth(KEYS), 1,
+                              values + depth(key) * wide(), wide(), depth(in_tiles(many)), attended + i * wide(), wide(), wide(),
                               RAISES && key > 0 ? factors + i : nullptr, key == 0);
     }
   }
@@ -894,7 +892,7 @@ template <Product HOW, int D> struct Kernel {
     const int64_t share = queries_here / number + 1;
     Place next{}, here{}, last{};
     for (int64_t n = 0; n < number + 2; n++) {
-      prefetch(n * share, n * share + share < queries_here ? n * share + share : queries_here, false);
+      prefetch(n * share, (n + 1) * share, false);
       asm volatile("" ::: "memory");  // see multiply_tiles
       if (n < number) {
         multiply_beside(reinterpret_cast<float *>(logits[n % 2]), queries + next.query * words(),
