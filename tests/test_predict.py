@@ -12,7 +12,7 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -35,8 +35,9 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        # A new process would have none; they are named by the second in which a run begins.
-        for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        # A new process would have none; they are named by the second in which a run begins, and two
+        # may begin in the same.
+        for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
             kind._instance_dict.clear()
         try:
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
