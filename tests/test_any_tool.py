@@ -9,8 +9,6 @@ import mmdet
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.visualization import Visualizer
 
 from crossformer_mm.checkpoint import CheckpointError
 from crossformer_mm.engine import DataError
@@ -18,6 +16,7 @@ from crossformer_mm.engine import DataError
 from .test_predict import predict as run_tool
 from .test_resume import assert_same_training
 from .test_tools import ROOT, Marker
+from .tool_process import forget_runs
 from .trainings import ONE_STAGE, make_data, write_config
 
 MMDETECTIONS = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
@@ -43,8 +42,7 @@ def train(*arguments) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, 'argv', [str(MMDETECTIONS), *map(str, arguments)])
-        for kind in (MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
-            kind._instance_dict.clear()  # a new process would have none
+        forget_runs()
         runpy.run_path(str(MMDETECTIONS), run_name='__main__')
 
 

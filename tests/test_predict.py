@@ -11,15 +11,13 @@ import pytest
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import MODELS, TRANSFORMS, DefaultScope, init_default_scope
-from mmengine.visualization import Visualizer
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
-from .tool_process import leave_libraries_uncollected
+from .tool_process import forget_runs, leave_libraries_uncollected
 from .trainings import make_data
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
@@ -35,10 +33,7 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        # A new process would have none; they are named by the second in which a run begins, and two
-        # may begin in the same.
-        for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
-            kind._instance_dict.clear()
+        forget_runs()
         try:
             runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
         except SystemExit as stopped:

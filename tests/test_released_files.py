@@ -21,6 +21,7 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence, shapes  # noqa: F401
+from .tool_process import forget_runs
 
 # As in the demo, but without what published models have not.
 PUBLISHED = ['model.backbone.out_norm=False']
@@ -254,6 +255,7 @@ def evaluate(monkeypatch, config, checkpoint, data, work, *options) -> list:
     ]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', ['test.py', *map(str, arguments)])
+    forget_runs()
     runpy.run_path('tools/test.py', run_name='__main__')
     if config == SEGMENTOR:
         return [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(out.glob('*.png'))]

@@ -17,7 +17,7 @@ import torch
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .tool_process import ToolProcess
+from .tool_process import ToolProcess, forget_runs
 
 ROOT = Path(__file__).parent.parent
 DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -261,6 +261,7 @@ def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
     """The one sentence with which a tool refuses; in this process, for speed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+    forget_runs()
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(f'tools/{tool}', run_name='__main__')
     assert stopped.value.code == 2

@@ -12,6 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = [
     'mmdet.apis',
@@ -52,6 +56,16 @@ def leave_libraries_uncollected() -> None:
         importlib.import_module(library)
     gc.collect()
     gc.freeze()
+
+
+def forget_runs() -> None:
+    """Drop what MMEngine keeps of the runs in this process, where a new one would have none.
+
+    It is found by the second in which a run begins: another that begins in the same would write to
+    its log, and look for its models in its library.
+    """
+    for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
 
 
 class ToolProcess:

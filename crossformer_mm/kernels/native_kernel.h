@@ -27,6 +27,11 @@
 // of words by as many words of TILE columns. Rows have to lie there as they are multiplied, so that
 // the gradients of keys and values are summed with their channels as the rows.
 
+#ifdef EMULATED  // for tests: its speed is worth no minutes of compiling
+#pragma push_macro("UNROLL")
+#undef UNROLL
+#define UNROLL
+#endif
 #ifndef HAS_POWERS
 #define HAS_POWERS false
 #endif
@@ -415,11 +420,13 @@ template <Product HOW, int D> struct Kernel {
   float *grad_bias[BLOCK];
   int64_t query_tokens[BLOCK];
 
-  // Of which columns of a group, of how many rows and columns, the strips are.
+  // Of which queries of a group, of how many rows and columns, the strips are.
   struct Strips {
-    int64_t first = 0, last = -1, rows = 0, columns = 0;
+    int64_t query = 0, count = 0, rows = 1, columns = 0;
+    INLINE int64_t first() const { return query / rows; }
+    INLINE int64_t last() const { return (query + count - 1) / rows; }
     bool operator==(const Strips &o) const {
-      return first == o.first && last == o.last && rows == o.rows && columns == o.columns;
+      return query == o.query && count == o.count && rows == o.rows && columns == o.columns;
     }
   } stripped;
 
@@ -480,9 +487,20 @@ template <Product HOW, int D> struct Kernel {
     grad_strips = arena.take(strip_room);
   }
 
-  // Address of `part` (q, k, v: 0, 1, 2) of `parts` of a token's head.
-  INLINE int64_t at(int64_t token, int64_t head, int part, int parts) const {
-    return ((token * parts + part) * call.heads + head) * dim() * size_of(call.dtype);
+  INLINE DType dtype() const { return PAIRS ? BFLOAT16 : call.dtype; }
+  INLINE int64_t row_size() const { return dim() * size_of(dtype()); }  // in bytes
+
+  // Of a head in an array of all tokens, found by tokens.
+  template <typename Byte> struct Rows {
+    Byte *first;
+    int64_t step;
+    INLINE Byte *operator[](int64_t token) const { return first + token * step; }
+  };
+
+  // Those of `part` (q, k, v: 0, 1, 2) of `parts`.
+  template <typename Byte>
+  INLINE Rows<Byte> rows_in(Byte *array, int64_t head, int part, int parts) const {
+    return {array + (part * call.heads + head) * row_size(), parts * call.heads * row_size()};
   }
 
   // A row of numbers from memory to words along channels, filled up with zeros.
@@ -493,9 +511,9 @@ template <Product HOW, int D> struct Kernel {
         std::memcpy(&x, from + c * 2, dim() - c < LANES ? (dim() - c) * 2 : sizeof x);
         store_halves(to, c, x);
       }
-    } else if (call.dtype == FLOAT32) {
+    } else if (dtype() == FLOAT32) {
       take_row_of<FLOAT32>(from, to);
-    } else if (call.dtype == BFLOAT16) {
+    } else if (dtype() == BFLOAT16) {
       take_row_of<BFLOAT16>(from, to);
     } else {
       take_row_of<FLOAT16>(from, to);
@@ -508,8 +526,8 @@ template <Product HOW, int D> struct Kernel {
   }
 
   INLINE void give_row(const float *from, float factor, char *to) const {
-    if (call.dtype == FLOAT32) give_row_of<FLOAT32>(from, factor, to);
-    else if (call.dtype == BFLOAT16) give_row_of<BFLOAT16>(from, factor, to);
+    if (dtype() == FLOAT32) give_row_of<FLOAT32>(from, factor, to);
+    else if (dtype() == BFLOAT16) give_row_of<BFLOAT16>(from, factor, to);
     else give_row_of<FLOAT16>(from, factor, to);
   }
 
@@ -530,18 +548,24 @@ template <Product HOW, int D> struct Kernel {
       }
   }
 
-  // A query; without PAIRS, in which it would be rounded, times what its logits are scaled with.
-  INLINE void take_query(int64_t token, float *to) const {
-    take_row(call.qkv + at(token, head, 0, 3), to);
-    if (!PAIRS)
-      for (int64_t c = 0; c < wide(); c += LANES)
-        store(to + c, load(to + c) * all(call.scale * LOG2_E));
+  // The queries of a block, filled up with zeros; without PAIRS, in which they would be rounded, times
+  // what their logits are scaled with.
+  INLINE void take_queries() const {
+    const auto rows = rows_in(call.qkv, head, 0, 3);
+    const vec factor = all(call.scale * LOG2_E);
+    for (int64_t i = 0; i < queries_here; i++) {
+      float *to = queries + i * words();
+      take_row(rows[query_tokens[i]], to);
+      if (!PAIRS)
+        for (int64_t c = 0; c < wide(); c += LANES) store(to + c, load(to + c) * factor);
+    }
+    std::memset(queries + queries_here * words(), 0, (query_rows - queries_here) * words() * 4);
   }
 
   // Rows of keys (part 1) or values (2) of the group to `to`; returns how many with the padding.
   int64_t take_rows(int part, float *to) const {
-    for (int64_t m = 0; m < members; m++)
-      take_row(call.qkv + at(tokens[m], head, part, 3), to + m * words());
+    const auto rows = rows_in(call.qkv, head, part, 3);
+    for (int64_t m = 0; m < members; m++) take_row(rows[tokens[m]], to + m * words());
     const int64_t padded = (members + TILE - 1) / TILE * TILE;
     std::memset(to + members * words(), 0, (padded - members) * words() * 4);
     return padded;
@@ -579,20 +603,26 @@ template <Product HOW, int D> struct Kernel {
   // Rows are far apart in memory, which no processor foresees: ask for those of the next group and
   // those that results go to, those from `i` to `end` of a block at a time.
   INLINE void prefetch(int64_t i, int64_t end, bool backward) const {
-    for (; i < end && i < queries_here; i++) {
-      prefetch_row<true>(backward ? call.grad_qkv + at(query_tokens[i], head, 0, 3)
-                                  : call.out + at(query_tokens[i], head, 0, 1));
-      if (first_query + i >= next_members) continue;
-      const int64_t token = next_tokens[first_query + i];
-      for (int part = 0; part < 3; part++) prefetch_row(call.qkv + at(token, next_head, part, 3));
-      if (!backward) continue;
-      prefetch_row(call.out + at(token, next_head, 0, 1));
-      prefetch_row(call.grad_out + at(token, next_head, 0, 1));
+    const auto results = backward ? rows_in(call.grad_qkv, head, 0, 3) : rows_in(call.out, head, 0, 1);
+    end = std::min(end, queries_here);
+    for (int64_t at = i; at < end; at++) prefetch_row<true>(results[query_tokens[at]]);
+    end = std::min(end, next_members - first_query);
+    const auto rows = rows_in(call.qkv, next_head, 0, 3);
+    for (int64_t at = i; at < end; at++) {
+      const char *row = rows[next_tokens[first_query + at]];
+      for (int part = 0; part < 3; part++) prefetch_row(row + part * call.heads * row_size());
+    }
+    if (!backward) return;
+    const auto outs = rows_in(call.out, next_head, 0, 1);
+    const auto grad_outs = rows_in(call.grad_out, next_head, 0, 1);
+    for (int64_t at = i; at < end; at++) {
+      const int64_t token = next_tokens[first_query + at];
+      prefetch_row(outs[token]), prefetch_row(grad_outs[token]);
     }
   }
 
   template <bool WRITE = false> INLINE void prefetch_row(const char *row) const {
-    for (int64_t byte = 0; byte < dim() * size_of(call.dtype); byte += 64)
+    for (int64_t byte = 0; byte < row_size(); byte += 64)
       __builtin_prefetch(row + byte, WRITE, 2);
   }
 
@@ -617,37 +647,48 @@ template <Product HOW, int D> struct Kernel {
   // Strips and tokens of the queries from `first` on. Strips of a group that is small enough to be
   // one block serve the next one, too. A tile beyond the last query repeats that one.
   void start_block(int64_t first, bool backward) {
-    const int64_t count = members - first < BLOCK ? members - first : BLOCK;
-    first_query = first, queries_here = count, query_rows = (count + ROWS - 1) / ROWS * ROWS;
-    const Strips of{first / group_rows, (first + count - 1) / group_rows, group_rows, group_columns};
+    first_query = first, queries_here = std::min(members - first, BLOCK);
+    query_rows = (queries_here + ROWS - 1) / ROWS * ROWS;
+    const Strips of{first, queries_here, group_rows, group_columns};
     if (!(of == stripped)) {
       if (backward) end_strips();
       stripped = of;
-      for (int64_t column = of.first; column <= of.last; column++) {
-        const float *from = flipped + offset(of, column);
-        float *to = strips + (column - of.first) * strip;
-        for (int64_t y = 0; y < 2 * group_rows - 1; y++, from += across(), to += group_columns)
-          for (int64_t x = 0; x < group_columns; x += LANES) store(to + x, load(from + x));
-        std::memset(to, 0, 2 * TILE * 4);
-      }
-      if (backward) std::memset(grad_strips, 0, (of.last - of.first + 1) * strip * 4);
+      fill_strips(backward);
     }
-    int64_t column = 0, row = first % group_rows;
-    for (int64_t i = 0; i < BLOCK; i++) {
-      const int64_t from = column * strip + (group_rows - 1 - row) * group_columns;
-      bias[i] = strips + from;
-      grad_bias[i] = grad_strips + from;
-      query_tokens[i] = tokens[row * group_columns + of.first + column];
-      if (i + 1 < count && ++row == group_rows) row = 0, column++;
+    int64_t row = first % group_rows;
+    const int64_t *column = tokens + of.first();
+    for (int64_t i = 0; i < queries_here; i++) {
+      query_tokens[i] = column[row * group_columns];
+      if (++row == group_rows) row = 0, column++;
+    }
+  }
+
+  void fill_strips(bool backward) {
+    const Strips &of = stripped;
+    for (int64_t column = of.first(); column <= of.last(); column++) {
+      const float *from = flipped + offset(of, column);
+      float *to = strips + (column - of.first()) * strip;
+      for (int64_t y = 0; y < 2 * of.rows - 1; y++, from += across(), to += of.columns)
+        for (int64_t x = 0; x < of.columns; x += LANES) store(to + x, load(from + x));
+      std::memset(to, 0, 2 * TILE * 4);
+    }
+    if (backward) std::memset(grad_strips, 0, (of.last() - of.first() + 1) * strip * 4);
+    int64_t row = of.query % of.rows, at = (of.rows - 1 - row) * of.columns;
+    for (int64_t i = 0; i < query_rows; i++) {
+      bias[i] = strips + at;
+      grad_bias[i] = grad_strips + at;
+      if (i + 1 >= of.count) continue;
+      at -= of.columns;
+      if (++row == of.rows) row = 0, at += strip + of.rows * of.columns;
     }
   }
 
   // Add the gradients of the strips up in that of the table.
   void end_strips() {
     const Strips of = stripped;
-    for (int64_t column = of.first; column <= of.last; column++) {
+    for (int64_t column = of.first(); column <= of.last(); column++) {
       float *to = grad_flipped + offset(of, column);
-      const float *from = grad_strips + (column - of.first) * strip_size(of.rows, of.columns);
+      const float *from = grad_strips + (column - of.first()) * strip_size(of.rows, of.columns);
       for (int64_t y = 0; y < 2 * of.rows - 1; y++, to += across(), from += of.columns) {
         int64_t x = 0;
         for (; x + LANES <= of.columns; x += LANES) store(to + x, load(to + x) + load(from + x));
@@ -928,6 +969,21 @@ template <Product HOW, int D> struct Kernel {
     return fits;
   }
 
+  // What the queries of a block attend to, and the logarithms of their sums of exponentials.
+  INLINE void give_block() const {
+    for (int64_t i = 0; i < queries_here; i += LANES) {
+      const vec total = load(totals + i);
+      store(factors + i, all(1) / total);
+      store(totals + i, (load(tops + i) + log2(total)) * all(LN_2));
+    }
+    const auto rows = rows_in(call.out, head, 0, 1);
+    float *norms = call.norms + head;
+    for (int64_t i = 0; i < queries_here; i++) {
+      give_row(attended + i * wide(), factors[i], rows[query_tokens[i]]);
+      norms[query_tokens[i] * call.heads] = totals[i];
+    }
+  }
+
   void forward() {
     const int64_t padded = take_rows(1, raw);
     transpose(raw, padded, words(), key_panels);
@@ -935,21 +991,13 @@ template <Product HOW, int D> struct Kernel {
     if (PAIRS) interleave(raw, padded, values, TILES ? LANES : 1);  // see give_weights
     for (int64_t first = 0; first < members; first += BLOCK) {
       start_block(first, false);
-      const int64_t count = queries_here;
-      for (int64_t i = 0; i < count; i++) take_query(query_tokens[i], queries + i * words());
-      std::memset(queries + count * words(), 0, (query_rows - count) * words() * 4);
+      take_queries();
       attend<false>();
       if (!add_lanes()) {
         attend<true>();
         add_lanes();
       }
-      for (int64_t i = 0; i < count; i += LANES)
-        store(factors + i, (load(tops + i) + log2(load(totals + i))) * all(LN_2));
-      for (int64_t i = 0; i < count; i++) {
-        const int64_t token = query_tokens[i];
-        give_row(attended + i * wide(), 1 / totals[i], call.out + at(token, head, 0, 1));
-        call.norms[token * call.heads + head] = factors[i];
-      }
+      give_block();
     }
   }
 
@@ -980,22 +1028,22 @@ template <Product HOW, int D> struct Kernel {
     for (int64_t first = 0; first < members; first += BLOCK) {
       start_block(first, true);
       const int64_t count = queries_here, rows = query_rows;
+      take_queries();
+      const auto outs = rows_in(call.out, head, 0, 1);
+      const auto grad_outs = rows_in(call.grad_out, head, 0, 1);
       for (int64_t i = 0; i < count; i++) {
         const int64_t token = query_tokens[i];
-        const char *out = call.out + at(token, head, 0, 1);
-        const char *grad = call.grad_out + at(token, head, 0, 1);
-        take_query(token, queries + i * words());
+        const char *out = outs[token], *grad = grad_outs[token];
         take_row(grad, grads + i * words());
         vec sum{};
         for (int64_t c = 0; c < dim(); c += LANES) {
-          const int64_t from = c * size_of(call.dtype);
-          sum += load_numbers(call.dtype, out + from, dim() - c) *
-                 load_numbers(call.dtype, grad + from, dim() - c);
+          const int64_t from = c * size_of(dtype());
+          sum += load_numbers(dtype(), out + from, dim() - c) *
+                 load_numbers(dtype(), grad + from, dim() - c);
         }
         totals[i] = sum_of(sum);
         tops[i] = call.norms[token * call.heads + head] * LOG2_E;
       }
-      std::memset(queries + count * words(), 0, (rows - count) * words() * 4);
       std::memset(grads + count * words(), 0, (rows - count) * words() * 4);
       for (int64_t i = count; i < rows; i++) totals[i] = 0, tops[i] = INFINITY;  // weights of 0
       if (PAIRS) pair_rows(queries, rows, query_pairs), pair_rows(grads, rows, grad_pairs);
@@ -1012,9 +1060,9 @@ template <Product HOW, int D> struct Kernel {
                                 keys + depth(key) * wide(), wide(), depth(in_tiles(many)),
                                 attended + i * wide(), wide(), wide(), nullptr, key == 0);
       }
+      const auto grad_queries = rows_in(call.grad_qkv, head, 0, 3);
       for (int64_t i = 0; i < count; i++)
-        give_row(attended + i * wide(), call.scale,
-                 call.grad_qkv + at(query_tokens[i], head, 0, 3));
+        give_row(attended + i * wide(), call.scale, grad_queries[query_tokens[i]]);
     }
     if (TILES) {  // from channels as rows
       transpose(grad_keys, wide(), padded, raw);
@@ -1022,10 +1070,11 @@ template <Product HOW, int D> struct Kernel {
       transpose(grad_values, wide(), padded, raw);
       std::swap(grad_values, raw);
     }
+    const auto of_keys = rows_in(call.grad_qkv, head, 1, 3);
+    const auto of_values = rows_in(call.grad_qkv, head, 2, 3);
     for (int64_t m = 0; m < members; m++) {
-      give_row(grad_keys + m * wide(), PAIRS ? call.scale : LN_2,
-               call.grad_qkv + at(tokens[m], head, 1, 3));
-      give_row(grad_values + m * wide(), 1, call.grad_qkv + at(tokens[m], head, 2, 3));
+      give_row(grad_keys + m * wide(), PAIRS ? call.scale : LN_2, of_keys[tokens[m]]);
+      give_row(grad_values + m * wide(), 1, of_values[tokens[m]]);
     }
   }
 
@@ -1084,6 +1133,9 @@ void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
 #endif
 }
 
+#ifdef EMULATED
+#pragma pop_macro("UNROLL")
+#endif
 #undef HAS_LARGER
 #undef HAS_POWERS
 #undef HAS_PAIRS
