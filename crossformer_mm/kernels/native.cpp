@@ -105,6 +105,7 @@ struct Call {
   // The work is cut up in the same way however many threads there are, so that sums are, too.
   int64_t largest_rows, largest_columns, chunks, part;
   float *grad_parts;  // (chunks, heads, part): the table's gradient, flipped
+  int64_t in_turn;    // how many tasks a thread takes at once
 
   int64_t groups() const { return batch * rows.size() * columns.size(); }
   int64_t tasks() const { return heads * chunks; }
@@ -350,11 +351,13 @@ bool attend(Call &call, Work *work, Pool *pool, int threads) {
   call.largest_rows = longest(call.rows);
   call.largest_columns = longest(call.columns);
   // Enough tasks for many threads and an even end, few enough parts of the table's gradient.
-  constexpr int64_t TASKS = 128;
+  constexpr int64_t TASKS = 256, TURNS = 32;  // of a thread
   call.chunks = std::min(call.groups(), (TASKS + call.heads - 1) / call.heads);
   call.part = (2 * call.largest_rows - 1) * (2 * call.largest_columns - 1);
   threads = static_cast<int>(std::min<int64_t>(threads, call.tasks()));
   if (threads < 1) return true;
+  // Other heads of the same groups lie beside in memory, and are brought near with them.
+  call.in_turn = std::clamp<int64_t>(call.tasks() / (TURNS * threads), 1, call.heads);
 
   Arena size{nullptr};
   work(call, size, nullptr);
@@ -393,7 +396,7 @@ PyObject *py_attend(PyObject *, PyObject *args) {
             reinterpret_cast<char *>(out), reinterpret_cast<float *>(norms),
             reinterpret_cast<const char *>(grad_out), reinterpret_cast<char *>(grad_qkv),
             reinterpret_cast<float *>(grad_table), runs_of(height, row[0], row[1], row[2]),
-            runs_of(width, column[0], column[1], column[2]), 0, 0, 0, 0, nullptr};
+            runs_of(width, column[0], column[1], column[2]), 0, 0, 0, 0, nullptr, 0};
   done = attend(call, work, reinterpret_cast<Pool *>(pool), threads);
   Py_END_ALLOW_THREADS;
   if (!done) return PyErr_NoMemory();

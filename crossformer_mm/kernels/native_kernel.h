@@ -420,21 +420,21 @@ template <Product HOW, int D> struct Kernel {
   float *grad_bias[BLOCK];
   int64_t query_tokens[BLOCK];
 
-  // Of which queries of a group, of how many rows and columns, the strips are.
+  // Of which columns of a group, of how many rows and columns, the strips are.
   struct Strips {
-    int64_t query = 0, count = 0, rows = 1, columns = 0;
-    INLINE int64_t first() const { return query / rows; }
-    INLINE int64_t last() const { return (query + count - 1) / rows; }
-    bool operator==(const Strips &o) const {
-      return query == o.query && count == o.count && rows == o.rows && columns == o.columns;
+    int64_t first = 0, last = -1, rows = 1, columns = 1;
+    INLINE bool has(int64_t column) const { return first <= column && column <= last; }
+    INLINE bool is_like(const Strips &o) const { return rows == o.rows && columns == o.columns; }
+    INLINE bool operator==(const Strips &o) const {
+      return first == o.first && last == o.last && is_like(o);
     }
   } stripped;
 
   // Of the group at hand
-  int64_t group_rows, group_columns, members, strip, next_members = 0, next_head;
+  int64_t group_rows, group_columns, members, next_members = 0, next_head;
 
   // Of the block at hand: its head, its queries, and these with what fills up their last tile
-  int64_t head, first_query, queries_here, query_rows;
+  int64_t head, first_query = 0, queries_here = 0, query_rows;
 
   INLINE int64_t dim() const { return D ? D : call.dim; }
   INLINE int64_t wide() const { return (dim() + LANES - 1) / LANES * LANES; }
@@ -446,6 +446,9 @@ template <Product HOW, int D> struct Kernel {
   }
   static int64_t strip_size(int64_t rows, int64_t columns) {  // with room for what tiles overlap
     return (2 * rows - 1) * columns + 2 * TILE;
+  }
+  static int64_t most_strips(int64_t rows, int64_t columns) {  // of the columns in which a block is
+    return std::min(columns, (BLOCK - 1) / rows + 2);
   }
   INLINE int64_t across() const { return 2 * call.largest_columns - 1; }
 
@@ -467,7 +470,7 @@ template <Product HOW, int D> struct Kernel {
     int64_t strip_room = 0;
     for (const Run &rows : call.rows)
       for (const Run &columns : call.columns)
-        strip_room = std::max(strip_room, std::min(columns.count, (BLOCK - 1) / rows.count + 2) *
+        strip_room = std::max(strip_room, most_strips(rows.count, columns.count) *
                                               strip_size(rows.count, columns.count));
     strips = arena.take(strip_room);
     tokens = reinterpret_cast<int64_t *>(arena.take(2 * most));
@@ -593,7 +596,6 @@ template <Product HOW, int D> struct Kernel {
     std::swap(tokens, next_tokens);
     group_rows = rows_of(group).count, group_columns = columns_of(group).count;
     members = group_rows * group_columns;
-    strip = strip_size(group_rows, group_columns);
     next_members = 0, next_head = head;
     if (next < 0) return;
     next_members = rows_of(next).count * columns_of(next).count;
@@ -639,63 +641,70 @@ template <Product HOW, int D> struct Kernel {
     for (int64_t i = 0; i < LANES; i++) flipped[rows * across() + i] = 0;
   }
 
-  // Where the offsets of a query in this column to the first column of keys begin.
+  // Where the strip of a column begins, and, in the table, its offsets to the first column of keys.
+  static INLINE int64_t place(const Strips &of, int64_t column) {
+    return column % most_strips(of.rows, of.columns) * strip_size(of.rows, of.columns);
+  }
+
   INLINE int64_t offset(const Strips &of, int64_t column) const {
     return (call.largest_rows - of.rows) * across() + call.largest_columns - 1 - column;
   }
 
-  // Strips and tokens of the queries from `first` on. Strips of a group that is small enough to be
-  // one block serve the next one, too. A tile beyond the last query repeats that one.
+  // Tokens and biases of the queries from `first` on. Mostly the biases are those of the block before.
   void start_block(int64_t first, bool backward) {
-    first_query = first, queries_here = std::min(members - first, BLOCK);
-    query_rows = (queries_here + ROWS - 1) / ROWS * ROWS;
-    const Strips of{first, queries_here, group_rows, group_columns};
-    if (!(of == stripped)) {
-      if (backward) end_strips();
-      stripped = of;
-      fill_strips(backward);
-    }
-    int64_t row = first % group_rows;
-    const int64_t *column = tokens + of.first();
-    for (int64_t i = 0; i < queries_here; i++) {
-      query_tokens[i] = column[row * group_columns];
-      if (++row == group_rows) row = 0, column++;
+    const int64_t count = std::min(members - first, BLOCK), column = first / group_rows;
+    const Strips of{column, (first + count - 1) / group_rows, group_rows, group_columns};
+    const bool is_alike = of == stripped && first == first_query && count == queries_here;
+    first_query = first, queries_here = count, query_rows = (count + ROWS - 1) / ROWS * ROWS;
+    if (!is_alike) start_biases(of, backward);
+    const int64_t *from = tokens + column;
+    for (int64_t i = 0, row = first - column * group_rows; i < count; row = 0, from++)
+      for (; row < group_rows && i < count; row++, i++) query_tokens[i] = from[row * group_columns];
+  }
+
+  // A tile beyond the last query repeats that one.
+  void start_biases(const Strips &of, bool backward) {
+    change_strips(of, backward);
+    int64_t row = first_query % group_rows, column = of.first;
+    const int64_t top = (group_rows - 1) * group_columns;  // of a strip, for the first row
+    for (int64_t i = 0, at = place(of, column) + top - row * group_columns; i < query_rows; i++) {
+      bias[i] = strips + at, grad_bias[i] = grad_strips + at;
+      if (i + 1 >= queries_here) continue;
+      at -= group_columns;
+      if (++row == group_rows) row = 0, at = place(of, ++column) + top;
     }
   }
 
-  void fill_strips(bool backward) {
-    const Strips &of = stripped;
-    for (int64_t column = of.first(); column <= of.last(); column++) {
-      const float *from = flipped + offset(of, column);
-      float *to = strips + (column - of.first()) * strip;
-      for (int64_t y = 0; y < 2 * of.rows - 1; y++, from += across(), to += of.columns)
-        for (int64_t x = 0; x < of.columns; x += LANES) store(to + x, load(from + x));
-      std::memset(to, 0, 2 * TILE * 4);
-    }
-    if (backward) std::memset(grad_strips, 0, (of.last() - of.first() + 1) * strip * 4);
-    int64_t row = of.query % of.rows, at = (of.rows - 1 - row) * of.columns;
-    for (int64_t i = 0; i < query_rows; i++) {
-      bias[i] = strips + at;
-      grad_bias[i] = grad_strips + at;
-      if (i + 1 >= of.count) continue;
-      at -= of.columns;
-      if (++row == of.rows) row = 0, at += strip + of.rows * of.columns;
-    }
+  // What the block before has had, too, stays: all of a group of one block that is like the last.
+  void change_strips(const Strips &of, bool backward) {
+    const Strips &before = stripped;
+    if (backward)
+      for (int64_t column = before.first; column <= before.last; column++)
+        if (!of.is_like(before) || !of.has(column)) end_strip(before, column);
+    for (int64_t column = of.first; column <= of.last; column++)
+      if (!of.is_like(before) || !before.has(column)) begin_strip(of, column, backward);
+    stripped = of;
   }
 
-  // Add the gradients of the strips up in that of the table.
-  void end_strips() {
-    const Strips of = stripped;
-    for (int64_t column = of.first(); column <= of.last(); column++) {
-      float *to = grad_flipped + offset(of, column);
-      const float *from = grad_strips + (column - of.first()) * strip_size(of.rows, of.columns);
-      for (int64_t y = 0; y < 2 * of.rows - 1; y++, to += across(), from += of.columns) {
-        int64_t x = 0;
-        for (; x + LANES <= of.columns; x += LANES) store(to + x, load(to + x) + load(from + x));
-        for (; x < of.columns; x++) to[x] += from[x];
-      }
+  void begin_strip(const Strips &of, int64_t column, bool backward) {
+    const float *from = flipped + offset(of, column);
+    float *to = strips + place(of, column);
+    for (int64_t y = 0; y < 2 * of.rows - 1; y++, from += across(), to += of.columns)
+      for (int64_t x = 0; x < of.columns; x += LANES) store(to + x, load(from + x));
+    std::memset(to, 0, 2 * TILE * 4);
+    if (backward)
+      std::memset(grad_strips + place(of, column), 0, strip_size(of.rows, of.columns) * 4);
+  }
+
+  // Add the gradients of a strip up in that of the table.
+  void end_strip(const Strips &of, int64_t column) {
+    float *to = grad_flipped + offset(of, column);
+    const float *from = grad_strips + place(of, column);
+    for (int64_t y = 0; y < 2 * of.rows - 1; y++, to += across(), from += of.columns) {
+      int64_t x = 0;
+      for (; x + LANES <= of.columns; x += LANES) store(to + x, load(to + x) + load(from + x));
+      for (; x < of.columns; x++) to[x] += from[x];
     }
-    stripped = Strips{};
   }
 
   // What follows is of a tile: of ROWS queries and COLUMNS registers of keys.
@@ -1097,7 +1106,7 @@ template <Product HOW, int D> struct Kernel {
       else start_group(group, next < call.tasks() ? first_group(next) : -1, next % call.heads);
       is_backward ? backward() : forward();
     }
-    if (is_backward) end_strips();
+    if (is_backward) change_strips(Strips{}, true);
   }
 };
 
@@ -1107,10 +1116,12 @@ template <Product HOW, int D> void work(const Call &call, Arena &arena, std::ato
 #if HAS_TILES
   if (HOW == TILES_OF_PAIRS) begin_tiles();
 #endif
-  // The next task is taken beforehand, to ask for its rows.
-  for (int64_t task = next->fetch_add(1), following; task < call.tasks(); task = following) {
-    following = next->fetch_add(1);
-    kernel.run(task, following, call.grad_out);
+  // The next turn is taken beforehand, to ask for its rows.
+  for (int64_t task = next->fetch_add(call.in_turn), following; task < call.tasks(); task = following) {
+    following = next->fetch_add(call.in_turn);
+    const int64_t end = std::min(task + call.in_turn, call.tasks());
+    for (; task < end; task++)
+      kernel.run(task, task + 1 < end ? task + 1 : following, call.grad_out);
   }
 #if HAS_TILES
   if (HOW == TILES_OF_PAIRS) end_tiles();
