@@ -685,49 +685,55 @@ def run_flex(bench: Bench, rows: list) -> None:
 
 
 # ------------------------------------------------------------------------------- backbone
+def swin_of_mmdet() -> nn.Module:
+    from mmdet.models.backbones.swin import SwinTransformer
+
+    return SwinTransformer(drop_path_rate=0.0)
+
+
+def swin_of_torchvision() -> nn.Module:
+    from torchvision.models import swin_transformer
+
+    class Swin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = swin_transformer.swin_t(stochastic_depth_prob=0.0).features
+
+        def forward(self, x):
+            features = []
+            for index, layer in enumerate(self.layers):  # embedding, stage, merging, stage ...
+                x = layer(x)
+                if index % 2:
+                    features.append(x)
+            return features
+
+    return Swin()
+
+
+def swin_of_timm() -> nn.Module:
+    import timm
+
+    return timm.create_model(
+        'swin_tiny_patch4_window7_224',
+        features_only=True,
+        strict_img_size=False,
+        drop_path_rate=0.0,
+    )
+
+
 def build_swin() -> tuple:
-    """Swin-T without stochastic depth, and where it is from: image to features of 4 stages.
+    """Swin-T without stochastic depth, from image to features of 4 stages, and where it is from.
 
-    Versions that do not fit make an import raise all kinds of errors: then the next is tried.
+    Versions that do not fit make an import raise all kinds of errors, which are printed: then the
+    next is tried.
     """
-    try:
-        from mmdet.models.backbones.swin import SwinTransformer
-
-        return SwinTransformer(drop_path_rate=0.0), 'mmdet'
-    except Exception:
-        pass
-    try:
-        from torchvision.models import swin_transformer
-
-        model = swin_transformer.swin_t(stochastic_depth_prob=0.0).features
-
-        class Swin(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layers = model
-
-            def forward(self, x):
-                features = []
-                for index, layer in enumerate(self.layers):  # embedding, stage, merging, stage ...
-                    x = layer(x)
-                    if index % 2:
-                        features.append(x)
-                return features
-
-        return Swin(), 'torchvision'
-    except Exception:
-        pass
-    try:
-        import timm
-
-        return timm.create_model(
-            'swin_tiny_patch4_window7_224',
-            features_only=True,
-            strict_img_size=False,
-            drop_path_rate=0.0,
-        ), 'timm'
-    except Exception:
-        return None, 'none of mmdet, torchvision and timm has one'
+    for build in (swin_of_mmdet, swin_of_torchvision, swin_of_timm):
+        source = build.__name__.rpartition('_')[2]
+        try:
+            return build(), source
+        except Exception as error:
+            print(f'   no Swin-T of {source}: {type(error).__name__}: {error}', flush=True)
+    return None, 'none'
 
 
 def build_ours(bench: Bench, **more) -> nn.Module:

@@ -69,6 +69,19 @@ def test_candidates_start_with_the_present_tiles(monkeypatch):
             assert candidates[key][0] == tuple(tile), key
 
 
+@needs_its_triton
+def test_why_there_is_no_swin_is_said(monkeypatch, capsys):
+    pytest.importorskip('crossformer_mm.kernels.fused_triton', reason='no triton')
+    monkeypatch.setattr(sys, 'path', sys.path.copy())
+    script = runpy.run_path(SCRIPT, run_name='benchmark')
+    sources = ('mmdet', 'torchvision', 'timm')
+    for module in ('mmdet.models.backbones.swin', 'torchvision.models', 'timm'):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert script['build_swin']() == (None, 'none')
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(':')[0].strip() for line in lines] == [f'no Swin-T of {s}' for s in sources]
+
+
 def test_without_a_gpu_one_sentence_says_so(tmp_path):
     pytest.importorskip('triton', reason='without it another sentence is given')
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}

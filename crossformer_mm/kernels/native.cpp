@@ -351,12 +351,14 @@ bool attend(Call &call, Work *work, Pool *pool, int threads) {
   call.largest_rows = longest(call.rows);
   call.largest_columns = longest(call.columns);
   // Enough tasks for many threads and an even end, few enough parts of the table's gradient.
-  constexpr int64_t TASKS = 256, TURNS = 32;  // of a thread
+  constexpr int64_t TASKS = 256;
   call.chunks = std::min(call.groups(), (TASKS + call.heads - 1) / call.heads);
   call.part = (2 * call.largest_rows - 1) * (2 * call.largest_columns - 1);
   threads = static_cast<int>(std::min<int64_t>(threads, call.tasks()));
   if (threads < 1) return true;
-  // Other heads of the same groups lie beside in memory, and are brought near with them.
+  // Other heads of the same groups lie beside in memory, and are brought near with them: a thread
+  // takes some in turn, but has turns enough for an even end.
+  constexpr int64_t TURNS = 32;
   call.in_turn = std::clamp<int64_t>(call.tasks() / (TURNS * threads), 1, call.heads);
 
   Arena size{nullptr};

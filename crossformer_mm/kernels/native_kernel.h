@@ -493,14 +493,14 @@ template <Product HOW, int D> struct Kernel {
   INLINE DType dtype() const { return PAIRS ? BFLOAT16 : call.dtype; }
   INLINE int64_t row_size() const { return dim() * size_of(dtype()); }  // in bytes
 
-  // Of a head in an array of all tokens, found by tokens.
+  // Rows of a head in an array of all tokens, by token.
   template <typename Byte> struct Rows {
     Byte *first;
     int64_t step;
     INLINE Byte *operator[](int64_t token) const { return first + token * step; }
   };
 
-  // Those of `part` (q, k, v: 0, 1, 2) of `parts`.
+  // Those of `part` of `parts` (q, k, v: 0, 1, 2 of 3).
   template <typename Byte>
   INLINE Rows<Byte> rows_in(Byte *array, int64_t head, int part, int parts) const {
     return {array + (part * call.heads + head) * row_size(), parts * call.heads * row_size()};
