@@ -1,8 +1,6 @@
 """What crossformer_mm.engine registers, in a config under MMDetection's own tools/train.py."""
 
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import mmdet
@@ -16,7 +14,7 @@ from crossformer_mm.engine import DataError
 from .test_predict import predict as run_tool
 from .test_resume import assert_same_training
 from .test_tools import ROOT, Marker
-from .tool_process import forget_runs
+from .tool_process import run_as_main
 from .trainings import ONE_STAGE, make_data, write_config
 
 MMDETECTIONS = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
@@ -41,9 +39,7 @@ def train(*arguments) -> None:
     """MMDetection's tool, in this process for speed; what it ends in is raised."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, 'argv', [str(MMDETECTIONS), *map(str, arguments)])
-        forget_runs()
-        runpy.run_path(str(MMDETECTIONS), run_name='__main__')
+        run_as_main(MMDETECTIONS, *arguments)
 
 
 @pytest.fixture(scope='module')

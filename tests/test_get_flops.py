@@ -1,12 +1,13 @@
 """tools/get_flops.py counts what runs, and says so in a table, in JSON, or in one sentence."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+
+from .tool_process import run_as_main
 
 ROOT = Path(__file__).parent.parent
 DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -20,9 +21,8 @@ def get_flops(capsys, monkeypatch):
 
     def call(*arguments, code=0) -> str:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, 'argv', ['get_flops.py', *map(str, arguments)])
         try:
-            runpy.run_path('tools/get_flops.py', run_name='__main__')
+            run_as_main('tools/get_flops.py', *arguments)
             assert not code
         except SystemExit as stopped:
             assert stopped.code == code

@@ -1,8 +1,6 @@
 """tools/predict.py: the same predictions as the libraries', written whole, bad files named."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import cv2
@@ -17,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
-from .tool_process import forget_runs, leave_libraries_uncollected
+from .tool_process import leave_libraries_uncollected, run_as_main
 from .trainings import make_data
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
@@ -32,10 +30,8 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
     leave_libraries_uncollected()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        forget_runs()
         try:
-            runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+            run_as_main(ROOT / 'tools' / tool, *arguments)
         except SystemExit as stopped:
             return stopped.code or 0
     return 0

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import runpy
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from .test_released_files import (
     own_loaders,  # noqa: F401
 )
 from .test_tools import DETECTOR, ROOT, Marker, sentence
+from .tool_process import run_as_main
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
 
@@ -81,8 +80,7 @@ def file(tmp_path, trained) -> Path:
 
 def publish(monkeypatch, capsys, *arguments) -> Path:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, 'argv', ['publish_model.py', *map(str, arguments)])
-    runpy.run_path('tools/publish_model.py', run_name='__main__')
+    run_as_main('tools/publish_model.py', *arguments)
     return Path(capsys.readouterr().out.splitlines()[-1])
 
 

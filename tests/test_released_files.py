@@ -2,8 +2,6 @@
 
 import pickle
 import re
-import runpy
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence, shapes  # noqa: F401
-from .tool_process import forget_runs
+from .tool_process import run_as_main
 
 # As in the demo, but without what published models have not.
 PUBLISHED = ['model.backbone.out_norm=False']
@@ -254,9 +252,7 @@ def evaluate(monkeypatch, config, checkpoint, data, work, *options) -> list:
         'test_dataloader.batch_size=2',
     ]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, 'argv', ['test.py', *map(str, arguments)])
-    forget_runs()
-    runpy.run_path('tools/test.py', run_name='__main__')
+    run_as_main('tools/test.py', *arguments)
     if config == SEGMENTOR:
         return [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(out.glob('*.png'))]
     kept = pickle.loads(out.read_bytes())

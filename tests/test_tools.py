@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import torch
 from pycocotools.coco import COCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .tool_process import ToolProcess, forget_runs
+from .tool_process import ToolProcess, run_as_main
 
 ROOT = Path(__file__).parent.parent
 DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -260,10 +259,8 @@ class Marker:
 def sentence(capsys, monkeypatch, tool: str, *arguments) -> str:
     """The one sentence with which a tool refuses; in this process, for speed."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-    forget_runs()
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(f'tools/{tool}', run_name='__main__')
+        run_as_main(f'tools/{tool}', *arguments)
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert 'error: ' in last

@@ -1,4 +1,5 @@
-"""Tools in processes of their own that can be killed, without importing everything each time."""
+"""Tools in processes of their own that can be killed, without importing everything each time, or in
+the process of the test."""
 
 import functools
 import gc
@@ -11,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
@@ -58,14 +60,17 @@ def leave_libraries_uncollected() -> None:
     gc.freeze()
 
 
-def forget_runs() -> None:
-    """Drop what MMEngine keeps of the runs in this process, where a new one would have none.
+def run_as_main(file, *arguments) -> None:
+    """Run a script in this process, for speed; what it ends in is raised.
 
-    It is found by the second in which a run begins: another that begins in the same would write to
-    its log, and look for its models in its library.
+    First what MMEngine keeps of runs is dropped, for a new process would have none. It is found by
+    the second in which a run begins: another that begins in the same would write to its log, and
+    look for its models in its library.
     """
     for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
         kind._instance_dict.clear()
+    with mock.patch.object(sys, 'argv', [str(file), *map(str, arguments)]):
+        runpy.run_path(str(file), run_name='__main__')
 
 
 class ToolProcess:

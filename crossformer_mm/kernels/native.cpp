@@ -398,7 +398,7 @@ PyObject *py_attend(PyObject *, PyObject *args) {
             reinterpret_cast<char *>(out), reinterpret_cast<float *>(norms),
             reinterpret_cast<const char *>(grad_out), reinterpret_cast<char *>(grad_qkv),
             reinterpret_cast<float *>(grad_table), runs_of(height, row[0], row[1], row[2]),
-            runs_of(width, column[0], column[1], column[2]), 0, 0, 0, 0, nullptr, 0};
+            runs_of(width, column[0], column[1], column[2])};
   done = attend(call, work, reinterpret_cast<Pool *>(pool), threads);
   Py_END_ALLOW_THREADS;
   if (!done) return PyErr_NoMemory();

@@ -605,7 +605,8 @@ template <Product HOW, int D> struct Kernel {
   // Rows are far apart in memory, which no processor foresees: ask for those of the next group and
   // those that results go to, those from `i` to `end` of a block at a time.
   INLINE void prefetch(int64_t i, int64_t end, bool backward) const {
-    const auto results = backward ? rows_in(call.grad_qkv, head, 0, 3) : rows_in(call.out, head, 0, 1);
+    const auto results =
+        backward ? rows_in(call.grad_qkv, head, 0, 3) : rows_in(call.out, head, 0, 1);
     end = std::min(end, queries_here);
     for (int64_t at = i; at < end; at++) prefetch_row<true>(results[query_tokens[at]]);
     end = std::min(end, next_members - first_query);
@@ -920,7 +921,8 @@ template <Product HOW, int D> struct Kernel {
       }
       for (int64_t i = 0; i < query_rows; i += ROWS)
         multiply_columns<HOW>(given() + i * depth(KEYS), depth(KEYS), 1,
-                              values + depth(key) * wide(), wide(), depth(in_tiles(many)), attended + i * wide(), wide(), wide(),
+                              values + depth(key) * wide(), wide(), depth(in_tiles(many)),
+                              attended + i * wide(), wide(), wide(),
                               RAISES && key > 0 ? factors + i : nullptr, key == 0);
     }
   }
