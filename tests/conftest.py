@@ -1,7 +1,6 @@
-"""What the tests share: small backbones, fixed seeds, the folder of golden files."""
+"""What the tests share: small backbones and fixed seeds."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,19 +36,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope='session')
-def shared() -> Path:
-    """The folder with golden files and sample data."""
-    beside = Path(__file__).resolve().parents[2] / 'shared'
-    folder = Path(os.environ.get('CROSSFORMER_SHARED', beside))
-    if not folder.is_dir():
-        reason = f'{folder} does not exist: set CROSSFORMER_SHARED to the folder with golden/'
-        if os.environ.get('CI'):
-            pytest.fail(reason)  # where results count, a missing folder must not look like success
-        pytest.skip(reason)
-    return folder
 
 
 @pytest.fixture

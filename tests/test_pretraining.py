@@ -21,9 +21,9 @@ from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import EXPORT
 from crossformer_mm.engine.data_checks import check_files
 
+from . import authors
 from .older_torch import needs_torch
 from .oracle import plain_features
-from .test_golden import Golden
 from .test_predict import run_here
 from .test_released_files import (
     earlier,
@@ -247,21 +247,16 @@ class TestReleasedFiles:
 
     @pytest.mark.parametrize(
         'name, size, kind',
-        [('interval_g7', '2x224x224', 'cf_s'), ('block_pgs_acl', '1x224x224', 'cfpp_s')],
+        [('interval', '2x224x224', 'cf_s'), ('block_pgs_cooling', '1x224x224', 'cfpp_s')],
     )
-    def test_logits_follow_from_the_features_of_their_code(self, shared, name, size, kind):
-        golden = Golden(shared / 'golden' / f'{name}.npz')
+    def test_logits_follow_from_the_features_of_their_code(self, name, size, kind):
+        golden = authors.read(name, size)
         cfg = Config.fromfile(ROOT / f'configs/imagenet/{kind}_300e.py')
-        numbers = golden.meta['kw']
-        channels = numbers['embed_dim'] * 8
-        cfg.model.backbone.arch = dict(
-            embed_dims=numbers['embed_dim'],
-            depths=numbers['depths'],
-            num_heads=numbers['num_heads'],
-            cooling=golden.meta['acl'],
-        )
+        arch = dict(golden.settings['arch'], cooling=golden.settings['cooling'])
+        channels = arch['embed_dims'] * 8
+        cfg.model.backbone.arch = arch
         cfg.model.neck.in_channels = cfg.model.head.in_channels = channels
-        assert tuple(cfg.model.backbone.group_size) == tuple(numbers['group_size'])
+        assert tuple(cfg.model.backbone.group_size) == tuple(golden.settings['group_size'])
         init_default_scope('mmpretrain')
         model = MODELS.build(cfg.model).eval()
         ends = {
@@ -270,14 +265,17 @@ class TestReleasedFiles:
             'head.weight': torch.randn(1000, channels),
             'head.bias': torch.randn(1000),
         }
-        fit_checkpoint(model, dict(model={**golden.under('w'), **ends}), 'theirs')
-        tokens = golden.under(f'y/{size}')['3'].double().flatten(2).transpose(1, 2)
+        fit_checkpoint(model, dict(model={**golden.weights, **ends}), 'theirs')
+        # tests/test_golden.py holds these features to those of the authors
+        with torch.no_grad():
+            feature = golden.build()(golden.image)[3]
+        tokens = feature.double().flatten(2).transpose(1, 2)
         centred = tokens - tokens.mean(-1, keepdim=True)
         normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         pooled = (normed * ends['norm.weight'] + ends['norm.bias']).mean(1)
         expected = pooled @ ends['head.weight'].double().T + ends['head.bias']
         with torch.no_grad():
-            logits = model(golden.image(size))
+            logits = model(golden.image)
         assert (logits - expected).abs().max() / expected.abs().max() < 2e-5
 
     @pytest.mark.parametrize(
