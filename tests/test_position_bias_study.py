@@ -91,7 +91,8 @@ def test_what_was_learnt_of_positions_is_taken_away_for_a_while():
 
 
 def test_tests_of_sizes_and_groups_are_what_they_say():
-    from study import Plan, Test, tests
+    from experiments import Test
+    from study import Plan, tests
 
     names = [test.name for test in tests(Plan())]
     assert len(names) == len(set(names)) == 20
@@ -117,24 +118,6 @@ def test_differences_are_of_the_same_seed():
     assert difference({0: 5.0, 1: 15.0, 2: 106.0}, {0: 0.0, 1: 10.0, 2: 100.0}).startswith(
         '**+5.3**'
     )
-
-
-def test_the_tables_of_the_page_are_those_of_the_results():
-    import page
-
-    results = json.loads(page.RESULTS.read_text())
-    text = page.PAGE.read_text(encoding='utf-8')
-    assert page.filled(text, results) == text, "run 'python benchmarks/position_bias/page.py'"
-    results['runs'][0]['scores'] = dict.fromkeys(results['runs'][0]['scores'], 12.3)
-    assert page.filled(text, results) != text
-
-
-def test_a_page_without_a_table_is_refused(capsys):
-    import page
-
-    with pytest.raises(SystemExit):
-        page.filled('<!-- begin: pairs -->\n<!-- end -->', json.loads(page.RESULTS.read_text()))
-    assert "has markers of ['pairs']" in capsys.readouterr().err
 
 
 def study(*arguments) -> None:

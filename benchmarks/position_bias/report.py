@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Dict, List
 
 import numpy as np
+from experiments import EXPERIMENTS, OPTIONS, TRAININGS, Test
 from scipy import stats
-from study import EXPERIMENTS, OPTIONS, TRAININGS, Test
 
 from crossformer_mm.engine.errors import fail
 
@@ -276,7 +276,7 @@ def draw(scores: Scores, plan: dict, folder: Path) -> None:
     plt.close(figure)
 
 
-def write(out: Path, folder: Path) -> None:
+def write_report(out: Path, folder: Path) -> None:
     """results.json, table.md and pictures from what the trainings have left in ``out``."""
     from crossformer_mm.engine.command_line import check_writable, write_whole
 
@@ -290,8 +290,4 @@ def write(out: Path, folder: Path) -> None:
     scores = Scores(results['runs'])
     write_whole(folder / 'table.md', (table(scores) + '\n').encode())
     draw(scores, results['plan'], folder)
-    import page
-
-    if (folder / 'results.json').resolve() == page.RESULTS:
-        page.main()
     print(f"{len(results['runs'])} trainings gathered in '{folder}'")

@@ -5,7 +5,7 @@
 Trains small models with each position option on generated images of one size, or of mixed sizes,
 and tests them at 0.5 to 3 times that size, with objects scaled along or not, and with other group
 sizes. Each finished training leaves one file; the same command again goes on where it was ended.
-``--report`` only gathers what is there. docs/position_bias_study.md has what came out.
+``--report`` only gathers what is there. README.md has the results.
 """
 
 import argparse
@@ -27,42 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools'), str(HERE)]
 
+from experiments import EXPERIMENTS, MIXED, OPTIONS, SIDE, TRAININGS, Experiment, Test  # noqa: E402
+from report import write_report  # noqa: E402
+
 from crossformer_mm.engine.errors import fail  # noqa: E402
-
-SIDE = 64  # of the images in training, as in the configs
-OPTIONS = ('dynamic', 'dynamic_residual', 'relative', 'absolute', 'none')
-TRAININGS = ('single', 'mixed')
-MIXED = (0.5, 0.75, 1, 1.25, 1.5)  # sizes of mixed training: mean area 1.1, about the same budget
-
-
-class Experiment(NamedTuple):
-    """One task on one kind of images: its config, and the metric that counts, with a name."""
-
-    config: str
-    images: str
-    metric: str
-    label: str
-    scale: float  # makes the metric one of 100
-    beside: str = ''  # the experiment that has what this one leaves out, to be compared with it
-    options: Tuple[str, ...] = OPTIONS
-
-
-EXPERIMENTS = {
-    'semantic': Experiment('semantic.py', 'shapes', 'mIoU', 'semantic segmentation, mIoU', 1),
-    'instance': Experiment(
-        'instance.py', 'shapes', 'coco/segm_mAP_50', 'instance segmentation, mask AP50', 100
-    ),
-    'pairs': Experiment('pairs.py', 'pairs', 'mIoU', 'pairs: only positions count, mIoU', 1),
-    'pairs_fast': Experiment(
-        'pairs_fast.py',
-        'pairs',
-        'mIoU',
-        'pairs: tables, maps 4 times as fast, mIoU',
-        1,
-        beside='pairs',
-        options=('relative', 'absolute'),
-    ),
-}
 
 
 class Plan(NamedTuple):
@@ -81,26 +49,6 @@ class Plan(NamedTuple):
 
 
 SHORT = Plan(tuple((name, 4) for name in EXPERIMENTS), 16, 4, (1, 1.5), (0.75,))
-
-
-class Test(NamedTuple):
-    """One evaluation: objects scaled along or on a larger canvas, at ``factor`` times the size."""
-
-    way: str
-    factor: float = 1
-    group_factor: float = 1  # on the group size in training
-    interval_factor: float = 1
-    without_position: bool = False  # what was learnt of positions is taken away
-
-    @property
-    def name(self) -> str:
-        changes = [
-            f'{what} x{factor:g}'
-            for what, factor in (('G', self.group_factor), ('I', self.interval_factor))
-            if factor != 1
-        ]
-        changes += ['without position'] * self.without_position
-        return ', '.join([f'{self.way} x{self.factor:g}', *changes])
 
 
 def tests(plan: Plan) -> list:
@@ -415,9 +363,7 @@ def main():
         )
     if not args.report:
         run_all(args.out, plan, jobs, args.workers)
-    import report
-
-    report.write(args.out, args.report_to)
+    write_report(args.out, args.report_to)
 
 
 if __name__ == '__main__':
