@@ -1,6 +1,7 @@
 """Data sets in wrappers, pipelines that hooks switch, files behind a backend: all as they are with
 MMDetection's own tool, and with what is wrong said of the right file."""
 
+import json
 import logging
 import re
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.fileio import register_backend
@@ -293,10 +295,9 @@ class Head(nn.Module):
         self.num_classes = num_classes
 
 
-def refusal(scope: str, **heads: int):
-    """What is said of a model whose heads have these numbers of classes, with four in the data."""
+def compare(scope: str, heads: dict):
+    """Compare heads with these numbers of classes with a data set of four; the warning."""
     from crossformer_mm.engine.data_checks import check_number_of_classes
-    from crossformer_mm.engine.errors import ConfigError
 
     model = nn.ModuleDict({name: Head(count) for name, count in heads.items()})
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'))))
@@ -306,27 +307,73 @@ def refusal(scope: str, **heads: int):
         logger=logging.getLogger('mmengine'),
         default_scope=DefaultScope.get_instance(f'classes of {scope}', scope_name=scope),
     )
-    try:
-        check_number_of_classes(runner, 'train')
-    except ConfigError as error:
-        return str(error)
-    return None
+    return check_number_of_classes(runner, 'train')
 
 
 @pytest.mark.parametrize(
     'scope, heads',
     [
         ('mmdet', dict(rpn_head=1, bbox_head=4)),  # of FCOS as a region proposal network
-        ('mmdet', dict(bbox_head=9)),
+        ('mmdet', dict(bbox_head=256, language_model=4)),  # of GLIP: words
         ('mmseg', dict(decode_head=4, auxiliary_head=2)),  # of STDC: borders
     ],
 )
 def test_heads_may_tell_something_else_apart(scope, heads):
-    assert refusal(scope, **heads) is None
+    assert compare(scope, heads) is None
 
 
 @pytest.mark.parametrize('scope, head', [('mmdet', 'bbox_head'), ('mmseg', 'decode_head')])
 def test_a_head_with_too_few_classes_is_named(scope, head):
-    assert refusal(scope, **{head: 3}).startswith(
+    from crossformer_mm.engine.errors import ConfigError
+
+    with pytest.raises(ConfigError) as refused:
+        compare(scope, {head: 3})
+    assert str(refused.value).startswith(
         f'model.{head}.num_classes = 3 is too small for the 4 classes of the data set'
     )
+
+
+@pytest.mark.parametrize(
+    'scope, heads',
+    [
+        ('mmdet', dict(bbox_head=80)),
+        ('mmdet', dict(bbox_head=80, mask_head=81)),
+        ('mmseg', dict(decode_head=150)),
+        ('mmseg', dict(decode_head=150, auxiliary_head=151)),
+        ('mmseg', dict(decode_head=4, auxiliary_head=151)),
+        ('mmpretrain', dict(head=1000)),
+    ],
+)
+def test_heads_with_too_many_classes_are_named_with_both_numbers(scope, heads):
+    said = compare(scope, heads)
+    for name, count in heads.items():
+        assert (f'model.{name}.num_classes = {count}' in said) == (count != 4)
+    assert 'more than the 4 classes of the data set, a to d' in said
+
+
+def test_a_detector_with_too_many_classes_is_trained_evaluated_and_predicts(
+    capfd, config, data, tmp_path
+):
+    # With score_thr=0, it detects classes that the annotation file does not have.
+    file = config('''
+model = dict(bbox_head=dict(num_classes=80))
+val_dataloader = _base_.val_dataloader
+val_evaluator = _base_.val_evaluator
+val_cfg = _base_.val_cfg
+train_cfg = dict(max_epochs=1, val_interval=1)
+''')
+    said = run_tool(capfd, file, '--work-dir', tmp_path, tool='train.py')
+    assert said.count('model.bbox_head.num_classes = 80: more than the 4 classes') == 1
+    assert 'coco/bbox_mAP:' in said
+    weights = tmp_path / 'epoch_1.pth'
+    images, truth = data / 'coco/val2017', data / 'coco/annotations/instances_val2017.json'
+    options = ('--out', tmp_path / 'out', '--ann-file', truth, '--score-thr', 1)
+    said = run_tool(capfd, file, weights, images, *options)
+    assert 'the model has 80 classes, but was trained on 4, disk to star' in said
+    found = json.loads((tmp_path / 'out/results.bbox.json').read_text())
+    assert {one['category_id'] for one in found} <= {1, 2, 3, 4}
+    # Names of the config are no names of what a checkpoint without its own was trained on.
+    content = torch.load(weights, weights_only=False)
+    torch.save(dict(state_dict=content['state_dict']), weights)
+    said = run_tool(capfd, file, weights, images, *options, expect=2)
+    assert 'the model has 80 classes, but the names of 4 are known' in said

@@ -85,3 +85,24 @@ def test_label_maps_of_mirrored_images_are_mirrored(shapes, tmp_path):
         assert plain.shape == (96, 96) and len(np.unique(plain)) > 1
         assert (plain == mirrored[:, ::-1]).mean() > 0.999
         assert (plain != plain[:, ::-1]).mean() > 0.01
+
+
+def test_classes_counted_from_zero_need_one_setting_with_and_without_augmentation(tmp_path):
+    data = make_data(tmp_path / 'shapes', train=1, val=1, size=96)
+    config = tmp_path / 'from_zero.py'
+    config.write_text(
+        f'_base_ = {str(ROOT / SEGMENTOR)!r}\n'
+        'test_dataloader = dict(dataset=dict(reduce_zero_label=False))\n'
+    )
+    weights = random_model(SEGMENTOR, tmp_path / 'small.pth', {})
+    for path in (data / 'ade/annotations/validation').iterdir():
+        cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) - 1)
+    scales = [
+        f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate([64] + 5 * [96])
+    ]
+    for number, more in enumerate([(), ('--tta', '--cfg-options', *scales)]):
+        options = ('--data-root', data / 'ade', '--work-dir', tmp_path / str(number))
+        out = tmp_path / f'maps{number}'
+        assert run_here(ROOT, 'test.py', config, weights, *options, '--out', out, *more) == 0
+        (labels,) = out.iterdir()
+        assert cv2.imread(str(labels), cv2.IMREAD_UNCHANGED).max() <= 4

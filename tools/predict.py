@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import is_cut_short
-from crossformer_mm.engine.class_names import names_and_colours
+from crossformer_mm.engine.class_names import drop_unnamed, names_and_colours, recorded
 from crossformer_mm.engine.command_line import (
     DENSE,
     check_file,
@@ -202,8 +202,9 @@ def label_path(out: Path, stem: str) -> Path:
 
 
 def build_inferencer(cfg: Config, args: argparse.Namespace, device: torch.device):
-    """MMDetection's or MMSegmentation's inferencer, with weights all of which fit, and the data
-    set. (Its own loop keeps all results to the end, stops at a bad file and knows no videos.)
+    """MMDetection's or MMSegmentation's inferencer, with weights all of which fit, the data set,
+    and whether the checkpoint has names of classes. (The inferencer's own loop keeps all results to
+    the end, stops at a bad file and knows no videos.)
 
     Raises:
         CheckpointError: the file cannot be used; the message is a sentence.
@@ -231,16 +232,30 @@ def build_inferencer(cfg: Config, args: argparse.Namespace, device: torch.device
     dataset = DATASETS.build({**cfg.test_dataloader.dataset, 'lazy_init': True})
     meta = names_and_colours(dataset.metainfo, content)
     inferencer.model.dataset_meta = inferencer.visualizer.dataset_meta = meta
-    return inferencer, dataset
+    return inferencer, dataset, bool(recorded(content).get('classes'))
 
 
-def check_names(model: nn.Module, classes: Sequence[str], config: str) -> None:
-    """End the program if not all classes of a model have names."""
+def check_names(model: nn.Module, classes: Sequence[str], trained: bool, config: str) -> None:
+    """End the program if not all classes of a model have names; warn if its training had no more.
+
+    Args:
+        model: the model.
+        classes: names of its first classes.
+        trained: whether these are of the data that the model was trained on.
+        config: the config file.
+    """
     head = getattr(model, 'roi_head', model)
     head = getattr(head, 'bbox_head', None) or getattr(head, 'decode_head', None)
     head = head[-1] if isinstance(head, nn.ModuleList) else head
     needed = getattr(head, 'num_classes', 0)
-    if len(classes) < needed:
+    if trained and len(classes) < needed:
+        print(
+            f'warning: the model has {needed} classes, but was trained on {len(classes)}, '
+            f'{classes[0]} to {classes[-1]}: objects of the others are left out, label maps may '
+            'have numbers without a name.',
+            file=sys.stderr,
+        )
+    elif len(classes) < needed:
         fail(
             f"config '{config}': the model has {needed} classes, but the names of "
             f'{len(classes)} are known; name them in test_dataloader.dataset.metainfo.classes.'
@@ -537,10 +552,10 @@ def main():
     )
 
     with sentences_for(ValueError, FileNotFoundError):
-        inferencer, dataset = build_inferencer(cfg, args, device)
+        inferencer, dataset, trained = build_inferencer(cfg, args, device)
     model, pipeline = inferencer.model, Pipeline(inferencer.pipeline)
     classes = model.dataset_meta['classes']
-    check_names(model, classes, args.config)
+    check_names(model, classes, trained, args.config)
     ids = Ids(args.ann_file, classes)
     ids.check(sources)
     context = use_bfloat16(model, device, detection) if args.bf16 else nullcontext()
@@ -578,6 +593,7 @@ def main():
                 )
             for image, sample in zip(batch, samples):
                 sample = sample.cpu()
+                drop_unnamed(sample, len(classes))
                 results.add(image, sample)
                 pictures.add(image, sample)
                 entries.append(image.entry)

@@ -48,6 +48,7 @@ from mmengine.utils import ProgressBar
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import use_safe_loading
+from crossformer_mm.engine.coco_checks import annotations_checked
 from crossformer_mm.engine.command_line import (
     build_runner,
     check_dataset,
@@ -63,7 +64,7 @@ from crossformer_mm.engine.command_line import (
     sentences_for,
     write_whole,
 )
-from crossformer_mm.engine.data_checks import categories_checked, check_files, explained_data
+from crossformer_mm.engine.data_checks import check_files, explained_data
 from crossformer_mm.engine.option_checks import add_cfg_options
 from crossformer_mm.engine.whole_files import name_of_config
 from crossformer_mm.flops import count
@@ -525,7 +526,7 @@ def number_of_images(cfg: Config) -> int:
     """How many there are; ends the program if the data cannot be used."""
     init_default_scope(cfg.default_scope)
     # pycocotools is talkative
-    with contextlib.redirect_stdout(sys.stderr), explained_data(), categories_checked():
+    with contextlib.redirect_stdout(sys.stderr), explained_data(), annotations_checked():
         dataset = DATASETS.build(innermost(cfg.test_dataloader.dataset))
     check_files(dataset)
     return len(dataset)

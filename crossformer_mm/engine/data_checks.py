@@ -3,6 +3,7 @@
 import logging
 import os
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -10,6 +11,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import cv2
 import mmcv
 import numpy as np
+import PIL.Image
 from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -17,6 +19,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
 
 from ..compat import is_cut_short
+from .class_names import drop_unnamed
+from .coco_checks import check_coco_metric
 from .errors import ConfigError, DataError, frames_of, said
 from .randomness import restart_workers
 
@@ -24,6 +28,10 @@ EMPTY = (
     '{} leaves no image to use: there is none, or filter_cfg drops all, for they are small or '
     'have no objects of the classes.'
 )
+OWN = ('mmcv', 'mmseg', 'mmdet', 'mmengine')  # packages whose transforms are known
+AFTER_REDUCING = ' (1 was taken from each, as reduce_zero_label says)'
+MOST_CHECKED_BEFORE_A_RUN = 200  # images or label maps, evenly spaced, of one data set
+EXIF_ORIENTATION = 0x0112
 MOST_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
 # What OpenCV reads; of files with other names nothing is said but that they cannot be opened.
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -33,12 +41,14 @@ SAYS_WHAT_IS_CUT_SHORT = tuple(map(int, cv2.__version__.split('.')[:2])) >= (4, 
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Do not trust the files of data sets, of OpenMMLab's or derived from them, in wrappers or not.
+    """Validate data sets of OpenMMLab, or derived from these, in wrappers or not.
 
     Before a run: each data set has images, every file that it names exists, folders of classes have
-    images, and the model has as many classes. When an image is loaded: its files can be read and a
-    label map has no label that is no class. An error of another kind is logged with the image's
-    name and goes on its way.
+    images, the model has enough classes, and metrics can use their annotation files. Some images
+    and label maps are checked for EXIF orientations, sizes and classes without a pixel. When an
+    image is loaded: its files can be read, its size is that of the annotation file and its label
+    map has only labels that are classes. An error of another kind is logged with the image's name
+    and raised.
 
     Args:
         skip_to (str, optional): take another image in place of one of the training whose files
@@ -53,15 +63,24 @@ class CheckDataHook(Hook):
         self.skip_to = skip_to
 
     def before_run(self, runner) -> None:
+        warnings = []
         for mode in ('train', 'val', 'test'):
             loop = getattr(runner, f'_{mode}_loop', None)
             if isinstance(loop, BaseLoop) and hasattr(loop, 'dataloader'):
                 skip_to = self.skip_to if mode == 'train' else None
                 for dataset in leaves(loop.dataloader.dataset):
                     check_files(dataset, skip_to)
+                    check_orientations(dataset, skip_to)
+                    check_label_maps(dataset, skip_to)
                     guard(dataset, skip_to)
                 restart_workers(loop)
-                check_number_of_classes(runner, mode)
+                warnings.append(check_number_of_classes(runner, mode))
+                if hasattr(loop, 'evaluator'):
+                    check_metrics(runner, mode, loop)
+                    if warnings[-1]:
+                        evaluate_named(loop)
+        for warning in dict.fromkeys(filter(None, warnings)):
+            runner.logger.warning(warning)
 
     def after_train_epoch(self, runner) -> None:
         if self.skip_to and Path(self.skip_to).exists():
@@ -193,39 +212,64 @@ def explained_data() -> Iterator[None]:
         raise DataError(f'{source} could not be used: {said(error)}.') from error
 
 
-def check_number_of_classes(runner, mode: str) -> None:
-    """See that heads can tell the classes of a data set apart.
+def check_number_of_classes(runner, mode: str) -> Optional[str]:
+    """Compare the numbers of classes of heads and of a data set.
 
-    Which of a detector's must, MMDetection knows. More classes than there are is no mistake: models
-    of words, and trainings on a part of the classes.
+    MMDetection decides which heads of a detector must have as many. More outputs than classes are
+    allowed: a training may be on a part of the classes.
+
+    Returns:
+        str: a warning, if heads have more outputs than the data set has classes; or None.
+
+    Raises:
+        ConfigError: a head has too few.
     """
     dataset = getattr(runner, f'{mode}_dataloader').dataset
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if not classes or isinstance(classes, str):
-        return
-    small = [
+        return None
+    heads = [
         (name, module)
         for name, module in runner.model.named_modules()
         if isinstance(getattr(module, 'num_classes', None), int)
-        and module.num_classes < len(classes)
+        and module.num_classes != len(classes)
     ]
     scope = getattr(runner.default_scope, 'scope_name', None)
-    if scope == 'mmseg':  # auxiliary heads may tell something else apart, as borders
-        small = [
-            (name, module)
-            for name, module in small
-            if name.rstrip('.0123456789').endswith('decode_head')
+
+    def is_large(head) -> bool:
+        return head[1].num_classes > len(classes)
+
+    def is_called(head, kind: str) -> bool:
+        return head[0].rstrip('.0123456789').endswith(kind)
+
+    if scope == 'mmseg':  # auxiliary heads may have fewer outputs, such as borders
+        heads = [
+            head
+            for head in heads
+            if is_called(head, 'decode_head')
+            or is_called(head, 'auxiliary_head')
+            and is_large(head)
         ]
-    elif small and type(runner.model).__module__.startswith('mmdet') or scope == 'mmdet':
-        small = [part for part in small if not passes_in_mmdet(runner, part, dataset)]
-    else:
-        small = []
-    if small:
-        name, module = small[0]
-        raise ConfigError(
-            f'model.{name}.num_classes = {module.num_classes} is too small for the '
-            f'{len(classes)} classes of the data set, {classes[0]} to {classes[-1]}.'
-        )
+    elif heads and type(runner.model).__module__.startswith('mmdet') or scope == 'mmdet':
+        heads = [head for head in heads if not passes_in_mmdet(runner, head, dataset)]
+    else:  # MMPretrain's data sets may have names of classes without an image
+        heads = [head for head in heads if is_called(head, 'head') and is_large(head)]
+    numbers = [f'model.{name}.num_classes = {module.num_classes}' for name, module in heads]
+    for head, number in zip(heads, numbers):
+        if not is_large(head):
+            raise ConfigError(
+                f'{number} is too small for the {len(classes)} classes of the data set, '
+                f'{classes[0]} to {classes[-1]}.'
+            )
+    if not numbers or any(
+        name.endswith('language_model') for name, _ in runner.model.named_modules()
+    ):
+        return None  # text-conditioned models score words, not classes
+    return (
+        f'{", ".join(numbers)}: more than the {len(classes)} classes of the data set, {classes[0]} '
+        f'to {classes[-1]}. The other outputs have no training data and no names: set num_classes '
+        'to the number of your classes.'
+    )
 
 
 def passes_in_mmdet(runner, part: Tuple[str, Any], dataset) -> bool:
@@ -244,65 +288,207 @@ def passes_in_mmdet(runner, part: Tuple[str, Any], dataset) -> bool:
     return True
 
 
-@contextmanager
-def categories_checked() -> Iterator[None]:
-    """See that what MMDetection reads meanwhile numbers categories as the classes are."""
+def check_metrics(runner, mode: str, loop) -> None:
+    """Check the annotation files of metrics.
+
+    Raises:
+        DataError: a metric cannot use its file.
+    """
     try:
-        from mmdet.datasets import CocoDataset
+        from mmdet.evaluation import CocoMetric
     except ImportError:
-        yield
         return
-    load = CocoDataset.load_data_list
-
-    def load_and_check(dataset) -> List[dict]:
-        read = {}
-
-        def api(path):
-            coco = type(dataset).COCOAPI(path)
-            read.update(coco.cats)
-            return coco
-
-        dataset.COCOAPI = api
-        try:
-            data = load(dataset)
-        finally:
-            del dataset.COCOAPI
-        classes = dataset.metainfo.get('classes')
-        if read and classes:
-            check_categories(source_of(dataset), read, dataset.cat_ids, list(classes))
-        return data
-
-    CocoDataset.load_data_list = load_and_check
-    try:
-        yield
-    finally:
-        CocoDataset.load_data_list = load
+    classes = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
+    classes = list(classes) if classes and not isinstance(classes, str) else None
+    given = runner.cfg.get(f'{mode}_evaluator')
+    given = given if isinstance(given, (list, tuple)) else [given]
+    for number, metric in enumerate(loop.evaluator.metrics):
+        if isinstance(metric, CocoMetric) and metric._coco_api is not None:
+            named = given[number] if number < len(given) else None
+            named = named.get('ann_file') if isinstance(named, dict) else None
+            image_ids = [
+                dataset.get_data_info(index)['img_id']
+                for dataset in leaves(loop.dataloader.dataset)
+                for index in range(len(dataset))
+            ]
+            source = f"annotation file '{named or ''}' of {mode}_evaluator"
+            check_coco_metric(metric, source, image_ids, classes)
 
 
-def check_categories(source: str, categories: dict, used: list, classes: list) -> None:
-    """See that MMDetection numbers categories as the classes are: it goes by their order in the
-    file, and leaves out a class that the file does not have."""
-    there = [category['name'] for category in categories.values()]
-    absent = [name for name in classes if name not in there]
-    if absent:
-        raise DataError(
-            f"Class '{absent[0]}' of the config's metainfo.classes is no category of "
-            f"{source}, which has {', '.join(map(repr, there))}."
-        )
-    order = [categories[number]['name'] for number in used]
-    if order != classes:
-        raise DataError(
-            f"The config's metainfo.classes are in another order than in {source}, by "
-            f"which labels are numbered: give them as {', '.join(map(repr, order))}."
-        )
-    left = [name for name in there if name not in classes]
-    if left:
+def evaluate_named(loop) -> None:
+    """Keep detections of outputs beyond the data set's classes from metrics, which have no name or
+    category for them."""
+    if 'process' not in vars(loop.evaluator):
+        count = len(loop.dataloader.dataset.metainfo['classes'])
+        loop.evaluator.process = partial(process_named, loop.evaluator.process, count)
+
+
+def process_named(process, count: int, data_samples, data_batch=None) -> None:
+    """Give an evaluator the detections of the first ``count`` classes."""
+    for sample in data_samples:
+        drop_unnamed(sample, count)
+    process(data_samples=data_samples, data_batch=data_batch)
+
+
+def spaced(dataset) -> List[int]:
+    """Indices of at most MOST_CHECKED_BEFORE_A_RUN images of a data set, evenly spaced."""
+    count = min(len(dataset), MOST_CHECKED_BEFORE_A_RUN)
+    return [len(dataset) * number // count for number in range(count)]
+
+
+def check_orientations(dataset, skip_to: Optional[str] = None) -> None:
+    """Compare sizes and EXIF orientations of some images with their annotations.
+
+    Raises:
+        DataError: the annotations are of the image as it is stored, and not as it is loaded.
+    """
+    if skip_to is not None:
+        return  # each image is checked when it is loaded
+    unclear = []
+    indices = spaced(dataset)
+    for index in indices:
+        info = dataset.get_data_info(index)
+        problem, is_unclear = orientation_problem(dataset, info)
+        if problem:
+            raise problem
+        if is_unclear:
+            unclear.append(info['img_path'])
+    if unclear:
         print_log(
-            f"Objects of {', '.join(map(repr, left))} in {source} are left out, for the "
-            "config's metainfo.classes do not name them.",
+            f'{len(unclear)} of the {len(indices)} images checked in {source_of(dataset)}, such as '
+            f"'{unclear[0]}', have an EXIF orientation, which is applied when they are loaded: "
+            'annotations must be of the turned image. To load images as stored, give '
+            "LoadImageFromFile color_type='color_ignore_orientation'.",
             'current',
             logging.WARNING,
         )
+
+
+def orientation_problem(dataset, info: dict) -> Tuple[Optional[DataError], bool]:
+    """Compare an image's size, as it is loaded, with what is known of it.
+
+    Returns:
+        (DataError, bool): the fault, if there is one; and whether the image has an EXIF orientation
+        of which sizes do not tell if annotations follow it.
+    """
+    files = files_of(dataset, info)
+    load = next(iter(steps_of(dataset)), None)
+    known = info.get('height') is not None and info.get('width') is not None
+    if not ('Label map' in files or known) or type(load).__name__ != 'LoadImageFromFile':
+        return None, False
+    if backend_of(dataset) is not None:
+        return None, False
+    try:
+        with PIL.Image.open(files['Image']) as image:
+            width, height = image.size
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        expected = (info.get('width'), info.get('height'))
+        if 'Label map' in files and orientation != 1:
+            with PIL.Image.open(files['Label map']) as image:
+                expected = image.size
+    except Exception:  # a file that this library cannot read, or nobody
+        return None, False
+    applied = orientation != 1 and load.color_type in ('color', 'grayscale')
+    loaded = (height, width) if applied and orientation > 4 else (width, height)
+    if known and loaded != expected or applied and (width, height) == expected != loaded:
+        what = source_of(dataset) if known else f"label map '{files['Label map']}'"
+        return size_error(files['Image'], loaded, what, expected, orientation), False
+    return None, applied and loaded == (width, height)
+
+
+def size_error(path: str, loaded, what: str, expected, orientation: int = 1) -> DataError:
+    """Error for an image whose size, (width, height), differs from that of its annotations."""
+    exif = ' (EXIF orientations are applied)'
+    if orientation != 1:
+        exif = (
+            f' after its EXIF orientation, {orientation}, is applied (color_type='
+            "'color_ignore_orientation' of LoadImageFromFile loads it as stored)"
+        )
+    return DataError(
+        f"Image '{path}' is {loaded[0]} x {loaded[1]} pixels wide and high{exif}, but "
+        f'{expected[0]} x {expected[1]} in {what}.'
+    )
+
+
+def check_label_maps(dataset, skip_to: Optional[str] = None) -> None:
+    """Load some label maps of a segmentation data set and check their labels.
+
+    A warning names classes without a pixel. Pipelines with transforms of the user's own, which may
+    change labels, are left alone.
+
+    Raises:
+        DataError: a label map has several channels, or labels that are no class.
+    """
+    classes = dataset.metainfo.get('classes')
+    if not classes or not hasattr(dataset, 'reduce_zero_label'):
+        return
+    steps = steps_of(dataset)
+    load = next((step for step in steps if getattr(step, 'with_seg', False)), None)
+    if load is None or any(type(step).__module__.partition('.')[0] not in OWN for step in steps):
+        return
+    check_reduce_zero_label(load, dataset)
+    found: set = set()
+    for count, index in enumerate(spaced(dataset), start=1):
+        info = dataset.get_data_info(index)
+        try:
+            labels = load(info)['gt_seg_map']
+        except Exception:  # is named when the training comes to it
+            continue
+        problem = label_problem(dataset, info['seg_map_path'], labels)
+        if problem and skip_to is None:
+            raise problem
+        if problem:
+            continue
+        found.update(np.unique(labels).tolist())
+        if count >= 20 and found.issuperset(range(len(classes))):
+            return
+    absent = [number for number in range(len(classes)) if number not in found]
+    if absent and found:
+        names = ', '.join(f"'{classes[number]}' (label {number})" for number in absent[:5])
+        more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
+        ignored = dataset.ignore_index
+        binary = ' Masks of 2 classes have labels 0 and 1, not 0 and 255.'
+        print_log(
+            f'{len(absent)} of {len(classes)} classes have no pixel in the {count} label maps '
+            f'checked in {source_of(dataset)}: {names}{more}. Labels found'
+            f'{AFTER_REDUCING if dataset.reduce_zero_label else ""}: '
+            f'{", ".join(map(str, sorted(found)))}; {ignored} is ignored.'
+            f'{binary if len(classes) == 2 and 255 in found else ""}',
+            'current',
+            logging.WARNING,
+        )
+
+
+def check_reduce_zero_label(load, dataset) -> None:
+    """Check that a pipeline and its data set agree on ``reduce_zero_label``.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    reduced = getattr(load, 'reduce_zero_label', None)
+    if reduced not in (None, dataset.reduce_zero_label):
+        raise ConfigError(
+            f'LoadAnnotations in the pipeline of {source_of(dataset)} has reduce_zero_label='
+            f'{reduced}, the data set has {dataset.reduce_zero_label}: set it in the data set only.'
+        )
+
+
+def label_problem(dataset, path: str, labels: np.ndarray) -> Optional[DataError]:
+    """Fault of the labels of a label map, or None."""
+    channels = labels.shape[-1] if labels.ndim == 3 and labels.shape[0] != 1 else 1
+    if channels != 1:
+        return DataError(
+            f"Label map '{path}' has {channels} channels; one channel of class numbers is needed."
+        )
+    last, ignored = len(dataset.metainfo['classes']) - 1, getattr(dataset, 'ignore_index', 255)
+    wrong = labels[(labels > last) & (labels != ignored)]
+    if not len(wrong):
+        return None
+    reduced = AFTER_REDUCING if dataset.reduce_zero_label else ''
+    return DataError(
+        f"Label map '{path}' has label {int(wrong[0])}{reduced}, allowed are 0 to {last}, the "
+        f'classes, and {ignored}, which is ignored.'
+    )
 
 
 # When an image is loaded
@@ -334,8 +520,11 @@ class Guard:
             if not SAYS_WHAT_IS_CUT_SHORT:
                 self.check_whole(index)
             item = type(self.dataset).prepare_data(self.dataset, index)
+            if isinstance(item, dict):
+                info = self.dataset.get_data_info(index)
+                self.check_size(item, info)
+                self.check_labels(item, info)
             if item is not None:
-                self.check_labels(item, index)
                 self.in_a_row = 0
             return item
         except DataError as error:
@@ -372,44 +561,54 @@ class Guard:
                 if is_cut_short(get(path, backend_args=backend_of(self.dataset))):
                     raise DataError(f"{what} '{path}' is cut short or no image.")
 
-    def check_labels(self, item: dict, index: int) -> None:
-        """See that a label map has no label but the classes and the ignored one."""
-        if not isinstance(item, dict):
-            return
-        classes = self.dataset.metainfo.get('classes')
-        truth = getattr(item.get('data_samples'), 'gt_sem_seg', None)
+    def check_size(self, item: dict, info: dict) -> None:
+        """Check that an image has the size that the annotation file gives, and its label map.
+
+        Raises:
+            DataError: it does not.
+        """
+        sample = item.get('data_samples')
+        sample = sample[0] if isinstance(sample, list) else sample
+        shape = getattr(sample, 'ori_shape', item.get('ori_shape'))
+        expected = (info.get('height'), info.get('width'))
+        differs = shape and None not in expected and tuple(shape[:2]) != expected
+        if differs or 'Label map' in files_of(self.dataset, info):
+            problem, _ = orientation_problem(self.dataset, info)
+            if differs and problem is None:
+                source = source_of(self.dataset)
+                problem = size_error(info['img_path'], shape[1::-1], source, expected[::-1])
+            if problem:
+                raise problem
+
+    def check_labels(self, item: dict, info: dict) -> None:
+        """Check that a label map has only labels that are classes, and the size of its image.
+
+        Raises:
+            DataError: it does not.
+        """
+        sample = item.get('data_samples')
+        sample = sample[0] if isinstance(sample, list) else sample
+        truth = getattr(sample, 'gt_sem_seg', None)
         if truth is not None:
             labels = truth.data.numpy()
             # Cropped with its image, or read for the metrics at its first size.
-            sizes = (
-                tuple(getattr(item['inputs'], 'shape', ())[-2:]),
-                tuple(item['data_samples'].ori_shape),
-            )
+            inputs = item['inputs'][0] if isinstance(item['inputs'], list) else item['inputs']
+            sizes = (tuple(inputs.shape[-2:]), tuple(sample.ori_shape))
         elif isinstance(item.get('gt_seg_map'), np.ndarray):  # what a wrapper goes on with
             labels = item['gt_seg_map']
             sizes = (tuple(item['img'].shape[:2]), tuple(item.get('ori_shape', ())))
         else:
             return
-        if not classes or not hasattr(self.dataset, 'reduce_zero_label'):
+        if not self.dataset.metainfo.get('classes'):
+            return
+        if not hasattr(self.dataset, 'reduce_zero_label'):
             return  # no segmentor's: numbers of things of a panoptic one mean something else
-
-        def path() -> str:
-            return self.dataset.get_data_info(index)['seg_map_path']
-
-        ignored = getattr(self.dataset, 'ignore_index', 255)
-        if tuple(labels.shape[-2:]) not in sizes:
-            raise DataError(f"Label map '{path()}' is of another size than its image.")
-        wrong = labels[(labels >= len(classes)) & (labels != ignored)]
-        if len(wrong):
-            reduced = (
-                ' (1 was taken from each, as reduce_zero_label says)'
-                if (self.dataset.reduce_zero_label)
-                else ''
-            )
-            raise DataError(
-                f"Label map '{path()}' has label {int(wrong[0])}{reduced}, allowed "
-                f'are 0 to {len(classes) - 1}, the classes, and {ignored}, which is ignored.'
-            )
+        path = info['seg_map_path']
+        problem = label_problem(self.dataset, path, labels)
+        if problem is None and tuple(labels.shape[-2:]) not in sizes:
+            problem = DataError(f"Label map '{path}' is of another size than its image.")
+        if problem:
+            raise problem
 
     def problem(self, index: int) -> Optional[DataError]:
         """What is wrong with the files of an image that could not be prepared; None: nothing."""
@@ -431,14 +630,20 @@ class Guard:
                     f"{what} '{path}' has {pixels.shape[0]} x {pixels.shape[1]} "
                     'pixels, MMSegmentation needs 2 or more on each side.'
                 )
-        return None
+        problem, _ = orientation_problem(self.dataset, self.dataset.get_data_info(index))
+        return problem
 
     def skip(self, problem: DataError) -> None:
         assert self.skip_to is not None
-        line = f'{problem}\n'
-        path = Path(self.skip_to)
-        if path.exists() and line in path.read_text(encoding='utf-8').splitlines(keepends=True):
-            return
-        with path.open('a', encoding='utf-8') as file:  # one write: workers share the file
-            file.write(line)
-        print_log(f'Skipped: {problem}', 'current', logging.WARNING)
+        list_skipped(self.skip_to, problem)
+
+
+def list_skipped(file: str, problem: DataError) -> None:
+    """Add a fault to the list of skipped images, once."""
+    line = f'{problem}\n'
+    path = Path(file)
+    if path.exists() and line in path.read_text(encoding='utf-8').splitlines(keepends=True):
+        return
+    with path.open('a', encoding='utf-8') as list_of_skipped:  # one write: workers share the file
+        list_of_skipped.write(line)
+    print_log(f'Skipped: {problem}', 'current', logging.WARNING)

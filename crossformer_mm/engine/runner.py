@@ -16,7 +16,8 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from ..checkpoint import CheckpointError, use_safe_loading
-from .data_checks import CheckDataHook, categories_checked, explained_data
+from .coco_checks import annotations_checked
+from .data_checks import CheckDataHook, explained_data, list_skipped
 from .errors import ConfigError, UserError, said
 from .randomness import COUNTED, SeedHook
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
@@ -88,12 +89,15 @@ class Careful(Mixin):
 
     def build_dataloader(self, dataloader, seed=None, diff_rank_seed=False):
         sampler = dataloader.get('sampler') if isinstance(dataloader, dict) else None
+        skip = None
+        if dataloader is self._train_dataloader and (file := self.hook_of(CheckDataHook).skip_to):
+            skip = functools.partial(list_skipped, file)
         if dataloader is self._train_dataloader and isinstance(sampler, dict):
             kind = sampler.get('type')
             kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
             if kind in (DefaultSampler, InfiniteSampler):
                 dataloader = {**dataloader, 'sampler': {**sampler, 'type': COUNTED[kind]}}
-        with explained_data(), categories_checked():
+        with explained_data(), annotations_checked(skip):
             return super().build_dataloader(dataloader, seed, diff_rank_seed)
 
     def choose_checkpoint(self) -> None:
