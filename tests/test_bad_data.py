@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
@@ -434,8 +435,10 @@ def test_label_maps_with_all_classes_give_no_warning(clean, tmp_path, warned):
 def test_a_pipeline_and_a_data_set_that_reduce_labels_differently(data, tmp_path):
     dataset = build(SEGMENTOR, data, 'train', tmp_path)
     dataset.reduce_zero_label = False
-    with pytest.raises(ConfigError, match='reduce_zero_label=True, the data set has False'):
-        check_label_maps(dataset)
+    augmented = dict(type='TestTimeAug', transforms=[[dataset.pipeline.transforms[1]]])
+    for dataset.pipeline in (dataset.pipeline, Compose([augmented])):
+        with pytest.raises(ConfigError, match='reduce_zero_label=True, the data set has False'):
+            check_label_maps(dataset)
 
 
 # What is found when an image is loaded

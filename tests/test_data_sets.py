@@ -295,12 +295,12 @@ class Head(nn.Module):
         self.num_classes = num_classes
 
 
-def compare(scope: str, heads: dict):
+def compare(scope: str, heads: dict, **meta):
     """Compare heads with these numbers of classes with a data set of four; the warning."""
     from crossformer_mm.engine.data_checks import check_number_of_classes
 
     model = nn.ModuleDict({name: Head(count) for name, count in heads.items()})
-    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'))))
+    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'), **meta)))
     runner = SimpleNamespace(
         model=model,
         train_dataloader=loader,
@@ -320,6 +320,10 @@ def compare(scope: str, heads: dict):
 )
 def test_heads_may_tell_something_else_apart(scope, heads):
     assert compare(scope, heads) is None
+
+
+def test_heads_of_a_panoptic_model_share_the_classes():
+    assert compare('mmdet', dict(bbox_head=3, semantic_head=1), thing_classes=tuple('abc')) is None
 
 
 @pytest.mark.parametrize('scope, head', [('mmdet', 'bbox_head'), ('mmseg', 'decode_head')])

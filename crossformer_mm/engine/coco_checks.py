@@ -197,7 +197,7 @@ def fault_of_mask(annotation: dict, image: dict) -> str:
         if not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
             return 'has a segmentation of less than 3 points (x, y), which is no mask'
         return ''
-    size = [image.get('height'), image.get('width')]
+    size: List[Any] = [image.get('height'), image.get('width')]
     if not isinstance(mask, dict) or not isinstance(mask.get('counts'), (list, str)):
         return 'has a segmentation that is neither polygons nor RLE'
     if mask.get('size') != size:

@@ -1,4 +1,4 @@
-"""Data sets that say what is wrong with their files, in one sentence that names the file."""
+"""Checks of data sets; each error names the file in one line."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import cv2
 import mmcv
@@ -133,9 +133,14 @@ def files_of(dataset, info: dict) -> Dict[str, str]:
     return {what: str(path) for what, path in files.items() if path}
 
 
-def steps_of(dataset) -> Sequence:
-    """The transforms of a data set's pipeline."""
-    return getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+def steps_of(part) -> Iterator:
+    """Yield the transforms of a data set's pipeline, those inside of wrappers included."""
+    part = getattr(part, 'pipeline', part)
+    part = getattr(part, 'subroutines', None) or getattr(part, 'transforms', part)
+    for step in part if isinstance(part, (list, tuple)) else ():
+        if callable(step):
+            yield step
+            yield from steps_of(step)
 
 
 # Before a run
@@ -225,9 +230,10 @@ def check_number_of_classes(runner, mode: str) -> Optional[str]:
         ConfigError: a head has too few.
     """
     dataset = getattr(runner, f'{mode}_dataloader').dataset
-    classes = getattr(dataset, 'metainfo', {}).get('classes')
-    if not classes or isinstance(classes, str):
-        return None
+    meta = getattr(dataset, 'metainfo', {})
+    classes = meta.get('classes')
+    if not classes or isinstance(classes, str) or 'thing_classes' in meta:
+        return None  # heads of a panoptic model share the classes
     heads = [
         (name, module)
         for name, module in runner.model.named_modules()
@@ -372,7 +378,7 @@ def orientation_problem(dataset, info: dict) -> Tuple[Optional[DataError], bool]
         of which sizes do not tell if annotations follow it.
     """
     files = files_of(dataset, info)
-    load = next(iter(steps_of(dataset)), None)
+    load: Any = next(steps_of(dataset), None)
     known = info.get('height') is not None and info.get('width') is not None
     if not ('Label map' in files or known) or type(load).__name__ != 'LoadImageFromFile':
         return None, False
@@ -386,26 +392,28 @@ def orientation_problem(dataset, info: dict) -> Tuple[Optional[DataError], bool]
         if 'Label map' in files and orientation != 1:
             with PIL.Image.open(files['Label map']) as image:
                 expected = image.size
-    except Exception:  # a file that this library cannot read, or nobody
+    except Exception:  # Pillow reads fewer formats than OpenCV; loading names broken files
         return None, False
     applied = orientation != 1 and load.color_type in ('color', 'grayscale')
     loaded = (height, width) if applied and orientation > 4 else (width, height)
     if known and loaded != expected or applied and (width, height) == expected != loaded:
         what = source_of(dataset) if known else f"label map '{files['Label map']}'"
-        return size_error(files['Image'], loaded, what, expected, orientation), False
+        note = ' (it has no EXIF orientation)'
+        if applied:
+            note = (
+                f' after its EXIF orientation, {orientation}, is applied (color_type='
+                "'color_ignore_orientation' of LoadImageFromFile loads it as stored)"
+            )
+        elif orientation != 1:
+            note = f" without its EXIF orientation, {orientation} (color_type='{load.color_type}')"
+        return size_error(files['Image'], loaded, what, expected, note), False
     return None, applied and loaded == (width, height)
 
 
-def size_error(path: str, loaded, what: str, expected, orientation: int = 1) -> DataError:
+def size_error(path: str, loaded, what: str, expected, note: str) -> DataError:
     """Error for an image whose size, (width, height), differs from that of its annotations."""
-    exif = ' (EXIF orientations are applied)'
-    if orientation != 1:
-        exif = (
-            f' after its EXIF orientation, {orientation}, is applied (color_type='
-            "'color_ignore_orientation' of LoadImageFromFile loads it as stored)"
-        )
     return DataError(
-        f"Image '{path}' is {loaded[0]} x {loaded[1]} pixels wide and high{exif}, but "
+        f"Image '{path}' is {loaded[0]} x {loaded[1]} pixels wide and high{note}, but "
         f'{expected[0]} x {expected[1]} in {what}.'
     )
 
@@ -422,11 +430,13 @@ def check_label_maps(dataset, skip_to: Optional[str] = None) -> None:
     classes = dataset.metainfo.get('classes')
     if not classes or not hasattr(dataset, 'reduce_zero_label'):
         return
-    steps = steps_of(dataset)
+    steps = list(steps_of(dataset))
     load = next((step for step in steps if getattr(step, 'with_seg', False)), None)
-    if load is None or any(type(step).__module__.partition('.')[0] not in OWN for step in steps):
+    if load is None:
         return
     check_reduce_zero_label(load, dataset)
+    if any(type(step).__module__.partition('.')[0] not in OWN for step in steps):
+        return
     found: set = set()
     for count, index in enumerate(spaced(dataset), start=1):
         info = dataset.get_data_info(index)
@@ -567,16 +577,21 @@ class Guard:
         Raises:
             DataError: it does not.
         """
-        sample = item.get('data_samples')
+        sample: Any = item.get('data_samples')
         sample = sample[0] if isinstance(sample, list) else sample
-        shape = getattr(sample, 'ori_shape', item.get('ori_shape'))
+        shape: Any = getattr(sample, 'ori_shape', item.get('ori_shape'))
         expected = (info.get('height'), info.get('width'))
         differs = shape and None not in expected and tuple(shape[:2]) != expected
         if differs or 'Label map' in files_of(self.dataset, info):
             problem, _ = orientation_problem(self.dataset, info)
             if differs and problem is None:
-                source = source_of(self.dataset)
-                problem = size_error(info['img_path'], shape[1::-1], source, expected[::-1])
+                problem = size_error(
+                    info['img_path'],
+                    shape[1::-1],
+                    source_of(self.dataset),
+                    expected[::-1],
+                    ' (an EXIF orientation may have turned it)',
+                )
             if problem:
                 raise problem
 
@@ -586,7 +601,7 @@ class Guard:
         Raises:
             DataError: it does not.
         """
-        sample = item.get('data_samples')
+        sample: Any = item.get('data_samples')
         sample = sample[0] if isinstance(sample, list) else sample
         truth = getattr(sample, 'gt_sem_seg', None)
         if truth is not None:
