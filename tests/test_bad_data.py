@@ -436,7 +436,8 @@ def test_a_pipeline_and_a_data_set_that_reduce_labels_differently(data, tmp_path
     dataset = build(SEGMENTOR, data, 'train', tmp_path)
     dataset.reduce_zero_label = False
     augmented = dict(type='TestTimeAug', transforms=[[dataset.pipeline.transforms[1]]])
-    for dataset.pipeline in (dataset.pipeline, Compose([augmented])):
+    for pipeline in (dataset.pipeline, Compose([augmented])):
+        dataset.pipeline = pipeline
         with pytest.raises(ConfigError, match='reduce_zero_label=True, the data set has False'):
             check_label_maps(dataset)
 
