@@ -384,7 +384,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(capsys, monkeypatch, shapes, 
 
 
 def test_names_must_be_known_for_every_class(capsys, monkeypatch, shapes, tmp_path):
-    checkpoint = random_model(DETECTOR, tmp_path / 'x.pth', dict(CLASSES=('one', 'two')))
+    # Names of the config, and not of what the checkpoint was trained on.
+    checkpoint = random_model(DETECTOR, tmp_path / 'x.pth', {})
     said = sentence(
         capsys,
         monkeypatch,
@@ -392,6 +393,8 @@ def test_names_must_be_known_for_every_class(capsys, monkeypatch, shapes, tmp_pa
         DETECTOR,
         checkpoint,
         shapes / 'coco/val2017/000000000001.png',
+        '--cfg-options',
+        'test_dataloader.dataset.metainfo.classes=one,two',
     )
     assert '4 classes' in said and 'names of 2' in said
 
