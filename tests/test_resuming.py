@@ -282,6 +282,17 @@ def test_a_new_training_from_weights_has_the_settings_of_the_config(capfd, data,
     assert 'other settings' not in said and 'lr: 5.0000e-03' in said
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(capsys, monkeypatch, data, trained, tmp_path):
+    config = write(
+        tmp_path,
+        data,
+        SCHEDULE + "optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1))\n",
+    )
+    resumed = ['--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth']
+    said = sentence(capsys, monkeypatch, 'train.py', config, *resumed)
+    assert "than the config's SGD" in said and 'load_from=' in said
+
+
 def test_a_checkpoint_of_other_parameters_is_refused(capsys, monkeypatch, data, tmp_path):
     config = write(
         tmp_path,
@@ -309,6 +320,13 @@ def test_activation_checkpointing_that_stops_gradients_is_refused(
     )
     said = sentence(capsys, monkeypatch, 'train.py', config, '--work-dir', tmp_path)
     assert 'gets no gradient' in said and 'Use model.backbone.with_cp=True.' in said
+
+
+def test_gradients_that_are_lost_between_two_steps_are_warned_of(capfd, data, trained, tmp_path):
+    config = write(tmp_path, data, SCHEDULE + 'optim_wrapper = dict(accumulative_counts=4)\n')
+    resumed = ['--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth']
+    said = run_tool(capfd, config, *resumed, tool='train.py')
+    assert 'accumulated since the last are lost (iteration 2, accumulative_counts 4)' in said
 
 
 @pytest.mark.parametrize('strategy', [None, dict(type='SingleDeviceStrategy')])

@@ -1,7 +1,7 @@
 """Learning rates that decay from layer to layer, as usual for fine-tuning transformers."""
 
 import re
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -83,7 +83,7 @@ def depths_of(model: nn.Module, by_stage: bool) -> Tuple[Dict[nn.Parameter, int]
     Raises:
         ConfigError: the backbone does not say how deep its parameters are.
     """
-    backbone = getattr(model, 'backbone', None)
+    backbone: Any = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'get_layer_depth'):
         raise ConfigError(
             'optim_wrapper.constructor: LayerDecayOptimWrapperConstructor needs a backbone with '

@@ -181,8 +181,13 @@ def warn_of_memory(dataset) -> None:
     draws = [Draw(index, index) for index in range(min(PROBED, len(dataset)))]
     orders = [draws, draws[::-1]]
     try:
-        loader = DataLoader(dataset, batch_sampler=orders, num_workers=2, collate_fn=fingerprints)
-        (forward, after), (backward, _) = loader
+        (forward, after), (backward, _) = DataLoader(
+            dataset,
+            batch_sampler=orders,
+            num_workers=2,
+            collate_fn=fingerprints,
+            generator=torch.Generator(),  # that of the training stays as it is
+        )
     except Exception:
         return
     if forward != backward[::-1]:
@@ -224,11 +229,14 @@ def arrays_in(item) -> Iterator[np.ndarray]:
 
 def sizes_of(dataset) -> List[Tuple[str, List[int]]]:
     """Names of data sets and transforms, wrapped ones too, with the sizes of their containers."""
-    found = []
-    for name in ('dataset', '_dataset', 'datasets', 'pipeline', 'transforms'):
-        parts = vars(dataset).get(name)
-        for part in parts if isinstance(parts, (list, tuple)) else [parts]:
-            if hasattr(part, '__dict__'):
-                held = [len(v) for v in vars(part).values() if isinstance(v, (list, dict, deque))]
-                found += [(type(part).__name__, held), *sizes_of(part)]
+    found, parts, seen = [], [dataset], set()
+    for part in parts:
+        if id(part) in seen or not hasattr(part, '__dict__'):
+            continue
+        seen.add(id(part))
+        held = [len(v) for v in vars(part).values() if isinstance(v, (list, dict, deque))]
+        found.append((type(part).__name__, held))
+        for name in ('dataset', '_dataset', 'datasets', 'pipeline', 'transforms'):
+            inner = vars(part).get(name)
+            parts += inner if isinstance(inner, (list, tuple)) else [inner]
     return found

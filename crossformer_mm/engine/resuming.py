@@ -21,7 +21,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..checkpoint import CheckpointError
 from .weight_checks import bare_model, checkpoint_name, is_sharded
@@ -142,12 +142,13 @@ class ResumeHook(Hook):
                 f'gradients that had been accumulated since the last are lost (iteration '
                 f'{runner.iter}, accumulative_counts {max(counts)}).'
             )
-        users = users_of_validation(runner)
-        if users and self._restored is None:
+        hooks = hooks_that_read_validation(runner)
+        if hooks and self._restored is None:
             runner.logger.warning(
-                f"Checkpoint '{self._resumed}' was written without ResumeHook: what "
-                f"{', '.join(users)} had counted may not be in it, and is counted anew."
+                f"Checkpoint '{self._resumed}' was written without ResumeHook: "
+                f"{', '.join(hooks)} may start to count anew."
             )
+        users = [*hooks, *others_that_read_validation(runner)]
         if users and validation_is_due(runner):
             runner.logger.info(
                 f"The validation that followed checkpoint '{self._resumed}' is done first: "
@@ -162,7 +163,7 @@ def numbers_in(owner) -> Dict[str, Any]:
 
 
 def is_numbers(value) -> bool:
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, Size):
         return all(map(is_numbers, value))
     if type(value) is dict:
         return all(isinstance(key, (str, int)) for key in value) and all(
@@ -199,22 +200,25 @@ def helpers(owner, name: str, depth: int = 2) -> Iterator[Tuple[str, Any]]:
 # The validation that a checkpoint was written before
 
 
-def users_of_validation(runner) -> List[str]:
-    """What a training goes on by that depends on results of validation."""
+def hooks_that_read_validation(runner) -> List[str]:
+    """Names of hooks that read results of validation, without those that only log."""
+    return [
+        type(hook).__name__
+        for hook in runner.hooks
+        if not isinstance(hook, WITHOUT_STATE)
+        and type(hook).after_val_epoch is not Hook.after_val_epoch
+    ]
+
+
+def others_that_read_validation(runner) -> List[str]:
+    """Schedulers that read results of validation, and the choice of the best checkpoint."""
     names = [
         type(scheduler).__name__
         for scheduler in schedulers_of(runner.param_schedulers).values()
         if getattr(scheduler, 'need_val_args', False)
     ]
-    for hook in runner.hooks:
-        if isinstance(hook, CheckpointHook):
-            names += ['save_best'] if hook.save_best else []
-        elif (
-            not isinstance(hook, WITHOUT_STATE)
-            and type(hook).after_val_epoch is not Hook.after_val_epoch
-        ):
-            names.append(type(hook).__name__)
-    return names
+    best = any(isinstance(hook, CheckpointHook) and hook.save_best for hook in runner.hooks)
+    return names + ['save_best'] * best
 
 
 def validation_is_due(runner) -> bool:
@@ -284,10 +288,21 @@ def settings_of(groups: List[dict]) -> List[dict]:
 
 
 def check_optimizer(runner, checkpoint: dict, name: str) -> None:
-    """Refuse the state of an optimizer of other parameters, with which PyTorch raises an error."""
+    """Refuse the state of another optimizer, or of other parameters, which PyTorch cannot use."""
     for where, (key, wrapper) in optimizers_of(runner).items():
         groups = wrapper.optimizer.param_groups
         theirs = optimizer_state(checkpoint, key).get('param_groups', groups)
+        keys, their_keys = (
+            {key for group in part for key in group if not key.startswith(('initial_', 'param'))}
+            for part in (groups, theirs)
+        )
+        if keys - their_keys and their_keys - keys:  # versions of PyTorch only add some
+            raise CheckpointError(
+                f"Checkpoint '{name}' cannot be resumed: its {where} is another one, with "
+                f"{', '.join(sorted(their_keys - keys))}, than the config's "
+                f'{type(wrapper.optimizer).__name__} with {", ".join(sorted(keys - their_keys))}. '
+                f'Leave the optimizer as it was, or {ADVICE.format(name)}.'
+            )
         sizes, their_sizes = ([len(group['params']) for group in part] for part in (groups, theirs))
         if sizes != their_sizes:
             raise CheckpointError(
