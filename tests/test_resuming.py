@@ -322,13 +322,6 @@ def test_activation_checkpointing_that_stops_gradients_is_refused(
     assert 'gets no gradient' in said and 'Use model.backbone.with_cp=True.' in said
 
 
-def test_gradients_that_are_lost_between_two_steps_are_warned_of(capfd, data, trained, tmp_path):
-    config = write(tmp_path, data, SCHEDULE + 'optim_wrapper = dict(accumulative_counts=4)\n')
-    resumed = ['--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth']
-    said = run_tool(capfd, config, *resumed, tool='train.py')
-    assert 'accumulated since the last are lost (iteration 2, accumulative_counts 4)' in said
-
-
 @pytest.mark.parametrize('strategy', [None, dict(type='SingleDeviceStrategy')])
 def test_scaling_the_learning_rate_counts_accumulated_batches(capfd, data, tmp_path, strategy):
     config = write(

@@ -132,16 +132,9 @@ class ResumeHook(Hook):
         if not self._resumed:
             return
         for name, owner in owners(runner):
-            vars(owner).update(copy.deepcopy((self._restored or {}).get(name, {})))
-        counts = [
-            getattr(one, '_accumulative_counts', 1) for _, one in optimizers_of(runner).values()
-        ]
-        if any(runner.iter % count for count in counts):
-            runner.logger.warning(
-                f"Checkpoint '{self._resumed}' was written between two steps of the optimizer: the "
-                f'gradients that had been accumulated since the last are lost (iteration '
-                f'{runner.iter}, accumulative_counts {max(counts)}).'
-            )
+            for key, value in (self._restored or {}).get(name, {}).items():
+                if is_numbers(vars(owner).get(key)):  # no object has taken its place
+                    vars(owner)[key] = copy.deepcopy(value)
         hooks = hooks_that_read_validation(runner)
         if hooks and self._restored is None:
             runner.logger.warning(
