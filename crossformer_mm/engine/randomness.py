@@ -176,7 +176,8 @@ def warn_of_memory(dataset) -> None:
     """Warn if what is loaded of an image depends on the images that were loaded before it.
 
     Two workers load the same images, one in the opposite order. Their memory is their own: the
-    data set of the training stays as it is. An error is left to the training, which meets it, too.
+    data set of the training stays as it is. An error is left to the training, which meets it, too,
+    and images that take over a minute are not compared.
     """
     draws = [Draw(index, index) for index in range(min(PROBED, len(dataset)))]
     orders = [draws, draws[::-1]]
@@ -186,6 +187,7 @@ def warn_of_memory(dataset) -> None:
             batch_sampler=orders,
             num_workers=2,
             collate_fn=fingerprints,
+            timeout=60,
             generator=torch.Generator(),  # that of the training stays as it is
         )
     except Exception:
