@@ -146,6 +146,7 @@ SYNC_RESIZE = "dict(type='BatchSyncRandomResize', random_size_range=(64, 160), i
     'lines, resumed_from',
     [
         (SCORED + PLATEAU, 'epoch_2.pth'),
+        (SCORED + PLATEAU + "strategy = dict(type='SingleDeviceStrategy')", 'epoch_2.pth'),
         (SCORED + EARLY, 'epoch_2.pth'),
         (SCORED + PLATEAU + EARLY_STOPPING + BEST, 'epoch_1.pth'),
         (SCORED + USERS_HOOK, 'epoch_2.pth'),
@@ -153,7 +154,16 @@ SYNC_RESIZE = "dict(type='BatchSyncRandomResize', random_size_range=(64, 160), i
         (UNSCORED.replace('AUGMENT', SYNC_RESIZE), 'epoch_2.pth'),
         (UNSCORED.replace('AUGMENT', "dict(type='mmengine.Brighter')"), 'epoch_1.pth'),
     ],
-    ids=['plateau', 'early stopping', 'best', 'hook', 'iterations', 'resize', 'augmentation'],
+    ids=[
+        'plateau',
+        'strategy',
+        'early stopping',
+        'best',
+        'hook',
+        'iterations',
+        'resize',
+        'augmentation',
+    ],
 )
 def test_what_is_counted_goes_on_where_it_was(capfd, data, tmp_path, lines, resumed_from):
     config = write(tmp_path, data, lines)
