@@ -359,6 +359,32 @@ class CrossFormer(BaseModule):
             frozen = nn.ModuleList([*first, *self.layers[: self.frozen_stages], *norms])
             frozen.eval().requires_grad_(False)
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+        """Depth of a parameter, for learning rates that decay from layer to layer.
+
+        The first embedding has depth 0, block n of all stages n + 1. A merging counts with the
+        block before it. Output norms and what does not belong to the backbone are deepest.
+
+        Args:
+            param_name (str): name of the parameter.
+            prefix (str): prefix of the backbone's names.
+
+        Returns:
+            tuple[int, int]: the depth, and the number of depths.
+        """
+        last = sum(len(stage.blocks) for stage in self.layers) + 1
+        name = param_name.removeprefix(prefix)
+        layer = re.match(r'layers\.(\d+)\.(?:blocks\.(\d+)|downsample)', name)
+        if not param_name.startswith(prefix):
+            depth = last
+        elif layer is not None:
+            stage = int(layer[1])
+            before = sum(len(one.blocks) for one in self.layers[:stage])
+            depth = before + (int(layer[2]) + 1 if layer[2] else len(self.layers[stage].blocks))
+        else:
+            depth = 0 if name.startswith(('patch_embed', 'absolute_pos')) else last
+        return depth, last + 1
+
     def is_extra(self, key: str) -> bool:
         """Whether published weights cannot have this parameter of ours."""
         return self.out_norm and key.startswith(tuple(f'norm{i}.' for i in self.out_indices))

@@ -30,6 +30,7 @@ PIECES = dict(
             'CheckDataHook',
             'WholeFilesHook',
             'CheckWeightsHook',
+            'ResumeHook',
         )
     ]
 )
@@ -160,6 +161,29 @@ def test_under_mmdetections_tool_nothing_in_a_checkpoint_is_run(data, tmp_path, 
     with pytest.raises(CheckpointError, match='was not run'):
         train(config, '--work-dir', tmp_path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    'hook, content, expected',
+    [
+        ('CheckWeightsHook', dict(state_dict={}), 'holds nothing of this model'),
+        ('SafeLoadingHook', dict(meta={}), 'holds no weights'),
+    ],
+)
+def test_a_checkpoint_that_another_tool_has_found_is_named(data, tmp_path, hook, content, expected):
+    file = tmp_path / 'epoch_1.pth'
+    weight = {'state_dict': {'other.weight': torch.ones(1)}} if 'state_dict' in content else {}
+    torch.save({**content, **weight}, file)
+    (tmp_path / 'last_checkpoint').write_text(str(file))
+    config = write_config(
+        ONE_STAGE,
+        tmp_path / f'found_{hook}.py',
+        data,
+        **NO_VALIDATION,
+        custom_hooks=[dict(type=hook)],
+    )
+    with pytest.raises(CheckpointError, match=f"'{file}' {expected}"):
+        train(config, '--work-dir', tmp_path, '--resume')
 
 
 def test_the_check_of_data_alone_names_the_file(tmp_path):

@@ -332,13 +332,26 @@ def test_a_variable_of_the_config_is_refused_with_where_it_is_used(
     assert 'is a variable of the config file, which has been used by then' in said and used in said
 
 
-def test_a_slip_at_the_top_of_a_config_is_refused(capsys, monkeypatch, tmp_path):
-    (tmp_path / 'slip.py').write_text(
-        f'_base_ = {str(ROOT / DETECTOR)!r}\ntrain_dataloder = dict(batch_size=1)\n'
+@pytest.mark.parametrize(
+    'name, near',
+    [
+        ('train_dataloder', 'train_dataloader'),
+        ('train_loader', 'train_dataloader'),
+        ('eval_cfg', 'val_cfg'),
+        ('text_cfg', 'test_cfg'),
+        ('optimizer_wrapper', 'optim_wrapper'),
+    ],
+)
+def test_a_variable_named_like_a_setting_is_warned_of_and_works(capsys, tmp_path, name, near):
+    config = tmp_path / 'variable.py'
+    config.write_text(
+        f'_base_ = {str(ROOT / DETECTOR)!r}\n{name} = dict(max_epochs=3)\n'
+        f'train_cfg = dict(max_epochs={name}["max_epochs"])\n'
     )
-    assert "nothing reads 'train_dataloder', did you mean 'train_dataloader'?" in sentence(
-        capsys, monkeypatch, 'train.py', tmp_path / 'slip.py'
-    )
+    assert load_config(str(config)).train_cfg.max_epochs == 3
+    said = capsys.readouterr().err
+    assert f"'{name}' has an effect only where the config itself uses it" in said
+    assert f"if it is a typo, write '{near}'." in said
 
 
 # What MMDetection's and MMSegmentation's own tools take

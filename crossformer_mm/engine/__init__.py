@@ -7,14 +7,18 @@ MMPretrain all of it. For single pieces, name in ``custom_hooks``:
 - ``WholeFilesHook``: checkpoints are whole or not there;
 - ``CheckWeightsHook``: a checkpoint must fit, and resuming begins where an epoch does;
 - ``CheckDataHook``: what is wrong with data is said in a sentence that names the file;
+- ``ResumeHook``: what hooks and modules count is kept in checkpoints, and settings that those of a
+  checkpoint replace are named;
 - ``SeedHook``: what is random is a function of seed and iteration, with ``CountedSampler`` or
   ``CountedInfiniteSampler`` in place of MMEngine's samplers to cover images, too.
 """
 
 from .data_checks import CheckDataHook
 from .errors import ConfigError, DataError, UserError
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .mixed_precision import BFloat16OptimWrapper
 from .randomness import CountedInfiniteSampler, CountedSampler, SeedHook
+from .resuming import ResumeHook
 from .runner import CarefulFlexibleRunner, CarefulRunner
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 from .whole_files import WholeFilesHook
@@ -29,6 +33,8 @@ __all__ = [
     'CountedInfiniteSampler',
     'CountedSampler',
     'DataError',
+    'LayerDecayOptimWrapperConstructor',
+    'ResumeHook',
     'SafeLoadingHook',
     'SeedHook',
     'UserError',

@@ -22,7 +22,7 @@ from mmengine.runner import FlexibleRunner, Runner
 
 from ..checkpoint import CheckpointError, use_safe_loading
 from .errors import UserError, fail, is_of_users_code, said
-from .option_checks import add_cfg_options, check_keys, check_names, let_weights_be_named
+from .option_checks import add_cfg_options, check_keys, let_weights_be_named, warn_of_names
 from .runner import CarefulFlexibleRunner, CarefulRunner
 from .whole_files import name_of_config
 
@@ -97,8 +97,8 @@ def load_config(
     if not isinstance(cfg.get('model'), dict):
         fail(f"config '{file}' has no model.")
     let_weights_be_named(cfg, options or {})
+    warn_of_names(cfg, file)
     with sentences_for(UserError):
-        check_names(cfg, file)
         check_keys(cfg, options or {})
     try:
         cfg.merge_from_dict(options or {})

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import inspect
 import re
+import sys
 from typing import Any, List, Optional, Set, Tuple
 
 import mmengine.registry
@@ -71,17 +72,18 @@ def let_weights_be_named(cfg, options: dict) -> None:
         backbone['init_cfg'] = dict(type='Pretrained', checkpoint=None)
 
 
-def check_names(cfg, file: str) -> None:
-    """See that no setting at the top of a config is a slip of one that is read.
-
-    Raises:
-        UserError: the name, and the one that is read.
-    """
+def warn_of_names(cfg, file: str) -> None:
+    """Warn of settings at the top of a config that nothing reads and that look like a typo of one
+    that is read. They may be variables of the config, so none is refused."""
     read = arguments(Runner)[0]
     for name in cfg._cfg_dict:
         near = difflib.get_close_matches(name, read, n=1, cutoff=0.85)
         if name not in read | READ_BY_OTHERS[''] and near and not is_own_name(name, near[0]):
-            raise UserError(f"config '{file}': nothing reads '{name}', did you mean '{near[0]}'?")
+            print(
+                f"warning: config '{file}': '{name}' has an effect only where the config itself "
+                f"uses it; if it is a typo, write '{near[0]}'.",
+                file=sys.stderr,
+            )
 
 
 def is_own_name(name: str, read: str) -> bool:

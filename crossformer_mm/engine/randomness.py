@@ -17,18 +17,24 @@ The runner of this package does it by itself. With any other, a config has it by
 and ``custom_hooks = [dict(type='SeedHook')]``.
 """
 
+import hashlib
 import itertools
+import logging
 import random
-from typing import Any, Iterator, List, Optional, Sequence
+from collections import deque
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, HOOKS
+from torch.utils.data import DataLoader, get_worker_info
 
 DRAW, ITERATION = range(2)  # tell the two kinds of seeds apart
+PROBED = 8  # images, of which a transform such as CachedMosaic needs five before it acts
 
 
 def seed_all(*numbers: int) -> None:
@@ -128,6 +134,13 @@ class SeedHook(Hook):
             sampler.start_anew(seed)
             loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
             restart_workers(runner.train_loop)
+            if runner.rank == 0:
+                warn_of_memory(loader.dataset)
+        else:
+            runner.logger.warning(
+                f'{type(loader.sampler).__name__} does not count draws: a training that is resumed '
+                'does not repeat what is random in images, see CountedSampler.'
+            )
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         seed_all(seed_of(runner), ITERATION, runner.iter, get_rank())
@@ -154,3 +167,78 @@ def restart_workers(loop) -> None:
     if getattr(iterator, '_iterator', None) is not None:
         loop.dataloader.__dict__['_iterator'] = None  # of workers that persist
         loop.dataloader_iterator = type(iterator)(loop.dataloader)
+
+
+# What no seed determines
+
+
+def warn_of_memory(dataset) -> None:
+    """Warn if what is loaded of an image depends on the images that were loaded before it.
+
+    Two workers load the same images, one in the opposite order. Their memory is their own: the
+    data set of the training stays as it is. An error is left to the training, which meets it, too,
+    and images that take over a minute are not compared.
+    """
+    draws = [Draw(index, index) for index in range(min(PROBED, len(dataset)))]
+    orders = [draws, draws[::-1]]
+    try:
+        (forward, after), (backward, _) = DataLoader(
+            dataset,
+            batch_sampler=orders,
+            num_workers=2,
+            collate_fn=fingerprints,
+            timeout=60,
+            generator=torch.Generator(),  # that of the training stays as it is
+        )
+    except Exception:
+        return
+    if forward != backward[::-1]:
+        names = {name for (name, size), now in zip(sizes_of(dataset), after) if (name, size) != now}
+        print_log(
+            'What is loaded of an image depends on the images that were loaded before it, by '
+            f"{' and '.join(sorted(names)) or 'a transform or the data set'}. Checkpoints do not "
+            'hold these images: a training that is resumed, or has another number of workers, is '
+            'not exactly the same.',
+            'current',
+            logging.WARNING,
+        )
+
+
+def fingerprints(items: Sequence) -> Tuple[List[str], List[Tuple[str, List[int]]]]:
+    """A hash of each item, and the sizes of what this worker's data set now holds."""
+    hashes = []
+    for item in items:
+        found = hashlib.sha256()
+        for array in arrays_in(item):
+            found.update(np.ascontiguousarray(array).tobytes())
+        hashes.append(found.hexdigest())
+    return hashes, sizes_of(get_worker_info().dataset)
+
+
+def arrays_in(item) -> Iterator[np.ndarray]:
+    """All arrays and tensors of a sample, in order."""
+    if isinstance(item, torch.Tensor):
+        yield item.detach().numpy()
+    elif isinstance(item, np.ndarray):
+        if item.dtype != object:
+            yield item
+    elif isinstance(item, (list, tuple)):
+        for part in item:
+            yield from arrays_in(part)
+    elif isinstance(item, dict) or hasattr(item, '__dict__'):
+        yield from arrays_in(list((item if isinstance(item, dict) else vars(item)).values()))
+
+
+def sizes_of(dataset) -> List[Tuple[str, List[int]]]:
+    """Names of data sets and transforms, wrapped ones too, with the sizes of their containers."""
+    found, parts, seen = [], [dataset], set()
+    for part in parts:
+        if id(part) in seen or not hasattr(part, '__dict__'):
+            continue
+        seen.add(id(part))
+        held = [len(v) for v in vars(part).values() if isinstance(v, (list, dict, deque))]
+        found.append((type(part).__name__, held))
+        for name in ('dataset', '_dataset', 'datasets', 'pipeline', 'transforms'):
+            inner = vars(part).get(name)
+            parts += inner if isinstance(inner, (list, tuple)) else [inner]
+    return found

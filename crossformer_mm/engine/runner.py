@@ -11,6 +11,7 @@ from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
@@ -20,11 +21,19 @@ from .coco_checks import annotations_checked
 from .data_checks import CheckDataHook, explained_data, list_skipped
 from .errors import ConfigError, UserError, said
 from .randomness import COUNTED, SeedHook
+from .resuming import ResumeHook
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 from .whole_files import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 
 # In this order, after those of the config. What a config names itself stays as it is there.
-HOOKS_OF_ALL = (SafeLoadingHook, SeedHook, CheckDataHook, WholeFilesHook, CheckWeightsHook)
+HOOKS_OF_ALL = (
+    SafeLoadingHook,
+    SeedHook,
+    CheckDataHook,
+    WholeFilesHook,
+    CheckWeightsHook,
+    ResumeHook,
+)
 
 
 def says_what(part: str):
@@ -177,12 +186,29 @@ class CarefulRunner(Careful, Runner):
     build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
         Runner.build_test_loop
     )
-    build_optim_wrapper = says_what('optim_wrapper')(Runner.build_optim_wrapper)
     build_param_scheduler = says_what('param_scheduler')(Runner.build_param_scheduler)
 
     @says_what('model')
     def build_model(self, model):
         return without_sync_batchnorm(super().build_model(model), self.distributed)
+
+    @says_what('optim_wrapper')
+    def build_optim_wrapper(self, optim_wrapper):
+        try:
+            return super().build_optim_wrapper(optim_wrapper)
+        except NotImplementedError as error:  # says nothing else in MMDetection and MMSegmentation
+            if 'LearningRateDecay' not in str(optim_wrapper.get('constructor')):
+                raise
+            raise ConfigError(
+                f"optim_wrapper.constructor: {optim_wrapper['constructor']} does not support this "
+                "backbone; use 'LayerDecayOptimWrapperConstructor' with "
+                'paramwise_cfg=dict(layer_decay_rate=...), see docs/custom_projects.md.'
+            ) from error
+
+    def scale_lr(self, optim_wrapper, auto_scale_lr=None) -> None:
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+        if (auto_scale_lr or {}).get('enable'):
+            scale_by_accumulation(optim_wrapper, self.logger)
 
     @classmethod
     def from_cfg(cls, cfg) -> Union['CarefulRunner', 'CarefulFlexibleRunner']:
@@ -207,7 +233,19 @@ class CarefulFlexibleRunner(Careful, FlexibleRunner):
         FlexibleRunner.build_test_loop
     )
     model: Any
-    build_strategy = says_what('strategy')(FlexibleRunner.build_strategy)
+
+    @says_what('strategy')
+    def build_strategy(self, *args, **kwargs):
+        strategy = super().build_strategy(*args, **kwargs)
+        scale_lr = strategy._scale_lr
+
+        def scale_lr_by_total_batch() -> None:
+            scale_lr()
+            if (strategy._auto_scale_lr or {}).get('enable'):
+                scale_by_accumulation(strategy.optim_wrapper, self.logger)
+
+        strategy._scale_lr = scale_lr_by_total_batch
+        return strategy
 
     def to_the_end(self, run: Callable):
         if isinstance(self.model, dict) and self.distributed and get_device() == 'cpu':
@@ -232,6 +270,21 @@ def without_sync_batchnorm(model: nn.Module, distributed: bool) -> nn.Module:
     """A model whose norms work on the CPU; those of a GPU may speak to each other. (MMEngine does
     the same where one process trains alone.)"""
     return revert_sync_batchnorm(model) if distributed and get_device() == 'cpu' else model
+
+
+def scale_by_accumulation(optim_wrapper, logger: logging.Logger) -> None:
+    """Scale learning rates by the number of batches in an update, which MMEngine's linear scaling
+    leaves out."""
+    several = isinstance(optim_wrapper, OptimWrapperDict)
+    for wrapper in optim_wrapper.values() if several else [optim_wrapper]:
+        count = getattr(wrapper, '_accumulative_counts', 1)
+        if count > 1:
+            logger.info(
+                f'Gradients of {count} batches are accumulated (accumulative_counts): the total '
+                f'batch size is {count} times larger. Scaling the LR by another {count}.'
+            )
+            for group in wrapper.optimizer.param_groups:
+                group['lr'] *= count
 
 
 def check_classifier(cfg) -> None:

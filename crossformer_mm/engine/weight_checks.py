@@ -7,16 +7,18 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, find_latest_checkpoint
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
 from ..checkpoint import CheckpointError, fit_checkpoint, model_weights, use_safe_loading
+from .errors import UserError
 
 
 def checkpoint_name(runner) -> str:
-    """The file that a runner loads."""
-    return str(runner._load_from or runner._resume)
+    """The file that a runner loads; without a name, the newest in its work folder."""
+    given = runner._load_from or runner._resume
+    return str(find_latest_checkpoint(runner.work_dir) if given is True else given)
 
 
 def bare_model(runner) -> nn.Module:
@@ -58,7 +60,8 @@ class CheckWeightsHook(Hook):
     """Refuse a checkpoint that does not fit; MMEngine would warn and leave weights random.
 
     All of a model must be there to resume a training or to test. To start a training, the backbone
-    must: other heads are for other classes, and of another backbone nothing is of use.
+    must: other heads are for other classes, and of another backbone nothing is of use. MMEngine's
+    ``activation_checkpointing`` is refused, because it leaves weights without gradients.
 
     Args:
         allow_partial (bool): test even if weights are missing, unexpected or of another shape.
@@ -68,6 +71,14 @@ class CheckWeightsHook(Hook):
 
     def __init__(self, allow_partial: bool = False):
         self.allow_partial = allow_partial
+
+    def before_run(self, runner) -> None:
+        modules = runner.cfg.get('activation_checkpointing')
+        if modules and isinstance(runner._train_loop, BaseLoop):
+            raise UserError(
+                f'activation_checkpointing = {modules!r} is refused, because a module whose input '
+                'is an image, a tuple or a list gets no gradient. Use model.backbone.with_cp=True.'
+            )
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         name, training = checkpoint_name(runner), isinstance(runner._train_loop, BaseLoop)

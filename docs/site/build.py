@@ -38,7 +38,8 @@ API = {
         'engine.weight_checks.SafeLoadingHook engine.weight_checks.CheckWeightsHook '
         'engine.whole_files.WholeFilesHook engine.whole_files.WholeFileBackend '
         'engine.data_checks.CheckDataHook engine.randomness.SeedHook '
-        'engine.randomness.CountedSampler engine.sharding.ShardedStrategy',
+        'engine.randomness.CountedSampler engine.resuming.ResumeHook '
+        'engine.layer_decay.LayerDecayOptimWrapperConstructor engine.sharding.ShardedStrategy',
     ),
     'hooks': ('Hooks and FLOPs', 'hooks flops classification'),
     'export': (

@@ -1,0 +1,359 @@
+"""Resuming a training exactly: state that MMEngine does not save, settings that no longer count."""
+
+import copy
+import logging
+import types
+from collections import Counter
+from numbers import Number
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from mmengine.hooks import (
+    CheckpointHook,
+    EMAHook,
+    Hook,
+    IterTimerHook,
+    LoggerHook,
+    ParamSchedulerHook,
+    RuntimeInfoHook,
+)
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner.base_loop import BaseLoop
+from torch import Size, Tensor, nn
+
+from ..checkpoint import CheckpointError
+from .weight_checks import bare_model, checkpoint_name, is_sharded
+
+# Their counters are about one process; what else they have, MMEngine saves.
+WITHOUT_STATE = (
+    CheckpointHook,
+    EMAHook,
+    IterTimerHook,
+    LoggerHook,
+    ParamSchedulerHook,
+    RuntimeInfoHook,
+)
+# Attributes of schedulers that change from step to step.
+PROGRESS = {
+    'last_step',
+    '_global_step',
+    '_last_value',
+    'base_values',
+    'best',
+    'num_bad_epochs',
+    'cooldown_counter',
+    'verbose',
+}
+ADVICE = 'start a new training from its weights with --cfg-options load_from={}'
+
+
+@HOOKS.register_module()
+class ResumeHook(Hook):
+    """Make a resumed training the one that was not interrupted, and say where it cannot be.
+
+    Saved in checkpoints and restored: attributes of hooks and of the model's modules that are
+    numbers, or lists, tuples and dicts of numbers, and that have changed since the training began.
+    Examples are the wait count of EarlyStoppingHook and the size that BatchSyncRandomResize has
+    drawn. Flags and names are not: they say what was done in one process.
+
+    MMEngine writes checkpoints before the validation that follows. That validation is done again
+    before a resumed training goes on, if something depends on its result: ``save_best``,
+    EarlyStoppingHook, a scheduler such as ReduceOnPlateauLR, or a hook with ``after_val_epoch``.
+
+    A warning lists settings of the optimizer and of schedulers that differ from the checkpoint's,
+    for those of the checkpoint are used.
+
+    Raises:
+        CheckpointError: the optimizer's state is of other parameters.
+    """
+
+    priority = 'LOWEST'  # validation comes when all other hooks are ready
+
+    def __init__(self):
+        self._resumed = ''
+        self._restored: Optional[dict] = None
+        self._initial: Dict[str, dict] = {}
+        self._before_val: Optional[dict] = None
+
+    def before_val(self, runner) -> None:
+        if isinstance(runner._train_loop, BaseLoop):
+            self._before_val = dict(
+                changed=self.changed(runner),
+                settings={
+                    where: settings_of(wrapper.param_groups)
+                    for where, (_, wrapper) in optimizers_of(runner).items()
+                },
+                schedulers=copy.deepcopy(states_of(runner.param_schedulers)),
+            )
+
+    def after_val(self, runner) -> None:
+        self._before_val = None
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        # CheckpointHook writes the last checkpoint once more in a validation that is the best so
+        # far, when some hooks have seen its result and others have not.
+        before = self._before_val
+        checkpoint['resume_state'] = before['changed'] if before else self.changed(runner)
+        if not before:
+            return
+        if 'param_schedulers' in checkpoint:
+            checkpoint['param_schedulers'] = before['schedulers']
+        for where, (name, _) in optimizers_of(runner).items():
+            state, settings = optimizer_state(checkpoint, name), list(before['settings'][where])
+            if 'base_param_settings' in state:
+                state['base_param_settings'] = {**state['base_param_settings'], **settings.pop()}
+            if 'param_groups' in state:
+                state['param_groups'] = [
+                    {**group, **old} for group, old in zip(state['param_groups'], settings)
+                ]
+
+    def changed(self, runner) -> Dict[str, dict]:
+        """What has changed since the training began, by its owners."""
+        found: Dict[str, dict] = {}
+        for name, owner in owners(runner):
+            first = self._initial.get(name, {})
+            for key, value in numbers_in(owner).items():
+                if key not in first or first[key] != value:
+                    found.setdefault(name, {})[key] = copy.deepcopy(value)
+        return found
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if isinstance(runner._train_loop, BaseLoop) and runner._resume:
+            self._resumed = checkpoint_name(runner)
+            self._restored = checkpoint.get('resume_state')
+            if not is_sharded(runner):
+                check_optimizer(runner, checkpoint, self._resumed)
+            warn_of_unused_settings(runner, checkpoint, self._resumed)
+
+    def before_train(self, runner) -> None:
+        self._initial = {name: copy.deepcopy(numbers_in(owner)) for name, owner in owners(runner)}
+        if not self._resumed:
+            return
+        for name, owner in owners(runner):
+            for key, value in (self._restored or {}).get(name, {}).items():
+                if is_numbers(vars(owner).get(key)):  # no object has taken its place
+                    vars(owner)[key] = copy.deepcopy(value)
+        hooks = hooks_that_read_validation(runner)
+        if hooks and self._restored is None:
+            runner.logger.warning(
+                f"Checkpoint '{self._resumed}' was written without ResumeHook: "
+                f"{', '.join(hooks)} may start to count anew."
+            )
+        users = [*hooks, *others_that_read_validation(runner)]
+        if users and validation_is_due(runner):
+            runner.logger.info(
+                f"The validation that followed checkpoint '{self._resumed}' is done first: "
+                f"its result counts for {', '.join(users)}."
+            )
+            validate_as_before(runner)
+
+
+def numbers_in(owner) -> Dict[str, Any]:
+    """Attributes that are plain data and no flags or names."""
+    return {name: value for name, value in vars(owner).items() if is_numbers(value)}
+
+
+def is_numbers(value) -> bool:
+    if type(value) in (list, tuple, Size):
+        return all(map(is_numbers, value))
+    if type(value) is dict:
+        return all(isinstance(key, (str, int)) for key in value) and all(
+            map(is_numbers, value.values())
+        )
+    return value is None or isinstance(value, Number) and not isinstance(value, bool)
+
+
+def owners(runner) -> Iterator[Tuple[str, Any]]:
+    """Hooks, modules of the model and what modules are made of, with names that stay the same."""
+    counts: Counter = Counter()
+    for hook in runner.hooks:
+        if not isinstance(hook, (*WITHOUT_STATE, ResumeHook)):
+            name = type(hook).__name__
+            yield f'hook.{name}.{counts[name]}', hook
+            counts[name] += 1
+    for name, module in bare_model(runner).named_modules():
+        yield f'model.{name}', module
+        yield from helpers(module, f'model.{name}')
+
+
+def helpers(owner, name: str, depth: int = 2) -> Iterator[Tuple[str, Any]]:
+    """Objects in attributes of a module, such as assigners and augmentations that are no module."""
+    for key, value in list(vars(owner).items()) if depth else ():
+        parts = value if type(value) in (list, tuple) else [value]
+        for index, part in enumerate(parts):
+            if hasattr(part, '__dict__') and not isinstance(
+                part, (nn.Module, Tensor, dict, type, types.ModuleType, types.FunctionType)
+            ):
+                yield f'{name}.{key}.{index}', part
+                yield from helpers(part, f'{name}.{key}.{index}', depth - 1)
+
+
+# The validation that a checkpoint was written before
+
+
+def hooks_that_read_validation(runner) -> List[str]:
+    """Names of hooks that read results of validation, without those that only log."""
+    return [
+        type(hook).__name__
+        for hook in runner.hooks
+        if not isinstance(hook, WITHOUT_STATE)
+        and type(hook).after_val_epoch is not Hook.after_val_epoch
+    ]
+
+
+def others_that_read_validation(runner) -> List[str]:
+    """Schedulers that read results of validation, and the choice of the best checkpoint."""
+    names = [
+        type(scheduler).__name__
+        for scheduler in schedulers_of(runner.param_schedulers).values()
+        if getattr(scheduler, 'need_val_args', False)
+    ]
+    best = any(isinstance(hook, CheckpointHook) and hook.save_best for hook in runner.hooks)
+    return names + ['save_best'] * best
+
+
+def validation_is_due(runner) -> bool:
+    """Whether MMEngine's loops validate after as many epochs or iterations as are done."""
+    loop = runner.train_loop
+    if runner.val_loop is None or not hasattr(loop, 'val_interval'):
+        return False
+    done, last = (
+        (loop.epoch, loop.max_epochs)
+        if isinstance(loop, EpochBasedTrainLoop)
+        else (loop.iter, loop.max_iters)
+    )
+    loop._decide_current_val_interval()
+    return done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+
+
+def validate_as_before(runner) -> None:
+    """Validate, with the numbers of epoch and iteration that hooks and metrics have read then."""
+    now = {name: runner.message_hub.get_info(name) for name in ('epoch', 'iter')}
+    runner.message_hub.update_info('iter', runner.iter - 1)
+    if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        runner.message_hub.update_info('epoch', runner.epoch - 1)
+    runner.val_loop.run()
+    runner.message_hub.update_info_dict(now)
+
+
+# Settings of the config, of which those of the checkpoint take the place
+
+
+def schedulers_of(schedulers) -> Dict[str, Any]:
+    """Schedulers, or their states in a checkpoint, by their places in a config."""
+    named = schedulers if isinstance(schedulers, dict) else {'': schedulers or []}
+    return {
+        f"param_scheduler.{f'{name}.' if name else ''}{index}": one
+        for name, several in named.items()
+        for index, one in enumerate(several)
+    }
+
+
+def states_of(schedulers):
+    """States of schedulers, as MMEngine keeps them in a checkpoint."""
+    if isinstance(schedulers, dict):
+        return {name: states_of(several) for name, several in schedulers.items()}
+    return [scheduler.state_dict() for scheduler in schedulers or []]
+
+
+def optimizers_of(runner) -> Dict[str, Tuple[str, OptimWrapper]]:
+    """Names of optimizers in a config; their names among several, if they are, and wrappers."""
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, OptimWrapperDict):
+        return {f'optim_wrapper.{name}.optimizer': (name, one) for name, one in wrapper.items()}
+    return {'optim_wrapper.optimizer': ('', wrapper)}
+
+
+def optimizer_state(checkpoint: dict, name: str) -> dict:
+    """The state of an optimizer in a checkpoint, empty if there is none."""
+    state = checkpoint.get('optimizer') or {}
+    return (state.get(name) or {}) if name else state
+
+
+def settings_of(groups: List[dict]) -> List[dict]:
+    """Groups of an optimizer without their parameters."""
+    return [
+        {key: copy.deepcopy(value) for key, value in group.items() if key != 'params'}
+        for group in groups
+    ]
+
+
+def check_optimizer(runner, checkpoint: dict, name: str) -> None:
+    """Refuse the state of another optimizer, or of other parameters, which PyTorch cannot use."""
+    for where, (key, wrapper) in optimizers_of(runner).items():
+        groups = wrapper.optimizer.param_groups
+        theirs = optimizer_state(checkpoint, key).get('param_groups', groups)
+        keys, their_keys = (
+            {key for group in part for key in group if not key.startswith(('initial_', 'param'))}
+            for part in (groups, theirs)
+        )
+        if keys - their_keys and their_keys - keys:  # versions of PyTorch only add some
+            raise CheckpointError(
+                f"Checkpoint '{name}' cannot be resumed: its {where} is another one, with "
+                f"{', '.join(sorted(their_keys - keys))}, than the config's "
+                f'{type(wrapper.optimizer).__name__} with {", ".join(sorted(keys - their_keys))}. '
+                f'Leave the optimizer as it was, or {ADVICE.format(name)}.'
+            )
+        sizes, their_sizes = ([len(group['params']) for group in part] for part in (groups, theirs))
+        if sizes != their_sizes:
+            raise CheckpointError(
+                f"Checkpoint '{name}' cannot be resumed: its {where} has {sum(their_sizes)} "
+                f'parameters in {len(theirs)} groups, that of the config {sum(sizes)} in '
+                f'{len(groups)}. Leave frozen_stages and paramwise_cfg as they were, or '
+                f'{ADVICE.format(name)}.'
+            )
+
+
+def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
+    """Warn of settings that differ from the checkpoint's, which replace them."""
+    found: Dict[str, List[str]] = {}
+
+    def compare(where: str, old, new) -> None:
+        old, new = plain(old), plain(new)
+        if old != new:
+            said = found.setdefault(where, [])
+            pair = f'{old} (config: {new})'
+            if pair not in said:
+                said.append(pair)
+
+    for where, (name_in_state, wrapper) in optimizers_of(runner).items():
+        theirs = optimizer_state(checkpoint, name_in_state).get('param_groups') or []
+        for group, their in zip(wrapper.optimizer.param_groups, theirs):
+            for key in group.keys() & their.keys():
+                first = f'initial_{key}'  # which schedulers leave as it is
+                if not key.startswith('initial_') and key not in ('params', 'param_names'):
+                    compare(
+                        f'{where}.{key}', their.get(first, their[key]), group.get(first, group[key])
+                    )
+    saved = schedulers_of(checkpoint.get('param_schedulers'))
+    for where, scheduler in schedulers_of(runner.param_schedulers).items():
+        state, their = scheduler.state_dict(), saved.pop(where, None)
+        if their is None:
+            found[where] = [f'none (config: {type(scheduler).__name__}, which starts now)']
+        elif state.keys() != their.keys():
+            found[where] = [f'one of another type (config: {type(scheduler).__name__})']
+        else:
+            for key in sorted(state.keys() - PROGRESS):
+                compare(f'{where}.{key}', their[key], state[key])
+    for where in saved:
+        found[where] = ['one more (config: none, so it ends)']
+    if found:
+        listed = '; '.join(
+            f"{where}: {said[0]}" + (f' and {len(said) - 1} more' if said[1:] else '')
+            for where, said in found.items()
+        )
+        print_log(
+            f"Checkpoint '{name}' was written with other settings, and those that it holds are "
+            f'used: {listed}. For those of the config, {ADVICE.format(name)}.',
+            'current',
+            logging.WARNING,
+        )
+
+
+def plain(value):
+    """A setting as it is compared and printed."""
+    if isinstance(value, Counter):
+        return sorted(value.elements())
+    return list(value) if isinstance(value, tuple) else value
