@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -21,7 +20,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 
 from ..checkpoint import CheckpointError, use_safe_loading
-from .errors import UserError, fail, is_of_users_code, said
+from ..errors import UserError, said
+from ..files import check_writable, write_whole  # noqa: F401
+from .errors import fail, is_of_users_code
 from .option_checks import add_cfg_options, check_keys, let_weights_be_named, warn_of_names
 from .runner import CarefulFlexibleRunner, CarefulRunner
 from .whole_files import name_of_config
@@ -343,29 +344,6 @@ def class_folders(split: str, root: Path, prefix: dict) -> List[str]:
 def check_file(option: str, path: str) -> None:
     if '://' not in path and not Path(path).is_file():
         fail(f"{option}: file '{path}' does not exist.")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, and the folders that lead to it: under its name is all of it or nothing."""
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        fail(f"'{path}' could not be written: {error}.")
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_writable(option: str, folder) -> None:
-    """End the program with a sentence if nothing can be written to a folder."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        fail(f"{option}: '{folder}' cannot be written: {error.strerror}.")
 
 
 def run(main) -> None:

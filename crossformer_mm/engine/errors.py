@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Iterator
 
+from ..errors import UserError, said  # noqa: F401
+
 # Code of others that reads what a user gives: an error that it raises is of what was given.
 LIBRARIES = tuple(
     {
@@ -20,10 +22,6 @@ LIBRARIES = tuple(
 )
 
 
-class UserError(ValueError):
-    """What tools end with; without a traceback, unless its cause is code of the user's own."""
-
-
 class DataError(UserError):
     """Data that cannot be used; the message is one sentence that names the file."""
 
@@ -34,11 +32,6 @@ class DataError(UserError):
 
 class ConfigError(UserError):
     """A config of which nothing can be built; the message is one sentence that names the part."""
-
-
-def said(error: BaseException) -> str:
-    """An error of a library as part of a sentence."""
-    return ' '.join(f'{type(error).__name__}: {error}'.split()).rstrip('.')
 
 
 def frames_of(error: BaseException) -> Iterator[FrameType]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.command_line import write_whole
+from ..files import write_whole
 from ..grouping import AxisRule, is_small, stage_rules
 from ..position_bias import DynamicPositionBias, NoPositionBias
 
