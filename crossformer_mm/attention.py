@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .grouping import AxisRule
 from .kernels import map_attention
-from .linear import Linear
+from .linear import linear
 from .position_bias import build_position_bias
 
 
@@ -46,8 +46,8 @@ class GroupAttention(BaseModule):
         self.attn_drop_rate = attn_drop_rate
         self.attention_path = attention_path
         self.pos = build_position_bias(position_bias, channels, num_heads, group_size)
-        self.qkv = Linear(channels, channels * 3, bias=qkv_bias)
-        self.proj = Linear(channels, channels)
+        self.qkv = nn.Linear(channels, channels * 3, bias=qkv_bias)
+        self.proj = nn.Linear(channels, channels)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def forward(self, x: Tensor, rows: AxisRule, columns: AxisRule) -> Tensor:
@@ -61,8 +61,8 @@ class GroupAttention(BaseModule):
             Tensor: (B, H, W, C).
         """
         out = self.attend(
-            self.qkv(x),
-            self.pos(rows.size, columns.size),
+            linear(self.qkv, x),
+            self.pos(rows.size, columns.size, x.device),
             rows,
             columns,
             self.num_heads,
@@ -70,4 +70,4 @@ class GroupAttention(BaseModule):
             self.attn_drop_rate if self.training else 0.0,
             self.attention_path,
         )
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(linear(self.proj, out))

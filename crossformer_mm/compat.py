@@ -7,16 +7,16 @@ what it stands for in its place.
 import _compat_pickle
 import codecs
 import collections
+import contextlib
 import functools
 import pickle
 import tarfile
 import warnings
 from types import SimpleNamespace
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
@@ -47,6 +47,19 @@ def is_autocast_enabled(device_type: str) -> bool:
     if TORCH >= (2, 4):
         return torch.is_autocast_enabled(device_type)
     return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+
+@contextlib.contextmanager
+def math_attention() -> Iterator[None]:
+    """2.3: ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``."""
+    if TORCH >= (2, 3):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        kernel: Any = sdpa_kernel(SDPBackend.MATH)
+    else:
+        kernel = torch.backends.cuda.sdp_kernel(enable_flash=False, enable_mem_efficient=False)
+    with kernel:
+        yield
 
 
 # 2.4: torch.library.custom_op --------------------------------------------------------------------
@@ -145,7 +158,7 @@ def register_autograd(
         (torch.autograd.Function,),
         dict(
             forward=staticmethod(forward),
-            backward=staticmethod(once_differentiable(backward)),
+            backward=staticmethod(backward),
             setup_context=staticmethod(setup_context or (lambda ctx, inputs, output: None)),
         ),
     )

@@ -1,23 +1,31 @@
 """Linear layers and the MLP of a block."""
 
-import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .kernels import watcher
-from .kernels.mlp import CHUNK, chunks, mlp
-from .kernels.onednn import OneDNNLinear, is_float32_on_cpu, onednn_suits
+from .exact import is_exact
+from .kernels.mlp import SMALL, mlp
+from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
 
 
-class Linear(nn.Linear):
-    """``nn.Linear``, computed in the way that is the fastest for its input."""
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)``, computed by oneDNN where that is faster.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
-        if onednn_suits(x, self.weight):
-            out = OneDNNLinear.apply(x.flatten(0, -2), self.weight, self.bias)
-            return out.view(*x.shape[:-1], -1)
-        return super().forward(x)
+    Args:
+        layer (nn.Module): ``nn.Linear``, or what a user put in its place.
+        x (Tensor): (..., in).
+
+    Returns:
+        Tensor: (..., out).
+    """
+    if (
+        is_float32_on_cpu(x)
+        and is_exact([layer], [nn.Linear], x.device)
+        and onednn_suits(x, layer.weight)
+    ):
+        out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
+        return out.view(*x.shape[:-1], -1)
+    return layer(x)
 
 
 class Mlp(BaseModule):
@@ -31,32 +39,29 @@ class Mlp(BaseModule):
 
     def __init__(self, channels: int, hidden: int, drop_rate: float = 0.0):
         super().__init__()
-        self.fc1 = Linear(channels, hidden)
+        self.fc1 = nn.Linear(channels, hidden)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden, channels)
+        self.fc2 = nn.Linear(hidden, channels)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
-        if x.device.type == 'cpu' and self.is_plain():
-            tokens = x.flatten(0, -2)
-            if is_float32_on_cpu(x):
-                return mlp(
-                    tokens, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-                ).view(x.shape)
-            if not watcher() and not torch.is_grad_enabled():
-                # A part at a time stays in the cache.
-                parts = [
-                    self.fc2(self.act(self.fc1(tokens[rows])))
-                    for rows in chunks(len(tokens), self.fc1.out_features, CHUNK)
-                ]
-                return torch.cat(parts).view(x.shape)
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        if self.takes_shortcut(x):
+            layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+            return mlp(x.flatten(0, -2), *layers).view(*x.shape[:-1], -1)
+        x = self.drop(self.act(linear(self.fc1, x)))
+        return self.drop(linear(self.fc2, x))
 
-    def is_plain(self) -> bool:
-        """Whether nothing has to see the hidden layer: no dropout, no layer of somebody else's in
-        the place of ours, no hook."""
-        return not (self.training and self.drop.p) and all(
-            type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-            for layer in (self.fc1, self.fc2)
+    def takes_shortcut(self, x: Tensor) -> bool:
+        """Check that the hidden layer is large and :func:`.kernels.mlp.mlp` equals the layers."""
+        return (
+            is_float32_on_cpu(x)
+            and is_exact(
+                (self.fc1, self.act, self.fc2, self.drop),
+                (nn.Linear, nn.GELU, nn.Linear, nn.Dropout),
+                x.device,
+            )
+            and self.act.approximate == 'none'
+            and not (self.drop.training and self.drop.p)
+            and x.numel() // x.shape[-1] * self.fc1.out_features > SMALL
         )

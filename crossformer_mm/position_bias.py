@@ -15,6 +15,8 @@ Every bias is called with the sides of a group and returns the bias of each
 offset, so that attention does not know which one it has.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -46,25 +48,31 @@ class DynamicPositionBias(BaseModule):
         self.pos2 = layer(width)
         self.pos3 = layer(num_heads)
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """Bias of every offset inside a group of ``height x width`` members.
+    def forward(self, height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
+        """Compute the bias of every offset inside a group of ``height x width`` members.
+
+        Args:
+            height, width (int): members of the group.
+            device (torch.device, optional): of the map. None: that of the parameters, which are
+                elsewhere between two forwards if a tool offloads them.
 
         Returns:
             Tensor: (heads, 2*height-1, 2*width-1) in float32 whatever autocast
             says (or in the parameters' own type); entry ``[:, i, j]`` is for
             query - key = (i - (height-1), j - (width-1)), in members.
         """
-        weight = self.pos_proj.weight
-        rows = torch.arange(1 - height, height, device=weight.device, dtype=weight.dtype)
-        columns = torch.arange(1 - width, width, device=weight.device, dtype=weight.dtype)
+        # Some layers have no weight that is a tensor once they are quantised.
+        weight = next(weight for weight in self.parameters() if weight.is_floating_point())
+        device = weight.device if device is None else device
+        rows = torch.arange(1 - height, height, device=device, dtype=weight.dtype)
+        columns = torch.arange(1 - width, width, device=device, dtype=weight.dtype)
         offsets = torch.stack(
             [rows[:, None].expand(-1, columns.numel()), columns[None, :].expand(rows.numel(), -1)],
             dim=-1,
         )
         # Offsets beyond 256 are not distinct in bfloat16: no autocast here. (On the meta device,
         # on which shapes can be followed through a model, there is none.)
-        device = 'cpu' if weight.is_meta else weight.device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast('cpu' if device.type == 'meta' else device.type, enabled=False):
             bias = self.mlp(offsets)
         return bias.permute(2, 0, 1)
 
@@ -90,7 +98,7 @@ class RelativePositionBias(BaseModule):
         self.relative_position_bias_table = nn.Parameter(torch.empty(num_heads, side, side))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, height: int, width: int) -> Tensor:
+    def forward(self, height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
         """As :meth:`DynamicPositionBias.forward`."""
         return resize_map(self.relative_position_bias_table, 2 * height - 1, 2 * width - 1)
 
@@ -104,11 +112,13 @@ class NoPositionBias(BaseModule):
 
     def __init__(self, num_heads: int):
         super().__init__()
-        self.register_buffer('zero', torch.zeros(num_heads, 1, 1), persistent=False)
+        # No buffer: one that no checkpoint has would stay on the meta device, if built there.
+        self.num_heads = num_heads
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """As :meth:`DynamicPositionBias.forward`."""
-        return self.zero.expand(-1, 2 * height - 1, 2 * width - 1)
+    def forward(self, height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
+        """As :meth:`DynamicPositionBias.forward`; ``device`` is the CPU if it is None."""
+        zero = torch.zeros(self.num_heads, 1, 1, device=device)
+        return zero.expand(-1, 2 * height - 1, 2 * width - 1)
 
 
 class AbsolutePosition(BaseModule):

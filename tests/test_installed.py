@@ -98,3 +98,19 @@ def test_import_ends_in_the_sentence():
             'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install '
         )
     )
+
+
+def test_package_and_tools_work_without_docstrings():
+    """python -OO drops them, as frozen and minimal installations do."""
+    root = Path(__file__).parent.parent
+    program = (
+        'import runpy, sys, crossformer_mm.engine.runner\n'
+        'for tool in ("demo", "make_shapes"):\n'
+        '    sys.argv = [tool, "--help"]\n'
+        '    try: runpy.run_path(f"tools/{tool}.py", run_name="__main__")\n'
+        '    except SystemExit as end: print(end.code)\n'
+    )
+    command = [sys.executable, '-OO', '-W', 'ignore', '-c', program]
+    done = subprocess.run(command, cwd=root, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count('0') == 2

@@ -1,14 +1,17 @@
 """Linear layers and MLPs: every way to compute them gives PyTorch's values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from crossformer_mm import linear as linears
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
-from crossformer_mm.linear import Linear, Mlp
+from crossformer_mm.linear import Mlp, linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this PyTorch was built without oneDNN'
@@ -32,39 +35,66 @@ def check(ours, reference, *tensors):
 @pytest.mark.parametrize('channels, out', [(16, 48), (1, 3), (3, 1), (96, 288)])
 def test_linear_equals_pytorchs(tokens, channels, out):
     tensors = torch.randn(tokens, channels), torch.randn(out, channels), torch.randn(out)
-    check(onednn.OneDNNLinear.apply, F.linear, *tensors)
-    check(lambda x, w: onednn.OneDNNLinear.apply(x, w, None), F.linear, *tensors[:2])
+    check(onednn.onednn_linear, F.linear, *tensors)
+    check(lambda x, w: onednn.onednn_linear(x, w), F.linear, *tensors[:2])
 
 
-@pytest.mark.parametrize('tokens', [0, 1, 5, 1000])
+LIBRARIES = pytest.mark.parametrize('library', ['MKL', pytest.param('oneDNN', marks=needs_onednn)])
+
+
+def small_mlp(tokens: int) -> tuple:
+    shapes = (tokens, 8), (32, 8), (32,), (8, 32), (8,)
+    return tuple(torch.randn(shape) for shape in shapes)
+
+
+def reference(x, weight1, bias1, weight2, bias2):
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+@pytest.mark.parametrize('tokens', [1, 5, 1000])
 @pytest.mark.parametrize('chunk', [1, 200, 2**20])
-@pytest.mark.parametrize('kept', [0, 2**30])
-@pytest.mark.parametrize('library', ['MKL', pytest.param('oneDNN', marks=needs_onednn)])
-def test_mlp_equals_pytorchs_in_parts_of_any_size(tokens, chunk, kept, library, monkeypatch):
+@LIBRARIES
+def test_mlp_equals_pytorchs_in_chunks_of_any_size(tokens, chunk, library, monkeypatch):
     monkeypatch.setattr(mlps, 'CHUNK', chunk)
-    monkeypatch.setattr(mlps, 'ONEDNN_CHUNK', chunk)
-    monkeypatch.setattr(mlps, 'KEPT', kept)
+    monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
+    check(mlps.mlp, reference, *small_mlp(tokens))
+
+
+@LIBRARIES
+def test_gradients_of_gradients_equal_pytorchs(library, monkeypatch):
+    """However they are asked for: of all leaves by backward(), or of single ones."""
+    monkeypatch.setattr(mlps, 'CHUNK', 32 * 20)
     monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
 
-    def reference(x, weight1, bias1, weight2, bias2):
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    def penalty(function, tensors):
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        (grad,) = torch.autograd.grad(
+            function(*leaves).square().sum(), leaves[:1], create_graph=True
+        )
+        return grad.square().sum(), leaves
 
-    tensors = (
-        torch.randn(tokens, 8),
-        torch.randn(32, 8),
-        torch.randn(32),
-        torch.randn(8, 32),
-        torch.randn(8),
+    tensors = small_mlp(50)
+    total, exact = penalty(reference, [t.double() for t in tensors])
+    total.backward()
+    for index, leaf in enumerate(exact):
+        total, leaves = penalty(mlps.mlp, tensors)
+        (grad,) = torch.autograd.grad(total, leaves[index])
+        scale = leaf.grad.abs().max().item()
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-5, atol=1e-5 * scale)
+
+
+@needs_onednn
+def test_gradients_of_gradients_of_a_linear_layer_equal_pytorchs():
+    tensors = torch.randn(9, 8), torch.randn(4, 8), torch.randn(4)
+    assert torch.autograd.gradgradcheck(
+        onednn.onednn_linear, [t.double().requires_grad_() for t in tensors]
     )
-    if tokens:
-        check(mlps.mlp, reference, *tensors)
-    assert mlps.mlp(*tensors).shape == (tokens, 8)
 
 
 def test_a_large_hidden_layer_is_not_kept_for_the_backward_pass(monkeypatch):
     x, module = torch.randn(300, 8), Mlp(8, 32)
     for limit, kept in ((300 * 32, True), (300 * 32 - 1, False)):
-        monkeypatch.setattr(mlps, 'KEPT', limit)
+        monkeypatch.setattr(linears, 'SMALL', limit)
         saved = []
 
         def keep(tensor):
@@ -118,40 +148,20 @@ def test_the_rule_takes_it_for_few_tokens_only_without_gradient(monkeypatch):
         assert onednn_suits(few, small) and onednn_suits(some, large)
 
 
-@pytest.mark.parametrize('shape', [(2, 5, 7, 8), (3, 8), (1, 8)])
-def test_modules_take_any_leading_sides(shape):
-    x = torch.randn(shape)
-    linear, mlp = Linear(8, 24), Mlp(8, 32)
-    for module, channels in ((linear, 24), (mlp, 8)):
-        out = module(x)
-        assert out.shape == (*shape[:-1], channels)
+@pytest.mark.parametrize('shape', [(2, 5, 7, 8), (3, 8), (1, 8), (0, 8)])
+@pytest.mark.parametrize('small', [0, 2**30])
+def test_modules_take_any_leading_sides(shape, small, monkeypatch):
+    be_processor(monkeypatch)
+    monkeypatch.setattr(linears, 'SMALL', small)
+    x, mlp, layer = torch.randn(shape), Mlp(8, 32), nn.Linear(8, 24)
+    for function, module in ((mlp, mlp), (partial(linear, layer), layer)):
+        out = function(x)
+        assert out.shape[:-1] == shape[:-1]
         torch.testing.assert_close(out, module.double()(x.double()).float())
 
 
-def test_mlp_without_gradient_gives_the_same():
-    x, mlp = torch.randn(3, 50, 8, dtype=torch.float64), Mlp(8, 32).double()
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))))
-
-
-def test_dropout_and_hooks_see_the_hidden_layer():
+def test_dropout_sees_the_hidden_layer(monkeypatch):
+    monkeypatch.setattr(linears, 'SMALL', 0)
     x, mlp = torch.randn(200, 8), Mlp(8, 32, drop_rate=0.5)
     assert (mlp.train()(x) == 0).float().mean() > 0.4
     assert not (mlp.eval()(x) == 0).any()
-    seen = []
-    mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    mlp(x)
-    assert seen == [(200, 32)]
-
-
-def test_a_layer_put_in_the_place_of_ours_is_used():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    x, mlp = torch.randn(5, 8), Mlp(8, 32)
-    before = mlp(x)
-    doubled = Doubled(32, 8)
-    doubled.load_state_dict(mlp.fc2.state_dict())
-    mlp.fc2 = doubled
-    torch.testing.assert_close(mlp(x), 2 * before)

@@ -85,7 +85,7 @@ def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> N
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0]).parse_args()
     started = time.time()
     check_writable('work folder', WORK)
     run(

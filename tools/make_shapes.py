@@ -157,7 +157,7 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int, draw
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
     parser.add_argument('out', type=Path, help='folder to write; reused if the same set is there')
     parser.add_argument('--train', type=int, default=400, help='training images')
     parser.add_argument('--val', type=int, default=100, help='held-out images')

@@ -178,7 +178,7 @@ class CarefulRunner(Careful, Runner):
     """MMEngine's Runner, with care: ``runner_type = 'CarefulRunner'`` in a config. One with a
     ``strategy`` gets a :class:`CarefulFlexibleRunner`."""
 
-    __doc__ += (Careful.__doc__ or '').partition('\n')[2]
+    __doc__ = (__doc__ or '') + (Careful.__doc__ or '').partition('\n')[2]  # None under -OO
 
     build_visualizer = says_what('visualizer')(Runner.build_visualizer)
     build_train_loop = says_what('train_cfg or train_dataloader')(Runner.build_train_loop)
@@ -222,7 +222,7 @@ class CarefulRunner(Careful, Runner):
 class CarefulFlexibleRunner(Careful, FlexibleRunner):
     """MMEngine's FlexibleRunner, which shards models by strategies, with care."""
 
-    __doc__ += (Careful.__doc__ or '').partition('\n')[2]
+    __doc__ = (__doc__ or '') + (Careful.__doc__ or '').partition('\n')[2]  # None under -OO
 
     build_visualizer = says_what('visualizer')(FlexibleRunner.build_visualizer)
     build_train_loop = says_what('train_cfg or train_dataloader')(FlexibleRunner.build_train_loop)

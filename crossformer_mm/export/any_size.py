@@ -203,7 +203,7 @@ class OperatorAttention(GroupAttention):
                 fit_rule(side, *rule.unbind())[0].item()
                 for side, rule in zip(x.shape[1:3], (rows, columns))
             )
-            table = self.pos(*sizes).flatten(1).t()
+            table = self.pos(*sizes, x.device).flatten(1).t()
         out = operators.map_attention(qkv, table, rows, columns, self.num_heads, float(self.scale))
         return self.proj(out)
 

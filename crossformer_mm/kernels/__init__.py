@@ -13,14 +13,16 @@ All take a map and give a map, and have the same values and gradients. Each modu
 ``why_not`` what it cannot do. A new one gets a line in ``PATHS``, and ``tests/test_kernels.py``
 holds it to the definition.
 
-Linear layers in float32 on the CPU are those of :mod:`.onednn`, MLPs of :mod:`.mlp`.
+Linear layers on the CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
 """
 
+from contextlib import nullcontext
 from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from ..compat import math_attention
 from ..grouping import AxisRule
 from . import fused, native, plain
 from .call import Call, watcher
@@ -103,7 +105,16 @@ def map_attention(
         Tensor: (B, H, W, heads*d) in the type of ``qkv``.
 
     Raises:
-        ValueError: there is no such path, or it cannot serve the call.
+        ValueError: there is no such path, or it cannot serve the call, or the bias is on another
+            device than the map.
     """
-    path = choose_path(Call.of(qkv, rows, columns, num_heads, dropout), path)
-    return PATHS[path].attend(qkv, table, rows, columns, num_heads, scale, dropout)
+    if table.device != qkv.device:  # PyTorch computes with meta tensors: uninitialised memory
+        raise ValueError(
+            f'CrossFormer: the position bias is on {table.device}, the map on {qkv.device}. '
+            'Move or load all parameters of the model.'
+        )
+    call = Call.of(qkv, rows, columns, num_heads, dropout)
+    path = choose_path(call, path)
+    # PyTorch's fused attention has no rule for a transform of the bias.
+    with math_attention() if call.transform else nullcontext():
+        return PATHS[path].attend(qkv, table, rows, columns, num_heads, scale, dropout)

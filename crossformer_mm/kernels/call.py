@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..compat import is_compiling, is_exporting
+from ..exact import active_transform
 from ..grouping import AxisRule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
@@ -20,6 +21,7 @@ class Call(NamedTuple):
         dropout (float): dropout of attention weights.
         has_lead (bool): whether the first group of an axis begins before the axis does.
         watcher (str): see :func:`watcher`.
+        transform (str): see :func:`crossformer_mm.exact.active_transform`.
     """
 
     device: torch.device
@@ -28,18 +30,21 @@ class Call(NamedTuple):
     dropout: float = 0.0
     has_lead: bool = False
     watcher: str = ''
+    transform: str = ''
 
     @classmethod
     def of(
         cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, dropout: float
     ) -> 'Call':
+        capture = watcher()
         return cls(
             qkv.device,
             qkv.dtype,
             qkv.shape[-1] // 3 // num_heads,
             dropout,
             bool(rows.lead or columns.lead),
-            watcher(),
+            capture,
+            '' if capture else active_transform(),
         )
 
 
@@ -47,6 +52,8 @@ def why_not_compiled(call: Call, head_dim: int) -> str:
     """What is in the way of any kernel of ours for heads of at most ``head_dim``, or nothing."""
     if call.watcher == 'exporter':
         return 'an exporter cannot write it down'
+    if call.transform:
+        return f'it has no rule for {call.transform}'
     if call.dtype not in DTYPES:
         return f'it takes {", ".join(map(str, DTYPES))}, but got {call.dtype}'
     if call.head_dim > head_dim:

@@ -1,123 +1,77 @@
-"""The MLP of a block on the CPU in float32, some rows at a time.
+"""MLP of a block with a large hidden layer, on the CPU in float32, in chunks of rows.
 
-The hidden layer is four times as wide as the map. In parts it stays in the cache, and their memory
-is used again for each: new memory is mapped by the system page by page, which took a fifth of the
-time. Where the whole layer is large it is never stored, and the backward pass computes it again.
+The hidden layer is four times as wide as the map. Chunks are small enough for the C library to
+reuse their memory, where it would map and unmap the whole layer. The layer is not stored for the
+backward pass, but recomputed.
 """
 
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .onednn import onednn_suits, product, weight_gradients
+from .onednn import onednn_linear, onednn_suits, onednn_weight_gradients
 
-# Numbers in the part of the hidden layer that is worked on at a time: 4 MB in float32 where oneDNN
-# multiplies, 16 MB where MKL does, and as many numbers in other types, each the fastest of several
-# on one processor.
-ONEDNN_CHUNK, CHUNK = 2**20, 2**22
-# Numbers of a hidden layer that is small enough to be kept for the backward pass, 32 MB: those of
-# small images, and the last stages' of large ones. A training step on images of 224x224 takes
-# 0.9 of the time with it.
-KEPT = 2**23
+# Numbers in a chunk of the hidden layer: 16 MB, by trials. glibc maps 32 MB and more anew.
+CHUNK = 2**22
+# Numbers of a hidden layer that is no large one: those of small images, and of the last stages.
+SMALL = 2**23
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """``F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)``. Differentiable once.
+def mlp(
+    x: Tensor, weight1: Tensor, bias1: Optional[Tensor], weight2: Tensor, bias2: Optional[Tensor]
+) -> Tensor:
+    """Compute ``F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)``.
+
+    Differentiable any number of times.
 
     Args:
-        x (Tensor): (tokens, channels) in float32 on the CPU, as are the others.
-        weight1, bias1 (Tensor): (hidden, channels) and (hidden,).
-        weight2, bias2 (Tensor): (channels, hidden) and (channels,).
+        x (Tensor): (tokens, channels), one or more tokens, in float32 on the CPU, as are the
+            others.
+        weight1, bias1 (Tensor): (hidden, channels) and (hidden,) or None.
+        weight2, bias2 (Tensor): (out, hidden) and (out,) or None.
 
     Returns:
-        Tensor: (tokens, channels).
+        Tensor: (tokens, out).
     """
-    return ChunkedMlp.apply(
-        x, weight1, bias1, weight2, bias2, onednn_suits(x, weight1), torch.is_grad_enabled()
-    )
+    return ChunkedMlp.apply(x, weight1, bias1, weight2, bias2, onednn_suits(x, weight1))
 
 
 class ChunkedMlp(torch.autograd.Function):
-    """See :func:`mlp`."""
+    """Implement :func:`mlp`."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool, training: bool) -> Tensor:
-        ctx.parts = chunks(len(x), len(weight1), ONEDNN_CHUNK if onednn else CHUNK)
-        ctx.onednn = onednn
-        kept = (
-            x.new_empty(len(x), len(weight1))
-            if training and len(x) * len(weight1) <= KEPT
-            else None
+    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool) -> Tensor:
+        ctx.linear, ctx.weight_gradients = (
+            (onednn_linear, onednn_weight_gradients) if onednn else (F.linear, weight_gradients)
         )
-        hidden, act = part_buffers(x, weight1, ctx.parts)
-        out = x.new_empty(len(x), len(weight2))
-        for rows in ctx.parts:
-            count = len(x[rows])
-            place = hidden[:count] if kept is None else kept[rows]
-            part = multiply(x[rows], weight1.t(), place, onednn, bias1)
-            if kept is not None:
-                put(part, place)
-            torch.ops.aten.gelu.out(part, out=act[:count])
-            put(multiply(act[:count], weight2.t(), out[rows], onednn, bias2), out[rows])
-        ctx.save_for_backward(x, weight1, bias1, weight2, kept)
-        return out
+        ctx.chunks = chunks(len(x), len(weight1), CHUNK)
+        ctx.save_for_backward(x, weight1, bias1, weight2)
+        hidden = (ctx.linear(x[rows], weight1, bias1) for rows in ctx.chunks)
+        return torch.cat([ctx.linear(F.gelu(part), weight2, bias2) for part in hidden])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        x, weight1, bias1, weight2, kept = ctx.saved_tensors
-        grad_out, grad_x = grad_out.contiguous(), torch.empty_like(x)
-        grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
-        grad_bias1, grad_bias2 = torch.zeros_like(bias1), weight2.new_zeros(len(weight2))
-        buffers = part_buffers(x, weight1, ctx.parts)
-        for rows in ctx.parts:
-            hidden, act = buffers[:, : len(x[rows])]
-            hidden = (
-                multiply(x[rows], weight1.t(), hidden, ctx.onednn, bias1)
-                if kept is None
-                else kept[rows]
-            )
-            torch.ops.aten.gelu.out(hidden, out=act)
-            add_gradients(grad_out[rows], act, grad_weight2, grad_bias2, ctx.onednn)
-            grad = multiply(grad_out[rows], weight2, act, ctx.onednn)  # in the place of act
-            torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-            add_gradients(grad, x[rows], grad_weight1, grad_bias1, ctx.onednn)
-            put(multiply(grad, weight1, grad_x[rows], ctx.onednn), grad_x[rows])
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2, None, None
+        # Operators that have derivatives on tensors that have their history: PyTorch records
+        # them where the gradient is differentiated again.
+        x, weight1, bias1, weight2 = ctx.saved_tensors
+        grad_out, grads_x, sums = grad_out.contiguous(), [], [0, 0, 0, 0]
+        for rows in ctx.chunks:
+            hidden = ctx.linear(x[rows], weight1, bias1)
+            second = ctx.weight_gradients(grad_out[rows], F.gelu(hidden), weight2)
+            grad = ctx.linear(grad_out[rows], weight2.t())
+            grad = torch.ops.aten.gelu_backward(grad, hidden)
+            first = ctx.weight_gradients(grad, x[rows], weight1)
+            sums = [total + part for total, part in zip(sums, (*first, *second))]
+            grads_x.append(ctx.linear(grad, weight1.t()))
+        grads = torch.cat(grads_x), *sums, None
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 
-def part_buffers(x: Tensor, weight1: Tensor, parts: list) -> Tensor:
-    """(2, rows, hidden): memory for parts of the hidden layer before and after its activation."""
-    return x.new_empty(2, len(x[parts[0]]) if parts else 0, len(weight1))
-
-
-def multiply(
-    x: Tensor, matrix: Tensor, place: Tensor, onednn: bool, bias: Optional[Tensor] = None
-) -> Tensor:
-    """``x @ matrix + bias``, in ``place`` if the library takes one."""
-    if onednn:
-        return product(x, matrix.t(), bias)
-    if bias is None:
-        return torch.mm(x, matrix, out=place)
-    return torch.addmm(bias, x, matrix, out=place)
-
-
-def put(result: Tensor, place: Tensor) -> None:
-    """Copy it there unless it is there already."""
-    if result.data_ptr() != place.data_ptr():
-        place.copy_(result)
-
-
-def add_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, onednn: bool) -> None:
-    """``weight += grad.t() @ x`` and ``bias += grad.sum(0)``, the gradients of both."""
-    if onednn:
-        for total, part in zip((weight, bias), weight_gradients(grad, x, weight)):
-            total += part
-    else:
-        weight.addmm_(grad.t(), x)
-        bias += grad.sum(0)
+def weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of the weight and the bias of ``F.linear(x, weight, bias)``."""
+    return grad.t() @ x, grad.sum(0)
 
 
 def chunks(rows: int, width: int, numbers: int) -> List[slice]:

@@ -14,7 +14,6 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..compat import is_autocast_enabled
 from .call import watcher
@@ -61,8 +60,8 @@ def is_intel() -> bool:
         return 'GenuineIntel' in platform.processor()
 
 
-class OneDNNLinear(torch.autograd.Function):
-    """``F.linear(x, weight, bias)`` in value and gradient. Differentiable once.
+def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """Compute ``F.linear(x, weight, bias)`` as a 1x1 convolution of one row of pixels.
 
     Args:
         x (Tensor): (tokens, in) in float32 on the CPU, as are the others.
@@ -71,26 +70,7 @@ class OneDNNLinear(torch.autograd.Function):
     Returns:
         Tensor: (tokens, out).
     """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        need_x, *need_weights = ctx.needs_input_grad
-        grad_x = product(grad, weight.t()) if need_x else None
-        grads = weight_gradients(grad, x, weight) if any(need_weights) else (None, None)
-        return (grad_x, *(g if need else None for g, need in zip(grads, need_weights)))
-
-
-def product(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``F.linear(x, weight, bias)`` as a 1x1 convolution of one row of pixels."""
-    return F.conv2d(as_pixels(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1).flatten(0, 2)
+    return F.conv2d(as_pixels(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0, 0]
 
 
 def as_pixels(x: Tensor) -> Tensor:
@@ -98,8 +78,8 @@ def as_pixels(x: Tensor) -> Tensor:
     return x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
 
 
-def weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """``grad.t() @ x`` and ``grad.sum(0)``: those of a 1x1 convolution on one row of pixels."""
+def onednn_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of the weight and the bias of :func:`onednn_linear`."""
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         as_pixels(grad),
         as_pixels(x),
