@@ -16,6 +16,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from ..checkpoint import CheckpointError, use_safe_loading
+from ..hooks import AttentionPathHook
 from .data_checks import CheckDataHook, categories_checked, explained_data
 from .errors import ConfigError, UserError, said
 from .randomness import COUNTED, SeedHook
@@ -23,7 +24,14 @@ from .weight_checks import CheckWeightsHook, SafeLoadingHook
 from .whole_files import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 
 # In this order, after those of the config. What a config names itself stays as it is there.
-HOOKS_OF_ALL = (SafeLoadingHook, SeedHook, CheckDataHook, WholeFilesHook, CheckWeightsHook)
+HOOKS_OF_ALL = (
+    SafeLoadingHook,
+    SeedHook,
+    CheckDataHook,
+    WholeFilesHook,
+    CheckWeightsHook,
+    AttentionPathHook,
+)
 
 
 def says_what(part: str):

@@ -1,12 +1,12 @@
 """What a kernel may have to know of a call before it can say whether it serves."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from ..compat import is_compiling, is_exporting
-from ..grouping import AxisRule
+from ..grouping import AxisRule, fit_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
 
@@ -20,6 +20,8 @@ class Call(NamedTuple):
         dropout (float): dropout of attention weights.
         has_lead (bool): whether the first group of an axis begins before the axis does.
         watcher (str): see :func:`watcher`.
+        members (int, optional): of the largest group. None: of any, as in a graph for all sizes.
+        trains (bool): whether there may be a backward pass.
     """
 
     device: torch.device
@@ -28,19 +30,29 @@ class Call(NamedTuple):
     dropout: float = 0.0
     has_lead: bool = False
     watcher: str = ''
+    members: Optional[int] = None
+    trains: bool = True
 
     @classmethod
     def of(
         cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, dropout: float
     ) -> 'Call':
+        following = watcher()
         return cls(
             qkv.device,
             qkv.dtype,
             qkv.shape[-1] // 3 // num_heads,
             dropout,
             bool(rows.lead or columns.lead),
-            watcher(),
+            following,
+            None if following else largest_group(qkv, rows, columns),
+            torch.is_grad_enabled(),
         )
+
+
+def largest_group(qkv: Tensor, rows: AxisRule, columns: AxisRule) -> int:
+    """Members of the largest group of a map (B, H, W, C)."""
+    return fit_rule(qkv.shape[1], rows).size * fit_rule(qkv.shape[2], columns).size
 
 
 def why_not_compiled(call: Call, head_dim: int) -> str:
