@@ -14,11 +14,12 @@ from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from . import engine  # noqa: E402
 from .backbone import ARCHITECTURES, CrossFormer  # noqa: E402
 from .classification import NormedGlobalAveragePooling  # noqa: E402
-from .hooks import MagnitudeHook, ValidationSamplesHook  # noqa: E402
+from .hooks import AttentionPathHook, MagnitudeHook, ValidationSamplesHook  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
     'ARCHITECTURES',
+    'AttentionPathHook',
     'CrossFormer',
     'MagnitudeHook',
     'NormedGlobalAveragePooling',

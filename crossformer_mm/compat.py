@@ -62,6 +62,15 @@ def math_attention() -> Iterator[None]:
         yield
 
 
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """2.4: ``torch.get_autocast_dtype(device_type)``; before, for 'cpu' and 'cuda' alone."""
+    if TORCH >= (2, 4):
+        return torch.get_autocast_dtype(device_type)
+    return (
+        torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
+    )
+
+
 # 2.4: torch.library.custom_op --------------------------------------------------------------------
 
 NAMESPACE = 'crossformer_mm'

@@ -1,20 +1,63 @@
 """What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 import mmcv
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from .attention import GroupAttention
-from .backbone import CrossFormer
+from .backbone import CrossFormer, CrossFormerStage
+from .compat import autocast_dtype, is_autocast_enabled
 from .grouping import AxisRule, group_map
+from .kernels import Call, describe_path
 from .position_bias import bias_windows
+
+
+@HOOKS.register_module()
+class AttentionPathHook(Hook):
+    """Log, when a training starts, which path computes attention, and why if it is the plain one.
+
+    On a GPU the fused kernels are compiled and tested then. Part of ``CarefulRunner``.
+    """
+
+    priority = 'VERY_LOW'  # after hooks that change the model
+
+    def before_train(self, runner) -> None:
+        model, wrapper = runner.model, runner.optim_wrapper
+        # Only inside of it is the type of mixed precision known.
+        inside = wrapper.optim_context(model) if isinstance(wrapper, OptimWrapper) else None
+        with inside or nullcontext():
+            lines = [line for m in model.modules() for line in attention_paths(m)]
+        for line in dict.fromkeys(lines):  # each once
+            runner.logger.info(f'attention: {line}')
+
+
+def attention_paths(stage: nn.Module) -> Iterator[str]:
+    """:func:`.kernels.describe_path` for each block of a stage; nothing for other modules."""
+    if not isinstance(stage, CrossFormerStage):
+        return
+    weight = next(stage.parameters())
+    device, dtype = weight.device, weight.dtype
+    if is_autocast_enabled(device.type):
+        dtype = autocast_dtype(device.type)
+    for index, block in enumerate(stage.blocks):
+        attention = block.attn
+        call = Call(
+            device,
+            dtype,
+            attention.proj.in_features // attention.num_heads,
+            attention.attn_drop_rate,
+            has_lead=stage.lda == 'shifted' and index % 2 == 1,
+        )
+        yield describe_path(call, attention.attention_path)
 
 
 @HOOKS.register_module()

@@ -1,12 +1,13 @@
 """Marks for what older PyTorch cannot do, each by the name of what it lacks."""
 
+import importlib.util
 import warnings
+from importlib import metadata
 
-import numpy as np
 import pytest
 import torch
 
-from crossformer_mm.compat import TORCH, missing_torch
+from crossformer_mm.compat import missing_torch
 
 
 def needs_torch(release: str, what: str):
@@ -36,10 +37,17 @@ needs_float16 = pytest.mark.skipif(
 )
 FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
 
-# Without a GPU kernels run in Triton's interpreter, which made numbers of arrays of one number.
+
+def interpreter_lacks() -> str:
+    """Why Triton's interpreter, which runs kernels where there is no GPU, cannot; or nothing."""
+    if torch.cuda.is_available() or not importlib.util.find_spec('triton'):
+        return ''
+    triton, numpy = (
+        tuple(map(int, metadata.version(name).split('.')[:2])) for name in ('triton', 'numpy')
+    )
+    return 'NumPy 2.4 lacks a conversion it uses' if triton < (3, 7) and numpy >= (2, 4) else ''
+
+
 needs_interpreter = pytest.mark.skipif(
-    not torch.cuda.is_available()
-    and TORCH <= (2, 6)
-    and tuple(map(int, np.__version__.split('.')[:2])) >= (2, 4),
-    reason="the interpreter of this PyTorch's Triton uses a conversion that NumPy 2.4 has no more",
+    bool(interpreter_lacks()), reason=f"Triton's interpreter: {interpreter_lacks()}"
 )

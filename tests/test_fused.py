@@ -17,7 +17,7 @@ from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.compat import missing_torch
 from crossformer_mm.grouping import AxisRule, count_groups, fit_rule, group_axis, stage_rules
-from crossformer_mm.kernels import Call, choose_path, fused, plain
+from crossformer_mm.kernels import Call, choose_path, describe_path, fused, plain, self_test
 
 from .older_torch import needs_interpreter
 
@@ -325,9 +325,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
         monkeypatch.setattr(torch.version, 'hip', hip)
         monkeypatch.setitem(
-            kernels.PATHS,
-            'fused',
-            kernels.PATHS['fused']._replace(is_trusted=lambda device: agrees),
+            kernels.PATHS, 'fused', kernels.PATHS['fused']._replace(is_trusted=lambda call: agrees)
         )
         if not triton:
             monkeypatch.setattr(fused, 'has_triton', lambda: False)
@@ -361,26 +359,37 @@ def test_rule_takes_plain_on_other_gpus(gpu, machine):
     assert choose_path(Call(gpu(**machine))) == 'plain'
 
 
-def test_kernels_agree_with_plain_before_they_are_used():
-    fused._agrees_with_plain.cache_clear()
+@pytest.mark.parametrize('small', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_pass_their_self_test_and_leave_random_numbers_alone(dtype, small):
     state = torch.get_rng_state()
-    assert fused.agrees_with_plain(torch.device('cpu'))
+    assert not self_test.find_fault(self_test.Kind(DEVICE, dtype, 16, small), trains=True)
     assert torch.equal(torch.get_rng_state(), state)  # a user's seed means what it meant
 
 
-@pytest.mark.parametrize('fault', ['wrong', 'raises'])
-def test_kernels_that_do_not_agree_are_not_used(fault, monkeypatch):
+@pytest.mark.parametrize(
+    'machine, reason',
+    [
+        (dict(capability=(7, 5)), 'compute capability 8.0 or more, but cuda:0 is Some GPU'),
+        (dict(capability=(9, 4), hip='6.0'), 'it needs an NVIDIA GPU'),
+        (dict(capability=(9, 0), triton=False), 'it needs the package triton'),
+    ],
+)
+def test_line_for_the_log_says_why_plain_is_taken(gpu, machine, reason):
+    line = describe_path(Call(gpu(**machine), torch.float16))
+    assert line.startswith('plain on cuda:0 (float16), not fused: ') and reason in line
 
-    def broken(qkv, table, *args):
-        if fault == 'raises':
-            raise RuntimeError('no kernel image')
-        return qkv[..., :64] + table.sum()
 
-    monkeypatch.setattr(fused, 'attend', broken)
-    fused._agrees_with_plain.cache_clear()
-    with pytest.warns(UserWarning, match='no kernel image|wrong by'):
-        assert not fused.agrees_with_plain(torch.device('cpu'))
-    fused._agrees_with_plain.cache_clear()
+@pytest.mark.parametrize('device', ['mps', 'xpu', 'meta'])
+def test_line_for_the_log_names_other_devices(device):
+    line = describe_path(Call(torch.device(device)))
+    assert line.startswith(f'plain on {device} (float32), not fused: it works on CUDA devices')
+
+
+def test_line_for_the_log_names_the_path(gpu):
+    device = gpu((9, 0))
+    assert describe_path(Call(device, torch.bfloat16)) == 'fused on cuda:0 (bfloat16)'
+    assert describe_path(Call(device), 'plain') == 'plain on cuda:0 (float32)'
 
 
 @pytest.mark.parametrize(
@@ -456,14 +465,18 @@ def test_rules_of_both_definitions_reach_the_kernels():
 
 def test_compiler_makes_one_graph_for_images_of_many_sizes():
     """Where no token is moved, sides stay symbolic: only a map too small for G is another case."""
-    backbone = CrossFormer(
-        dict(embed_dims=16, depths=(2,), num_heads=(1,)),
-        group_size=(3,),
-        interval=(2,),
-        merge_sizes=(),
-        out_indices=(0,),
-        attention_path='fused',
-    ).eval()
+    backbone = (
+        CrossFormer(
+            dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+            group_size=(3,),
+            interval=(2,),
+            merge_sizes=(),
+            out_indices=(0,),
+            attention_path='fused',
+        )
+        .eval()
+        .to(DEVICE)
+    )
     graphs = []
 
     def count(graph, inputs):
@@ -473,8 +486,8 @@ def test_compiler_makes_one_graph_for_images_of_many_sizes():
     compiled = torch.compile(backbone, backend=count, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for sides in ((41, 44), (60, 53), (36, 66), (55, 28)):
-            image = torch.randn(1, 3, *sides)
+            image = torch.randn(1, 3, *sides).to(DEVICE)
             torch.testing.assert_close(compiled(image), backbone(image), rtol=1e-4, atol=1e-4)
         assert len(graphs) == 1
-        compiled(torch.randn(1, 3, 12, 40))
+        compiled(torch.randn(1, 3, 12, 40).to(DEVICE))
     assert len(graphs) == 2

@@ -1,16 +1,20 @@
 """What the hooks log is so, and training does not notice them."""
 
 import json
+import logging
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
 
-from crossformer_mm import CrossFormer, MagnitudeHook
+from crossformer_mm import AttentionPathHook, CrossFormer, MagnitudeHook
+from crossformer_mm.engine.runner import HOOKS_OF_ALL
 from crossformer_mm.grouping import stage_rules
 from crossformer_mm.hooks import sample_logits
 
@@ -39,6 +43,35 @@ def logits_by_definition(attention, x, rows, columns):
         logits.append(value)
     largest = max(value.shape[-1] for value in logits)
     return torch.stack([value for value in logits if value.shape[-1] == largest])
+
+
+@pytest.mark.parametrize(
+    'wrapper, options, line',
+    [
+        ('OptimWrapper', {}, r'attention: (native|plain) on cpu \(float32\)'),
+        ('BFloat16OptimWrapper', {}, r'attention: (native|plain) on cpu \(bfloat16\)'),
+        (
+            'OptimWrapper',
+            dict(attn_drop_rate=0.1),
+            r'attention: plain on cpu \(float32\), not native: it has no dropout',
+        ),
+        ('OptimWrapper', dict(attention_path='plain'), r'attention: plain on cpu \(float32\)$'),
+    ],
+)
+def test_one_line_at_the_start_says_which_path_computes_attention(wrapper, options, line, caplog):
+    logger = logging.getLogger('paths')
+    logger.setLevel(logging.INFO)
+    model = CrossFormer(TINY, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    runner = SimpleNamespace(
+        model=model,
+        optim_wrapper=OPTIM_WRAPPERS.build(dict(type=wrapper, optimizer=optimizer)),
+        logger=logger,
+    )
+    with caplog.at_level(logging.INFO, 'paths'):
+        AttentionPathHook().before_train(runner)
+    assert len(caplog.messages) == 1 and re.match(line, caplog.messages[0])
+    assert AttentionPathHook in HOOKS_OF_ALL  # of every training of ours
 
 
 @pytest.mark.parametrize('kind', ['short', 'interval', 'block'])

@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
+from crossformer_mm.compat import TORCH
 from crossformer_mm.grouping import LDA_DEFINITIONS, AxisRule, fit_rule, stage_rules
 from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native, plain
 
-from .older_torch import TORCH, needs_torch
+from .older_torch import needs_torch
 
 CPU = torch.device('cpu')
 SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
@@ -158,6 +159,62 @@ def test_tracers_get_the_definition():
 
     torch.jit.trace(forward, torch.ones(1, 2, 2, 3), check_trace=False)
     assert paths == ['plain']
+
+
+def test_a_trace_of_one_image_serves_batches():
+    """Other batches got other values, of some images, without an error."""
+    backbone = CrossFormer(SMALL).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(backbone, torch.rand(1, 3, 64, 96), check_trace=False)
+        images = torch.rand(3, 3, 64, 96)
+        for one, other in zip(traced(images), backbone(images)):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_splits_what_is_too_much_for_one_call(monkeypatch):
+    """As many groups as a map of 3840x2160 in a batch of 8 has end in an error on CUDA."""
+    inputs, sizes = random_inputs((2, 7, 9), *RULE, 2, 4), []
+    expected = values_and_gradients(*inputs, *RULE, 2, 0.3, path='plain')
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(q, *args, **options):
+        sizes.append(len(q))
+        return attend(q, *args, **options)
+
+    monkeypatch.setattr(plain, 'MOST_GROUPS', 5)
+    monkeypatch.setattr(plain.F, 'scaled_dot_product_attention', watch)
+    found = values_and_gradients(*inputs, *RULE, 2, 0.3, path='plain')
+    torch.testing.assert_close(found, expected)
+    assert max(sizes) == 5 and sum(sizes) == 2 * 9
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_moves_tokens_without_adding_in_any_order():
+    """Its moves are permutations, whose gradients gather, too."""
+    qkv, table = random_inputs((2, 7, 9), AxisRule(2, 3), AxisRule(4, 2), 2, 4)
+    out = plain.attend(qkv.requires_grad_(), table, AxisRule(2, 3), AxisRule(4, 2), 2, 0.3)
+    with Operations() as operations:
+        out.sum().backward()
+    assert operations.names.count('index_select') == 2
+    assert not {'index_add', 'index_add_', 'index_put', 'scatter_add'} & {*operations.names}
+
+
+@needs_torch('2.4', 'torch.autograd.Function with both kinds of derivatives in torch.func')
+def test_plain_is_differentiable_twice():
+    qkv, table = random_inputs((1, 3, 4), *RULE, 1, 2, torch.float64)
+    inputs = qkv.requires_grad_(), table.double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *x: plain.attend(*x, *RULE, 1, 0.3), inputs)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from ..checkpoint import CheckpointError, use_safe_loading
+from ..hooks import AttentionPathHook
 from .coco_checks import annotations_checked
 from .data_checks import CheckDataHook, explained_data, list_skipped
 from .errors import ConfigError, UserError, said
@@ -33,6 +34,7 @@ HOOKS_OF_ALL = (
     WholeFilesHook,
     CheckWeightsHook,
     ResumeHook,
+    AttentionPathHook,
 )
 
 

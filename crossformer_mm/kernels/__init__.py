@@ -6,11 +6,14 @@ path    where           what
 native  CPU             :mod:`.native`: one compiled kernel that leaves tokens where they are;
                         memory linear in the image's area
 fused   CUDA, Triton    :mod:`.fused`: the same in Triton
-plain   anywhere        :mod:`.plain`: the definition, in PyTorch; stores all weights in training
+plain   anywhere        :mod:`.plain`: the definition, in PyTorch; in training it stores all
+                        weights on the CPU, and on CUDA it holds a matrix of all pairs of all
+                        groups for a moment, the gradient of the bias
 ======= =============== ====================================================================
 
 All take a map and give a map, and have the same values and gradients. Each module says in
-``why_not`` what it cannot do. A new one gets a line in ``PATHS``, and ``tests/test_kernels.py``
+``why_not`` what it cannot do. The fused path is chosen only where its kernels pass
+:mod:`.self_test`. A new one gets a line in ``PATHS``, and ``tests/test_kernels.py``
 holds it to the definition.
 
 Linear layers on the CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
@@ -19,15 +22,14 @@ Linear layers on the CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
 from contextlib import nullcontext
 from typing import Callable, NamedTuple, Optional
 
-import torch
 from torch import Tensor
 
 from ..compat import math_attention
 from ..grouping import AxisRule
-from . import fused, native, plain
+from . import fused, native, plain, self_test
 from .call import Call, watcher
 
-__all__ = ['PATHS', 'Call', 'choose_path', 'map_attention', 'watcher']
+__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention', 'watcher']
 
 
 class Path(NamedTuple):
@@ -36,18 +38,23 @@ class Path(NamedTuple):
     Args:
         attend (Callable): as :func:`map_attention` without ``path``.
         why_not (Callable[[Call], str]): a clause about what is in the way, or nothing.
-        is_trusted (Callable[[torch.device], bool]): asked before it is chosen, not where it is
-            asked for by name.
+        is_trusted (Callable[[Call], bool]): self-test, used in automatic selection only.
+        guarded, substitute (Callable, optional): what takes the place of ``attend`` in automatic
+            selection, where the path is trusted and where it is not.
     """
 
     attend: Callable
     why_not: Callable[[Call], str] = lambda call: ''
-    is_trusted: Callable[[torch.device], bool] = lambda device: True
+    is_trusted: Callable[[Call], bool] = lambda call: True
+    guarded: Optional[Callable] = None
+    substitute: Optional[Callable] = None
 
 
 PATHS = {  # the best first
     'native': Path(native.attend, native.why_not),
-    'fused': Path(fused.attend, fused.why_not, fused.agrees_with_plain),
+    'fused': Path(
+        fused.attend, fused.why_not, self_test.is_trusted, self_test.guarded, self_test.substitute
+    ),
     'plain': Path(plain.attend),
 }
 
@@ -66,7 +73,7 @@ def choose_path(call: Call, path: Optional[str] = None) -> str:
         return next(
             name
             for name, kernel in PATHS.items()
-            if not kernel.why_not(call) and kernel.is_trusted(call.device)
+            if not kernel.why_not(call) and kernel.is_trusted(call)
         )
     reason = PATHS[path].why_not(call) if path in PATHS else 'there is no such path'
     if reason:
@@ -75,6 +82,19 @@ def choose_path(call: Call, path: Optional[str] = None) -> str:
             "attention_path out, or choose 'plain'."
         )
     return path
+
+
+def describe_path(call: Call, path: Optional[str] = None) -> str:
+    """Which path a call takes and where, and why it is the plain one: a line for a log.
+
+    Args, errors raised: as of :func:`choose_path`.
+    """
+    chosen = choose_path(call, path)
+    line = f"{chosen} on {call.device} ({str(call.dtype).partition('.')[2]})"
+    if path or chosen != 'plain':
+        return line
+    best = 'native' if call.device.type == 'cpu' else 'fused'
+    return f'{line}, not {best}: {PATHS[best].why_not(call) or self_test.why_untrusted(call)}'
 
 
 def map_attention(
@@ -114,7 +134,11 @@ def map_attention(
             'Move or load all parameters of the model.'
         )
     call = Call.of(qkv, rows, columns, num_heads, dropout)
-    path = choose_path(call, path)
+    if path is None:
+        kernel = next(kernel for kernel in PATHS.values() if not kernel.why_not(call))
+        attend = kernel.guarded if kernel.is_trusted(call) else kernel.substitute
+    else:
+        kernel, attend = PATHS[choose_path(call, path)], None
     # PyTorch's fused attention has no rule for a transform of the bias.
     with math_attention() if call.transform else nullcontext():
-        return PATHS[path].attend(qkv, table, rows, columns, num_heads, scale, dropout)
+        return (attend or kernel.attend)(qkv, table, rows, columns, num_heads, scale, dropout)

@@ -1,13 +1,13 @@
 """What a kernel may have to know of a call before it can say whether it serves."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from ..compat import is_compiling, is_exporting
 from ..exact import active_transform
-from ..grouping import AxisRule
+from ..grouping import AxisRule, fit_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
 
@@ -22,6 +22,8 @@ class Call(NamedTuple):
         has_lead (bool): whether the first group of an axis begins before the axis does.
         watcher (str): see :func:`watcher`.
         transform (str): see :func:`crossformer_mm.exact.active_transform`.
+        members (int, optional): of the largest group. None: of any, as in a graph for all sizes.
+        trains (bool): whether there may be a backward pass.
     """
 
     device: torch.device
@@ -31,6 +33,8 @@ class Call(NamedTuple):
     has_lead: bool = False
     watcher: str = ''
     transform: str = ''
+    members: Optional[int] = None
+    trains: bool = True
 
     @classmethod
     def of(
@@ -45,7 +49,14 @@ class Call(NamedTuple):
             bool(rows.lead or columns.lead),
             capture,
             '' if capture else active_transform(),
+            None if capture else largest_group(qkv, rows, columns),
+            torch.is_grad_enabled(),
         )
+
+
+def largest_group(qkv: Tensor, rows: AxisRule, columns: AxisRule) -> int:
+    """Members of the largest group of a map (B, H, W, C)."""
+    return fit_rule(qkv.shape[1], rows).size * fit_rule(qkv.shape[2], columns).size
 
 
 def why_not_compiled(call: Call, head_dim: int) -> str:

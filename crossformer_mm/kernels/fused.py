@@ -18,18 +18,17 @@ on (TRITON_INTERPRET=1 in the environment), they run on the CPU, too, for tests.
 
 import functools
 import importlib.util
-import warnings
-from typing import Callable
+from typing import Any, Callable, Tuple
 
 import torch
 from torch import Tensor
 
 from ..compat import missing_torch
 from ..grouping import AxisRule
-from . import plain
 from .call import Call, why_not_compiled
 from .operator import map_operator
 
+SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
 HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
 
 
@@ -73,62 +72,32 @@ def why_no_triton(device: torch.device) -> str:
     )
 
 
-def agrees_with_plain(device: torch.device) -> bool:
-    """Whether a small case on a device has the values and gradients of the plain path.
-
-    Kernels are compiled on the user's machine, by the versions it has, for its GPU: this
-    stands between a fault of theirs and a training that learns from wrong numbers. Once
-    for each device; a warning says what is wrong.
-    """
-    return _agrees_with_plain(str(device))
+# torch.compile is to call it, not to look into it. `torch.compiler.assume_constant_result` says so
+# by the same attribute, but takes a second to import the compiler.
+vars(why_no_triton)['_dynamo_marked_constant'] = True
 
 
-@functools.cache
-def _agrees_with_plain(device: str) -> bool:
-    rules = AxisRule(9, 2), AxisRule(8, 2)  # ragged, and of more than 64 members
-    heads, channels, sides = 2, 64, (17, 15)
-
-    def leaf(*shape: int) -> Tensor:  # no random numbers, which a user's seed may be for
-        count = torch.Size(shape).numel()
-        return torch.arange(count, device=device).mul(2.4).sin().view(shape).requires_grad_()
-
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(torch.device(device).type, enabled=False),
-        ):
-            qkv, table = leaf(1, *sides, 3 * channels), leaf(heads, 17, 15)
-            plain_out = plain.attend(qkv, table, *rules, heads, 0.2)
-            fused_out = attend(qkv, table, *rules, heads, 0.2)
-            weights = leaf(1, *sides, channels).detach()
-            results = [
-                (out, *torch.autograd.grad((out * weights).sum(), (qkv, table)))
-                for out in (fused_out, plain_out)
-            ]
-        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results))
-        fault = '' if worst < 1e-2 else f'it is wrong by {worst:.2g} of the largest value'
-    except Exception as error:  # of a compiler, a driver, a launch
-        fault = f'{type(error).__name__}: {error}'
-    if fault:
-        warnings.warn(
-            f'CrossFormer: the fused attention does not work on {device}, the plain one '
-            f'is used ({fault}).'
-        )
-    return not fault
+def triton_kernels() -> Any:
+    """:mod:`.fused_triton`, which is imported, and Triton with it, at the first call."""
+    return importlib.import_module('.fused_triton', __package__)
 
 
-# torch.compile is to call these, not to look into them. `torch.compiler.assume_constant_result`
-# says so by the same attribute, but takes a second to import the compiler.
-for constant in (why_no_triton, agrees_with_plain):
-    vars(constant)['_dynamo_marked_constant'] = True
+def forward(
+    qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, scale: float
+) -> Tuple[Tensor, Tensor]:
+    """See :func:`.fused_triton.forward`."""
+    return triton_kernels().forward(qkv, table, rows, columns, num_heads, scale)
 
 
-def from_triton(name: str) -> Callable:
-    """A function of :mod:`.fused_triton`, which is imported, and Triton with it, at the call."""
-    return lambda *args: getattr(importlib.import_module('.fused_triton', __package__), name)(*args)
+def backward(
+    grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor, *arguments
+) -> Tuple[Tensor, Tensor]:
+    """See :func:`.fused_triton.backward`."""
+    if not qkv.numel():  # a batch of no images
+        return torch.empty_like(qkv), torch.zeros_like(table)
+    return triton_kernels().backward(grad_out, qkv, table, out, norms, *arguments)
 
 
 attend: Callable[..., Tensor] = map_operator(
-    'fused_attention', from_triton('forward'), from_triton('backward')
+    'fused_attention', lambda *args: forward(*args), lambda *args: backward(*args)
 )

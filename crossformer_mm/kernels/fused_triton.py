@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..grouping import AxisRule, count_groups, fit_rule
+from .fused import SMALL
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # What comes with the image and the stage: no kernel may be compiled for each.
@@ -562,7 +563,6 @@ TILES = {
     ('backward_pairs', 2): Tile(64, 64, 8, 1),
     ('backward_pairs', 4): Tile(64, 64, 8, 1),
 }
-SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
 # Warps and stages for those, where the block has that many members; smaller ones take fewer warps.
 SMALL_TILES = {
     ('forward', 2): (4, 1),

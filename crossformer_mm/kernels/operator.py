@@ -38,7 +38,7 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
         scale: float,
     ) -> Tuple[Tensor, Tensor]:
         rules = AxisRule(*rows), AxisRule(*columns)
-        out, norms = forward(qkv.reshape(*sides, -1), table, *rules, num_heads, scale)
+        out, norms = forward(qkv.reshape(*sides, qkv.shape[1]), table, *rules, num_heads, scale)
         return out.flatten(0, 2), norms.flatten(0, 2)
 
     def fake_run(qkv, table, *numbers):
@@ -61,7 +61,9 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
         scale: float,
     ) -> Tuple[Tensor, Tensor]:
         rules = AxisRule(*rows), AxisRule(*columns)
-        grad_out, qkv, out, norms = (x.reshape(*sides, -1) for x in (grad_out, qkv, out, norms))
+        grad_out, qkv, out, norms = (
+            x.reshape(*sides, x.shape[1]) for x in (grad_out, qkv, out, norms)
+        )
         grads = backward(grad_out, qkv, table, out, norms, *rules, num_heads, scale)
         return grads[0].flatten(0, 2), grads[1].to(table.dtype)
 
@@ -86,6 +88,6 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
     def attend(qkv, table, rows, columns, num_heads, scale, dropout=0.0) -> Tensor:
         sides = qkv.shape[:3]
         out, _ = operator(qkv.flatten(0, 2), table, sides, [*rows], [*columns], num_heads, scale)
-        return out.view(*sides, -1)
+        return out.view(*sides, out.shape[1])
 
     return attend

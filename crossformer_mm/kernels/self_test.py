@@ -1,0 +1,209 @@
+"""Self-test of the fused attention, and the plain one in its place where it does not work.
+
+Kernels are compiled on the user's machine, by the versions it has, for its GPU. Before a kind of
+kernels is first used, a small case of it is compared with the plain path, on that GPU; a kernel
+that fails later is replaced at once, in the middle of a training step. This is for automatic
+selection: ``attention_path='fused'`` runs the kernels untested and lets their errors through.
+
+Three operators compute the same and keep the same tensors for the backward pass, so that a block
+which is recomputed there may change from one to another: :data:`.fused.attend`, :data:`guarded`
+and :data:`substitute`.
+"""
+
+import functools
+import logging
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Dict, NamedTuple, Set, Tuple
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from ..grouping import AxisRule
+from . import fused, plain
+from .call import Call, largest_group
+from .operator import map_operator
+
+# Largest errors, relative to the largest exact value. float32 may be multiplied in TF32.
+LIMITS = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+TRIES = 3  # of a self-test that ends for want of memory
+
+
+class Kind(NamedTuple):
+    """Calls that the same kernels serve."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    small: bool  # groups of at most fused.SMALL members
+
+
+# Of this process: which kernels work. The values that a model computes do not depend on it.
+PASSED: Set[Tuple[Kind, bool]] = set()  # with and without the backward pass
+BROKEN: Dict[Kind, str] = {}  # and why
+FAILURES: Dict[Kind, int] = {}  # for want of memory
+LOCK = threading.Lock()
+
+
+def is_trusted(call: Call) -> bool:
+    """Test the kernels of a call, or remember the result.
+
+    A failure is a warning, also in MMEngine's log.
+    """
+    # A compiler keeps sides symbolic: its graph is for groups of both sizes.
+    small = (True, False) if call.members is None else (call.members <= fused.SMALL,)
+    return all([passes(call.device, call.dtype, call.head_dim, s, call.trains) for s in small])
+
+
+def passes(
+    device: torch.device, dtype: torch.dtype, head_dim: int, small: bool, trains: bool
+) -> bool:
+    """Whether the kernels of one kind, of both passes if it ``trains``, agree with plain."""
+    kind = Kind(device, dtype, head_dim, small)
+    if (kind, trains) not in PASSED and kind not in BROKEN:
+        if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+            say(
+                f'the fused attention cannot be tested on {device} while a CUDA graph is captured; '
+                'the graph gets the plain one. Run the model once before'
+            )
+            return False
+        with LOCK:
+            test(kind, trains)
+    return (kind, trains) in PASSED and kind not in BROKEN
+
+
+# torch.compile is to call it, not to look into it. `torch.compiler.assume_constant_result` says so
+# by the same attribute, but takes a second to import the compiler.
+vars(passes)['_dynamo_marked_constant'] = True
+
+
+def test(kind: Kind, trains: bool) -> None:
+    """Put a kind into ``PASSED`` or ``BROKEN``; into neither for what may pass."""
+    if (kind, trains) in PASSED or kind in BROKEN:  # by another thread
+        return
+    try:
+        # Modes, hooks, transforms and autocast of the caller end at its thread.
+        with ThreadPoolExecutor(1) as thread:
+            fault = thread.submit(find_fault, kind, trains).result()
+    except (torch.cuda.OutOfMemoryError, OSError) as error:  # no memory, a full disk
+        FAILURES[kind] = FAILURES.get(kind, 0) + 1
+        fault = f'{type(error).__name__}: {error}'
+        if FAILURES[kind] < TRIES:
+            say(
+                f'the fused attention could not be tested on {kind.device} ({fault}), the plain '
+                'one is used until it can'
+            )
+            return
+    except Exception as error:  # of a compiler, a driver, a launch
+        fault = f'{type(error).__name__}: {error}'
+    if fault:
+        distrust(kind, fault)
+    else:
+        PASSED.update({(kind, False), (kind, trains)})
+
+
+def find_fault(kind: Kind, trains: bool) -> str:
+    """Compare a small case of the kernels with the plain path in float64.
+
+    Autograd is not used: in a block that is recomputed during a backward pass on a GPU, another
+    backward pass would wait for that one, and that one for this test.
+
+    Returns:
+        str: what differs, or ''.
+    """
+    heads, sides = 2, (17, 15)
+    rules = (AxisRule(7, 1), AxisRule(6, 1)) if kind.small else (AxisRule(9, 2), AxisRule(8, 2))
+
+    def scattered(start: int, *shape: int) -> Tensor:
+        """Numbers in [-1, 1], not of a random generator: that would change a user's."""
+        count = torch.arange(start, start + torch.Size(shape).numel(), device=kind.device)
+        return (count**2 * 7919 % 65521 / 32760 - 1).to(torch.float32).view(shape)
+
+    channels = heads * kind.head_dim
+    qkv = scattered(0, 1, *sides, 3 * channels).to(kind.dtype)
+    table = scattered(1000, heads, *(2 * rule.size - 1 for rule in rules))
+    arguments = *rules, heads, kind.head_dim**-0.5
+    out, norms = fused.forward(qkv, table, *arguments)
+    ours, exact = [out], [plain.attend(qkv.double(), table.double(), *arguments)]
+    if trains:
+        grad = scattered(5000, 1, *sides, channels).to(kind.dtype)
+        ours += fused.backward(grad, qkv, table, out, norms, *arguments)
+        exact += plain.gradients(grad.double(), qkv.double(), table.double(), *arguments)
+    errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact)]
+    if all(error < LIMITS[kind.dtype] for error in errors):  # NaN is not
+        return ''
+    names = ('output', 'gradient of qkv', 'gradient of the bias')
+    return 'wrong by ' + ', '.join(f'{e:.2g} of the {name}' for name, e in zip(names, errors))
+
+
+def distrust(kind: Kind, fault: str) -> None:
+    """Use the kernels of a kind no more, and say why."""
+    if kind not in BROKEN:
+        BROKEN[kind] = fault
+        size = f'at most {fused.SMALL}' if kind.small else f'more than {fused.SMALL}'
+        say(
+            f'the fused attention of groups of {size} positions does not work on {kind.device} in '
+            f'{kind.dtype}, the plain one is used ({fault})'
+        )
+
+
+@functools.cache  # each message once
+def say(message: str) -> None:
+    """Warn, in MMEngine's log too."""
+    print_log(f'CrossFormer: {message}.', 'current', logging.WARNING)
+    warnings.warn(f'CrossFormer: {message}.')
+
+
+def why_untrusted(call: Call) -> str:
+    """Why :func:`is_trusted` is false."""
+    faults = (fault for kind, fault in BROKEN.items() if kind[:3] == call[:3])
+    return next(faults, 'it could not be tested yet')
+
+
+def with_fallback(kernel: Callable, fallback: Callable, qkv_at: int) -> Callable:
+    """One pass of the kernels; where they fail now or have failed, of the plain path.
+
+    Args:
+        kernel, fallback (Callable): take the same, and return the same.
+        qkv_at (int): which argument is ``qkv``; the last four are rows, columns, heads and scale.
+    """
+
+    def run(*args):
+        qkv, (rows, columns, heads, _) = args[qkv_at], args[-4:]
+        small = largest_group(qkv, rows, columns) <= fused.SMALL
+        kind = Kind(qkv.device, qkv.dtype, qkv.shape[-1] // 3 // heads, small)
+        if kind not in BROKEN:
+            try:
+                return kernel(*args)
+            except (torch.cuda.OutOfMemoryError, ValueError):  # of the size of the input
+                raise
+            except Exception as error:  # of a launch: resources, a driver
+                distrust(kind, f'{type(error).__name__}: {error}')
+        return fallback(*args)
+
+    return run
+
+
+def plain_forward(qkv, table, rows, columns, heads, scale) -> Tuple[Tensor, Tensor]:
+    """The output, and norms that :func:`plain_backward` does not read."""
+    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
+        out = plain.attend(qkv, table, rows, columns, heads, scale)
+    return out, qkv.new_zeros(*qkv.shape[:3], heads, dtype=torch.float32)
+
+
+def plain_backward(grad_out, qkv, table, out, norms, *arguments) -> Tuple[Tensor, Tensor]:
+    """The gradients of ``qkv`` and ``table``, computed from these alone."""
+    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
+        return plain.gradients(grad_out, qkv, table, *arguments)
+
+
+guarded: Callable[..., Tensor] = map_operator(
+    'guarded_attention',
+    with_fallback(lambda *args: fused.forward(*args), plain_forward, 0),
+    with_fallback(lambda *args: fused.backward(*args), plain_backward, 1),
+)
+substitute: Callable[..., Tensor] = map_operator(
+    'substitute_attention', plain_forward, plain_backward
+)
