@@ -1,0 +1,151 @@
+"""A shortcut bypasses modules only if nothing but their types' own computation would be lost."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossformer_mm.exact import is_exact
+
+CPU = torch.device('cpu')
+TYPES = nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU
+
+
+def build() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU())
+
+
+def ask(net: nn.Module) -> bool:
+    return is_exact(net.modules(), TYPES, CPU)
+
+
+class Linear(nn.Linear):
+    pass
+
+
+class Doubled(nn.Parameter):
+    pass
+
+
+def set_linear(linear: nn.Module):
+    def change(net):
+        net[0] = linear
+
+    return change
+
+
+def set_weight(weight):
+    def change(net):
+        del net[0].weight
+        net[0].weight = weight
+
+    return change
+
+
+SURGERY = {
+    'another layer': lambda net: net.__setitem__(2, nn.GELU()),
+    'a subclass': set_linear(Linear(4, 4)),
+    'one more layer': lambda net: net.append(nn.ReLU()),
+    'one layer twice': lambda net: net.__setitem__(2, net[0]),
+    'a forward on the instance': lambda net: setattr(net[2], 'forward', torch.relu),
+    'a forward hook': lambda net: net[2].register_forward_hook(print),
+    'a forward pre-hook': lambda net: net[2].register_forward_pre_hook(print),
+    'a backward hook': lambda net: net[2].register_full_backward_hook(print),
+    'a backward pre-hook': lambda net: net[0].register_full_backward_pre_hook(print),
+    'float64': lambda net: net[0].double(),
+    'the meta device': lambda net: net[1].to('meta'),
+    'a parametrization': lambda net: parametrize.register_parametrization(
+        net[0], 'weight', nn.Identity()
+    ),
+    'a tensor for a parameter': set_weight(torch.ones(4, 4)),
+    "a parameter's subclass": set_weight(Doubled(torch.ones(4, 4))),
+}
+
+
+@pytest.mark.parametrize('change', SURGERY.values(), ids=SURGERY)
+def test_changed_modules_are_not_exact(change):
+    net = build()
+    assert ask(net)
+    change(net)
+    assert not ask(net)
+
+
+def test_pruned_layers_are_exact_once_the_pruning_is_permanent():
+    net = build()
+    prune.identity(net[0], 'weight')
+    assert not ask(net)
+    prune.remove(net[0], 'weight')
+    assert ask(net)
+
+
+def test_a_layer_without_bias_is_exact():
+    net = build()
+    net[0].bias = None
+    assert ask(net) and ask(copy.deepcopy(net))
+
+
+@pytest.mark.parametrize(
+    'cls, name', [(nn.ReLU, 'forward'), (nn.ReLU, '__call__'), (nn.Module, '__call__')]
+)
+def test_a_patched_class_is_not_exact(cls, name, monkeypatch):
+    old = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, x: old(self, x))
+    assert not ask(build())
+
+
+@pytest.mark.parametrize(
+    'register',
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_nothing_is_exact_under_a_global_hook(register):
+    handle = register(lambda *args: None)
+    try:
+        assert not ask(build())
+    finally:
+        handle.remove()
+    assert ask(build())
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('context', [Functions, Operators, forward_ad.dual_level])
+def test_nothing_is_exact_where_calls_are_observed(context):
+    with context():
+        assert not ask(build())
+    assert ask(build())
+
+
+def test_a_default_device_observes_nothing():
+    with torch.device('cpu'):
+        assert ask(build())
+
+
+def test_nothing_is_exact_under_transforms_and_tracers():
+    seen, net = [], build()
+
+    def function(x):
+        seen.append(ask(net))
+        return x.square().sum()
+
+    torch.func.grad(function)(torch.ones(4))
+    torch.vmap(function)(torch.ones(2, 4))
+    torch.jit.trace(function, torch.ones(4), check_trace=False)
+    assert len(seen) >= 3 and not any(seen)
