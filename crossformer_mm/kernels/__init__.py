@@ -13,7 +13,8 @@ All take a map and give a map, and have the same values and gradients. Each modu
 ``why_not`` what it cannot do. A new one gets a line in ``PATHS``, and ``tests/test_kernels.py``
 holds it to the definition.
 
-Linear layers in float32 on the CPU are those of :mod:`.onednn`, MLPs of :mod:`.mlp`.
+Next to fused attention, the dynamic position bias is computed by :mod:`.bias`. Linear layers in
+float32 on the CPU are those of :mod:`.onednn`, MLPs of :mod:`.mlp`.
 """
 
 from typing import Callable, NamedTuple, Optional
