@@ -1,12 +1,32 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
 
-from mmcv.cnn.bricks import DropPath
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .grouping import AxisRule
 from .linear import Mlp
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a branch for a sample, and scale it where it stays.
+
+    Args:
+        drop_prob (float): probability to drop it while training.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        return (
+            F.dropout3d(x[None], self.drop_prob).squeeze(0)
+            if self.training and self.drop_prob
+            else x
+        )
 
 
 class CrossFormerBlock(BaseModule):

@@ -7,6 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.block import DropPath
 from crossformer_mm.grouping import stage_rules
 
 from .conftest import SMALL
@@ -110,6 +111,16 @@ def test_each_rate_acts_in_training_alone(small, rate):
     once, again = backbone(image), backbone(image)
     assert not torch.equal(once[-1], again[-1])
     assert all(feature.isfinite().all() for feature in once)
+
+
+def test_stochastic_depth_drops_a_branch_for_whole_samples_and_keeps_the_mean():
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(4000, 2, 3, 5)).flatten(1)
+    assert torch.equal(out, out[:, :1].expand_as(out))
+    values, counts = out[:, 0].unique(return_counts=True)
+    torch.testing.assert_close(values, torch.tensor([0, 1 / 0.75]))
+    assert abs(counts[0] / 4000 - 0.25) < 0.04
+    assert torch.equal(drop.eval()(out), out)
 
 
 def test_attention_dropout_keeps_the_expected_value(small):
