@@ -1,9 +1,13 @@
 """Linear layers and the MLP of a block."""
 
+from typing import Optional
+
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .compat import autocast_dtype
 from .kernels import watcher
 from .kernels.mlp import CHUNK, chunks, mlp
 from .kernels.onednn import OneDNNLinear, is_float32_on_cpu, onednn_suits
@@ -17,7 +21,21 @@ class Linear(nn.Linear):
         if onednn_suits(x, self.weight):
             out = OneDNNLinear.apply(x.flatten(0, -2), self.weight, self.bias)
             return out.view(*x.shape[:-1], -1)
+        dtype = joint_cast_dtype(x)
+        if dtype and type(self.weight) is type(self.bias) is nn.Parameter:
+            # In one launch; autocast casts each by itself.
+            cast = [torch.empty_like(one, dtype=dtype) for one in (self.weight, self.bias)]
+            torch._foreach_copy_(cast, [self.weight, self.bias])
+            return F.linear(x, *cast)
         return super().forward(x)
+
+
+def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The type to which a layer casts its weight and bias together, or None: in training, where
+    that would need a Python autograd function, autocast does it."""
+    if x.device.type != 'cuda' or torch.is_grad_enabled() or watcher():
+        return None
+    return autocast_dtype(x)
 
 
 class Mlp(BaseModule):

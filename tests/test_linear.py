@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from crossformer_mm import compat, linear
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
@@ -155,3 +156,12 @@ def test_a_layer_put_in_the_place_of_ours_is_used():
     doubled.load_state_dict(mlp.fc2.state_dict())
     mlp.fc2 = doubled
     torch.testing.assert_close(mlp(x), 2 * before)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
+    monkeypatch.setattr(linear, 'joint_cast_dtype', compat.autocast_dtype)
+    torch.manual_seed(0)
+    layer, x = Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(layer(x), nn.Linear.forward(layer, x))
