@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crossformer_mm import CrossFormer, exact
 from crossformer_mm import linear as linear_layers
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.compat import autocast_dtype
 from crossformer_mm.kernels import bias_triton, fused
 
 SIZE = 800, 1216
@@ -92,7 +91,7 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
         library.impl(f'{name}.{overload}' if overload else name, run, 'AutocastCPU')
 
     def joint_cast_dtype(x: Tensor):
-        return None if torch.is_grad_enabled() else autocast_dtype(x)
+        return None if torch.is_grad_enabled() else linear_layers.cast_dtype(x)
 
     map_attention = GroupAttention.attend
     library = torch.library.Library('aten', 'IMPL')

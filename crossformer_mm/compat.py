@@ -49,17 +49,13 @@ def is_autocast_enabled(device_type: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
 
 
-def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """The type to which autocast casts a tensor that is multiplied, or None.
-
-    2.4: ``torch.get_autocast_dtype(device_type)``.
-    """
-    device = x.device.type
-    if x.dtype == torch.float64 or device not in ('cpu', 'cuda') or not is_autocast_enabled(device):
-        return None
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """2.4: ``torch.get_autocast_dtype(device_type)``; before, for 'cpu' and 'cuda' alone."""
     if TORCH >= (2, 4):
-        return torch.get_autocast_dtype(device)
-    return torch.get_autocast_cpu_dtype() if device == 'cpu' else torch.get_autocast_gpu_dtype()
+        return torch.get_autocast_dtype(device_type)
+    return (
+        torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
+    )
 
 
 # 2.4: torch.library.custom_op --------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .compat import autocast_dtype, is_compiling
+from .compat import is_compiling
+from .linear import cast_dtype
 
 
 def split_channels(channels: int, parts: int) -> List[int]:
@@ -42,7 +43,7 @@ class CrossScaleConvs(nn.ModuleList):
         if any(missing):
             x = F.pad(x, missing)
         # Once: autocast would do it for each convolution.
-        x = x.to(autocast_dtype(x) or x.dtype)
+        x = x.to(cast_dtype(x) or x.dtype)
         return torch.cat([conv(x) for conv in self], dim=1).permute(0, 2, 3, 1)
 
 

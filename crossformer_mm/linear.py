@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .compat import autocast_dtype
+from .compat import autocast_dtype, is_autocast_enabled
 from .kernels import watcher
 from .kernels.mlp import CHUNK, chunks, mlp
 from .kernels.onednn import OneDNNLinear, is_float32_on_cpu, onednn_suits
@@ -35,7 +35,15 @@ def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
     that would need a Python autograd function, autocast does it."""
     if x.device.type != 'cuda' or torch.is_grad_enabled() or watcher():
         return None
-    return autocast_dtype(x)
+    return cast_dtype(x)
+
+
+def cast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The type to which autocast casts a tensor that is multiplied, or None."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device not in ('cpu', 'cuda') or not is_autocast_enabled(device):
+        return None
+    return autocast_dtype(device)
 
 
 class Mlp(BaseModule):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crossformer_mm import compat, linear
+from crossformer_mm import linear
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
@@ -160,7 +160,7 @@ def test_a_layer_put_in_the_place_of_ours_is_used():
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
-    monkeypatch.setattr(linear, 'joint_cast_dtype', compat.autocast_dtype)
+    monkeypatch.setattr(linear, 'joint_cast_dtype', linear.cast_dtype)
     torch.manual_seed(0)
     layer, x = Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):

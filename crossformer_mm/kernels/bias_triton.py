@@ -7,11 +7,10 @@ the gradients of its own tiles; their sums are added afterwards, in a fixed orde
 
 from typing import Sequence, Tuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .fused_triton import block_size, on_device_of
 
 TILE = 16  # offsets; of more, a wide network's numbers do not fit in registers
 # What comes with the image: no kernel may be compiled for each.
@@ -348,7 +347,7 @@ def backward(
 def launch(kernel, programs: int, arguments, parameters, residual: bool, eps: float) -> None:
     """Run a kernel."""
     heads, width = parameters[-2].shape
-    with on_device_of(parameters[0]):
+    with torch.cuda.device_of(parameters[0]):  # Triton launches on the current one
         kernel[(programs,)](
             *arguments,
             *parameters,
@@ -356,8 +355,8 @@ def launch(kernel, programs: int, arguments, parameters, residual: bool, eps: fl
             EPS=eps,
             P=width,
             HEADS=heads,
-            BLOCK_P=block_size(width),
-            BLOCK_HEADS=block_size(heads),
+            BLOCK_P=max(16, triton.next_power_of_2(width)),  # of which tl.dot takes 16 or more
+            BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
             TILE=TILE,
             num_warps=8 if width > 32 else 4,
         )
