@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .grouping import AxisRule
 from .kernels import map_attention
+from .kernels.bias import position_table
 from .linear import linear
 from .position_bias import build_position_bias
 
@@ -62,7 +63,7 @@ class GroupAttention(BaseModule):
         """
         out = self.attend(
             linear(self.qkv, x),
-            self.pos(rows.size, columns.size, x.device),
+            position_table(self.pos, rows.size, columns.size, x.device, self.attention_path),
             rows,
             columns,
             self.num_heads,

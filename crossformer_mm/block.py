@@ -1,12 +1,34 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
 
-from mmcv.cnn.bricks import DropPath
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .grouping import AxisRule
 from .linear import Mlp
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a branch for a sample, and scale it where it stays.
+
+    It draws the random numbers of mmcv's layer of this name.
+
+    Args:
+        drop_prob (float): probability to drop it while training.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        if not (self.training and self.drop_prob):
+            return x
+        keep = 1 - self.drop_prob
+        kept = torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).add_(keep).floor_()
+        return x * kept.div_(keep)
 
 
 class CrossFormerBlock(BaseModule):

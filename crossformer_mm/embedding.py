@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .compat import is_compiling
+from .linear import cast_dtype
 
 
 def split_channels(channels: int, parts: int) -> List[int]:
@@ -41,6 +42,8 @@ class CrossScaleConvs(nn.ModuleList):
             missing = (0, self.stride - 1) * 2
         if any(missing):
             x = F.pad(x, missing)
+        # Once: autocast would do it for each convolution.
+        x = x.to(cast_dtype(x) or x.dtype)
         return torch.cat([conv(x) for conv in self], dim=1).permute(0, 2, 3, 1)
 
 
@@ -78,4 +81,6 @@ class PatchMerging(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, ceil(H/stride), ceil(W/stride), 2*C)."""
-        return self.reductions(self.norm(x).permute(0, 3, 1, 2))
+        # The map keeps its type: in one of autocast's, each sum of a block would round it, and each
+        # norm cast it again.
+        return self.reductions(self.norm(x).permute(0, 3, 1, 2)).to(x.dtype)

@@ -1,15 +1,21 @@
 """Linear layers and the MLP of a block."""
 
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .compat import autocast_dtype, is_autocast_enabled
 from .exact import is_exact
+from .kernels import watcher
 from .kernels.mlp import SMALL, mlp
 from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return ``layer(x)``, computed by oneDNN where that is faster.
+    """Return ``layer(x)``, by a faster way where it is exactly that.
 
     Args:
         layer (nn.Module): ``nn.Linear``, or what a user put in its place.
@@ -18,14 +24,34 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         Tensor: (..., out).
     """
-    if (
-        is_float32_on_cpu(x)
-        and is_exact([layer], [nn.Linear], x.device)
-        and onednn_suits(x, layer.weight)
-    ):
-        out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
-        return out.view(*x.shape[:-1], -1)
+    if is_float32_on_cpu(x):
+        if is_exact([layer], [nn.Linear], x.device) and onednn_suits(x, layer.weight):
+            out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
+            return out.view(*x.shape[:-1], -1)
+        return layer(x)
+    dtype = joint_cast_dtype(x)
+    if dtype and is_exact([layer], [nn.Linear], x.device) and layer.bias is not None:
+        # In one launch; autocast casts each by itself.
+        cast = [torch.empty_like(one, dtype=dtype) for one in (layer.weight, layer.bias)]
+        torch._foreach_copy_(cast, [layer.weight, layer.bias])
+        return F.linear(x, *cast)
     return layer(x)
+
+
+def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The type to which a layer casts its weight and bias together, or None: in training, where
+    that would need a Python autograd function, autocast does it."""
+    if x.device.type != 'cuda' or torch.is_grad_enabled() or watcher():
+        return None
+    return cast_dtype(x)
+
+
+def cast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """The type to which autocast casts a tensor that is multiplied, or None."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device not in ('cpu', 'cuda') or not is_autocast_enabled(device):
+        return None
+    return autocast_dtype(device)
 
 
 class Mlp(BaseModule):

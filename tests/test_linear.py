@@ -165,3 +165,12 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
     x, mlp = torch.randn(200, 8), Mlp(8, 32, drop_rate=0.5)
     assert (mlp.train()(x) == 0).float().mean() > 0.4
     assert not (mlp.eval()(x) == 0).any()
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
+    monkeypatch.setattr(linears, 'joint_cast_dtype', linears.cast_dtype)
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(linears.linear(layer, x), layer(x))

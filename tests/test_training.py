@@ -7,6 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer
+from crossformer_mm.block import DropPath
 from crossformer_mm.grouping import stage_rules
 
 from .conftest import SMALL
@@ -110,6 +111,18 @@ def test_each_rate_acts_in_training_alone(small, rate):
     once, again = backbone(image), backbone(image)
     assert not torch.equal(once[-1], again[-1])
     assert all(feature.isfinite().all() for feature in once)
+
+
+def test_stochastic_depth_drops_the_samples_that_mmcvs_layer_drops():
+    from mmcv.cnn.bricks import DropPath as Reference
+
+    x, outs = torch.randn(400, 2, 3, 5), []
+    for layer in (DropPath(0.25), Reference(0.25)):
+        torch.manual_seed(1)
+        outs.append(layer.train()(x))
+        assert torch.equal(layer.eval()(x), x)
+    torch.testing.assert_close(*outs)
+    assert torch.equal(outs[0] == 0, outs[1] == 0) and 0 < (outs[0] == 0).float().mean() < 0.5
 
 
 def test_attention_dropout_keeps_the_expected_value(small):

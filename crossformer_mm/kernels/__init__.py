@@ -16,7 +16,8 @@ All take a map and give a map, and have the same values and gradients. Each modu
 :mod:`.self_test`. A new one gets a line in ``PATHS``, and ``tests/test_kernels.py``
 holds it to the definition.
 
-Linear layers on the CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
+Next to fused attention, the dynamic position bias is computed by :mod:`.bias`. Linear layers on the
+CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
 """
 
 from contextlib import nullcontext

@@ -1,0 +1,178 @@
+"""The dynamic position bias in one kernel, where attention is fused.
+
+:class:`~crossformer_mm.position_bias.DynamicPositionBias` is the definition: 13 operators, each a
+launch of a kernel on numbers so few that launching them takes the time. In eager mode on a GPU the
+kernels of :mod:`.bias_triton` compute the same in one launch, and the gradients in two. They are
+compared with the definition on the user's GPU before they are used.
+"""
+
+import importlib
+import logging
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Dict, NamedTuple, Optional
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..compat import missing_torch
+from ..exact import is_exact
+from ..position_bias import DynamicPositionBias
+from . import fused
+
+LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
+TYPES = (DynamicPositionBias, nn.Linear, *LAYER, *LAYER, *LAYER)  # of a bias and its parts
+WIDTH, HEADS = 64, 32  # at most; of wider networks a program's numbers do not fit in registers
+
+
+class Kind(NamedTuple):
+    """Biases that the same compiled kernels serve."""
+
+    device: torch.device
+    width: int
+    heads: int
+    residual: bool
+    eps: float
+
+
+TRUSTED: Dict[Kind, bool] = {}  # of this process: whether the kernels of a kind work
+LOCK = threading.Lock()
+
+
+def position_table(
+    pos: nn.Module, height: int, width: int, device: torch.device, path: Optional[str] = None
+) -> Tensor:
+    """``pos(height, width, device)``, in one kernel where that is possible.
+
+    Args:
+        pos (nn.Module): a position bias of :mod:`crossformer_mm.position_bias`.
+        height, width (int): members of a group.
+        device (torch.device): of the map.
+        path (str, optional): the path of attention, see :func:`.map_attention`. ``fused``: the
+            kernels are used untested.
+    """
+    kind = find_kind(pos, device, path)
+    if kind is None or not (path == 'fused' or is_trusted(kind)):
+        return pos(height, width, device)
+    return FusedBias.apply(height, width, kind, *pos.parameters())
+
+
+def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Optional[Kind]:
+    """The kind of a bias that the kernels can compute in place of its modules, or None."""
+    if path not in (None, 'fused') or path is None and device.type != 'cuda':
+        return None
+    if not is_exact(pos.modules(), TYPES, device):
+        return None
+    if missing_torch('2.4') or fused.why_no_triton(device):
+        return None
+    (heads, width), eps = pos.pos3[2].weight.shape, pos.pos1[0].eps
+    suits = (
+        width <= WIDTH
+        and heads <= HEADS
+        and pos.pos2[0].eps == pos.pos3[0].eps == eps
+        and [parameter.shape for parameter in pos.parameters()] == shapes_of(width, heads)
+        and all(parameter.is_contiguous() for parameter in pos.parameters())
+    )
+    return Kind(device, width, heads, pos.residual, eps) if suits else None
+
+
+def shapes_of(width: int, heads: int) -> list:
+    """Shapes of the parameters of a bias, in their order."""
+    return [
+        (width, 2),
+        (width,),
+        *((width,), (width,), (width, width), (width,)) * 2,
+        *((width,), (width,), (heads, width), (heads,)),
+    ]
+
+
+class FusedBias(torch.autograd.Function):
+    """See :func:`position_table`. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx, height: int, width: int, kind: Kind, *parameters: Tensor) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(*parameters)
+        return triton_kernels().forward(parameters, height, width, kind.residual, kind.eps)
+
+    @staticmethod
+    def backward(ctx, grad_table: Tensor):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                'CrossFormer: the kernel of the position bias is differentiable once. Build the '
+                "model with attention_path='plain'."
+            )
+        residual, eps = ctx.kind.residual, ctx.kind.eps
+        grads = triton_kernels().backward(grad_table, ctx.saved_tensors, residual, eps)
+        return (None, None, None, *grads)
+
+
+def triton_kernels() -> Any:
+    """:mod:`.bias_triton`, which is imported, and Triton with it, at the first call."""
+    return importlib.import_module('.bias_triton', __package__)
+
+
+def is_trusted(kind: Kind) -> bool:
+    """Self-test of a kind's kernels, once; a failure is a warning, also in MMEngine's log."""
+    if kind not in TRUSTED:
+        if kind.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+            return False
+        with LOCK:
+            if kind not in TRUSTED:
+                test(kind)
+    return TRUSTED.get(kind, False)
+
+
+def test(kind: Kind) -> None:
+    """Put a kind into ``TRUSTED``, unless there is no memory now."""
+    try:
+        # Modes, hooks, transforms and autocast of the caller end at its thread.
+        with ThreadPoolExecutor(1) as thread:
+            error = thread.submit(largest_error, kind).result()
+        fault = '' if error < 1e-4 else f'it is wrong by {error:.2g} of the largest value'
+    except torch.cuda.OutOfMemoryError:
+        return
+    except Exception as error:  # of a compiler, a driver, a launch
+        fault = f'{type(error).__name__}: {error}'
+    TRUSTED[kind] = not fault
+    if fault:
+        message = (
+            f'CrossFormer: the kernel of the position bias does not work on {kind.device}, '
+            f"PyTorch's operators are used ({fault})."
+        )
+        print_log(message, 'current', logging.WARNING)
+        warnings.warn(message)
+
+
+def largest_error(kind: Kind) -> float:
+    """Of a small case's table and gradients, relative to their largest values; NaN if any is.
+
+    It is compared in float64 on the CPU, where a backward pass does not wait for one on the GPU.
+    """
+    with torch.device('meta'):  # without random numbers, which a user's seed may be for
+        pos = DynamicPositionBias(16 * kind.width, kind.heads, kind.residual).double()
+    pos.to_empty(device='cpu')
+    for norm in (pos.pos1[0], pos.pos2[0], pos.pos3[0]):
+        norm.eps = kind.eps
+
+    def scattered(start: int, shape: torch.Size) -> Tensor:
+        """Numbers in [-1, 1]."""
+        count = torch.arange(start, start + shape.numel(), device='cpu')
+        return (count**2 * 7919 % 65521).double().view(shape) / 32760 - 1
+
+    parameters = list(pos.parameters())
+    with torch.no_grad():
+        for index, parameter in enumerate(parameters):
+            parameter.copy_(scattered(5000 * index, parameter.shape))
+    height, width = 6, 9
+    table = pos(height, width)
+    grad = scattered(777, table.shape)
+    exact = [table.detach(), *torch.autograd.grad(table, parameters, grad)]
+    copies = [one.detach().to(kind.device, torch.float32) for one in parameters]
+    kernels = triton_kernels()
+    ours = [kernels.forward(copies, height, width, kind.residual, kind.eps)]
+    ours += kernels.backward(grad.to(kind.device, torch.float32), copies, kind.residual, kind.eps)
+    errors = [(a.cpu() - b).abs().max() / b.abs().max() for a, b in zip(ours, exact)]
+    return float(torch.stack(errors).max())
