@@ -345,17 +345,27 @@ def check_file(option: str, path: str) -> None:
         fail(f"{option}: file '{path}' does not exist.")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, and the folders that lead to it: under its name is all of it or nothing."""
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file, and the folders that lead to it: under its name is all of it or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(f'.{os.getpid()}')  # no longer than the name of any file
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         part.replace(path)
-    except OSError as error:
-        fail(f"'{path}' could not be written: {error}.")
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """:func:`atomic_write`; ends the program if it cannot be written."""
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        fail(f"'{path}' could not be written: {error}.")
 
 
 def check_writable(option: str, folder) -> None:
