@@ -52,7 +52,7 @@ class Photos(BaseDataset):
         super().__init__(**options)
 
     def load_data_list(self) -> list:
-        return self.infos
+        return list(self.infos)  # which the data set empties
 
 
 def test_images_of_data_sets_are_named_below_the_folder_that_all_share(tmp_path):
