@@ -57,8 +57,9 @@ def use_test_time_augmentation(cfg, config_file):
 
 
 def drawing_options(cfg) -> dict:
-    """What the config's own visualization hook would be told of a detector's pictures."""
-    hook = (cfg.get('default_hooks') or {}).get('visualization') or {}
+    """Take the library's hook that draws out of a config; return its options for a detector."""
+    let_draw(cfg)
+    hook = (cfg.get('default_hooks') or {}).pop('visualization', None) or {}
     detection = cfg.default_scope == 'mmdet'
     return dict(pred_score_thr=hook.get('score_thr', 0.3)) if detection else {}
 
@@ -77,7 +78,7 @@ def main():
         what = {'mmdet': 'detector', 'mmpretrain': 'classifier'}[scope]
         fail(f"--out: '{args.out}' must end in .pkl for a {what}.")
     if args.show_dir:
-        let_draw(cfg)
+        drawing = drawing_options(cfg)
     if args.tta:
         use_test_time_augmentation(cfg, args.config)
     check_dataset(cfg, 'test')
@@ -88,7 +89,7 @@ def main():
         check_writable('--out', args.out if maps else Path(args.out).parent)
     runner = build_runner(cfg)
     if args.show_dir:
-        runner.register_hook(ShowPredictionsHook(args.show_dir, **drawing_options(cfg)))
+        runner.register_hook(ShowPredictionsHook(args.show_dir, **drawing))
     if args.out and maps:
         runner.register_hook(KeepLabelMapsHook(args.out))
     elif args.out:
