@@ -41,6 +41,9 @@ is_compiling: Callable[[], bool] = (
 # 2.7: torch.compiler.is_exporting. Before, it cannot be told from compiling.
 is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', is_compiling)
 
+# 2.5: torch.OutOfMemoryError.
+OutOfMemoryError: type = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
+
 
 def is_autocast_enabled(device_type: str) -> bool:
     """2.4: ``torch.is_autocast_enabled(device_type)``; before, for 'cpu' and 'cuda' alone."""

@@ -104,6 +104,12 @@ class Meter:
             self.flops += self.counter.get_total_flops()
 
 
+def input_channels(model: nn.Module) -> int:
+    """Count the channels of the images that a model takes, by its first convolution."""
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next((conv.in_channels for conv in convs), 3)
+
+
 def build_empty(model: dict) -> nn.Module:
     """A model whose tensors have a shape and no content."""
     try:
@@ -168,7 +174,7 @@ def count(cfg: Config, shape: Sequence[int]) -> dict:
     """
     init_default_scope(cfg.default_scope)
     model = build_empty(cfg.model).eval()
-    image = torch.empty(1, 3, *shape, device='meta')
+    image = torch.empty(1, input_channels(model), *shape, device='meta')
     counter = operation_counter(model)
     meters = {name: Meter(part, counter) for name, part in parts_of(model)}
     with torch.no_grad(), counter:

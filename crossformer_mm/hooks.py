@@ -1,11 +1,11 @@
-"""What training can show of itself: magnitudes inside the backbone, predictions on fixed images."""
+"""Training and testing show and keep: magnitudes inside the backbone, predictions on images."""
 
+import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Dict, Iterator, List, Sequence
 
-import mmcv
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .attention import GroupAttention
 from .backbone import CrossFormer, CrossFormerStage
 from .compat import autocast_dtype, is_autocast_enabled
+from .engine.pictures import names_in, picture_in, write_labels
+from .errors import UserError
 from .grouping import AxisRule, group_map
 from .kernels import Call, describe_path
 from .position_bias import bias_windows
@@ -208,6 +210,8 @@ class ValidationSamplesHook(Hook):
     own there, and a step for each validation. (The libraries' hooks draw the first image of some
     batches, other ones each time.)
 
+    An image's name there is that of its file, with its folders if the images lie in several.
+
     Args:
         count (int): how many images, evenly spaced over the data set; in a distributed
             job over the part of the first process.
@@ -215,21 +219,96 @@ class ValidationSamplesHook(Hook):
 
     def __init__(self, count: int):
         self.count = count
+        self.tags: Dict[str, str] = {}  # of the images that were drawn, by path
+
+    def before_val(self, runner) -> None:
+        if runner.rank == 0 and not self.tags:
+            self.names = names_in(runner.val_dataloader.dataset)
 
     def after_val_iter(
         self, runner, batch_idx: int, data_batch=None, outputs: Sequence = ()
     ) -> None:
         if runner.rank != 0:
             return
-        # A classifier's visualizer has a method of its own.
-        draw = getattr(runner.visualizer, 'visualize_cls', runner.visualizer.add_datasample)
         loader = runner.val_dataloader
         chosen = set(spread(len(loader.sampler), self.count, 'cpu').tolist())
         for index, sample in enumerate(outputs, start=batch_idx * loader.batch_size):
             if index in chosen:
-                draw(
-                    name='val_' + Path(sample.img_path).name,
-                    image=mmcv.imread(sample.img_path, channel_order='rgb'),
-                    data_sample=sample.cpu(),
-                    step=runner.iter,
-                )
+                tag = self.tags.setdefault(sample.img_path, self.new_tag(sample.img_path))
+                draw(runner.visualizer, loader.dataset, sample, name=tag, step=runner.iter)
+
+    def new_tag(self, path: str) -> str:
+        """A tag for an image, of characters that TensorBoard and file systems keep apart."""
+        tag = 'val_' + re.sub(r'[^-\w.]', '_', self.names[path][0])
+        return tag if tag not in self.tags.values() else f'{tag}-{len(self.tags)}'
+
+
+def draw(visualizer, dataset, sample, **options) -> None:
+    """Draw a prediction next to its ground truth on the image of a data set.
+
+    Args:
+        visualizer: of MMDetection, MMSegmentation or MMPretrain.
+        dataset: that the image is from.
+        sample: what the model predicted.
+        **options: of the visualizer.
+    """
+    # A classifier's visualizer has a method of its own.
+    by = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)
+    image = picture_in(dataset, sample.img_path)
+    by(image=image, data_sample=sample.cpu(), **options)
+
+
+class ShowPredictionsHook(Hook):
+    """Draw the predictions on all images that are tested, next to the ground truth.
+
+    Each picture has the path that its image has below the folder that all images share. (The
+    libraries' hooks take the file's name only, so that of images of one name in several folders
+    one is left.)
+
+    Args:
+        folder (str): to write.
+        **options: of the visualizer, such as ``pred_score_thr`` of MMDetection's.
+    """
+
+    def __init__(self, folder: str, **options):
+        self.folder, self.options = Path(folder), options
+
+    def before_test(self, runner) -> None:
+        self.dataset = runner.test_dataloader.dataset
+        self.names = names_in(self.dataset)
+
+    def after_test_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs: Sequence = ()
+    ) -> None:
+        for sample in outputs:
+            name, _ = self.names[sample.img_path]
+            if Path(name).suffix.lower() not in ('.jpg', '.jpeg', '.png'):
+                name += '.png'
+            file = str(self.folder / name)
+            draw(runner.visualizer, self.dataset, sample, name=name, out_file=file, **self.options)
+
+
+class KeepLabelMapsHook(Hook):
+    """Keep the label maps of all images that are tested, as PNG with the data set's own values.
+
+    Each has the path that its image has below the folder that all images share.
+
+    Args:
+        folder (str): to write.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def before_test(self, runner) -> None:
+        self.names = names_in(runner.test_dataloader.dataset)
+
+    def after_test_iter(
+        self, runner, batch_idx: int, data_batch=None, outputs: Sequence = ()
+    ) -> None:
+        for sample in outputs:
+            labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
+            labels = labels + int(bool(sample.get('reduce_zero_label')))
+            reason = write_labels(self.folder / f'{self.names[sample.img_path][1]}.png', labels)
+            if reason:
+                raise UserError(f'--out: {reason}.')

@@ -9,7 +9,6 @@
 
 import os
 
-import cv2
 import numpy as np
 from fastapi import FastAPI, HTTPException, UploadFile
 from run_onnx import Model, best_classes
@@ -26,8 +25,7 @@ def about() -> dict:
 
 @app.post('/predict')  # not async: predictions of several requests share the threads of the server
 def predict(image: UploadFile) -> dict:
-    data = np.frombuffer(image.file.read(), np.uint8)
-    pixels = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    pixels = model.decode(image.file.read())
     if pixels is None:
         raise HTTPException(415, f"'{image.filename}' is no image that OpenCV reads.")
     found, names = model(pixels), model.about['classes']

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from mmengine.config import Config
 
 from crossformer_mm.grouping import stage_rules
+
+from .tool_process import run_as_main
 
 ROOT = Path(__file__).parent.parent
 ARCH = dict(embed_dims=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8))
@@ -145,6 +148,43 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
         cv2.imwrite(str(tmp_path / 'image.png'), image)
         return config, tmp_path / 'weights.pth', tmp_path / 'image.png'
 
+    @pytest.mark.parametrize('channels', [1, 4])
+    def test_images_of_other_channels(self, tool, small, tmp_path, channels):
+        """As the test pipeline loads and the preprocessor normalises them; drawn unmirrored."""
+        arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
+        weights, page = tmp_path / 'weights.pth', tmp_path / 'page.html'
+        torch.save(small(arch, in_channels=channels).state_dict(), weights)
+        kind = {1: 'grayscale', 4: 'unchanged'}[channels]
+        (tmp_path / 'config.py').write_text(f'''
+_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
+model = dict(
+    data_preprocessor=dict(
+        _delete_=True, type='DetDataPreprocessor', mean=[9.], std=[5.]),
+    backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0, 1, 2, 3),
+                  in_channels={channels}))
+test_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile', color_type={kind!r}),
+    dict(type='Resize', scale=(70, 50), keep_ratio=True)]))
+''')
+        image = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / 'image.png'), image[..., 0] if channels == 1 else image)
+        arguments = [tmp_path / 'config.py', weights, tmp_path / 'image.png', '--html', page]
+        run_as_main(ROOT / 'tools/explain.py', *arguments)
+        assert page.stat().st_size > 1e4
+        cfg = Config.fromfile(tmp_path / 'config.py')
+        found, scale = tool['read_image'](cfg, str(tmp_path / 'image.png'), None, channels)
+        assert scale == 1 and (found == image[..., :channels]).all()
+        given = tool['normalised'](cfg, found)
+        wanted = torch.from_numpy(image[..., :channels].transpose(2, 0, 1).copy())
+        assert torch.allclose(given[0], (wanted.float() - 9) / 5)
+
+    def test_an_image_of_fewer_channels_than_the_model_takes(self, tool, model, capsys):
+        cfg = Config.fromfile(model[0])
+        with pytest.raises(SystemExit):
+            tool['read_image'](cfg, str(model[2]), None, 4)
+        said = capsys.readouterr().err
+        assert 'has 3 channels as the config' in said and 'the model takes 4.' in said
+
     def test_one_command_writes_all_pictures(self, tool, monkeypatch, model, tmp_path):
         self.call(
             tool,
@@ -234,7 +274,7 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
             (lambda files: [files[0], files[2], files[2]], 'no file of plain weights'),
             (
                 lambda files: [*files, '--cfg-options', 'model.backbone.type=mmdet.ResNet'],
-                'has the backbone mmdet.ResNet, no CrossFormer.',
+                'has the backbone ResNet, no CrossFormer.',
             ),
         ],
     )

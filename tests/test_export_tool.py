@@ -275,6 +275,59 @@ def test_what_cannot_work_is_said_in_one_sentence(call, config, arguments, sente
     assert sentence in call(config(SEGMENTOR), *arguments, code=2)
 
 
+@pytest.mark.parametrize(
+    'changed, more, sentence',
+    [
+        ('0.type=LoadImageFromNDArray', [], 'must begin with LoadImageFromFile'),
+        ('0.type=LoadImageFromNpyFile', [], 'must begin with LoadImageFromFile'),
+        ('0.type=LoadAnnotations', [], 'must begin with LoadImageFromFile'),
+        ('1.type=LoadImageFromFile', [], 'load annotations and pack, found LoadImageFromFile'),
+        ('0.color_type=unchanged', [], "got 'unchanged'"),
+        ('0.color_type=grayscale', [], "got 'grayscale'"),
+        ('0.imdecode_backend=pillow', [], "imdecode_backend must be 'cv2', by which"),
+        ('0.imdecode_backend=tifffile', [], "imdecode_backend must be 'cv2', by which"),
+        ('0.to_float32=True', ['--input-type', 'uint8'], '--input-type uint8: the test pipeline'),
+        ('0.to_float32=True', ['--resize-inside'], 'images in 8 bits and no crop'),
+    ],
+)
+def test_images_that_run_onnx_would_load_otherwise_are_refused(
+    call, config, changed, more, sentence
+):
+    pytest.importorskip('onnxscript')
+    options = ['--cfg-options', f'test_dataloader.dataset.pipeline.{changed}']
+    assert sentence in call(config(SEGMENTOR), '--out', 'x.onnx', *more, *options, code=2)
+
+
+def test_a_class_of_the_user_that_loads_images_is_refused(call, config):
+    pytest.importorskip('onnxscript')
+    from mmcv.transforms import LoadImageFromFile
+    from mmseg.registry import TRANSFORMS
+
+    class Inverted(LoadImageFromFile):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TRANSFORMS.module_dict, 'LoadImageFromFile', Inverted)
+        said = call(config(SEGMENTOR), '--out', 'x.onnx', code=2)
+    assert 'must begin with the LoadImageFromFile of MMCV, found that of tests.' in said
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels_are_for_heads_and_backbones(call, config, tmp_path, channels):
+    pytest.importorskip('onnxscript')
+    options = ['--cfg-options', f'model.backbone.in_channels={channels}']
+    said = call(config(SEGMENTOR), '--out', 'x.onnx', *options, code=2)
+    assert f'has in_channels={channels}; --what head or --what backbone' in said
+    out, sizes = tmp_path / 'x.onnx', ['--shape', 64, 64, '--fixed-shape', 64, 64]
+    call(config(SEGMENTOR), '--out', out, '--what', 'backbone', *sizes, *options)
+    import onnx
+
+    proto = onnx.load(out)
+    assert proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value == channels
+    described = {prop.key: prop.value for prop in proto.metadata_props}
+    assert described['input'].startswith(f'images (batch, {channels}, height, width), normalised')
+
+
 def test_weights_that_a_file_cannot_hold_are_refused(tool, call, config, monkeypatch, tmp_path):
     monkeypatch.setattr(tool, 'MOST_BYTES', 1000)
     said = call(config(SEGMENTOR), '--out', tmp_path / 'x.onnx', code=2)

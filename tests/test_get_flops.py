@@ -131,6 +131,19 @@ def test_second_stage_has_a_thousand_proposals_and_a_hundred_masks(get_flops):
     )
 
 
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels_are_counted(get_flops, config, channels):
+    """Only the first convolutions cost as much as there are channels."""
+    flops = []
+    for count in (channels, 3):
+        file = config(SEGMENTOR, **{'model.backbone.in_channels': count})
+        flops.append(json.loads(get_flops(file, '--shape', 64, 64, '--json')))
+    first = 'backbone.patch_embed'
+    one, other = (counted['parts'][first]['flops'] for counted in flops)
+    assert one * 3 == other * channels > 0
+    assert flops[0]['flops'] - one == flops[1]['flops'] - other
+
+
 def test_table_is_for_people(get_flops):
     assert get_flops(DETECTOR, '--shape', 64, 64).startswith('whole model')
 

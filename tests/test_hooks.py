@@ -5,6 +5,7 @@ import logging
 import re
 from types import SimpleNamespace
 
+import cv2
 import pytest
 import torch
 from mmengine.config import Config
@@ -13,10 +14,12 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import nn
 
-from crossformer_mm import AttentionPathHook, CrossFormer, MagnitudeHook
+from crossformer_mm import AttentionPathHook, CrossFormer, MagnitudeHook, ValidationSamplesHook
 from crossformer_mm.engine.runner import HOOKS_OF_ALL
 from crossformer_mm.grouping import stage_rules
-from crossformer_mm.hooks import sample_logits
+from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook, sample_logits
+
+from .test_pictures import Photos, write_pictures
 
 TINY = dict(embed_dims=16, depths=(1, 2, 3, 2), num_heads=(1, 2, 2, 4))
 
@@ -195,3 +198,59 @@ def test_a_config_line_builds_it():
         '.py',
     )
     assert HOOKS.build(cfg.custom_hooks[0]).interval == 7
+
+
+class Drawn(SimpleNamespace):
+    """A sample of a test, and what a visualizer or writer asks of it."""
+
+    def cpu(self):
+        return self
+
+    def get(self, name):
+        return getattr(self, name, None)
+
+
+def test_images_of_one_name_in_several_folders_are_all_kept(tmp_path):
+    """By the pictures of a test, its label maps, and the samples of a validation."""
+    infos = write_pictures(tmp_path / 'in', 'a_b/x.png', 'a/b_x.png', 'a/b/x.png', 'a/b/x.jpg')
+    data = Photos(infos, pipeline=[dict(type='LoadImageFromFile')])
+    samples = [
+        Drawn(
+            img_path=info['img_path'],
+            reduce_zero_label=True,
+            pred_sem_seg=SimpleNamespace(data=torch.full((1, 4, 6), 300 * index)),
+        )
+        for index, info in enumerate(infos)
+    ]
+    shown, tags = {}, {}
+
+    def add_datasample(name, image, data_sample, step=0, out_file=None):
+        shown[out_file] = image[0, 0, 0]
+        tags.setdefault(name, []).append(image[0, 0, 0])
+
+    loader = SimpleNamespace(dataset=data, sampler=data, batch_size=4)
+    runner = SimpleNamespace(
+        rank=0,
+        iter=5,
+        visualizer=SimpleNamespace(add_datasample=add_datasample, visualize_cls=add_datasample),
+        test_dataloader=loader,
+        val_dataloader=loader,
+    )
+    for hook in (ShowPredictionsHook(str(tmp_path / 'show')), KeepLabelMapsHook(str(tmp_path))):
+        hook.before_test(runner)
+        hook.after_test_iter(runner, 0, outputs=samples)
+    assert set(shown) == {str(tmp_path / 'show' / path) for path in (
+        'a_b/x.png', 'a/b_x.png', 'a/b/x.png', 'a/b/x.jpg'
+    )}  # fmt: skip
+    maps = ('a_b/x.png', 'a/b_x.png', 'a/b/x.png.png', 'a/b/x.jpg.png')
+    for index, path in enumerate(maps):
+        labels = cv2.imread(str(tmp_path / path), cv2.IMREAD_UNCHANGED)
+        assert labels.shape == (4, 6) and (labels == 300 * index + 1).all()
+
+    tags.clear()
+    samples_hook = ValidationSamplesHook(4)
+    for _ in range(2):  # each validation has the same tags
+        samples_hook.before_val(runner)
+        samples_hook.after_val_iter(runner, 0, outputs=samples)
+    assert list(tags) == ['val_a_b_x.png', 'val_a_b_x.png-1', 'val_a_b_x.png-2', 'val_a_b_x.jpg']
+    assert all(len(images) == 2 and images[0] == images[1] for images in tags.values())

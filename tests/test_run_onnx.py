@@ -6,8 +6,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,6 +20,7 @@ from matplotlib import cbook
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.visualization import Visualizer
+from PIL import Image
 from pycocotools import mask as rle
 
 from crossformer_mm.compat import EXPORT, missing_torch
@@ -371,6 +375,206 @@ found = Model({str(exported('retinanet').file)!r})(cv2.imread({str(photos / 'a.p
 print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine') if one in sys.modules])"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == "['boxes', 'labels', 'scores'] []", done.stderr
+
+
+def answers_differ(one: dict, other: dict) -> bool:
+    return len(one['scores']) != len(other['scores']) or not np.allclose(
+        one['scores'], other['scores'], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize('provider', ['cpu', 'openvino'])
+def test_each_thread_gets_the_answer_of_its_image(exported, photos, provider):
+    if provider == 'openvino':
+        pytest.importorskip('openvino')
+    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('retinanet').file, provider, 1)
+    images = [cv2.imread(str(photos / f'{name}.png')) for name in 'abef']
+    alone = [model(image) for image in images]
+    assert all(answers_differ(alone[0], other) for other in alone[1:])
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(model, images * 4))
+    for wanted, found in zip(alone * 4, together):
+        assert not answers_differ(wanted, found)
+
+
+def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
+    """With a stand-in: a request returns what it holds when the last of four threads has come."""
+    all_there = threading.Barrier(4)
+
+    class Request:
+        def infer(self, given):
+            self.held = given['image']
+            all_there.wait(20)
+            return [self.held]
+
+    class Compiled:
+        inputs = outputs = [
+            SimpleNamespace(any_name='image', element_type=SimpleNamespace(to_string=str))
+        ]
+        shared = Request()
+        create_infer_request = Request
+
+        def __call__(self, given):
+            return self.shared.infer(given)
+
+    core = SimpleNamespace(
+        read_model=lambda file: SimpleNamespace(get_rt_info=lambda key: SimpleNamespace(value={})),
+        compile_model=lambda *arguments: Compiled(),
+    )
+    monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=lambda: core))
+    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
+    _, _, compute, _ = run_onnx.start_openvino('model.onnx', 'openvino', 1)
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(lambda number: compute(dict(image=np.array(number))), range(4))
+    assert [int(answer[0]) for answer in answers] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    'image, found',
+    [
+        (None, 'None, which cv2.imread returns for a file that it cannot read'),
+        (np.zeros((9, 8), np.uint8), 'uint8 (9, 8)'),
+        (np.zeros((9, 8, 1), np.uint8), 'uint8 (9, 8, 1)'),
+        (np.zeros((9, 8, 4), np.uint8), 'uint8 (9, 8, 4)'),
+        (np.zeros((3, 9, 8), np.uint8), 'uint8 (3, 9, 8)'),
+        (np.zeros((1, 9, 8, 3), np.uint8), 'uint8 (1, 9, 8, 3)'),
+        (np.zeros((0, 8, 3), np.uint8), 'uint8 (0, 8, 3)'),
+        (np.zeros((9, 8, 3), np.uint16), 'uint16 (9, 8, 3)'),
+        (np.zeros((9, 8, 3), np.float32), 'float32 (9, 8, 3)'),
+        (np.zeros((9, 8, 3), np.int64), 'int64 (9, 8, 3)'),
+        (np.zeros((9, 8, 3), np.uint8).tolist(), 'a list'),
+        ('photo.jpg', 'a str'),
+    ],
+    ids=str,
+)
+def test_a_model_takes_colour_images_of_8_bits_only(exported, image, found):
+    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
+    model = run_onnx.Model(exported('retinanet').file)
+    with pytest.raises(run_onnx.ModelError) as raised:
+        model(image)
+    said = str(raised.value)
+    assert said.startswith('image: it must be an array of uint8 (height, width, 3)')
+    assert said.endswith(f'{found}.') and '\n' not in said
+
+
+def test_a_model_takes_views_and_arrays_that_are_read_only(exported, photos):
+    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('retinanet').file)
+    image = cv2.imread(str(photos / 'a.png'))
+    wanted = model(image)
+    view = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    image.setflags(write=False)
+    for given in (image, view):
+        assert not answers_differ(wanted, model(given))
+
+
+def test_images_are_loaded_as_the_test_pipeline_does(exported, tmp_path):
+    """A photo whose orientation the pipeline leaves out, resized in floats."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(256, size=(8, 10, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo = Image.fromarray(cv2.resize(coarse, (80, 60)))
+    photo.save(tmp_path / 'turned.jpg', exif=turned)
+    config, file = exported('retinanet').config, tmp_path / 'model.onnx'
+    weights = config.with_suffix('.pth')
+    step = 'test_dataloader.dataset.pipeline.0'
+    options = ['--cfg-options', f'{step}.color_type=color_ignore_orientation']
+    options.append(f'{step}.to_float32=True')
+    assert run('export', config, weights, '--out', file, '--threads', 1, *options) == 0
+    assert run('predict', config, weights, tmp_path, '--out', tmp_path / 'torch', *options) == 0
+    assert run('run_onnx', file, tmp_path / 'turned.jpg', '--out', tmp_path / 'onnx') == 0
+    theirs, ours = (
+        json.loads((tmp_path / name / 'results.bbox.json').read_text())
+        for name in ('torch', 'onnx')
+    )
+    assert_same_boxes(theirs, ours)
+    (listed,) = json.loads((tmp_path / 'onnx/images.json').read_text())['images']
+    assert (listed['height'], listed['width']) == (60, 80) and len(ours) > 5
+    model = load_script(ROOT / 'tools/run_onnx.py').Model(file)
+    assert model.about['load'] == dict(color_type='color_ignore_orientation', to_float32=True)
+    assert 'float' in model.inputs['image']
+
+
+@pytest.mark.parametrize(
+    'option, wrong, said',
+    [
+        ('color_type', 'color_ignore_orientation', "the pixels of 'turned.jpg'"),
+        ('color_type', 'grayscale', "the pixels of 'colour.png'"),
+        ('to_float32', True, "the resized pixels of 'colour.png'"),
+    ],
+)
+def test_the_check_of_an_export_begins_with_image_files(exported, option, wrong, said):
+    """A pipeline that loads otherwise than the file says is found."""
+    from crossformer_mm.export.from_files import Differs, check_from_files
+    from crossformer_mm.export.models import WholeDetector
+
+    cfg = Config.fromfile(exported('retinanet').config)
+    init_default_scope('mmdet')
+    module = WholeDetector(MODELS.build(cfg.model).eval())
+    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('retinanet').file)
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    check_from_files(module, pipeline, model)
+    pipeline[0][option] = wrong
+    with pytest.raises(Differs) as raised:
+        check_from_files(module, pipeline, model)
+    assert said in str(raised.value)
+
+
+def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(exported, photos, tmp_path, capfd):
+    """A picture of more pixels a side than JPEG has, and one where a folder is."""
+    for name in 'ab':
+        (tmp_path / f'{name}.png').write_bytes((photos / f'{name}.png').read_bytes())
+    cv2.imwrite(str(tmp_path / 'long.png'), np.zeros((1, 65501, 3), np.uint8))
+    out = tmp_path / 'out'
+    (out / 'pictures/a.jpg').mkdir(parents=True)
+    assert run('run_onnx', exported('retinanet').file, tmp_path, '--out', out) == 1
+    listed = json.loads((out / 'images.json').read_text())
+    assert [one['file_name'] for one in listed['images']] == ['a.png', 'b.png', 'long.png']
+    assert [one['file_name'] for one in listed['skipped']] == ['a.png', 'long.png']
+    assert all('could not be written' in one['reason'] for one in listed['skipped'])
+    assert {one['image_id'] for one in json.loads((out / 'results.bbox.json').read_text())} >= {2}
+    assert cv2.imread(str(out / 'pictures/b.jpg')) is not None
+
+
+def test_an_error_keeps_what_was_predicted_before(exported, photos, tmp_path, monkeypatch):
+    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
+    predict, calls = run_onnx.Model.__call__, []
+
+    def fail_at_third(model, image):
+        calls.append(image)
+        if len(calls) == 3:
+            raise RuntimeError('a fault of the runtime')
+        return predict(model, image)
+
+    monkeypatch.setattr(run_onnx.Model, '__call__', fail_at_third)
+    arguments = [exported('retinanet').file, photos, '--out', tmp_path]
+    monkeypatch.setattr(sys, 'argv', ['run_onnx.py', *map(str, arguments)])
+    with pytest.raises(RuntimeError, match='a fault of the runtime'):
+        run_onnx.main()
+    listed = json.loads((tmp_path / 'images.json').read_text())
+    assert [one['file_name'] for one in listed['images']] == ['a.png', 'b.png']
+    assert json.loads((tmp_path / 'results.bbox.json').read_text())
+
+
+def test_annotations_name_images_by_the_end_of_their_paths(tmp_path, capfd):
+    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
+
+    def ids_of(*listed: str, files=('cam0/frame.png', 'cam1/frame.png')):
+        known = [dict(id=number, file_name=name) for number, name in enumerate(listed, start=7)]
+        (tmp_path / 'known.json').write_text(json.dumps(dict(images=known, categories=[])))
+        ids = run_onnx.Ids(str(tmp_path / 'known.json'), [], 1)
+        return ids.of([tmp_path / file for file in files])
+
+    assert ids_of('cam0/frame.png', 'cam1/frame.png') == [7, 8]
+    assert ids_of('cam0/frame.png', 'cam1/frame.png', files=['cam1/frame.png']) == [8]
+    for listed, said in (
+        (['frame.png'], 'are one image in it'),
+        (['frame.png', 'frame.png'], "lists the image 'frame.png' more than once"),
+        (['cam0/frame.png'], 'names no image'),
+    ):
+        with pytest.raises(SystemExit):
+            ids_of(*listed)
+        assert said in capfd.readouterr().err
 
 
 def test_an_image_without_objects_has_no_boxes(exported):

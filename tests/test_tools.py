@@ -212,7 +212,7 @@ test_evaluator = [dict(_base_.test_evaluator)]
         assert metrics(tmp_path)['mIoU'] == pytest.approx(
             100 * np.mean(np.divide(both, either)), abs=0.01
         )
-        assert len(list(pictures.rglob('*.png'))) == 4
+        assert len(list(pictures.glob('*.jpg'))) == 4
 
     def test_resume_goes_on_after_the_newest_iteration(self, segmentor, shapes):
         output = run(

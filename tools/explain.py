@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import load_backbone
@@ -39,10 +39,13 @@ from crossformer_mm.engine.command_line import (
     check_file,
     check_writable,
     fail,
+    innermost,
+    kind_of,
     load_config,
     run,
 )
 from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.engine.pictures import as_picture
 from crossformer_mm.explain_page import write_page
 from crossformer_mm.grouping import AxisRule, group_map, is_small, stage_rules
 from crossformer_mm.position_bias import bias_of_pairs
@@ -632,32 +635,46 @@ def save(draw, scene: Scene, width: float, height: float, dpi: int, path: Path) 
     )
 
 
-def read_image(cfg: Config, path: str, sides: Optional[Sequence[int]]) -> Tuple[np.ndarray, float]:
-    """The image as (H, W, 3) in BGR, resized as the config tests it, or to ``sides``."""
+def read_image(
+    cfg: Config, path: str, sides: Optional[Sequence[int]], channels: int
+) -> Tuple[np.ndarray, float]:
+    """Load an image as the config's test pipeline does, and resize it so, or to ``sides``.
+
+    Returns:
+        tuple: (H, W, channels), in BGR if these are three, and the factor of its sides.
+    """
     import mmcv
 
+    pipeline = cfg.test_dataloader.dataset if cfg.get('test_dataloader') else {}
+    pipeline = innermost(pipeline).get('pipeline') or cfg.get('test_pipeline') or []
+    load = TRANSFORMS.build(pipeline[0] if pipeline else dict(type='LoadImageFromFile'))
     try:
-        content = Path(path).read_bytes()
-        image = None if is_cut_short(content) else mmcv.imfrombytes(content)
-    except Exception:
-        image = None
-    if image is None:
+        loaded = None if is_cut_short(Path(path).read_bytes()) else load(dict(img_path=path))
+    except Exception:  # broken bytes fail in any way in a decoder
+        loaded = None
+    if loaded is None:
         fail(f"image: file '{path}' could not be read as an image.")
-    steps = cfg.get('test_pipeline', [])
-    scale = sides or next((step.scale for step in steps if step.get('type') == 'Resize'), None)
+    image = loaded['img'].reshape(*loaded['img'].shape[:2], -1)
+    if image.shape[2] != channels:
+        fail(
+            f"image: file '{path}' has {image.shape[2]} channels as the config's test pipeline "
+            f'loads it, and the model takes {channels}.'
+        )
+    scales = (step.get('scale') for step in pipeline if kind_of(step) == 'Resize')
+    scale = sides or next(scales, None)
     if scale is None:
         return image, 1.0
-    return mmcv.imrescale(image, tuple(scale), return_scale=True)
+    resized, factor = mmcv.imrescale(image, tuple(scale), return_scale=True)
+    return resized.reshape(*resized.shape[:2], channels), factor
 
 
 def normalised(cfg: Config, image: np.ndarray) -> Tensor:
-    """(1, 3, H, W) as the model's preprocessor would have it."""
-    known = cfg.model.get('data_preprocessor', {})
-    if known.get('bgr_to_rgb'):
+    """(H, W, C) to (1, C, H, W) as the model's preprocessor would have it."""
+    known = cfg.model.get('data_preprocessor') or {}
+    if known.get('bgr_to_rgb') or known.get('rgb_to_bgr'):
         image = image[..., ::-1]
     mean, std = (
-        np.array(known.get(name) or default)
-        for name, default in (('mean', (0.0, 0.0, 0.0)), ('std', (1.0, 1.0, 1.0)))
+        np.array(known.get(name) or default) for name, default in (('mean', 0.0), ('std', 1.0))
     )
     return torch.from_numpy((image - mean) / std).float().permute(2, 0, 1)[None]
 
@@ -727,8 +744,9 @@ def main():
     if args.max_mb is not None and not args.max_mb > 0:
         fail(f'--max-mb must be above 0, got {args.max_mb}.')
     init_default_scope(cfg.default_scope)
-    if cfg.model.backbone.type.split('.')[-1] != 'CrossFormer':
-        fail(f"config '{args.config}' has the backbone {cfg.model.backbone.type}, no CrossFormer.")
+    kind = kind_of(cfg.model.backbone)
+    if kind != 'CrossFormer':
+        fail(f"config '{args.config}' has the backbone {kind}, no CrossFormer.")
     try:
         backbone = MODELS.build(cfg.model.backbone).eval()
     except ValueError as error:
@@ -738,7 +756,7 @@ def main():
     if args.head is not None and not 0 <= args.head < heads:
         fail(f'--head must be from 0 to {heads - 1}, got {args.head}.')
 
-    image, scale = read_image(cfg, args.image, args.scale)
+    image, scale = read_image(cfg, args.image, args.scale, backbone.in_channels)
     height, width = (round(side / scale) for side in image.shape[:2])
     x, y = args.position or (width // 2, height // 2)
     if not (0 <= x < width and 0 <= y < height):
@@ -751,7 +769,7 @@ def main():
         check_writable('--html', Path(args.html).parent)
     scene = Scene(
         backbone,
-        image[..., ::-1] / 255.0,
+        as_picture(image)[..., ::-1] / 255.0,
         look(backbone, normalised(cfg, image)),
         position,
         args.head,

@@ -16,7 +16,9 @@ told and how to read what it returns stands in its metadata; tools/run_onnx.py d
     of a one-stage detector:       scores and boxes of its head on each level, not decoded
     of a two-stage detector:       the same of its region proposal network, and the neck's features
 With --fixed-shape it is for one image of one size, and smaller and faster.
-Before the file gets its name it is run beside PyTorch on images of five other sizes.
+Before the file gets its name it is run next to PyTorch on images of five other sizes, and image
+files are read and resized by tools/run_onnx.py and by the config's test pipeline; any difference is
+an error.
 """
 
 import argparse
@@ -58,6 +60,7 @@ if missing_torch(EXPORT):
 
 from crossformer_mm.export import export_any_size, exportable, metadata, smaller  # noqa: E402
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402
+from crossformer_mm.export.from_files import Differs, check_from_files  # noqa: E402
 from crossformer_mm.export.models import (  # noqa: E402
     UnknownModel,
     WholeClassifier,
@@ -76,10 +79,6 @@ WHOLE = (WholeDetector, WholeSegmentor, WholeClassifier)
 # What a file of ONNX holds at most, less what a graph and its tables take.
 MOST_BYTES = 2**31 - 2**27
 Outputs = Dict[str, Tensor]
-
-
-class Differs(ValueError):
-    """A file does not compute what PyTorch does; the message is a sentence."""
 
 
 class Network(nn.Module):
@@ -180,8 +179,8 @@ def parse_args():
     parser.add_argument(
         '--input-type',
         choices=['uint8', 'float32'],
-        default='uint8',
-        help='type of the image that a whole model takes, values from 0 to 255 (default: uint8)',
+        help='type of the image that a whole model takes, values from 0 to 255 (default: uint8; '
+        'float32 if the test pipeline loads with to_float32)',
     )
     parser.add_argument(
         '--resize-inside',
@@ -277,10 +276,31 @@ def check_arguments(args: argparse.Namespace, scope: str) -> None:
         fail('--logits is for whole segmentors only.')
     if args.resize_inside and (args.what != 'model' or scope == 'mmpretrain' or args.fixed_shape):
         fail('--resize-inside is for whole detectors and segmentors of any size.')
-    if args.input_type != 'uint8' and args.what != 'model':
+    if args.input_type and args.what != 'model':
         fail(f'--input-type is of whole models; --what {args.what} takes normalised images.')
     if args.checkpoint:
         check_file('checkpoint', args.checkpoint)
+
+
+def check_images(cfg: Config, args: argparse.Namespace) -> None:
+    """Settle the type of a whole model's images; end the program if it takes none of 8 bits in
+    colour."""
+    channels = metadata.channels_of(cfg)
+    if channels != 3:
+        fail(
+            f"config '{args.config}': a whole model takes images of 3 channels, and the backbone "
+            f'has in_channels={channels}; --what head or --what backbone exports it for normalised '
+            'images.'
+        )
+    with sentences_for(ValueError):
+        prepared = metadata.preparation(metadata.test_dataset(cfg).get('pipeline') or ())
+    if prepared['load']['to_float32'] and args.input_type == 'uint8':
+        fail(
+            '--input-type uint8: the test pipeline loads images with to_float32, and their resized '
+            'values are no whole numbers; give float32 or leave the option out.'
+        )
+    if args.input_type is None:
+        args.input_type = 'float32' if prepared['load']['to_float32'] else 'uint8'
 
 
 def build(cfg: Config, args: argparse.Namespace) -> Tuple[nn.Module, dict]:
@@ -288,6 +308,8 @@ def build(cfg: Config, args: argparse.Namespace) -> Tuple[nn.Module, dict]:
     cannot be."""
     scope = cfg.default_scope
     init_default_scope(scope)
+    if args.what == 'model':
+        check_images(cfg, args)
     try:
         model = MODELS.build(cfg.model.backbone if args.what == 'backbone' else cfg.model)
     except (ValueError, FileNotFoundError) as error:
@@ -364,20 +386,19 @@ def write_torch(program, described: dict, path: Path) -> Counter:
     return Counter(str(node.target) for node in program.graph.nodes if node.op == 'call_function')
 
 
-def read_onnx(path: Path, threads: int) -> Callable[..., Outputs]:
-    import onnxruntime
+def load_run_onnx():
+    """tools/run_onnx.py as a module."""
+    spec = spec_from_file_location('run_onnx', Path(__file__).with_name('run_onnx.py'))
+    run_onnx = module_from_spec(spec)
+    spec.loader.exec_module(run_onnx)
+    return run_onnx
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    names = [output.name for output in session.get_outputs()]
-    inputs = [given.name for given in session.get_inputs()]
+
+def read_onnx(path: Path, threads: int) -> Callable[..., Outputs]:
+    inputs, outputs, compute, _ = load_run_onnx().start_onnxruntime(str(path), 'cpu', threads)
     return lambda *given: {
         name: torch.from_numpy(out)
-        for name, out in zip(
-            names, session.run(names, {key: x.numpy() for key, x in zip(inputs, given)})
-        )
+        for name, out in zip(outputs, compute({key: x.numpy() for key, x in zip(inputs, given)}))
     }
 
 
@@ -484,14 +505,14 @@ def check(module: nn.Module, exported: Callable, args: argparse.Namespace) -> No
 
 def make_smaller(file: Path, cfg: Config, args: argparse.Namespace) -> None:
     """Store weights in fewer bits, and say what that does to the metric on the test data."""
-    spec = spec_from_file_location('run_onnx', Path(__file__).with_name('run_onnx.py'))
-    run_onnx = module_from_spec(spec)
-    spec.loader.exec_module(run_onnx)
+    run_onnx = load_run_onnx()
 
     def metric() -> Tuple[str, float]:
         model = run_onnx.Model(str(file), threads=args.threads)
         with redirect_stdout(io.StringIO()):  # the tables of the metrics
-            return smaller.metric_of(cfg.default_scope, args.data, model)
+            return smaller.metric_of(
+                cfg.default_scope, args.data, lambda data: model(model.decode(data))
+            )
 
     size, (name, before) = file.stat().st_size, metric()
     (smaller.to_int8 if args.int8 else smaller.to_float16)(file)
@@ -524,7 +545,7 @@ def main():
                 f'--int8 and --float16 print what they cost, but {reason}; name its folder with '
                 '--data-root.'
             )
-    args.channels = cfg.model.backbone.get('in_channels', 3)
+    args.channels = metadata.channels_of(cfg)
     args.sizes = CHECKED
     if args.fixed_shape:
         args.shape, args.sizes = args.fixed_shape, [(1, *args.fixed_shape)]
@@ -575,6 +596,10 @@ def main():
             flush=True,
         )
         check(module, exported, args)
+        pipeline = metadata.test_dataset(cfg).get('pipeline')
+        if args.what == 'model' and pipeline:
+            check_from_files(module, pipeline, load_run_onnx().Model(str(part)))
+            print("   from image files: what the config's test pipeline makes of them", flush=True)
         if wanted != names:
             leave_out(proto, set(names) - set(wanted))
             write_onnx(proto, part)

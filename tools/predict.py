@@ -11,17 +11,18 @@ writes into the folder of --out:
                    of a detector: boxes, and masks if it has any, in COCO's format of results
     labels/        of a segmentor: label maps as PNG, with the values that the dataset's own have
 
-A file that cannot be read is named at the end, and the exit status is then 1.
+A file that cannot be read, and one whose picture, video or label map cannot be written, is named at
+the end; the exit status is then 1.
 """
 
 import argparse
 import functools
 import glob
 import json
+import math
 import os
 import sys
 import warnings
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -39,7 +40,7 @@ from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
 from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
-from crossformer_mm.compat import is_cut_short
+from crossformer_mm.compat import OutOfMemoryError, is_cut_short
 from crossformer_mm.engine.class_names import drop_unnamed, names_and_colours, recorded
 from crossformer_mm.engine.command_line import (
     DENSE,
@@ -53,7 +54,10 @@ from crossformer_mm.engine.command_line import (
     sentences_for,
     write_whole,
 )
+from crossformer_mm.engine.errors import UserError, said
 from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.engine.pictures import as_picture, unique_names, write_image, write_labels
+from crossformer_mm.flops import input_channels
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -67,14 +71,14 @@ class Source(NamedTuple):
         name: its path below the folder that all of them share, as images.json says it.
         stem: the same for what is written about it, without a suffix; no two have the same.
         frames: how many images it holds, as far as it says, but at least 1.
-        video: the open video, or None for an image.
+        fps: frames per second of a video, as far as it says; None: it is an image.
     """
 
     path: Path
     name: str
     stem: str
     frames: int
-    video: Optional[mmcv.VideoReader]
+    fps: Optional[float]
 
 
 class Image(NamedTuple):
@@ -82,7 +86,7 @@ class Image(NamedTuple):
 
     source: Source
     entry: dict  # what images.json says of it
-    pixels: np.ndarray  # (H, W, 3) uint8, BGR, as it was read
+    pixels: np.ndarray  # (H, W, 3) uint8, BGR, to be drawn on
     inputs: dict  # what the test pipeline made of it
 
 
@@ -168,30 +172,25 @@ def find_files(patterns: Sequence[str], out: Path) -> List[Path]:
 
 def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
     """What is known of files before any is read, but how many frames videos have."""
-    shared = Path(os.path.commonpath([file.absolute().parent for file in files]))
-    names = [file.absolute().relative_to(shared) for file in files]
-    alike = Counter(name.with_suffix('') for name in names)
+    named = unique_names([file.absolute() for file in files])
+    folders = {parent.as_posix() for name, _ in named for parent in Path(name).parents}
     sources = []
-    for file, name in zip(files, names):
-        stem = name if alike[name.with_suffix('')] > 1 else name.with_suffix('')
-        video = mmcv.VideoReader(str(file)) if file.suffix.lower() in VIDEOS else None
-        sources.append(
-            Source(
-                file,
-                name.as_posix(),
-                stem.as_posix(),
-                1 if video is None else max(video.frame_cnt, 1),
-                video,
-            )
-        )
-        for written in (picture_path(out, sources[-1]), label_path(out, stem.as_posix())):
+    for file, (name, stem) in zip(files, named):
+        frames, fps = 1, None
+        if file.suffix.lower() in VIDEOS:
+            video = mmcv.VideoReader(str(file))
+            frames, fps = max(video.frame_cnt, 1), video.fps
+            if stem in folders:  # label maps of a video get a folder of this name
+                stem = name
+        sources.append(Source(file, name, stem, frames, fps))
+        for written in (picture_path(out, sources[-1]), label_path(out, stem)):
             if written.absolute() == file.absolute():
                 fail(f"--out: what is predicted of '{file}' would replace it; name another folder.")
     return sources
 
 
 def picture_path(out: Path, source: Source) -> Path:
-    return out / 'pictures' / f'{source.stem}.{"jpg" if source.video is None else "mp4"}'
+    return out / 'pictures' / f'{source.stem}.{"jpg" if source.fps is None else "mp4"}'
 
 
 def label_path(out: Path, stem: str) -> Path:
@@ -280,9 +279,14 @@ def use_bfloat16(model: nn.Module, device: torch.device, detection: bool):
 class Pipeline:
     """An inferencer's pipeline in two: only what loading says of an image may be its own fault."""
 
-    def __init__(self, pipeline: Compose):
+    def __init__(self, pipeline: Compose, grey: bool):
         self.load, *steps = pipeline.transforms
         self.steps = Compose(steps)
+        self.grey = grey  # images are loaded as grey ones
+
+    def load_frame(self, frame: np.ndarray) -> dict:
+        """Load a frame of a video, (H, W, 3) BGR, as an image file is loaded."""
+        return self.load(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) if self.grey else frame)
 
     def prepare(self, source: Source, entry: dict, loaded: dict) -> Image:
         """What the model takes; an error names the image and goes on its way."""
@@ -297,7 +301,7 @@ class Pipeline:
                 file=sys.stderr,
             )
             raise
-        return Image(source, entry, np.uint8(pixels), inputs)
+        return Image(source, entry, as_picture(pixels), inputs)
 
 
 class Ids:
@@ -310,70 +314,108 @@ class Ids:
             return
         try:
             known = json.loads(Path(ann_file).read_text(encoding='utf-8'))
-            self.images = {image['file_name']: image['id'] for image in known['images']}
+            listed = [image['file_name'] for image in known['images']]
+            self.images = dict(zip(listed, [image['id'] for image in known['images']]))
             by_name = {category['name']: category['id'] for category in known['categories']}
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"--ann-file: '{ann_file}' is no file of COCO annotations.")
+        if len(self.images) < len(listed):
+            twice = next(name for name in listed if listed.count(name) > 1)
+            fail(f"--ann-file: '{ann_file}' lists the image '{twice}' more than once.")
         unknown = [name for name in classes if name not in by_name]
         if unknown:
             fail(f"--ann-file: '{ann_file}' has no category '{unknown[0]}', which the model has.")
         self.categories = [by_name[name] for name in classes]
 
     def check(self, sources: Sequence[Source]) -> None:
-        """End the program if a file has no id."""
+        """End the program if a file has no id, or that of another one."""
+        found: Dict[int, Source] = {}
         for source in sources if self.images is not None else ():
-            if source.video is not None or self.of(source) is None:
+            id_ = self.of(source)
+            if source.fps is not None or id_ is None:
                 fail(f"--ann-file: it names no image '{source.name}'.")
+            if id_ in found:
+                fail(f"--ann-file: '{found[id_].name}' and '{source.name}' are one image in it.")
+            found[id_] = source
 
     def of(self, source: Source) -> Optional[int]:
-        if self.images is not None:
-            return self.images.get(source.name, self.images.get(source.path.name))
-        return self.next
+        """The id of an image, by as much of the end of its path as the annotations have."""
+        if self.images is None:
+            return self.next
+        parts = source.path.absolute().parts
+        ends = ('/'.join(parts[start:]) for start in range(len(parts)))
+        return next((self.images[end] for end in ends if end in self.images), None)
 
     def leave(self, count: int) -> None:
         """Go on after ``count`` images, whether or not they could be read."""
         self.next += count
 
 
+class Skipped(List[dict]):
+    """Files, or frames, that could not be read or written, with the reasons."""
+
+    def note(self, name: str, reason: str) -> None:
+        """Add a file if there is a reason."""
+        if reason:
+            self.append(dict(file_name=name, reason=reason))
+
+
 def images_of(
     sources: Sequence[Source],
     pipeline: Pipeline,
+    channels: int,
     ids: Ids,
     progress: ProgressBar,
-    skipped: List[dict],
+    skipped: Skipped,
 ) -> Iterator[Image]:
-    """Every image of the sources that can be read; the others go to ``skipped``."""
+    """Every image of the sources that can be read and has the model's number of channels; the
+    others go to ``skipped``."""
 
-    def skip(source: Source, reason: str) -> None:
-        skipped.append(dict(file_name=source.name, reason=reason))
+    def fits(image: Image) -> bool:
+        given = image.inputs['inputs'].shape[0]
+        if given != channels:
+            skipped.note(
+                image.source.name,
+                f'it has {given} channels as the test pipeline loads it, and the model takes '
+                f'{channels}',
+            )
+        return given == channels
 
     for source in sources:
-        if source.video is None:
+        if source.fps is None:
             try:
                 if is_cut_short(source.path.read_bytes()):
                     raise EOFError
                 loaded = pipeline.load(str(source.path))
             except OSError as error:
-                skip(source, f'it could not be opened: {error.strerror or error}')
+                skipped.note(source.name, f'it could not be opened: {error.strerror or error}')
                 progress.update()
             except Exception:  # broken bytes fail in any way in a decoder
-                skip(source, 'it is cut short or no image that OpenCV reads')
+                skipped.note(source.name, 'it is cut short or no image that OpenCV reads')
                 progress.update()
             else:
-                yield pipeline.prepare(
-                    source, dict(id=ids.of(source), file_name=source.name), loaded
-                )
+                entry = dict(id=ids.of(source), file_name=source.name)
+                image = pipeline.prepare(source, entry, loaded)
+                if fits(image):
+                    yield image
+                else:
+                    progress.update()
             ids.leave(1)
             continue
-        read = 0
-        for frame in source.video:
+        read, fit = 0, True
+        for frame in mmcv.VideoReader(str(source.path)):
             entry = dict(id=ids.next + read, file_name=f'{source.name}#{read + 1}', frame=read + 1)
-            yield pipeline.prepare(source, entry, pipeline.load(frame))
+            image = pipeline.prepare(source, entry, pipeline.load_frame(frame))
+            fit = fits(image)
+            if not fit:
+                progress.update(source.frames - read)
+                break
+            yield image
             read += 1
         # What a video says of its length may be an estimate from its duration.
-        if read < 0.98 * source.frames or not read:
-            skip(
-                source,
+        if fit and (read < 0.98 * source.frames or not read):
+            skipped.note(
+                source.name,
                 f'its frames from {read + 1} on could not be read'
                 if read
                 else 'it is no video that OpenCV reads',
@@ -403,6 +445,50 @@ def batches(images: Iterator[Image], size: int) -> Iterator[List[Image]]:
 # What is written
 
 
+def mp4_fps(fps: float) -> float:
+    """The nearest frame rate that an MP4 file can hold: a fraction of numbers up to 65535, which
+    OpenCV makes of up to three decimals; 25 for a rate that no video has."""
+    if not 0 < fps < math.inf:
+        return 25.0
+    fps = min(max(fps, 0.002), 65535.0)
+    return next(round(fps * base) / base for base in (1000, 100, 10, 1) if fps * base <= 65535)
+
+
+class Video:
+    """A video that is written frame by frame: under its name is all of it or nothing.
+
+    Args:
+        path: of the file.
+        fps: frames per second.
+        size: width and height of the frames.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, fps: float, size: Tuple[int, int]):
+        self.path, self.size = path, size
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.part = path.with_name(f'.{os.getpid()}.mp4')
+        fourcc = cv2.VideoWriter_fourcc(*'mp4v')
+        self.writer = cv2.VideoWriter(str(self.part), fourcc, fps, size)
+        if not self.writer.isOpened():
+            self.part.unlink(missing_ok=True)
+            raise OSError(f'OpenCV writes no MP4 of {size[0]} x {size[1]} pixels at {fps:g} fps')
+
+    def add(self, frame: np.ndarray) -> None:
+        # A frame of another size would be left out without a word.
+        self.writer.write(
+            frame if frame.shape[1::-1] == self.size else cv2.resize(frame, self.size)
+        )
+
+    def finish(self, keep: bool) -> None:
+        self.writer.release()
+        if keep:
+            self.part.replace(self.path)
+        self.part.unlink(missing_ok=True)
+
+
 class Pictures:
     """Draws predictions and writes them, images as JPEG and videos as MP4.
 
@@ -415,46 +501,41 @@ class Pictures:
 
     def __init__(self, draw: Callable, out: Path):
         self.draw, self.out = draw, out
-        self.video: Optional[Tuple[Source, Path, cv2.VideoWriter]] = None
+        self.source: Optional[Source] = None  # of the video in the making
+        self.video: Optional[Video] = None  # None also if it cannot be written
 
-    def add(self, image: Image, sample) -> None:
-        (rgb,) = self.draw([np.ascontiguousarray(image.pixels[..., ::-1])], [sample])
+    def add(self, image: Image, sample) -> str:
+        """Draw and write a prediction; the reason if that is not possible, or nothing."""
+        if image.source is self.source and self.video is None:
+            return ''
+        try:
+            (rgb,) = self.draw([np.ascontiguousarray(image.pixels[..., ::-1])], [sample])
+        except Exception as error:
+            return f'its picture could not be drawn: {said(error)}'
         drawn = np.ascontiguousarray(rgb[..., ::-1])
         path = picture_path(self.out, image.source)
-        if image.source.video is None:
-            write_whole(path, cv2.imencode('.jpg', drawn)[1].tobytes())
-            return
-        if self.video is None or self.video[0] is not image.source:
-            self.finish_video()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f'.{os.getpid()}.{path.name}')
-            writer = cv2.VideoWriter(
-                str(part),
-                cv2.VideoWriter_fourcc(*'mp4v'),
-                image.source.video.fps or 25,
-                drawn.shape[1::-1],
-            )
-            if not writer.isOpened():
-                fail(f"'{path}' could not be written.")
-            self.video = image.source, part, writer
-        self.video[2].write(drawn)
+        if image.source.fps is None:
+            return write_image(path, drawn)
+        try:
+            if image.source is not self.source:
+                self.finish_video()
+                self.source = image.source
+                self.video = Video(path, mp4_fps(image.source.fps), drawn.shape[1::-1])
+            self.video.add(drawn)
+        except OSError as error:
+            return f"'{path}' could not be written: {said(error)}"
+        return ''
 
-    def finish_video(self) -> None:
-        if self.video:
-            source, part, writer = self.video
-            writer.release()
-            part.replace(picture_path(self.out, source))
-            self.video = None
+    def finish_video(self, keep: bool = True) -> None:
+        video, self.video = self.video, None
+        if video:
+            video.finish(keep)
 
     def __enter__(self) -> 'Pictures':
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.finish_video()
-        elif self.video:
-            self.video[2].release()
-            self.video[1].unlink(missing_ok=True)
+        self.finish_video(keep=kind is None)
 
 
 class Objects:
@@ -469,7 +550,7 @@ class Objects:
         self.categories, self.as_dict = categories, as_dict
         self.results: Dict[str, List[dict]] = dict(bbox=[])
 
-    def add(self, image: Image, sample) -> None:
+    def add(self, image: Image, sample) -> str:
         found = self.as_dict(type(sample)(pred_instances=sample.pred_instances))
         labels = [self.categories[label] for label in found['labels']]
         boxes = [
@@ -484,6 +565,7 @@ class Objects:
                 {'image_id': image.entry['id'], 'category_id': label, 'score': score, key: value}
                 for label, score, value in zip(labels, scores, values)
             )
+        return ''
 
     def write(self, out: Path) -> None:
         for kind, results in self.results.items():
@@ -501,15 +583,17 @@ class LabelMaps:
     def __init__(self, out: Path, first: int):
         self.out, self.first = out, first
 
-    def add(self, image: Image, sample) -> None:
+    def add(self, image: Image, sample) -> str:
+        """Write a label map; the reason if that is not possible, or nothing."""
         labels = sample.pred_sem_seg.data[0].numpy() + self.first
-        labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
         stem = image.source.stem
-        if image.source.video is not None:
+        if image.source.fps is not None:
             stem = f'{stem}/{image.entry["frame"]:06d}'
         path = label_path(self.out, stem)
-        write_whole(path, cv2.imencode('.png', labels)[1].tobytes())
-        image.entry['label_map'] = path.relative_to(self.out).as_posix()
+        reason = write_labels(path, labels)
+        if not reason:
+            image.entry['label_map'] = path.relative_to(self.out).as_posix()
+        return reason
 
     def write(self, out: Path) -> None:
         """Nothing is left to write."""
@@ -553,7 +637,9 @@ def main():
 
     with sentences_for(ValueError, FileNotFoundError):
         inferencer, dataset, trained = build_inferencer(cfg, args, device)
-    model, pipeline = inferencer.model, Pipeline(inferencer.pipeline)
+    model = inferencer.model
+    grey = 'grayscale' in cfg.test_dataloader.dataset.pipeline[0].get('color_type', 'color')
+    pipeline = Pipeline(inferencer.pipeline, grey)
     classes = model.dataset_meta['classes']
     check_names(model, classes, trained, args.config)
     ids = Ids(args.ann_file, classes)
@@ -575,36 +661,44 @@ def main():
         fail(f"--out: folder '{out}' could not be made: {error.strerror}.")
     for written in ('images.json', 'results.bbox.json', 'results.segm.json'):
         (out / written).unlink(missing_ok=True)  # of an earlier run: from now on not the truth
-    skipped: List[dict] = []
+    skipped = Skipped()
     entries: List[dict] = []
+
+    def write_results() -> None:
+        print()
+        results.write(out)
+        categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, classes)]
+        listed = dict(images=entries, categories=categories, skipped=skipped)
+        write_whole(out / 'images.json', json.dumps(listed, indent=1).encode())
+
     progress = ProgressBar(sum(source.frames for source in sources))
-    with Pictures(draw, out) as pictures:
-        images = images_of(sources, pipeline, ids, progress, skipped)
-        for batch in batches(images, args.batch_size):
-            try:
-                with context:
-                    samples = inferencer.forward(
-                        inferencer.collate_fn([image.inputs for image in batch])
-                    )
-            except torch.OutOfMemoryError:
-                fail(
-                    f'--batch-size: {len(batch)} images like '
-                    f"'{batch[0].entry['file_name']}' do not fit into the memory of {device}."
-                )
-            for image, sample in zip(batch, samples):
-                sample = sample.cpu()
-                drop_unnamed(sample, len(classes))
-                results.add(image, sample)
-                pictures.add(image, sample)
-                entries.append(image.entry)
-                progress.update()
-    print()
-    results.write(out)
-    categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, classes)]
-    write_whole(
-        out / 'images.json',
-        json.dumps(dict(images=entries, categories=categories, skipped=skipped), indent=1).encode(),
-    )
+    try:
+        with Pictures(draw, out) as pictures:
+            images = images_of(sources, pipeline, input_channels(model), ids, progress, skipped)
+            for batch in batches(images, args.batch_size):
+                try:
+                    with context:
+                        samples = inferencer.forward(
+                            inferencer.collate_fn([image.inputs for image in batch])
+                        )
+                except OutOfMemoryError:
+                    raise UserError(
+                        f"--batch-size: {len(batch)} images like '{batch[0].entry['file_name']}' "
+                        f'do not fit into the memory of {device}.'
+                    ) from None
+                for image, sample in zip(batch, samples):
+                    sample = sample.cpu()
+                    drop_unnamed(sample, len(classes))
+                    reason = results.add(image, sample)
+                    if not reason:
+                        entries.append(image.entry)
+                        reason = pictures.add(image, sample)
+                    skipped.note(image.entry['file_name'], reason)
+                    progress.update()
+    except Exception:
+        write_results()  # what was predicted before is kept
+        raise
+    write_results()
     print(f"{len(entries)} images predicted, see '{out}'; {len(skipped)} files skipped")
     for one in skipped:
         print(f"error: '{one['file_name']}' was skipped: {one['reason']}.", file=sys.stderr)

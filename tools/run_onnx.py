@@ -13,12 +13,16 @@ writes into the folder of --out what tools/predict.py writes:
 
 and, of a classifier, results.classes.json: of each image the five classes with the best scores.
 
-A file that cannot be read is named at the end, and the exit status is then 1.
+A file that cannot be read, and one whose picture or label map cannot be written, is named at the
+end; the exit status is then 1.
 
 To use a model in a program of your own, copy this file beside it:
 
     from run_onnx import Model
-    found = Model('model.onnx')(cv2.imread('photo.jpg'))    # a dict of arrays
+    model = Model('model.onnx')
+    found = model(model.decode(open('photo.jpg', 'rb').read()))    # a dict of arrays
+
+Several threads may call one model at the same time.
 """
 
 import argparse
@@ -30,7 +34,7 @@ import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -49,11 +53,13 @@ PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openv
 
 
 class ModelError(ValueError):
-    """A file or a provider that cannot be used; the message is a sentence."""
+    """A file, a provider or an image that cannot be used; the message is a sentence."""
 
 
 class Model:
     """A model in a file, and all that has to be done before and after it.
+
+    Threads may share a model.
 
     Args:
         file: of tools/export.py, a whole model.
@@ -71,6 +77,8 @@ class Model:
         self.inputs, self.outputs, self.run, texts = start(str(file), provider, threads)
         try:
             self.about = {key: json.loads(texts[key]) for key in ('task', 'resize', 'classes')}
+            # Files written before these options were kept: pipelines used to have the defaults.
+            self.about['load'] = dict(color_type='color', to_float32=False)
             for key, text in texts.items():
                 self.about[key] = json.loads(text)
         except (KeyError, ValueError):
@@ -81,11 +89,31 @@ class Model:
         if (self.about['resize'] or {}).get('backend') == 'pillow' and find_spec('PIL') is None:
             raise ModelError(f"model: '{file}' needs the package pillow, to resize images.")
 
-    def __call__(self, image: np.ndarray) -> Dict[str, np.ndarray]:
-        """What is in an image.
+    def decode(self, data: bytes) -> Optional[np.ndarray]:
+        """Decode an image file as the training's pipeline did.
 
         Args:
-            image: (height, width, 3) uint8, blue first, as OpenCV reads it.
+            data: the bytes of the file.
+
+        Returns:
+            np.ndarray: (height, width, 3) uint8, blue first; None if OpenCV cannot decode it.
+        """
+        flag = cv2.IMREAD_COLOR
+        if self.about['load']['color_type'] == 'color_ignore_orientation':
+            flag |= cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            return cv2.imdecode(np.frombuffer(data, np.uint8), flag) if data else None
+        except cv2.error:  # more pixels than OpenCV takes
+            return None
+
+    def __call__(self, image: np.ndarray) -> Dict[str, np.ndarray]:
+        """Predict what is in an image.
+
+        Args:
+            image: (height, width, 3) uint8, blue first, as :meth:`decode` returns it.
+
+        Raises:
+            ModelError: the image is anything else.
 
         Returns:
             dict: of a detector ``boxes`` (n, 4) as left, top, right, bottom, ``scores`` (n,),
@@ -93,10 +121,9 @@ class Model:
             segmentor ``labels`` (height, width) or ``logits`` (classes, height, width); of a
             classifier ``scores`` (classes,).
         """
+        check_image(image)
         height, width = image.shape[:2]
-        resized = self.resize(image)
-        if 'crop' in self.about:
-            resized = middle(resized, *self.about['crop'])
+        resized = self.prepare(image)
         fixed = self.about.get('fixed_shape')
         padded = self.pad(resized, *fixed) if fixed else resized
         dtype = np.float32 if 'float' in self.inputs['image'] else np.uint8
@@ -116,6 +143,13 @@ class Model:
                 found['masks'], found['boxes'], height, width, self.about['mask_threshold']
             )
         return found
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """Convert, resize and crop an image as the training's test pipeline did."""
+        if self.about['load']['to_float32']:
+            image = image.astype(np.float32)
+        image = self.resize(image)
+        return middle(image, *self.about['crop']) if 'crop' in self.about else image
 
     def resize(self, image: np.ndarray) -> np.ndarray:
         """An image in the size that the model was trained for, if the file does not see to it."""
@@ -155,10 +189,32 @@ class Model:
 
     def pad(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
         """An image in the upper left corner of a larger one, of the colour that says nothing."""
-        out = np.empty((height, width, 3), np.uint8)
+        out = np.empty((height, width, 3), image.dtype)
         out[:] = self.about['fill'][::-1]
         out[: image.shape[0], : image.shape[1]] = image
         return out
+
+
+def check_image(image) -> None:
+    """Raise a ModelError if an image is no uint8 array (height, width, 3)."""
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+        and image.size
+    ):
+        return
+    if image is None:
+        found = 'None, which cv2.imread returns for a file that it cannot read'
+    elif isinstance(image, np.ndarray):
+        found = f'an array of {image.dtype} {image.shape}'
+    else:
+        found = f'a {type(image).__name__}'
+    raise ModelError(
+        'image: it must be an array of uint8 (height, width, 3) with the values of blue, green '
+        f'and red, got {found}.'
+    )
 
 
 def start_onnxruntime(file: str, provider: str, threads: int):
@@ -216,7 +272,8 @@ def start_openvino(file: str, provider: str, threads: int):
         texts = {}
 
     def run(given: dict) -> List[np.ndarray]:
-        results = compiled(given)
+        # `compiled(given)` would use one request for all threads, which mixes up their results.
+        results = compiled.create_infer_request().infer(given)
         return [np.array(results[index]) for index in range(len(outputs))]
 
     return inputs, outputs, run, texts
@@ -286,28 +343,23 @@ def names_of(files: Sequence[Path]) -> List[Tuple[str, str]]:
     """Of each its path below the folder that all share, and that without suffix, no two alike."""
     shared = Path(os.path.commonpath([file.absolute().parent for file in files]))
     names = [file.absolute().relative_to(shared) for file in files]
-    alike = Counter(name.with_suffix('') for name in names)
+    taken = Counter([*names, *(name.with_suffix('') for name in names if name.suffix)])
     return [
         (
             name.as_posix(),
-            (name if alike[name.with_suffix('')] > 1 else name.with_suffix('')).as_posix(),
+            (name if taken[name.with_suffix('')] > 1 else name.with_suffix('')).as_posix(),
         )
         for name in names
     ]
 
 
-def read_image(path: Path) -> Tuple[Optional[np.ndarray], str]:
+def read_image(path: Path, decode: Callable) -> Tuple[Optional[np.ndarray], str]:
     """An image, or None and why there is none."""
     try:
         data = path.read_bytes()
     except OSError as error:
         return None, f'it could not be opened: {error.strerror or error}'
-    image = None
-    if data and not is_cut_short(data):
-        try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error:  # of more pixels than OpenCV takes
-            pass
+    image = None if is_cut_short(data) else decode(data)
     return image, '' if image is not None else 'it is cut short or no image that OpenCV reads'
 
 
@@ -327,9 +379,24 @@ def is_cut_short(data: bytes) -> bool:
 
 def write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    part.write_bytes(data)
-    part.replace(path)
+    part = path.with_name(f'.{os.getpid()}')  # no longer than the name of any file
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_image(path: Path, image: np.ndarray) -> str:
+    """Write an image file; the reason if that is not possible, or nothing."""
+    try:
+        encoded, data = cv2.imencode(path.suffix, image)
+        if not encoded:
+            raise cv2.error(f'OpenCV cannot encode {image.shape[1]} x {image.shape[0]} pixels')
+        write(path, data.tobytes())
+    except (OSError, cv2.error) as error:
+        return f"'{path}' could not be written: {str(error).strip().splitlines()[-1]}"
+    return ''
 
 
 class Ids:
@@ -342,24 +409,34 @@ class Ids:
             return
         try:
             known = json.loads(Path(ann_file).read_text(encoding='utf-8'))
-            self.images = {image['file_name']: image['id'] for image in known['images']}
+            listed = [image['file_name'] for image in known['images']]
+            self.images = dict(zip(listed, [image['id'] for image in known['images']]))
             by_name = {category['name']: category['id'] for category in known['categories']}
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"--ann-file: '{ann_file}' is no file of COCO annotations.")
+        if len(self.images) < len(listed):
+            twice = Counter(listed).most_common(1)[0][0]
+            fail(f"--ann-file: '{ann_file}' lists the image '{twice}' more than once.")
         unknown = [name for name in classes if name not in by_name]
         if unknown:
             fail(f"--ann-file: '{ann_file}' has no category '{unknown[0]}', which the model has.")
         self.categories = [by_name[name] for name in classes]
 
-    def of(self, names: Sequence[str]) -> List[int]:
-        """Of each image, by its name."""
+    def of(self, files: Sequence[Path]) -> List[int]:
+        """Of each image, by as much of the end of its path as the annotations have."""
         if self.images is None:
-            return list(range(1, len(names) + 1))
-        ids = [self.images.get(name, self.images.get(Path(name).name)) for name in names]
-        for name, id_ in zip(names, ids):
-            if id_ is None:
-                fail(f"--ann-file: it names no image '{name}'.")
-        return ids
+            return list(range(1, len(files) + 1))
+        found: Dict[int, Path] = {}
+        for file in files:
+            parts = file.absolute().parts
+            ends = ('/'.join(parts[start:]) for start in range(len(parts)))
+            known = [self.images[end] for end in ends if end in self.images]
+            if not known:
+                fail(f"--ann-file: it names no image '{file}'.")
+            if known[0] in found:
+                fail(f"--ann-file: '{found[known[0]]}' and '{file}' are one image in it.")
+            found[known[0]] = file
+        return list(found)
 
 
 def in_coco_format(found: dict, image: int, categories: Sequence[int]) -> Dict[str, List[dict]]:
@@ -512,7 +589,7 @@ def main() -> None:
             fail('masks are written as COCO has them, which needs the package pycocotools.')
     ids = Ids(args.ann_file, about['classes'], 1 if detection else about['first_value'])
     names = names_of(files)
-    numbers = ids.of([name for name, _ in names])
+    numbers = ids.of(files)
     for written in ('images', 'results.bbox', 'results.segm', 'results.classes'):
         # Of an earlier run: from now on not the truth.
         (out / f'{written}.json').unlink(missing_ok=True)
@@ -525,16 +602,17 @@ def main() -> None:
     if 'masks' in model.outputs:
         results['segm'] = []
     seconds = 0.0
-    for file, (name, stem), number in zip(files, names, numbers):
-        image, reason = read_image(file)
+
+    def predict(file: Path, name: str, stem: str, number: int) -> str:
+        """Predict on one file; the reason if it could not be read or written, or nothing."""
+        nonlocal seconds
+        image, reason = read_image(file, model.decode)
         if image is None:
-            skipped.append(dict(file_name=name, reason=reason))
-            continue
+            return reason
         start = time.perf_counter()
         found = model(image)
         seconds += time.perf_counter() - start
         entry = dict(id=number, file_name=name, height=image.shape[0], width=image.shape[1])
-        entries.append(entry)
         if detection:
             for kind, new in in_coco_format(found, number, ids.categories).items():
                 results[kind] += new
@@ -547,17 +625,32 @@ def main() -> None:
             labels = found['labels'] + about['first_value']
             labels = labels.astype(np.uint8 if labels.max() < 256 else np.uint16)
             path = out / 'labels' / f'{stem}.png'
-            write(path, cv2.imencode('.png', labels)[1].tobytes())
+            reason = write_image(path, labels)
+            if reason:
+                return reason
             entry['label_map'] = path.relative_to(out).as_posix()
+        entries.append(entry)
         drawn = draw(image, found, about, args.score_thr)
-        write(out / 'pictures' / f'{stem}.jpg', cv2.imencode('.jpg', drawn)[1].tobytes())
-    for kind, found in results.items():
-        write(out / f'results.{kind}.json', json.dumps(found).encode())
-    categories = [dict(id=id_, name=name) for id_, name in zip(ids.categories, about['classes'])]
-    write(
-        out / 'images.json',
-        json.dumps(dict(images=entries, categories=categories, skipped=skipped), indent=1).encode(),
-    )
+        return write_image(out / 'pictures' / f'{stem}.jpg', drawn)
+
+    def write_results() -> None:
+        for kind, found in results.items():
+            write(out / f'results.{kind}.json', json.dumps(found).encode())
+        categories = [
+            dict(id=id_, name=name) for id_, name in zip(ids.categories, about['classes'])
+        ]
+        listed = dict(images=entries, categories=categories, skipped=skipped)
+        write(out / 'images.json', json.dumps(listed, indent=1).encode())
+
+    try:
+        for file, (name, stem), number in zip(files, names, numbers):
+            reason = predict(file, name, stem, number)
+            if reason:
+                skipped.append(dict(file_name=name, reason=reason))
+    except Exception:
+        write_results()  # what was predicted before is kept
+        raise
+    write_results()
     print(f"{len(entries)} images predicted, see '{out}'; {len(skipped)} files skipped")
     if entries:
         print(f'{len(entries) / seconds:.2f} images per second, {peak_memory()}')

@@ -17,13 +17,12 @@ from crossformer_mm.engine.command_line import (
     check_writable,
     data_sets,
     fail,
-    kind_of,
     let_draw,
-    metrics_of,
     read_config,
     run,
 )
 from crossformer_mm.engine.weight_checks import CheckWeightsHook
+from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook
 
 
 def parse_args():
@@ -57,29 +56,12 @@ def use_test_time_augmentation(cfg, config_file):
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
-def show_predictions(cfg, folder: str) -> None:
-    """Let the library's own hook draw all that is tested into a folder."""
-    kind, switched = {
-        'mmdet': ('DetVisualizationHook', dict(draw=True, test_out_dir=folder)),
-        'mmseg': ('SegVisualizationHook', dict(draw=True)),
-        'mmpretrain': ('VisualizationHook', dict(enable=True, out_dir=folder)),
-    }[cfg.default_scope]
-    hooks = cfg.get('default_hooks') or {}
-    hook = dict(
-        hooks.get('visualization') or dict(type=kind), interval=1, **switched
-    )  # mmsegmentation 1.2 would skip images
-    cfg.default_hooks = {**hooks, 'visualization': hook}
-    visualizer = let_draw(cfg)
-    if cfg.default_scope == 'mmseg':
-        visualizer.save_dir = folder
-
-
-def keep_label_maps(cfg, folder: str) -> None:
-    """Let the metric that compares label maps keep them."""
-    metrics = [metric for metric in metrics_of(cfg, 'test') if 'IoU' in kind_of(metric)]
-    if not metrics:
-        fail('--out: the config has no IoUMetric in test_evaluator, which keeps label maps.')
-    metrics[0].update(output_dir=folder, keep_results=True)
+def drawing_options(cfg) -> dict:
+    """Take the library's hook that draws out of a config; return its options for a detector."""
+    let_draw(cfg)
+    hook = (cfg.get('default_hooks') or {}).pop('visualization', None) or {}
+    detection = cfg.default_scope == 'mmdet'
+    return dict(pred_score_thr=hook.get('score_thr', 0.3)) if detection else {}
 
 
 def main():
@@ -96,13 +78,9 @@ def main():
         what = {'mmdet': 'detector', 'mmpretrain': 'classifier'}[scope]
         fail(f"--out: '{args.out}' must end in .pkl for a {what}.")
     if args.show_dir:
-        # Absolute: the hook would put a relative one below the work folder.
-        folder = str(Path(args.show_dir).absolute())
-        show_predictions(cfg, folder)
+        drawing = drawing_options(cfg)
     if args.tta:
         use_test_time_augmentation(cfg, args.config)
-    if args.out and maps:
-        keep_label_maps(cfg, args.out)
     check_dataset(cfg, 'test')
     check_writable('--work-dir', cfg.work_dir)
     if args.show_dir:
@@ -110,7 +88,11 @@ def main():
     if args.out:
         check_writable('--out', args.out if maps else Path(args.out).parent)
     runner = build_runner(cfg)
-    if args.out and not maps:
+    if args.show_dir:
+        runner.register_hook(ShowPredictionsHook(args.show_dir, **drawing))
+    if args.out and maps:
+        runner.register_hook(KeepLabelMapsHook(args.out))
+    elif args.out:
         keep = METRICS.get({'mmdet': 'mmdet.DumpDetResults'}.get(scope, 'mmengine.DumpResults'))
         runner.test_evaluator.metrics.append(keep(out_file_path=args.out))
     if args.allow_partial:

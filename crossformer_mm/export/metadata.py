@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
+import mmcv
 import numpy as np
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from ..engine.class_names import names_and_colours
 from ..engine.command_line import innermost, kind_of
@@ -30,16 +32,19 @@ OUTPUTS = dict(
     mmpretrain=dict(scores='(batch, classes) float32, from 0 to 1, those of an image sum up to 1'),
 )
 TASKS = dict(mmseg='label map', mmpretrain='classes')
+# The ways to decode an image to 8 bits and three channels, as tools/run_onnx.py does.
+COLOUR_TYPES = ('color', 'color_ignore_orientation')
 
 
 def of_network(cfg: Config, what: str) -> Dict[str, str]:
     """Of a file that takes normalised images."""
     known = cfg.model.get('data_preprocessor') or {}
-    order = 'RGB' if known.get('bgr_to_rgb') or known.get('to_rgb') else 'BGR'
+    channels = channels_of(cfg)
+    order = 'RGB ' if known.get('bgr_to_rgb') or known.get('to_rgb') else 'BGR '
     return dict(
         what=what,
-        input=f'{order} images (batch, 3, height, width), normalised: '
-        '(value from 0 to 255 - mean) / std',
+        input=f'{order if channels == 3 else ""}images (batch, {channels}, height, width), '
+        'normalised: (value from 0 to 255 - mean) / std',
         mean=json.dumps(known.get('mean')),
         std=json.dumps(known.get('std')),
         model=kind_of(cfg.model),
@@ -73,8 +78,9 @@ def of_whole_model(
     dataset = test_dataset(cfg)
     built = DATASETS.build({**dataset, 'lazy_init': True}) if dataset else None
     prepared = preparation(dataset.get('pipeline') or ())
-    before = '' if resize_inside else ', after ' + ' and '.join(prepared)
     rule = prepared.pop('resize')
+    steps = ' and '.join(['resize', *(name for name in prepared if name != 'load')])
+    before = '' if resize_inside else f', after {steps}'
     size = 'of the image' if resize_inside else 'that was asked for'
     described = dict(
         task=TASKS.get(scope, 'instances' if 'masks' in outputs else 'boxes'),
@@ -111,6 +117,11 @@ def of_whole_model(
     return {key: json.dumps(value) for key, value in described.items()}
 
 
+def channels_of(cfg: Config) -> int:
+    """Channels of the images that the backbone of a config takes."""
+    return (cfg.model.get('backbone') or {}).get('in_channels', 3)
+
+
 def test_dataset(cfg: Config) -> dict:
     """The data set that a model is tested on, without what is around it; empty if none is named."""
     return innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
@@ -120,16 +131,18 @@ def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
     """What to do with an image before it is given to the file.
 
     Returns:
-        dict: ``resize``, a rule or None for nothing, and, where there is one, ``crop``, height and
-        width of what is cut out of the middle.
+        dict: ``load``, the options of its decoding, ``resize``, a rule or None for nothing, and,
+        where there is one, ``crop``, height and width of what is cut out of the middle.
 
     Raises:
         ValueError: a test pipeline that does something else; the message is a sentence.
     """
-    found: Dict[str, Any] = dict(resize=None)
-    for step in pipeline:
+    load = loading(pipeline[0]) if pipeline else dict(color_type='color', to_float32=False)
+    found: Dict[str, Any] = dict(load=load, resize=None)
+    for step in pipeline[1:]:
         kind = kind_of(step)
-        if kind in ('Resize', 'ResizeEdge') and found == dict(resize=None) and step.get('scale'):
+        first = found['resize'] is None and 'crop' not in found
+        if kind in ('Resize', 'ResizeEdge') and first and step.get('scale'):
             scale = step['scale']
             if kind == 'ResizeEdge':
                 rule = dict(edge=step.get('edge', 'short'), size=scale)
@@ -142,12 +155,53 @@ def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
         elif kind == 'CenterCrop' and 'crop' not in found and not step.get('auto_pad'):
             size = step['crop_size']
             found['crop'] = [size] * 2 if np.isscalar(size) else list(size)[::-1]
-        elif not kind.startswith(('Load', 'Pack')):
+        elif not (kind.startswith('Pack') or is_of_annotations(step)):
             raise ValueError(
-                'the test pipeline may load, resize once to a scale, crop the middle and pack, '
-                f'found {kind}'
+                'the test pipeline may load an image, resize it once to a scale, crop the middle, '
+                f'load annotations and pack, found {kind}'
             )
     return found
+
+
+def is_of_annotations(step: dict) -> bool:
+    """Whether a step of a pipeline loads annotations, which an image to predict on has none of."""
+    kind = kind_of(step)
+    return kind.startswith('Load') and 'Annotation' in kind
+
+
+def loading(step: dict) -> Dict[str, Any]:
+    """How a test pipeline decodes an image file, by its first step.
+
+    Returns:
+        dict: ``color_type``, one of COLOUR_TYPES, and ``to_float32``.
+
+    Raises:
+        ValueError: tools/run_onnx.py cannot decode it so; the message is a sentence.
+    """
+    if kind_of(step) != 'LoadImageFromFile':
+        raise ValueError(
+            'the test pipeline must begin with LoadImageFromFile, which an exported file can be '
+            f'told of, found {kind_of(step)}'
+        )
+    built = TRANSFORMS.build(step)
+    if type(built) is not LoadImageFromFile:
+        raise ValueError(
+            'the test pipeline must begin with the LoadImageFromFile of MMCV, found that of '
+            f'{type(built).__module__}'
+        )
+    backend = built.imdecode_backend or mmcv.image.io.imread_backend
+    if backend != 'cv2':
+        raise ValueError(
+            "LoadImageFromFile.imdecode_backend must be 'cv2', by which tools/run_onnx.py decodes "
+            f"images, got '{backend}'"
+        )
+    if built.color_type not in COLOUR_TYPES:
+        raise ValueError(
+            'LoadImageFromFile.color_type of a whole model must be '
+            f"{' or '.join(map(repr, COLOUR_TYPES))}, got '{built.color_type}'; --what head "
+            'exports a model for normalised images of any kind'
+        )
+    return dict(color_type=built.color_type, to_float32=bool(built.to_float32))
 
 
 def rule_for_inside(cfg: Config) -> dict:
@@ -159,9 +213,10 @@ def rule_for_inside(cfg: Config) -> dict:
     prepared = preparation(test_dataset(cfg).get('pipeline') or ())
     rule = prepared['resize']
     known = rule and 'edge' not in rule and rule['backend'] == 'cv2'
-    if not known or rule['interpolation'] != 'bilinear' or 'crop' in prepared:
+    whole = not prepared['load']['to_float32']
+    if not known or rule['interpolation'] != 'bilinear' or 'crop' in prepared or not whole:
         raise ValueError(
-            "--resize-inside takes a test pipeline with a bilinear Resize by 'cv2' and no crop, "
-            f'found {prepared}'
+            "--resize-inside takes a test pipeline with a bilinear Resize by 'cv2' of images in 8 "
+            f'bits and no crop, found {prepared}'
         )
     return rule

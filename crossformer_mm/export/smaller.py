@@ -77,17 +77,15 @@ def metric_of(scope: str, data, predict: Callable) -> Tuple[str, float]:
     Args:
         scope: default_scope of the config.
         data: its test data.
-        predict: takes an image as OpenCV reads it, returns what tools/run_onnx.py's Model does.
+        predict: takes the bytes of an image file, returns what tools/run_onnx.py's Model does.
 
     Returns:
         tuple: its name and its value, from 0 to 1; AP is of masks if there are any.
     """
-    import cv2
-
     images = [data.get_data_info(index) for index in range(min(len(data), MOST_IMAGES))]
     metric, sample_of = METRICS_OF[scope](data, images)
     for info in images:
-        found = predict(cv2.imread(info['img_path']))
+        found = predict(Path(info['img_path']).read_bytes())
         metric.process({}, [sample_of(info, found)])
     values = metric.evaluate(len(images))
     for name, key, factor in (
