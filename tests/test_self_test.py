@@ -37,6 +37,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self):
         super().__init__('fused_triton')
+        self.INTERPRETED = False
         self.calls, self.spoil = [], lambda name, *outputs: outputs
 
     def forward(self, qkv, *arguments):
