@@ -1,890 +1,449 @@
-"""Everything that wants a GPU, in one call: is fused attention right there, and how fast?
+"""Check and measure CrossFormer on a GPU in ten minutes: is it right there, and how fast?
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json
+    python benchmarks/gpu.py --out work_dirs/gpu.json
 
-takes less than 8 minutes and needs PyTorch with CUDA, Triton and einops. mmengine and mmcv are
-used if they can be imported; otherwise stand-ins of a few lines take their place, for the
-backbone needs little of them to run. Swin-T is MMDetection's, else torchvision's, else timm's.
+Needs PyTorch with CUDA, Triton and einops. mmengine and mmcv are used if they can be imported;
+otherwise stand-ins take their place. Swin-T is MMDetection's, torchvision's or timm's.
 
-Sections, each with its own time limit and none hindered by the failure of another:
-  check       fused attention against float64, values and gradients
-  tune        tiles of each kernel; prints the table for crossformer_mm/kernels/fused_triton.py
-  attention   each layer's attention: fused, plain, scaled_dot_product_attention with a bias, and
-              how its time compares with what its own bytes and FLOPs need
-  flex        the same with FlexAttention, values and gradient of the captured table included
-  backbone    a training step (forward and backward) of CrossFormer-S, of the plain mask-and-pad
-              formulation of tests/oracle.py, and of Swin-T: time and peak memory
-  profile     which kernels a training step spends its time in
+Each section runs in a process of its own with a time limit, in this order:
+  compile    fill Triton's cache, on all cores
+  default    training steps of CrossFormer-S without attention_path, also with_cp, against plain
+  sanitizer  compute-sanitizer, if it is installed, on a few tiny maps
+  check      random maps and groups against float64, values and gradients; bits that repeat
+  layers     device time of each layer's attention, by kernel, and of other ways to compute it
+  models     inference and training steps of CrossFormer-S and Swin-T
+  learn      training steps on the GPU against the same on the CPU
+  tune       other tiles of each kernel, for crossformer_mm/kernels/fused_triton.py
 
---smoke runs all of it on the CPU in Triton's interpreter, on sizes that tell nothing.
+What a section plans and does not reach is listed as not run. Results are written after each one.
+--smoke runs everything on the CPU in Triton's interpreter, on sizes that tell nothing.
 """
 
 import argparse
-import contextlib
-import importlib.abc
-import importlib.machinery
+import importlib
+import itertools
 import json
-import math
 import os
-import statistics
+import random
+import shutil
+import subprocess
 import sys
-import time
-import traceback
-import types
+import warnings
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = dict(check=80, tune=120, attention=50, flex=80, backbone=90, profile=20)  # seconds
-TOTAL = 440
+LIMITS = dict(compile=80, default=60, sanitizer=90, check=90, layers=70, models=110)  # seconds
+LIMITS.update(learn=40, tune=60, tiny=40)
+DEFAULT = [name for name in LIMITS if name != 'tiny']  # which `sanitizer` runs
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument(
-        '--out',
-        type=Path,
-        default=Path('work_dirs/gpu.json'),
-        help='where to write the figures (default: %(default)s)',
-    )
-    parser.add_argument('--sections', nargs='+', choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument(
-        '--bandwidth',
-        type=float,
-        default=4.8e12,
-        help='bytes per second of the memory (default: an H200, %(default)s)',
-    )
-    parser.add_argument(
-        '--flops',
-        type=float,
-        default=790e12,
-        help='bf16 FLOPs per second within reach (default: an H200, %(default)s)',
-    )
+def parse(arguments) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/gpu.json'), help='results')
+    parser.add_argument('--sections', nargs='+', choices=LIMITS, default=DEFAULT, metavar='NAME')
     parser.add_argument('--image', type=int, nargs=2, default=(800, 1216), metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument(
-        '--smoke', action='store_true', help='on the CPU, tiny: does the script run to its end?'
-    )
-    return parser.parse_args()
+    parser.add_argument('--smoke', action='store_true', help='on the CPU, tiny: does it run?')
+    return parser.parse_args(arguments)
 
 
-OPTIONS = parse() if __name__ == '__main__' else None
-if OPTIONS and OPTIONS.smoke:
+OPTIONS = parse(sys.argv[1:] if __name__ == '__main__' else ['--smoke'])
+SMOKE = OPTIONS.smoke
+if SMOKE:
     os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported
-    OPTIONS.image, OPTIONS.batch = (20, 24), 1
+    OPTIONS.image = (12, 12)
+os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] = '1'  # CUDA must not be started before a fork
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import nn
 
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+import harness
+from harness import NotRun, device_time, peer, relative, run_all, within
+from stand_ins import replace_missing
 
-class DropPath(nn.Module):
-    """mmcv's, without dropping."""
+STAND_INS = replace_missing()
+try:
+    import triton
 
-    def __init__(self, probability: float):
-        super().__init__()
-        if probability:
-            raise NotImplementedError('the stand-in for mmcv drops no paths')
-
-    def forward(self, x):
-        return x
-
-
-class BaseModule(nn.Module):
-    """mmengine's, as far as running a model needs it."""
-
-    def __init__(self, init_cfg=None):
-        super().__init__()
-        self.init_cfg = init_cfg
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules of a package that is not installed: the names below, and empty classes."""
-
-    def __init__(self, package: str):
-        self.package = package
-
-    def find_spec(self, name, path, target=None):
-        if name.split('.')[0] == self.package:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__version__ = '999.0'  # new enough
-        registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
-        known = dict(
-            BaseModule=BaseModule,
-            DropPath=DropPath,
-            MODELS=registry,
-            HOOKS=registry,
-            MODULE2PACKAGE={},
-        )
-
-        def lookup(name):
-            if name.startswith('__'):
-                raise AttributeError(name)
-            return known.get(name, type(name, (), {}))
-
-        module.__getattr__ = lookup
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
-def import_package() -> list:
-    """Import crossformer_mm; the packages that stand-ins took the place of."""
-    missing = []
-    for package, needed in (('mmengine', 'mmengine.registry'), ('mmcv', 'mmcv.cnn.bricks')):
-        try:
-            importlib.import_module(needed)
-        except Exception:  # it may be there, and broken for want of what it needs
-            for name in [name for name in sys.modules if name.split('.')[0] == package]:
-                del sys.modules[name]
-            sys.meta_path.insert(0, StandIns(package))
-            missing.append(package)
-    if missing:  # what trains asks more of them, and nothing here trains
-        sys.modules['crossformer_mm.engine'] = types.ModuleType('crossformer_mm.engine')
-    try:
-        import triton  # noqa: F401
-
-        import crossformer_mm  # noqa: F401
-    except ModuleNotFoundError as error:
-        sys.exit(
-            f'error: {error.name} is not installed; benchmarks/gpu.py needs PyTorch, Triton '
-            'and einops'
-        )
-    return missing
-
-
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-STAND_INS = import_package()
-
-import triton  # noqa: E402
-import triton.testing  # noqa: E402
-from oracle import plain_features  # noqa: E402
-
-from crossformer_mm import CrossFormer  # noqa: E402
-from crossformer_mm.compat import missing_torch  # noqa: E402
-from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules  # noqa: E402
-
+    from crossformer_mm import CrossFormer, kernels
+    from crossformer_mm.compat import missing_torch
+except ModuleNotFoundError as error:
+    needs = 'benchmarks/gpu.py needs PyTorch, Triton and einops'
+    sys.exit(f'error: {error.name} is not installed; {needs}')
 if missing_torch('2.4'):
-    sys.exit(f"error: benchmarks/gpu.py: {missing_torch('2.4')}.")
-from crossformer_mm.kernels import fused, fused_triton, plain  # noqa: E402
-from crossformer_mm.position_bias import bias_of_pairs  # noqa: E402
+    sys.exit(f'error: benchmarks/gpu.py: {missing_torch("2.4")}.')
+from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules
+from crossformer_mm.hooks import attention_paths
+from crossformer_mm.kernels import fused, fused_triton, plain, self_test
+from crossformer_mm.position_bias import bias_of_pairs
 
-Tile = fused_triton.Tile
-DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
-# Stages of CrossFormer-S: stride of the map, heads, interval, blocks.
-STAGES = ((4, 3, 8, 2), (8, 6, 4, 2), (16, 12, 2, 6), (32, 24, 1, 2))
-HEAD_DIM, GROUP = 32, 7
-if OPTIONS and OPTIONS.smoke:
-    STAGES, HEAD_DIM, GROUP = ((4, 1, 2, 2), (8, 1, 1, 2)), 8, 3
-
-
-class Bench:
-    """The device, the clock, and the figures so far."""
-
-    def __init__(self, options):
-        self.options, self.smoke = options, options.smoke
-        self.device = torch.device('cpu' if options.smoke else 'cuda')
-        self.start = self.deadline = time.perf_counter()
-        gpu = 'none' if self.smoke else torch.cuda.get_device_name()
-        self.results = dict(
-            command=' '.join(['python', *sys.argv]),
-            gpu=gpu,
-            torch=torch.__version__,
-            triton=triton.__version__,
-            stand_ins=STAND_INS,
-            bandwidth=options.bandwidth,
-            flops=options.flops,
-            image=list(options.image),
-            batch=options.batch,
-            sections={},
-        )
-        print(
-            f'GPU {gpu}, torch {torch.__version__}, triton {triton.__version__}, stand-ins for: '
-            f"{', '.join(STAND_INS) or 'nothing'}",
-            flush=True,
-        )
-
-    def run(self, name: str) -> None:
-        section = self.results['sections'][name] = dict(rows=[])
-        began = time.perf_counter()
-        self.deadline = min(began + SECTIONS[name], self.start + TOTAL)
-        print(f'\n== {name}', flush=True)
-        try:
-            globals()[f'run_{name}'](self, section['rows'])
-        except Exception as error:
-            section['error'] = f'{type(error).__name__}: {error}'
-            traceback.print_exc()
-        section['seconds'] = round(time.perf_counter() - began, 1)
-        print(f"   {section['seconds']} s", flush=True)
-        self.options.out.parent.mkdir(parents=True, exist_ok=True)
-        self.options.out.write_text(json.dumps(self.results, indent=1) + '\n')
-        if not self.smoke:
-            torch.cuda.empty_cache()
-
-    def in_time(self, what: str) -> bool:
-        """Whether the section has time left; says what is left out otherwise."""
-        if time.perf_counter() < self.deadline:
-            return True
-        print(f'   no time left for {what}', flush=True)
-        return False
-
-    def milliseconds(self, function, effort: int = 60) -> float:
-        """Median time of a call, the cache flushed before each."""
-        if self.smoke:
-            began = time.perf_counter()
-            function()
-            return 1e3 * (time.perf_counter() - began)
-        return triton.testing.do_bench(
-            function, warmup=effort // 3, rep=effort, return_mode='median'
-        )
-
-    def randn(self, *shape, dtype=torch.float32):
-        return torch.randn(*shape, device=self.device).to(dtype)
+DEVICE = torch.device('cpu') if SMOKE else torch.device('cuda', 0)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+MIXED = DTYPES[SMOKE]  # of automatic mixed precision
+# Largest errors of an attention, relative to the largest exact value or 1.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+NEAR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}  # of losses, gradients
+# Stages of CrossFormer-S: stride of the map, heads, interval.
+STAGES, HEAD_DIM, GROUP = ((4, 3, 8), (8, 6, 4), (16, 12, 2), (32, 24, 1)), 32, 7
+if SMOKE:
+    STAGES, HEAD_DIM, GROUP = ((4, 1, 2),), 16, 3
+LONG = ('stage 1 long', 'stage 3 long')  # the longest groups
 
 
-def add(table: list, **figures) -> None:
-    """Keep and print a row."""
-    table.append(figures)
-    print(
-        '   '
-        + '  '.join(
-            f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}'
-            for key, value in figures.items()
-            if value is not None
-        ),
-        flush=True,
-    )
+def amp(dtype, device=DEVICE):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def value_and_gradients(attention, qkv, table, grad, *arguments):
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def random_inputs(shape, rows, columns, heads, dim, dtype) -> tuple:
+    """qkv, table, the output's gradient, and the other arguments of an attention."""
+    qkv, grad = (randn(*shape, count * heads * dim, dtype=dtype) for count in (3, 1))
+    sides = (2 * fit_rule(n, rule).size - 1 for n, rule in zip(shape[1:], (rows, columns)))
+    return qkv, randn(heads, *sides), grad, (rows, columns, heads, dim**-0.5)
+
+
+def value_and_gradients(attention, qkv, table, grad, arguments) -> tuple:
     qkv, table = qkv.detach().requires_grad_(), table.detach().requires_grad_()
     out = attention(qkv, table, *arguments)
     return (out.detach(), *torch.autograd.grad(out, (qkv, table), grad.to(out.dtype)))
 
 
-def table_for(bench, height, width, rows, columns, heads):
-    return bench.randn(
-        heads, 2 * fit_rule(height, rows).size - 1, 2 * fit_rule(width, columns).size - 1
-    )
+def build(**options) -> nn.Module:
+    """CrossFormer-S without stochastic depth, always with the same weights."""
+    torch.manual_seed(0)
+    if SMOKE:
+        options.update(merge_sizes=(), group_size=(GROUP,), interval=(2,), out_indices=(0,))
+        options.update(arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)))
+    return CrossFormer(**options, drop_path_rate=0.0).to(DEVICE).train()
 
 
-def errors(ours, exact) -> dict:
-    """Relative to the largest exact number, or to 1."""
-    return {
-        name: float(
-            (one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1)
-        )
-        for name, one, other in zip(('value', 'grad_qkv', 'grad_table'), ours, exact)
-    }
+def image_of(batch: int, sides=None):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(batch, 3, *(sides or OPTIONS.image), generator=generator).to(DEVICE)
 
 
-# ---------------------------------------------------------------------------------- check
-def run_check(bench: Bench, rows: list) -> None:
-    """Relative to the largest exact value; float64 on the same device is the judge."""
-    cases = [  # map, rule of rows, rule of columns, heads, head_dim
-        ((2, 37, 52), (7, 1), (7, 1), 3, 32),
-        ((2, 36, 54), (5, 8), (7, 8), 3, 32),
-        ((1, 50, 76), (25, 2), (38, 2), 12, 32),
-        ((2, 60, 45), (7, 4), (7, 4), 6, 32),
-        ((1, 25, 38), (25, 1), (38, 1), 4, 64),
-        ((1, 41, 33), (14, 1), (14, 1), 2, 24),
-        ((3, 20, 20), (3, 1), (3, 1), 2, 16),
-        ((1, 9, 300), (5, 2), (150, 2), 1, 8),
-        ((1, 1, 1), (7, 1), (7, 1), 2, 32),
-    ]
-    if bench.smoke:
-        cases = [((1, 5, 6), (3, 2), (3, 2), 1, 8)]
-    tolerance = dict(fp32=1e-5, fp16=3e-3, bf16=2e-2)
-    for number, (shape, row_rule, column_rule, heads, dim) in enumerate(cases):
-        row_rule, column_rule = AxisRule(*row_rule), AxisRule(*column_rule)
-        for name in ('fp32', 'bf16', 'fp16')[: 3 if number < 4 else 2]:
-            if not bench.in_time(f'{shape} {name}'):
-                return
-            qkv = bench.randn(*shape, 3 * heads * dim, dtype=DTYPES[name])
-            grad = bench.randn(*shape, heads * dim, dtype=DTYPES[name])
-            table = table_for(bench, *shape[1:], row_rule, column_rule, heads)
-            arguments = row_rule, column_rule, heads, dim**-0.5
-            ours = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
-            again = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
-            exact = value_and_gradients(
-                plain.attend, qkv.double(), table.double(), grad.double(), *arguments
-            )
-            found = errors(ours, exact)
-            add(
-                rows,
-                map='x'.join(map(str, shape)),
-                rows=tuple(row_rule),
-                columns=tuple(column_rule),
-                heads=heads,
-                head_dim=dim,
-                dtype=name,
-                **found,
-                same_bits=all(torch.equal(one, other) for one, other in zip(ours, again)),
-                passed=max(found.values()) <= tolerance[name],
-            )
-    if not bench.smoke and bench.in_time('a map of more than 2^31 numbers'):
-        check_large_map(bench, rows)
+def train(model, image, dtype, steps: int) -> list:
+    """Losses of steps of AdamW towards features of 1."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-4), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with amp(dtype, image.device):
+            loss = sum((feature.float() - 1).square().mean() for feature in model(image))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().cpu())
+    return losses
 
 
-def check_large_map(bench: Bench, rows: list) -> None:
+def fill(kind) -> dict:
+    """Compile the kernels of a kind, by running their self-test."""
+    fault = self_test.find_fault(self_test.Kind(DEVICE, *kind), True)
+    return dict(fault=fault, passed=not fault)
+
+
+def run_compile(log) -> None:
+    """Of blocks of 64 by the self-test, of smaller ones by the cases of ``check``."""
+    types = list(itertools.product(DTYPES, (HEAD_DIM, 64, 16)))
+    tasks = {f'{t} {small=}': (fill, ((*t, small),)) for t in types for small in (True, False)}
+    for (dtype, dim), side in itertools.product(types, (4, 5)):
+        case = (1, side, side), AxisRule(side, 1), AxisRule(side, 1), 2, dim, dtype
+        tasks[f'{dtype} {dim} {side}x{side}'] = compare, case
+    tasks = dict(list(tasks.items())[18:19]) if SMOKE else tasks
+    with harness.FORK.Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
+        waiting = {name: pool.apply_async(*task) for name, task in tasks.items()}
+        run_all({name: result.get for name, result in waiting.items()}, log)
+
+
+def run_default(log) -> None:
+    image = image_of(1 if SMOKE else 2)
+
+    def steps(dtype, evaluate=False, **options) -> dict:
+        self_test.PASSED.clear()  # as in a new process
+        model, reference = build(**options), build(**{**options, 'attention_path': 'plain'})
+        if evaluate:
+            with torch.inference_mode(), amp(dtype):
+                model(image)
+        losses, expected = (train(m, image, dtype, 2) for m in (model, reference))
+        grads, exact = ([p.grad for p in m.parameters()] for m in (model, reference))
+        largest = float(max(grad.abs().max() for grad in exact))
+        errors = relative(losses, expected, 1e-9) + relative(grads, exact, largest)
+        with amp(dtype):
+            paths = sorted({path for module in model.modules() for path in attention_paths(module)})
+        passed = within(errors, NEAR[dtype]) and all(path.startswith('fused') for path in paths)
+        return dict(paths=paths, largest_error=harness.worst(errors), passed=passed)
+
+    items = {'evaluated first': partial(steps, torch.bfloat16, evaluate=True)}
+    items['float32, with_cp'] = partial(steps, torch.float32, with_cp=True)
+    if not SMOKE:
+        items['bfloat16, with_cp'] = partial(steps, torch.bfloat16, with_cp=True)
+        items.update({str(dtype)[6:]: partial(steps, dtype) for dtype in DTYPES})
+        items["float32, lda='block'"] = partial(steps, torch.float32, lda='block')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='CrossFormer')
+        run_all(items, log)
+
+
+def run_sanitizer(log) -> None:
+    def sanitize(tool: str) -> dict:
+        program = shutil.which('compute-sanitizer') or '/usr/local/cuda/bin/compute-sanitizer'
+        if SMOKE or not Path(program).exists():
+            raise NotRun('compute-sanitizer is not installed, or this is a smoke test')
+        out = str(OPTIONS.out.with_suffix(f'.{tool}.json'))
+        command = [program, '--tool', tool, '--target-processes', 'all', '--error-exitcode', '9']
+        command += [sys.executable, __file__, '--sections', 'tiny', '--out', out]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if 'stopped after' in done.stdout:
+            raise NotRun('it takes too long')
+        return dict(passed=done.returncode == 0, output=(done.stdout + done.stderr)[-2000:])
+
+    run_all({tool: partial(sanitize, tool) for tool in ('memcheck', 'racecheck')}, log)
+
+
+def compare(*case) -> dict:
+    """Fused attention of :func:`random_inputs` against float64 on the same device."""
+    qkv, table, grad, arguments = inputs = random_inputs(*case)
+    ours, again = (value_and_gradients(fused.attend, *inputs) for _ in range(2))
+    wide = qkv.double(), table.double(), grad.double(), arguments
+    errors = relative(ours, value_and_gradients(plain.attend, *wide))
+    same = all(torch.equal(a, b) for a, b in zip(ours, again))
+    return dict(errors=errors, same=same, passed=same and within(errors, ROUNDING[qkv.dtype]))
+
+
+def random_case(chance: random.Random, longest: int) -> tuple:
+    """Arguments of :func:`compare`; of a cost that float64 can bear."""
+    while True:
+        batch, height, width = chance.randint(1, 3), *(chance.randint(1, longest) for _ in 'hw')
+        lda = chance.choice(('interval', 'block', 'none'))
+        rules = stage_rules(height, width, chance.randint(1, 14), chance.randint(1, 8), lda)
+        rows, columns = chance.choice(rules)
+        heads, dim = chance.randint(1, 4), chance.choice((16, 32, 64))
+        if batch * height * width * rows.size * columns.size * heads < 3e7:
+            return (batch, height, width), rows, columns, heads, dim, chance.choice(DTYPES)
+
+
+def check_large_map() -> dict:
     """The last group of a map whose numbers cannot be counted in 32 bits, against a crop."""
-    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
-        print('   not enough memory for a map of more than 2^31 numbers', flush=True)
-        return
+    if SMOKE or torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        raise NotRun('it takes a GPU with 60 GiB of free memory')
     rule, side, start = AxisRule(7, 1), 4100, 4095  # the crop is the last group, of 5x5
     corner = (slice(None), slice(start, None), slice(start, None))
-    qkv = torch.zeros(1, side, side, 192, device=bench.device, dtype=torch.bfloat16)
-    grad = torch.zeros(1, side, side, 64, device=bench.device, dtype=torch.bfloat16)
-    qkv[corner], grad[corner] = (bench.randn(*x[corner].shape) for x in (qkv, grad))
-    table = bench.randn(2, 13, 13)
-    arguments = rule, rule, 2, 0.2
-    out, grad_qkv, grad_table = value_and_gradients(fused.attend, qkv, table, grad, *arguments)
-    exact = value_and_gradients(
-        plain.attend, qkv[corner].double(), table.double(), grad[corner].double(), *arguments
-    )
-    found = errors((out[corner], grad_qkv[corner], grad_table), exact)
-    add(
-        rows,
-        map=f'1x{side}x{side}',
-        numbers=qkv.numel(),
-        dtype='bf16',
-        **found,
-        passed=max(found.values()) <= 2e-2,
-    )
+    full = [torch.zeros(1, side, side, n, device=DEVICE, dtype=torch.bfloat16) for n in (192, 64)]
+    for x in full:
+        x[corner] = randn(*x[corner].shape)
+    (qkv, grad), table, arguments = full, randn(2, 13, 13), (rule, rule, 2, 0.2)
+    ours = value_and_gradients(fused.attend, qkv, table, grad, arguments)
+    crop = qkv[corner].double(), table.double(), grad[corner].double(), arguments
+    ours = ours[0][corner], ours[1][corner], ours[2]
+    errors = relative(ours, value_and_gradients(plain.attend, *crop))
+    return dict(errors=errors, passed=within(errors, ROUNDING[torch.bfloat16]))
 
 
-# ----------------------------------------------------------------------------------- tune
-CANDIDATES = {
-    ('forward', 2): [
-        (64, 64, 4, 2),
-        (64, 64, 4, 1),
-        (64, 64, 4, 3),
-        (64, 32, 4, 3),
-        (64, 32, 4, 1),
-        (128, 64, 8, 2),
-        (128, 64, 4, 2),
-        (128, 32, 4, 1),
-        (128, 32, 4, 3),
-        (128, 128, 8, 2),
-    ],
-    ('backward_queries', 2): [
-        (64, 64, 4, 1),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 32, 4, 2),
-        (64, 32, 4, 1),
-        (128, 64, 8, 2),
-        (128, 32, 4, 1),
-        (128, 32, 4, 2),
-    ],
-    ('backward_keys', 2): [
-        (64, 64, 4, 2),
-        (64, 64, 4, 1),
-        (64, 64, 4, 3),
-        (32, 64, 4, 2),
-        (32, 64, 4, 3),
-        (64, 128, 8, 2),
-        (32, 128, 4, 1),
-        (32, 128, 8, 2),
-    ],
-    ('backward_pairs', 2): [
-        (64, 64, 8, 1),
-        (64, 64, 4, 1),
-        (64, 64, 4, 2),
-        (64, 32, 4, 2),
-        (64, 64, 8, 2),
-        (128, 64, 8, 1),
-    ],
-    ('forward', 4): [(64, 64, 8, 1), (64, 32, 4, 1), (32, 32, 4, 2)],
-    ('backward_queries', 4): [(64, 32, 4, 1), (32, 32, 4, 2), (32, 32, 4, 1)],
-    ('backward_keys', 4): [(32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 2)],
-    ('backward_pairs', 4): [(64, 64, 8, 1), (32, 64, 8, 1), (32, 32, 4, 1)],
-}
-SMALL_CANDIDATES = {
-    ('forward', 2): [(4, 1), (4, 2), (2, 1), (8, 1)],
-    ('backward_groups', 2): [(4, 2), (4, 1), (4, 3), (8, 2)],
-    ('forward', 4): [(8, 1), (4, 1), (16, 1)],
-    ('backward_groups', 4): [(8, 1), (8, 2), (16, 1)],
-}
+def random_cases(count: int, longest: int) -> dict:
+    chance = random.Random(0)
+    cases = (random_case(chance, longest) for _ in range(count))
+    return {f'{number}: {case}': partial(compare, *case) for number, case in enumerate(cases)}
 
 
-@contextlib.contextmanager
-def timed_launches(bench: Bench, times: dict, refused: dict):
-    """Every launch of a kernel is repeated, and its time added to ``times[kernel]``.
-
-    ``refused[kernel]`` says why it did not run: a tile may ask for more than the device has.
-    """
-    launch = fused_triton.launch
-
-    def timed(kernel, *arguments):
-        name = kernel.__name__.removesuffix('_kernel')
-        try:
-            took = bench.milliseconds(lambda: launch(kernel, *arguments), effort=15)
-        except Exception as error:
-            took = math.inf
-            refused[name] = str(error).split('\n')[0]
-        times[name] = times.get(name, 0.0) + took
-
-    fused_triton.launch = timed
-    try:
-        yield
-    finally:
-        fused_triton.launch = launch
+def run_check(log) -> None:
+    large = {'more than 2^31 numbers': check_large_map}
+    run_all({**large, **(random_cases(2, 5) if SMOKE else random_cases(200, 120))}, log)
 
 
-def run_tune(bench: Bench, rows: list) -> None:
-    """Each kernel's tiles on the layers of the largest and of the deepest stage."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for small in (False, True):
-            candidates = SMALL_CANDIDATES if small else CANDIDATES
-            chosen = fused_triton.SMALL_TILES if small else fused_triton.TILES
-            kernels = {
-                kernel: tiles
-                for (kernel, size), tiles in candidates.items()
-                if size == dtype.itemsize
-            }
-            layers = [
-                layer
-                for layer in layers_of(bench, dtype)
-                if layer['stage'] in (0, 2) and (layer['kind'] == 'short') == small
-            ]
-            if bench.smoke:
-                kernels = {kernel: tiles[:1] for kernel, tiles in kernels.items()}
-                fused_triton.SMALL = 64 if small else 8
-            found = {kernel: {} for kernel in kernels}
-            for turn in range(max(map(len, kernels.values()))):
-                if not bench.in_time(f'{dtype} tiles from number {turn}'):
-                    break
-                before, times, refused = dict(chosen), {}, {}
-                for kernel, tiles in kernels.items():
-                    if turn < len(tiles):
-                        tile = tiles[turn] if small else Tile(*tiles[turn])
-                        chosen[kernel, dtype.itemsize] = tile
-                try:
-                    with timed_launches(bench, times, refused):
-                        for layer in layers:
-                            out, norms = fused_triton.forward(
-                                layer['qkv'], layer['table'], *layer['arguments']
-                            )
-                            fused_triton.backward(
-                                layer['grad'],
-                                layer['qkv'],
-                                layer['table'],
-                                out,
-                                norms,
-                                *layer['arguments'],
-                            )
-                finally:
-                    chosen.update(before)
-                for kernel, tiles in kernels.items():
-                    if turn < len(tiles):
-                        found[kernel][tiles[turn]] = times[kernel]
-                        add(
-                            rows,
-                            kernel=kernel,
-                            dtype=str(dtype)[6:],
-                            groups='small' if small else 'large',
-                            tile=tiles[turn],
-                            ms=times[kernel] if kernel not in refused else None,
-                            refused=refused.get(kernel),
-                        )
-            for kernel, times in found.items():
-                if times:
-                    best = min(times, key=times.get)
-                    chosen[kernel, dtype.itemsize] = best if small else Tile(*best)
-    print('   The best, which the sections after this one use:', flush=True)
-    for name, tiles in (('TILES', fused_triton.TILES), ('SMALL_TILES', fused_triton.SMALL_TILES)):
-        print(f'   {name} = {{')
-        for key, tile in tiles.items():
-            print(f"       {key!r}: {'Tile' if name == 'TILES' else ''}{tuple(tile)},")
-        print('   }', flush=True)
+run_tiny = partial(run_all, random_cases(12, 20))
 
 
-# ------------------------------------------------------------------------------ attention
-def layers_of(bench: Bench, dtype, lda: str = 'interval'):
-    """Inputs of the two kinds of attention in each stage, one after another."""
-    for stage, (stride, heads, interval, depth) in enumerate(STAGES):
-        height, width = (-(-side // stride) for side in bench.options.image)
-        both = stage_rules(height, width, GROUP, interval, lda)
-        for kind, rules in zip(('short', 'long'), both):
-            qkv = bench.randn(bench.options.batch, height, width, 3 * heads * HEAD_DIM, dtype=dtype)
-            yield dict(
-                stage=stage,
-                kind=kind,
-                depth=depth // 2,
-                heads=heads,
-                qkv=qkv,
-                grad=bench.randn(*qkv.shape[:3], heads * HEAD_DIM, dtype=dtype),
-                table=table_for(bench, height, width, *rules, heads),
-                arguments=(*rules, heads, HEAD_DIM**-0.5),
-            )
+def layers_of(batch: int = 2) -> dict:
+    """Inputs of both kinds of attention in each stage, by name."""
+    layers = {}
+    for stage, (stride, heads, interval) in enumerate(STAGES, 1):
+        sides = tuple(-(-side // stride) for side in OPTIONS.image)
+        for kind, rules in zip(('short', 'long'), stage_rules(*sides, GROUP, interval, 'interval')):
+            inputs = random_inputs((batch, *sides), *rules, heads, HEAD_DIM, MIXED)
+            layers[f'stage {stage} {kind}'] = inputs
+    return layers
 
 
-def forward_and_backward(bench: Bench, attention, qkv, table, grad) -> tuple:
-    """Milliseconds of ``attention(qkv, table)`` and of its gradients, and its bytes kept."""
-    qkv, table = qkv.detach().requires_grad_(), table.detach().requires_grad_()
-    out = attention(qkv, table)
-    backward = bench.milliseconds(
-        lambda: torch.autograd.grad(out, (qkv, table), grad, retain_graph=True)
-    )
+def both_passes(attention, inputs, grad) -> dict:
+    """Device time of ``attention(*inputs)`` and of its gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.no_grad():
-        forward = bench.milliseconds(lambda: attention(qkv, table))
-    return forward, backward
+        forward = device_time(lambda: attention(*inputs))
+    out = attention(*inputs)
+    backward = device_time(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+    kernels_ms = {name[:50]: ms for name, ms in {**forward, **backward}.items()}
+    return dict(forward_ms=sum(forward.values()), backward_ms=sum(backward.values()), **kernels_ms)
 
 
-def needs(bench: Bench, layer: dict, groups) -> tuple:
-    """Milliseconds that the bytes and FLOPs of forward and backward take at full speed.
+def on_groups(qkv, table, grad, arguments, flex: bool) -> dict:
+    """PyTorch's attention with a bias, on as many full groups, their tokens side by side."""
+    rows, columns, heads, scale = arguments
+    members = max(group_map(*qkv.shape[1:3], rows, columns, DEVICE), key=lambda m: m[0].numel())
+    height, width = members.shape[1:]
+    shape = (-(-grad.numel() // (heads * HEAD_DIM * height * width)), heads, height * width)
+    q, k, v, grad = (randn(*shape, HEAD_DIM, dtype=qkv.dtype) for _ in 'qkvg')
 
-    Forward: qkv is read, the output written; two products. Backward: qkv, output and its
-    gradient are read, the gradient of qkv written; five products. Whichever takes longer.
-    """
-    qkv, grad = layer['qkv'], layer['grad']
-    batch = len(qkv)
-    pairs = batch * sum(table.shape[0] * table[0].numel() ** 2 for table in groups)
-    product = 2 * pairs * layer['heads'] * HEAD_DIM
-    return tuple(
-        1e3 * max(size / bench.options.bandwidth, products * product / bench.options.flops)
-        for size, products in ((qkv.nbytes + grad.nbytes, 2), (2 * qkv.nbytes + 2 * grad.nbytes, 5))
-    )
+    def with_mask(q, k, v, table):
+        bias = bias_of_pairs(table, height, width)[None].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
+    def with_flex(q, k, v, table):
+        def bias(score, group, head, query, key):
+            row = query // width - key // width + height - 1
+            return score + table[head, row, query % width - key % width + width - 1]
 
-def run_attention(bench: Bench, rows: list) -> None:
-    """bfloat16, as in training with AMP; the table in float32."""
-    totals = {}
-    for layer in layers_of(bench, torch.bfloat16 if not bench.smoke else torch.float32):
-        name = f"stage {layer['stage'] + 1} {layer['kind']}"
-        if not bench.in_time(name):
-            return
-        qkv, table, grad, arguments = (layer[key] for key in ('qkv', 'table', 'grad', 'arguments'))
-        groups = group_map(*qkv.shape[1:3], *arguments[:2], qkv.device)
-        heads, scale = arguments[2:]
-        count, height, width = max(groups, key=torch.numel).shape
-        count *= len(qkv)
+        return compiled(q, k, v, score_mod=bias, scale=scale)
 
-        def on_full_groups(qkv, table):
-            """Bare scaled_dot_product_attention, on groups lined up before and of one size."""
-            tokens = count * height * width
-            q, k, v = (
-                qkv.flatten(0, 2)[:tokens]
-                .view(count, -1, 3, heads, HEAD_DIM)
-                .permute(2, 0, 3, 1, 4)
-            )
-            bias = bias_of_pairs(table, height, width)[None].to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if flex:
+        from torch.nn.attention.flex_attention import flex_attention
 
-        tokens = count * height * width
-        grad_of_full = (
-            grad.flatten(0, 2)[:tokens]
-            .view(count, -1, heads, HEAD_DIM)
-            .transpose(1, 2)
-            .contiguous()
-        )
-        ideal = needs(bench, layer, groups)
-        for way, attention, grads in (
-            ('fused', lambda q, t: fused.attend(q, t, *arguments), grad),
-            ('plain', lambda q, t: plain.attend(q, t, *arguments), grad),
-            ('sdpa', on_full_groups, grad_of_full),
-        ):
-            try:
-                forward, backward = forward_and_backward(bench, attention, qkv, table, grads)
-            except torch.OutOfMemoryError as error:
-                print(f'   {name} {way}: {error}'.split('\n')[0], flush=True)
-                continue
-            add(
-                rows,
-                layer=name,
-                way=way,
-                members=height * width,
-                forward_ms=forward,
-                backward_ms=backward,
-                needed_forward_ms=ideal[0],
-                needed_backward_ms=ideal[1],
-                ratio=(forward + backward) / sum(ideal),
-            )
-            total = totals.setdefault(way, [0.0, 0.0, 0.0, 0.0])
-            for index, figure in enumerate((forward, backward, *ideal)):
-                total[index] += layer['depth'] * figure
-    for way, (forward, backward, *ideal) in totals.items():
-        add(
-            rows,
-            layer='all of CrossFormer-S',
-            way=way,
-            forward_ms=forward,
-            backward_ms=backward,
-            needed_forward_ms=ideal[0],
-            needed_backward_ms=ideal[1],
-            ratio=(forward + backward) / sum(ideal),
-        )
-    print(
-        "   sdpa: without lining tokens up, and only the largest run of equal groups (its share "
-        'of the ratio is therefore too good)',
-        flush=True,
-    )
+        torch.compiler.reset()  # or the limit of recompilations would count all layers together
+        compiled = flex_attention if SMOKE else torch.compile(flex_attention, dynamic=False)
+    return both_passes(with_flex if flex else with_mask, (q, k, v, table), grad)
 
 
-# ----------------------------------------------------------------------------------- flex
-def run_flex(bench: Bench, rows: list) -> None:
-    """FlexAttention on full groups, its bias read from a captured table that has a gradient."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    dtype = torch.float32 if bench.smoke else torch.bfloat16
-    # groups, height, width, heads: short distance of stage 1, long distance of stages 1 and 3.
-    shapes = [(2 * 28 * 43, 7, 7, 3), (2 * 64, 25, 38, 3), (2 * 4, 25, 38, 12)]
-    for groups, height, width, heads in [(2, 3, 3, 1)] if bench.smoke else shapes:
-        if not bench.in_time(f'{height}x{width}'):
-            return
-        torch.compiler.reset()  # or the limit of recompilations would count all shapes together
-        members = height * width
-        # Groups side by side on one map are what fused attention sees for an interval of 1.
-        qkv = bench.randn(groups, height, width, 3 * heads * HEAD_DIM, dtype=dtype)
-        grad = bench.randn(groups, height, width, heads * HEAD_DIM, dtype=dtype)
-        table = bench.randn(heads, 2 * height - 1, 2 * width - 1)
-        scale, rules = HEAD_DIM**-0.5, (AxisRule(height, 1), AxisRule(width, 1))
-        compiled = flex_attention if bench.smoke else torch.compile(flex_attention, dynamic=False)
-
-        def flex(qkv, table):
-            q, k, v = qkv.view(groups, members, 3, heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
-
-            def bias(score, group, head, query, key):
-                row = query // width - key // width + height - 1
-                column = query % width - key % width + width - 1
-                return score + table[head, row, column]
-
-            out = compiled(
-                q.contiguous(), k.contiguous(), v.contiguous(), score_mod=bias, scale=scale
-            )
-            return out.transpose(1, 2).reshape(groups, height, width, -1)
-
-        def fused_of_map(qkv, table):
-            return fused.attend(qkv, table, *rules, heads, scale)
-
-        exact = value_and_gradients(
-            plain.attend, qkv[:2].double(), table.double(), grad[:2].double(), *rules, heads, scale
-        )
-        for way, attention in (('fused', fused_of_map), ('flex', flex)):
-            row = dict(way=way, groups=groups, members=members, heads=heads)
-            try:
-                began = time.perf_counter()
-                forward, backward = forward_and_backward(bench, attention, qkv, table, grad)
-                row.update(
-                    forward_ms=forward,
-                    backward_ms=backward,
-                    first_call_s=time.perf_counter() - began,
-                )
-                only = torch.zeros_like(grad)
-                only[:2] = grad[:2]
-                ours = value_and_gradients(attention, qkv, table, only)
-                row.update(errors((ours[0][:2], ours[1][:2], ours[2]), exact))
-            except Exception as error:
-                row['error'] = f'{type(error).__name__}: {error}'.split('\n')[0][:300]
-            add(rows, **row)
+def run_layers(log) -> None:
+    """In 16 bits, as with automatic mixed precision; the table in float32. FlexAttention last."""
+    items, last = {}, {}
+    for name, (qkv, table, grad, arguments) in layers_of().items():
+        for way, attend in (('fused', fused.attend), ('plain', plain.attend)):
+            run = partial(lambda attend, rest, q, t: attend(q, t, *rest), attend, arguments)
+            items[f'{name} {way}'] = partial(both_passes, run, (qkv, table), grad)
+        run = partial(peer(on_groups), qkv, table, grad, arguments)
+        items[f'{name} sdpa'] = partial(run, False)
+        if name in LONG:
+            last[f'{name} flex'] = partial(run, True)
+    run_all({**items, **last}, log)
 
 
-# ------------------------------------------------------------------------------- backbone
-def swin_of_mmdet() -> nn.Module:
-    from mmdet.models.backbones.swin import SwinTransformer
-
-    return SwinTransformer(drop_path_rate=0.0)
-
-
-def swin_of_torchvision() -> nn.Module:
-    from torchvision.models import swin_transformer
-
-    class Swin(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = swin_transformer.swin_t(stochastic_depth_prob=0.0).features
-
-        def forward(self, x):
-            features = []
-            for index, layer in enumerate(self.layers):  # embedding, stage, merging, stage ...
-                x = layer(x)
-                if index % 2:
-                    features.append(x)
-            return features
-
-    return Swin()
-
-
-def swin_of_timm() -> nn.Module:
-    import timm
-
-    return timm.create_model(
-        'swin_tiny_patch4_window7_224',
-        features_only=True,
-        strict_img_size=False,
-        drop_path_rate=0.0,
-    )
-
-
-def build_swin() -> tuple:
-    """Swin-T without stochastic depth, from image to features of 4 stages, and where it is from.
-
-    Versions that do not fit make an import raise all kinds of errors, which are printed: then the
-    next is tried.
-    """
-    for build in (swin_of_mmdet, swin_of_torchvision, swin_of_timm):
-        source = build.__name__.rpartition('_')[2]
-        try:
-            return build(), source
-        except Exception as error:
-            print(f'   no Swin-T of {source}: {type(error).__name__}: {error}', flush=True)
-    return None, 'none'
-
-
-def build_ours(bench: Bench, **more) -> nn.Module:
-    """CrossFormer-S without stochastic depth."""
-    if bench.smoke:
-        more.update(
-            arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)),
-            merge_sizes=(),
-            group_size=(3,),
-            interval=(2,),
-            out_indices=(0,),
-        )
-    return CrossFormer(**more, drop_path_rate=0.0).to(bench.device).train()
-
-
-def build_models(bench: Bench) -> dict:
-    """Name to (module that owns the parameters, image to features)."""
-    options = {
-        'fused': dict(attention_path='fused'),
-        'plain path': dict(attention_path='plain'),
-        'fused, with_cp': dict(attention_path='fused', with_cp=True),
-        "fused, lda='block'": dict(attention_path='fused', lda='block'),
+def build_swin() -> nn.Module:
+    """Swin-T without stochastic depth, without a head."""
+    vision = dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=[7, 7])
+    vision.update(patch_size=[4, 4], stochastic_depth_prob=0.0)
+    timm = dict(features_only=True, strict_img_size=False, drop_path_rate=0.0)
+    sources = {
+        'mmdet.models.backbones.swin': lambda m: m.SwinTransformer(drop_path_rate=0.0),
+        'torchvision.models.swin_transformer': lambda m: m.SwinTransformer(**vision).features,
+        'timm': lambda m: m.create_model('swin_tiny_patch4_window7_224', **timm),
     }
-    models = {name: build_ours(bench, **more) for name, more in options.items()}
-    models = {name: (model, model) for name, model in models.items()}
-    weights = build_ours(bench)
-    sizes = dict(group_size=(3,), interval=(2,)) if bench.smoke else {}
-    models['mask and pad'] = (
-        weights,
-        lambda image: plain_features(dict(weights.named_parameters()), image, **sizes),
-    )
-    if not bench.smoke:
-        swin, source = build_swin()
-        print(f'   Swin-T: {source}', flush=True)
-        if swin is not None:
-            models[f'Swin-T of {source}'] = (swin.to(bench.device).train(),) * 2
-    return models
-
-
-def training_step(bench: Bench, module, run, image) -> None:
-    module.zero_grad(set_to_none=True)
-    with torch.autocast(bench.device.type, torch.bfloat16, enabled=not bench.smoke):
-        features = run(image)
-    sum(feature.float().mean() for feature in features).backward()
-
-
-def run_backbone(bench: Bench, rows: list) -> None:
-    """Alternating; AMP in bfloat16. On the GPU, host_ms is how long the CPU takes to ask for it."""
-    image = bench.randn(bench.options.batch, 3, *bench.options.image)
-    models, times, peaks = build_models(bench), {}, {}
-
-    def synchronize():
-        if not bench.smoke:
-            torch.cuda.synchronize()
-
-    for name, (module, run) in list(models.items()):  # warm up, and measure memory
-        if not bench.in_time(name):
-            del models[name]
-            continue
+    reasons = []
+    for source, make in sources.items():
         try:
-            if not bench.smoke:
-                torch.cuda.empty_cache()
-                training_step(bench, module, run, image)
-                module.zero_grad(set_to_none=True)
-                synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            training_step(bench, module, run, image)
-            synchronize()
-            if not bench.smoke:
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-            module.zero_grad(set_to_none=True)
-        except Exception as error:
-            print(f'   {name} left out: {type(error).__name__}: {error}'.split('\n')[0], flush=True)
-            del models[name]
-    rounds = 1 if bench.smoke else 15
-    for turn in range(rounds):
-        if turn >= 3 and not bench.in_time(f'more than {turn} rounds'):
-            break
-        for name, (module, run) in models.items():
-            synchronize()
-            began = time.perf_counter()
-            training_step(bench, module, run, image)
-            asked = time.perf_counter()
-            synchronize()
-            times.setdefault(name, []).append((time.perf_counter() - began, asked - began))
-    for name, seconds in times.items():
-        steps = sorted(1e3 * step for step, _ in seconds)
-        add(
-            rows,
-            model=name,
-            step_ms=statistics.median(steps),
-            fastest_ms=steps[0],
-            slowest_ms=steps[-1],
-            host_ms=1e3 * statistics.median(host for _, host in seconds),
-            peak_gib=peaks.get(name),
-        )
-    step = {row['model']: row['step_ms'] for row in rows}
-    for other in step:
-        if 'fused' in step and other != 'fused':
-            print(
-                f"   fused takes {step['fused'] / step[other]:.2f} of the time of {other}",
-                flush=True,
-            )
+            return make(importlib.import_module(source)).to(DEVICE)
+        except Exception as error:  # versions that do not fit raise all kinds
+            reasons.append(f'{source}: {type(error).__name__}: {error}')
+    raise NotRun('; '.join(reasons))
 
 
-# -------------------------------------------------------------------------------- profile
-def run_profile(bench: Bench, rows: list) -> None:
-    """The kernels with the largest share of a training step's device time."""
-    from torch.profiler import ProfilerActivity, profile
+def infer(make, how: str) -> dict:
+    model, image = make().eval(), image_of(1)
+    if how == 'compiled':
+        model = torch.compile(model, backend='eager' if SMOKE else 'inductor')
+    with torch.inference_mode(), amp(MIXED):
+        model(image)
+        if how != 'graph':
+            return harness.measure(lambda: model(image))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(image)
+        return harness.measure(graph.replay)
 
-    model = build_ours(bench, attention_path='fused')
-    image = bench.randn(bench.options.batch, 3, *bench.options.image)
-    training_step(bench, model, model, image)
-    activity = ProfilerActivity.CPU if bench.smoke else ProfilerActivity.CUDA
-    with profile(activities=[activity]) as recorded:
-        training_step(bench, model, model, image)
-        if not bench.smoke:
-            torch.cuda.synchronize()
 
-    def took(event):
-        return event.self_cpu_time_total if bench.smoke else event.self_device_time_total
+def step_of(make) -> dict:
+    model, image = make().train(), image_of(1 if SMOKE else 2)
 
-    events = sorted(recorded.key_averages(), key=took, reverse=True)
-    total = sum(map(took, events))
-    for event in events[:25]:
-        add(
-            rows,
-            share=took(event) / total,
-            ms=took(event) / 1e3,
-            calls=event.count,
-            kernel=event.key[:80],
-        )
+    def step():
+        model.zero_grad(set_to_none=True)
+        with amp(MIXED):
+            loss = sum(feature.float().mean() for feature in model(image))
+        loss.backward()
+
+    return harness.measure(step)
+
+
+def run_models(log) -> None:
+    options = {'': {}, ', plain': dict(attention_path='plain')}
+    if not SMOKE:
+        options.update({', with_cp': dict(with_cp=True), ", lda='block'": dict(lda='block')})
+    makes = {f'CrossFormer-S{name}': partial(build, **more) for name, more in options.items()}
+    makes['Swin-T'] = peer(build_swin) if not SMOKE else lambda: nn.Conv2d(3, 4, 4)
+    items = {f'training, {name}': partial(step_of, make) for name, make in makes.items()}
+    ways = ('eager', 'compiled') if SMOKE else ('eager', 'graph', 'compiled')
+    for how, name in itertools.product(ways, ('CrossFormer-S', 'Swin-T')):
+        tried = peer(infer) if name == 'Swin-T' else infer
+        items[f'inference, {name}, {how}'] = partial(tried, makes[name], how)
+    run_all(items, log)
+
+
+def run_learn(log, steps: int = 2 if SMOKE else 30) -> None:
+    """A small model from the same weights, on both devices."""
+    arch = dict(arch=dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)))
+    image = image_of(2, None if SMOKE else (96, 128))
+    reference = build(attention_path='plain', **arch).cpu()
+    expected = train(reference, image.cpu(), torch.float32, steps)
+
+    def learn(dtype) -> dict:
+        errors = relative(train(build(**arch), image, dtype, steps), expected, 1e-9)
+        return dict(errors=errors, passed=within(errors, NEAR[dtype]))
+
+    run_all({str(d)[6:]: partial(learn, d) for d in (torch.float32, torch.bfloat16)}, log)
+
+
+TILES = {  # (queries, keys, warps, stages) to try next to the present ones
+    'forward': [(64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)],
+    'backward_queries': [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 4, 2)],
+    'backward_keys': [(64, 64, 4, 1), (32, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
+    'backward_pairs': [(64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)],
+}
+
+
+def run_tune(log) -> None:
+    """Device time of each kernel on the long distance layers of stages 1 and 3."""
+    layers = [inputs for name, inputs in layers_of().items() if name in LONG]
+
+    def attempt(kernel: str, tile) -> dict:
+        key, before = (kernel, MIXED.itemsize), dict(fused_triton.TILES)
+        fused_triton.TILES[key] = fused_triton.Tile(*tile) if tile else before[key]
+        try:
+            runs = [partial(value_and_gradients, fused.attend, *inputs) for inputs in layers]
+            times = [device_time(run, repeat=2) for run in runs]
+        finally:
+            fused_triton.TILES.update(before)
+        took = sum(ms for found in times for name, ms in found.items() if kernel in name)
+        return dict(kernel=kernel, tile=tile, ms=took)
+
+    tiles = {name: [None, *others[: 1 if SMOKE else None]] for name, others in TILES.items()}
+    tried = [(name, tile) for name in tiles for tile in tiles[name]][: 2 if SMOKE else None]
+    run_all({f'{name} {tile or "now"}': partial(attempt, name, tile) for name, tile in tried}, log)
 
 
 def main() -> None:
-    if not OPTIONS.smoke and not torch.cuda.is_available():
+    if not SMOKE and not torch.cuda.is_available():
         sys.exit('error: no GPU is there; --smoke tries the script on the CPU')
-    torch.manual_seed(0)
-    bench = Bench(OPTIONS)
+    torch.backends.cudnn.allow_tf32 = False
+    if SMOKE:
+        torch.set_num_threads(1)
+        native = kernels.PATHS['native']  # which would be chosen
+        kernels.PATHS['native'] = native._replace(why_not=lambda call: 'this is a smoke test')
+    results = dict(command=' '.join(['python', *sys.argv]), torch=torch.__version__)
+    results.update(triton=triton.__version__, stand_ins=STAND_INS, image=list(OPTIONS.image))
+    if shutil.which('nvidia-smi'):
+        query = ['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader']
+        results['gpu'] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    print(json.dumps(results), flush=True)
+    sections, lines = results.setdefault('sections', {}), OPTIONS.out.with_suffix('.jsonl')
     for name in OPTIONS.sections:
-        bench.run(name)
-    failed = [name for name, section in bench.results['sections'].items() if 'error' in section]
-    checks = bench.results['sections'].get('check', {}).get('rows', [])
-    wrong = [row for row in checks if not row['passed']]
-    print(
-        f'\n{len(checks) - len(wrong)} of {len(checks)} checks passed; {OPTIONS.out} has the '
-        f'figures ({time.perf_counter() - bench.start:.0f} s)'
-    )
-    if failed or wrong:
-        sys.exit(f"error: {len(wrong)} checks and the sections {', '.join(failed) or '-'} failed")
+        print(f'\n== {name}', flush=True)
+        sections[name] = harness.run_section(globals()[f'run_{name}'], LIMITS[name], lines)
+        OPTIONS.out.write_text(json.dumps(results, indent=1) + '\n')
+    print(f'\nResults: {OPTIONS.out}')
+    if not harness.report(sections):
+        sys.exit('error: something failed, see above')
 
 
 if __name__ == '__main__':

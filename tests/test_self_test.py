@@ -37,6 +37,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self):
         super().__init__('fused_triton')
+        self.INTERPRETED = False
         self.calls, self.spoil = [], lambda name, *outputs: outputs
 
     def forward(self, qkv, *arguments):
@@ -210,6 +211,25 @@ def test_self_test_passes_in_fake_mode_and_under_transforms(triton):
     torch.func.grad(lambda x: seen.append(choose_path(call)) or x.sum())(torch.ones(2))
     torch.vmap(lambda x: seen.append(choose_path(call)) or x)(torch.ones(2))
     assert seen == ['fused', 'fused']
+
+
+@pytest.mark.filterwarnings('error:CrossFormer')
+def test_transforms_first_then_two_steps_equal_plain(triton):
+    """Under a transform the plain path computes; it leaves the kernels as they are."""
+    model, reference = build(), build(attention_path='plain')
+    image = torch.rand(1, 3, 68, 76)
+
+    def gradients(model):
+        def loss(parameters):
+            features = torch.func.functional_call(model, parameters, (image,))
+            return sum(feature.square().mean() for feature in features)
+
+        return torch.func.grad(loss)(dict(model.named_parameters()))
+
+    torch.testing.assert_close(gradients(model), gradients(reference))
+    assert not triton.calls
+    assert_same_training(train(model), train(reference))
+    assert triton.calls and not self_test.BROKEN
 
 
 def test_self_test_runs_in_a_backward_pass_without_autograd(triton, monkeypatch):
