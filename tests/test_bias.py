@@ -214,6 +214,7 @@ KIND = bias.Kind(DEVICE, 6, 3, False, 1e-5)
 @pytest.fixture
 def untested(monkeypatch):
     monkeypatch.setattr(bias, 'TRUSTED', {})
+    bias.say.cache_clear()
 
 
 def raise_error(*args):
@@ -257,6 +258,35 @@ def test_kernels_that_do_not_work_are_not_used(break_kernels, said, monkeypatch,
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert not bias.is_trusted(KIND)  # said once
+
+
+@pytest.mark.parametrize('name', ['forward', 'backward'])
+@pytest.mark.parametrize('recomputed', [False, True])
+def test_a_launch_that_fails_later_warns_and_the_modules_take_over(
+    name, recomputed, monkeypatch, untested
+):
+    pos = build(96, 3)
+    kind = bias.find_kind(pos, DEVICE, 'fused')
+    monkeypatch.setattr(bias, 'find_kind', lambda *args: kind)
+    assert bias.is_trusted(kind)
+    expected = torch.autograd.grad(pos(4, 5).square().sum(), list(pos.parameters()))
+    monkeypatch.setattr(bias_triton, name, raise_error)
+
+    def table():
+        return bias.position_table(pos, 4, 5, DEVICE)
+
+    with pytest.warns(UserWarning, match='no such instruction'):
+        out = checkpointed(table) if recomputed else table()
+        grads = torch.autograd.grad(out.square().sum(), list(pos.parameters()))
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_a_gradient_is_an_error():
+    pos = build()
+    table = bias.position_table(pos, 2, 3, DEVICE, 'fused')
+    with pytest.raises(RuntimeError, match='differentiable once'):
+        torch.autograd.grad(table.square().sum(), list(pos.parameters()), create_graph=True)
 
 
 def test_kernels_that_had_no_memory_are_tested_again(monkeypatch, untested):

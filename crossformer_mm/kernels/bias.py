@@ -7,20 +7,19 @@ compared with the definition on the user's GPU before they are used.
 """
 
 import importlib
-import logging
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..compat import missing_torch
 from ..exact import is_exact
 from ..position_bias import DynamicPositionBias
 from . import fused
+from .self_test import say
 
 LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
 TYPES = (DynamicPositionBias, nn.Linear, *LAYER, *LAYER, *LAYER)  # of a bias and its parts
@@ -54,9 +53,9 @@ def position_table(
             kernels are used untested.
     """
     kind = find_kind(pos, device, path)
-    if kind is None or not (path == 'fused' or is_trusted(kind)):
+    if kind is None:
         return pos(height, width, device)
-    return FusedBias.apply(height, width, kind, *pos.parameters())
+    return FusedBias.apply(pos, (height, width), kind, path is None, *pos.parameters())
 
 
 def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Optional[Kind]:
@@ -89,13 +88,21 @@ def shapes_of(width: int, heads: int) -> list:
 
 
 class FusedBias(torch.autograd.Function):
-    """See :func:`position_table`. Differentiable once."""
+    """See :func:`position_table`. Differentiable once.
+
+    Both passes save the same, by the kernels or by the modules, so that a block that is recomputed
+    may change from one to the other.
+    """
 
     @staticmethod
-    def forward(ctx, height: int, width: int, kind: Kind, *parameters: Tensor) -> Tensor:
-        ctx.kind = kind
+    def forward(ctx, pos, sides, kind: Kind, guarded: bool, *parameters: Tensor) -> Tensor:
+        ctx.arguments = pos, sides, kind, guarded
         ctx.save_for_backward(*parameters)
-        return triton_kernels().forward(parameters, height, width, kind.residual, kind.eps)
+
+        def kernels():
+            return triton_kernels().forward(parameters, *sides, kind.residual, kind.eps)
+
+        return run(kernels, lambda: pos(*sides, kind.device), kind, guarded)
 
     @staticmethod
     def backward(ctx, grad_table: Tensor):
@@ -104,9 +111,35 @@ class FusedBias(torch.autograd.Function):
                 'CrossFormer: the kernel of the position bias is differentiable once. Build the '
                 "model with attention_path='plain'."
             )
-        residual, eps = ctx.kind.residual, ctx.kind.eps
-        grads = triton_kernels().backward(grad_table, ctx.saved_tensors, residual, eps)
-        return (None, None, None, *grads)
+        pos, sides, kind, guarded = ctx.arguments
+        parameters = ctx.saved_tensors
+
+        def kernels():
+            return triton_kernels().backward(grad_table, parameters, kind.residual, kind.eps)
+
+        def modules():
+            with torch.enable_grad():
+                leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+                names = [name for name, _ in pos.named_parameters()]
+                table = functional_call(pos, dict(zip(names, leaves)), (*sides, kind.device))
+                return torch.autograd.grad(table, leaves, grad_table)
+
+        return (None, None, None, None, *run(kernels, modules, kind, guarded))
+
+
+def run(kernels: Callable, modules: Callable, kind: Kind, guarded: bool) -> Any:
+    """Call the kernels; if ``guarded``, the modules where the kernels fail now or have failed."""
+    if guarded and not is_trusted(kind):
+        return modules()
+    try:
+        return kernels()
+    except (torch.cuda.OutOfMemoryError, ValueError):  # of the size of the input
+        raise
+    except Exception as error:  # of a launch: resources, a driver
+        if not guarded:
+            raise
+        distrust(kind, f'{type(error).__name__}: {error}')
+    return modules()
 
 
 def triton_kernels() -> Any:
@@ -136,14 +169,19 @@ def test(kind: Kind) -> None:
         return
     except Exception as error:  # of a compiler, a driver, a launch
         fault = f'{type(error).__name__}: {error}'
-    TRUSTED[kind] = not fault
     if fault:
-        message = (
-            f'CrossFormer: the kernel of the position bias does not work on {kind.device}, '
-            f"PyTorch's operators are used ({fault})."
-        )
-        print_log(message, 'current', logging.WARNING)
-        warnings.warn(message)
+        distrust(kind, fault)
+    else:
+        TRUSTED[kind] = True
+
+
+def distrust(kind: Kind, fault: str) -> None:
+    """Use the kernels of a kind no more, and say why."""
+    TRUSTED[kind] = False
+    say(
+        f'the kernel of the position bias does not work on {kind.device}, '
+        f"PyTorch's operators are used ({fault})"
+    )
 
 
 def largest_error(kind: Kind) -> float:
