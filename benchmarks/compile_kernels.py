@@ -1,11 +1,19 @@
-"""Compile the Triton kernels for a GPU that need not be there, and say what they occupy.
+"""Compile the Triton kernels for GPUs that need not be there, and say what they cost.
 
-    python benchmarks/compile_kernels.py
-    python benchmarks/compile_kernels.py --kernel forward --tiles 64,64,4,2 128,64,8,2
+    python benchmarks/compile_kernels.py --out benchmarks/compiled_kernels.md
+    python benchmarks/compile_kernels.py --kernels forward --tiles 64,64,4,2 128,64,8,2
 
-Registers and bytes of stack (spills) per thread and shared memory per program are ptxas's; from
-them follows how many warps a multiprocessor of that GPU can hold at once. The tiles in
-crossformer_mm/kernels/fused_triton.py were chosen by this table.
+Both passes run as they do on a GPU, but launches do nothing: what is compiled, and for which
+arguments, is what Triton's own cache would hold. Printed are, of each kernel:
+
+registers, stack   of a thread, by ptxas; a stack means spilled registers
+shared             bytes of shared memory of a program
+warps/SM           warps that a multiprocessor with the registers and shared memory of sm_90 holds
+instructions       of the main loop, counted in SASS: of one warp for 1,024 pairs of query and key,
+                   which is its share of a tile of 64x64 in 4 warps. Not counted are branches that
+                   only ragged groups and last blocks take
+
+The tiles in crossformer_mm/kernels/triton_launch.py were chosen by this table.
 """
 
 import argparse
@@ -13,125 +21,143 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Dict, Iterator, List
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from stand_in_gpu import pretend
 
-from crossformer_mm.kernels import fused_triton
+from crossformer_mm.grouping import AxisRule
+from crossformer_mm.kernels import fused_triton, triton_launch
+from crossformer_mm.kernels.triton_launch import Tile
 
-DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
-# By kernel: members of the groups that it is for.
-KERNELS = dict(
-    forward=(49, 950),
-    backward_groups=(49,),
-    backward_queries=(950,),
-    backward_keys=(950,),
-    backward_pairs=(950,),
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+# Sides of the groups: of long and of short distance attention at 800x1216.
+SIDES = (25, 38), (7, 7)
+KERNELS = (
+    *('forward', 'forward_groups', 'fill_strips', 'backward_queries', 'backward_keys'),
+    *('backward_pairs', 'backward_groups', 'sum_pairs'),
 )
-IN_DTYPE = ('qkv', 'out', 'grad_out', 'grad_qkv')
-IN_FLOAT = ('table', 'norms', 'deltas', 'grad_pairs', 'grad_table')
+COLUMNS = 'kernel type head arch tile registers stack shared warps/SM instructions'.split()
 
 
-def compile_kernel(
-    name: str,
-    dtype: str,
-    tile: fused_triton.Tile,
-    head_dim: int = 32,
-    precision: str = 'ieee',
-    capability: int = 90,
-):
-    """Triton's compiled kernel, for sizes of the image not known yet."""
-    kernel = getattr(fused_triton, f'{name}_kernel')
-    constants = dict(
-        D=head_dim,
-        BLOCK_D=fused_triton.block_size(head_dim),
-        QUERIES=tile.queries,
-        KEYS=tile.keys,
-        MEMBERS=tile.keys,
-        OFFSETS=64,
-        PRECISION=precision,
-    )
-    signature, aligned = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in IN_DTYPE or argument in IN_FLOAT:
-            signature[argument] = f"*{dtype if argument in IN_DTYPE else 'fp32'}"
-            aligned[index,] = [['tt.divisibility', 16]]
-        else:
-            signature[argument] = (
-                'constexpr' if argument in constants else 'fp32' if argument == 'scale' else 'i32'
-            )
-    constants = {key: constants[key] for key in kernel.arg_names if key in constants}
-    return triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget('cuda', capability, 32),
-        options=dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True),
-    )
+def compile_all(dtype: torch.dtype, head_dim: int, capability: int) -> Dict[str, tuple]:
+    """Both passes over a small and a large group: compiled kernels and their constants, by name."""
+    pretend(capability)
+    for rows, columns in SIDES:
+        qkv = torch.zeros(1, rows, columns, 3 * head_dim, dtype=dtype)
+        table = torch.zeros(1, 2 * rows - 1, 2 * columns - 1)
+        arguments = AxisRule(rows, 1), AxisRule(columns, 1), 1, 1.0
+        out, norms = fused_triton.forward(qkv, table, *arguments)
+        fused_triton.backward(out, qkv, table, out, norms, *arguments)
+    return {
+        key[0].removesuffix('_kernel'): (key, compiled)
+        for key, (compiled, _) in triton_launch.COMPILED.items()
+    }
 
 
-def occupancy(compiled, warps: int) -> dict:
-    """Registers and stack per thread, shared memory per program, warps per multiprocessor."""
-    cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+def run_tool(name: str, cubin: bytes, *options: str) -> str:
+    """What a tool of CUDA's that Triton brings along prints of a compiled kernel."""
+    tool = Path(triton.__file__).parent / 'backends/nvidia/bin' / name
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(compiled.asm['cubin'])
+        file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [cuobjdump, '-res-usage', file.name], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [tool, *options, file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', report).groups())
+
+
+def loop_lengths(sass: str) -> Iterator[int]:
+    """Instructions of each loop on the shortest way through it."""
+    lines: List[str] = []
+    labels: Dict[str, int] = {}
+    for line in sass.splitlines():
+        label = re.match(r'\s*(\.L_\w+):', line)
+        instruction = re.match(r'\s*/\*[0-9a-f]+\*/\s+(.*?);', line)
+        if label:
+            labels[label[1]] = len(lines)
+        elif instruction:
+            lines.append(instruction[1])
+    jumps = {
+        index: labels[target[1]]
+        for index, line in enumerate(lines)
+        if (target := re.search(r'\bBRA\b.*?`\((\.L_\w+)\)', line)) and target[1] in labels
+    }
+    for last, start in jumps.items():
+        if start >= last:
+            continue
+        length = {start: 1}
+        for index in range(start, last):
+            if index not in length:
+                continue
+            conditional = lines[index].startswith('@') or re.search(r'BRA\S* !?U?P', lines[index])
+            following = [index + 1] if index not in jumps or conditional else []
+            if start < jumps.get(index, 0) <= last:
+                following.append(jumps[index])
+            for other in following:
+                length[other] = min(length.get(other, last), length[index] + 1)
+        if last in length:
+            yield length[last]
+
+
+def describe(name: str, dtype: str, head_dim: int, arch: int, key: tuple, compiled) -> tuple:
+    """A row of the table."""
+    constants, (warps, stages) = key[2:4]
+    cubin = compiled.asm['cubin']
+    usage = run_tool('cuobjdump', cubin, '-res-usage')
+    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', usage).groups())
     shared = compiled.metadata.shared
     programs = min(64 // warps, 65536 // (32 * warps * registers), 227 * 1024 // (shared + 1024))
-    return dict(registers=registers, stack=stack, shared=shared, warps=programs * warps)
+    tile, instructions = ('', '') if name in ('fill_strips', 'sum_pairs') else ('?', '?')
+    if tile:
+        sides = (constants[2:-1] * 2)[:2]  # a small group has one
+        tile = ','.join(map(str, (*sides, warps, stages)))
+        loop = max(loop_lengths(run_tool('nvdisasm', cubin, '-c')))
+        instructions = round(loop * 1024 * warps / (sides[0] * sides[1]))
+    return (
+        *(name, dtype, head_dim, f'sm_{arch}', tile, registers, stack, shared),
+        *(programs * warps, instructions),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--kernel', choices=KERNELS, nargs='+', default=list(KERNELS))
-    parser.add_argument('--dtype', choices=DTYPES, nargs='+', default=['bf16', 'fp32'])
-    parser.add_argument('--head-dim', type=int, default=32)
-    parser.add_argument(
-        '--precision', choices=('ieee', 'tf32'), default='ieee', help='of float32 products'
-    )
+    parser.add_argument('--kernels', choices=KERNELS, nargs='+', default=KERNELS)
+    parser.add_argument('--dtypes', choices=DTYPES, nargs='+', default=list(DTYPES))
+    parser.add_argument('--head-dims', type=int, nargs='+', default=[32, 64])
+    parser.add_argument('--archs', type=int, nargs='+', default=[80, 86, 90], metavar='ARCH')
     parser.add_argument(
         '--tiles',
         nargs='+',
         metavar='QUERIES,KEYS,WARPS,STAGES',
-        help='tiles to try in place of the present ones',
+        help='tiles to try in large groups instead of the present ones',
     )
+    parser.add_argument('--out', type=Path, help='Markdown file to write the table to')
     options = parser.parse_args()
-    if fused_triton.INTERPRETED:
+    if triton_launch.INTERPRETED:
         parser.error('TRITON_INTERPRET is set, with which Triton compiles nothing: unset it')
-    print(
-        f"{'kernel':17} {'dtype':5} {'members':>7} {'tile':>14} {'registers':>9} {'stack':>5} "
-        f"{'shared':>7} {'warps/SM':>8}",
-        flush=True,
-    )
-    for name in options.kernel:
-        for dtype in options.dtype:
-            for members in KERNELS[name]:
-                tiles = [fused_triton.choose_tile(name, members, DTYPES[dtype])]
-                if options.tiles:
-                    tiles = [
-                        fused_triton.Tile(*map(int, tile.split(','))) for tile in options.tiles
-                    ]
-                for tile in tiles:
-                    compiled = compile_kernel(
-                        name, dtype, tile, head_dim=options.head_dim, precision=options.precision
-                    )
-                    row = occupancy(compiled, tile.warps)
-                    print(
-                        f"{name:17} {dtype:5} {members:7} {','.join(map(str, tile)):>14} "
-                        f"{row['registers']:9} {row['stack']:5} {row['shared']:7} "
-                        f"{row['warps']:8}",
-                        flush=True,
-                    )
-    if not options.tiles:
-        compiled = compile_kernel('sum_pairs', 'fp32', fused_triton.Tile(64, 64, 4, 1))
-        row = occupancy(compiled, 4)
-        print(
-            f"{'sum_pairs':17} {'fp32':5} {'any':>7} {'64,64,4,1':>14} {row['registers']:9} "
-            f"{row['stack']:5} {row['shared']:7} {row['warps']:8}"
+    rows = [COLUMNS, ['---'] * len(COLUMNS)]
+    print('| ' + ' | '.join(COLUMNS) + ' |', flush=True)
+    tables = triton_launch.TILES, triton_launch.WIDE_TILES
+    for tile in options.tiles or ['']:
+        for table in tables:
+            if tile:
+                table.update(dict.fromkeys(table, Tile(*map(int, tile.split(',')))))
+        for dtype in options.dtypes:
+            for head_dim in options.head_dims:
+                for arch in options.archs:
+                    kernels = compile_all(DTYPES[dtype], head_dim, arch)
+                    for name in KERNELS:
+                        if name in options.kernels and name in kernels:
+                            row = describe(name, dtype, head_dim, arch, *kernels[name])
+                            rows.append([*map(str, row)])
+                            print('| ' + ' | '.join(rows[-1]) + ' |', flush=True)
+    if options.out:
+        lines = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+        options.out.write_text(
+            f'# Compiled Triton kernels\n\nWritten by `benchmarks/compile_kernels.py`, which says '
+            f'what the columns mean, with Triton {triton.__version__}. Groups of 25x38 and 7x7 '
+            f'members.\n\n{lines}\n'
         )
 
 

@@ -13,7 +13,7 @@ Each section runs in a process of its own with a time limit, in this order:
   layers     device time of each layer's attention, by kernel, and of other ways to compute it
   models     inference and training steps of CrossFormer-S and Swin-T
   learn      training steps on the GPU against the same on the CPU
-  tune       other tiles of each kernel, for crossformer_mm/kernels/fused_triton.py
+  tune       other tiles of each kernel, for crossformer_mm/kernels/triton_launch.py
 
 What a section plans and does not reach is listed as not run. Results are written after each one.
 --smoke runs everything on the CPU in Triton's interpreter, on sizes that tell nothing.
@@ -77,7 +77,7 @@ if missing_torch('2.4'):
     sys.exit(f'error: benchmarks/gpu.py: {missing_torch("2.4")}.')
 from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules
 from crossformer_mm.hooks import attention_paths
-from crossformer_mm.kernels import fused, fused_triton, plain, self_test
+from crossformer_mm.kernels import fused, plain, self_test, triton_launch
 from crossformer_mm.position_bias import bias_of_pairs
 
 DEVICE = torch.device('cpu') if SMOKE else torch.device('cuda', 0)
@@ -398,7 +398,7 @@ TILES = {  # (queries, keys, warps, stages) to try next to the present ones
     'forward': [(64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)],
     'backward_queries': [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 4, 2)],
     'backward_keys': [(64, 64, 4, 1), (32, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
-    'backward_pairs': [(64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)],
+    'backward_pairs': [(64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1)],
 }
 
 
@@ -407,13 +407,13 @@ def run_tune(log) -> None:
     layers = [inputs for name, inputs in layers_of().items() if name in LONG]
 
     def attempt(kernel: str, tile) -> dict:
-        key, before = (kernel, MIXED.itemsize), dict(fused_triton.TILES)
-        fused_triton.TILES[key] = fused_triton.Tile(*tile) if tile else before[key]
+        key, before = (kernel, MIXED.itemsize), dict(triton_launch.TILES)
+        triton_launch.TILES[key] = triton_launch.Tile(*tile) if tile else before[key]
         try:
             runs = [partial(value_and_gradients, fused.attend, *inputs) for inputs in layers]
             times = [device_time(run, repeat=2) for run in runs]
         finally:
-            fused_triton.TILES.update(before)
+            triton_launch.TILES.update(before)
         took = sum(ms for found in times for name, ms in found.items() if kernel in name)
         return dict(kernel=kernel, tile=tile, ms=took)
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,15 +29,15 @@ if missing_torch('2.4'):
     )
 pytest.importorskip('triton', reason='fused attention needs the package triton')
 pytestmark = needs_interpreter
-from crossformer_mm.kernels import fused_triton  # noqa: E402
+from crossformer_mm.kernels import fused_triton, triton_backward, triton_launch  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 # Every kernel with several blocks each way, the two ways differing.
 SMALL_BLOCKS = {
-    (kernel, size): fused_triton.Tile(16, 32, 1, 1)
+    (kernel, size): triton_launch.Tile(16, 32, 1, 1)
     if 'keys' not in kernel
-    else fused_triton.Tile(32, 16, 1, 1)
-    for kernel, size in fused_triton.TILES
+    else triton_launch.Tile(32, 16, 1, 1)
+    for kernel, size in triton_launch.TILES
 }
 
 
@@ -85,6 +86,7 @@ ONE_BLOCK = {
 SEVERAL_BLOCKS = {
     'short distance, ragged': ((1, 10, 9), (9, 1), (8, 1)),
     'long distance over the map, ragged': ((1, 13, 10), (13, 1), (5, 2)),
+    'wider than high, ragged': ((1, 7, 23), (6, 1), (12, 2)),
     'one row': ((1, 1, 70), (1, 1), (70, 1)),
     'one column': ((1, 70, 1), (70, 1), (1, 1)),
 }
@@ -97,7 +99,7 @@ def test_groups_of_one_block_equal_plain(case):
 
 @pytest.mark.parametrize('case', SEVERAL_BLOCKS)
 def test_groups_of_several_blocks_equal_plain(monkeypatch, case):
-    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
     assert_equals_plain(*SEVERAL_BLOCKS[case], heads=1)
 
 
@@ -108,30 +110,60 @@ def test_the_tiles_as_they_are_equal_plain():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('members', [25, 72])
 def test_half_precision_stays_near_double(monkeypatch, dtype, members):
-    if members > fused_triton.SMALL:
-        monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    if members > triton_launch.SMALL:
+        monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
         assert_equals_plain((1, 9, 8), (9, 1), (8, 1), heads=1, dtype=dtype)
     else:
         assert_equals_plain((1, 6, 9), (5, 1), (5, 1), dtype=dtype)
 
 
-@pytest.mark.parametrize('dim', [3, 8, 24, 48])
+@pytest.mark.parametrize('dim', [3, 8, 24, 48, 64])
 def test_any_head_dim_works(dim):
     assert_equals_plain((1, 4, 5), (3, 1), (3, 1), dim=dim)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_wide_heads_in_groups_of_several_blocks_equal_plain(monkeypatch, dtype):
+    monkeypatch.setattr(triton_launch, 'WIDE_TILES', SMALL_BLOCKS)
+    assert_equals_plain((1, 9, 8), (9, 1), (8, 1), heads=1, dim=40, dtype=dtype)
+
+
+def test_biases_of_some_heads_at_a_time_equal_plain(monkeypatch):
+    monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
+    monkeypatch.setattr(triton_launch, 'STRIP_BYTES', 2 * 4 * 2000)
+    assert_equals_plain((1, 9, 8), (9, 1), (8, 1), heads=3)
+
+
+@pytest.mark.parametrize('members', [(3, 4), (9, 8)])
+def test_a_strided_table_is_read_where_it_lies(monkeypatch, members):
+    monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
+    rows, columns = (AxisRule(size, 1) for size in members)
+    qkv, table = random_inputs((1, *members), rows, columns, 2, 16, torch.float32)
+    contiguous = fused.attend(qkv, table, rows, columns, 2, 0.3)
+    strided = table.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    unaligned = torch.cat([table.new_zeros(1), table.flatten()])[1:].view(table.shape)
+    for other in (strided, unaligned):
+        assert torch.equal(fused.attend(qkv, other, rows, columns, 2, 0.3), contiguous)
+
+
+def test_a_table_too_small_for_the_groups_is_refused():
+    qkv, table = torch.zeros(1, 4, 4, 48), torch.zeros(1, 5, 7)
+    with pytest.raises(ValueError, match='5 x 7 offsets is too small for groups of 16 members'):
+        fused.attend(qkv, table, AxisRule(4, 1), AxisRule(4, 1), 1, 1.0)
+
+
 def test_pairs_of_a_group_are_summed_some_rows_at_a_time(monkeypatch):
     """And over shares of the groups; memory stays below the limit."""
-    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
-    monkeypatch.setattr(fused_triton, 'PAIR_BYTES', 4 * 20 * 100)
+    monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
+    monkeypatch.setattr(triton_launch, 'PAIR_BYTES', 4 * 20 * 100)
     held = []
-    sum_pairs = fused_triton.sum_pairs
+    sum_pairs = triton_backward.sum_pairs
 
     def watch(pairs, *arguments):
         held.append(tuple(pairs.shape))
         return sum_pairs(pairs, *arguments)
 
-    monkeypatch.setattr(fused_triton, 'sum_pairs', watch)
+    monkeypatch.setattr(triton_backward, 'sum_pairs', watch)
     assert_equals_plain((1, 9, 18), (9, 1), (9, 1), heads=1)
     assert held == [(2, 1, 16, 96)] * 6
 
@@ -139,7 +171,7 @@ def test_pairs_of_a_group_are_summed_some_rows_at_a_time(monkeypatch):
 @pytest.mark.parametrize('members', [16, 72])
 def test_logits_far_from_zero_overflow_nothing(monkeypatch, members):
     """Not even against the logits of what a block holds beyond the group, which are near 0."""
-    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
     shape, rows, columns = (
         ((1, 6, 5), AxisRule(4, 1), AxisRule(4, 1))
         if members == 16
@@ -157,7 +189,7 @@ def test_logits_far_from_zero_overflow_nothing(monkeypatch, members):
 
 
 def test_same_inputs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(fused_triton, 'TILES', SMALL_BLOCKS)
+    monkeypatch.setattr(triton_launch, 'TILES', SMALL_BLOCKS)
     rule = AxisRule(9, 1)
     inputs = random_inputs((1, 9, 8), rule, rule, 1, 16, torch.float32)
     first, second = (
@@ -416,32 +448,168 @@ def test_fused_is_refused_on_the_cpu_without_the_interpreter(monkeypatch):
 def test_groups_beyond_what_numbers_are_exact_for_are_refused():
     qkv = torch.empty(1, 2**11, 2**10, 3, device='meta')
     with pytest.raises(ValueError, match='at most 1048576 positions, got 2097152'):
-        fused_triton.Groups.of(qkv, AxisRule(2**11, 1), AxisRule(2**10, 1))
+        triton_launch.Groups.of(qkv, AxisRule(2**11, 1), AxisRule(2**10, 1))
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
-    """What the interpreter does not check: shapes of blocks, types, shared memory."""
-    script = Path(__file__).parents[1] / 'benchmarks/compile_kernels.py'
+def run_without_interpreter(tmp_path, *command: str) -> str:
+    """What a Python command prints for which Triton compiles, into a cache of its own."""
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
+    folder = Path(__file__).parents[1]
+    path = os.pathsep.join([str(folder), str(folder / 'benchmarks')])
     done = subprocess.run(
-        [sys.executable, script, '--dtype', 'fp16'],
-        env=environment | dict(TRITON_CACHE_DIR=str(tmp_path)),
+        [sys.executable, *command],
+        env=environment | dict(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path),
+        cwd=folder,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert {row[0] for row in rows} == {
-        'forward',
-        'backward_groups',
-        'backward_queries',
-        'backward_keys',
-        'backward_pairs',
-        'sum_pairs',
-    }
-    for row in rows:
-        stack, shared, warps = map(int, row[-3:])
-        assert stack <= 128 and shared <= 99 * 1024 and warps >= 8, row
+    return done.stdout
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    """What the interpreter does not check: shapes of blocks, types, registers, shared memory."""
+    options = '--dtypes fp16 --head-dims 32 --archs 90'.split()
+    table = run_without_interpreter(tmp_path, 'benchmarks/compile_kernels.py', *options)
+    rows = {line.split(' | ')[0][2:]: line[:-2].split(' | ')[5:] for line in table.splitlines()[1:]}
+    assert len(rows) == 8
+    for kernel, (_, stack, shared, warps, _) in rows.items():
+        assert int(stack) <= 64 and int(shared) <= 99 * 1024 and int(warps) >= 8, kernel
+    limits = dict(forward=400, backward_queries=700, backward_keys=700, backward_pairs=350)
+    for kernel, limit in limits.items():
+        assert int(rows[kernel][-1]) <= limit, kernel
+
+
+COUNT_COMPILATIONS = """
+import random
+import torch
+import triton
+from crossformer_mm.grouping import stage_rules
+from crossformer_mm.kernels import fused_triton
+from stand_in_gpu import pretend
+
+compiled = set()
+
+
+def note(*, key, fn, **_):
+    compiled.add((fn.name, str(key)))
+    return True  # do not compile it
+
+if hasattr(triton, 'knobs'):  # since Triton 3.4
+    triton.knobs.runtime.jit_cache_hook = note
+else:
+    triton.runtime.jit.JITFunction.cache_hook = note
+pretend(90)
+draw = random.Random(0)
+for _ in range(1000):
+    stride, interval = draw.choice([(4, 8), (8, 4), (16, 2), (32, 1)])
+    height, width = (-(-draw.randint(33, 1600) // stride) for _ in range(2))
+    lda, heads = draw.choice(['interval', 'block']), draw.choice([3, 6, 24])
+    qkv = torch.empty(
+        draw.randint(1, 3), height, width, 96 * heads, dtype=torch.bfloat16, device='meta'
+    )
+    for rows, columns in stage_rules(height, width, 7, interval, lda):
+        table = torch.empty(2 * rows.size - 1, 2 * columns.size - 1, heads, device='meta')
+        arguments = table.permute(2, 0, 1), rows, columns, heads, 0.2
+        out, norms = fused_triton.forward(qkv, *arguments)
+        fused_triton.backward(out, qkv, arguments[0], out, norms, *arguments[1:])
+print(len(compiled))
+"""
+
+
+def test_kernels_are_compiled_for_types_not_for_sizes(tmp_path):
+    """Of 1,000 sizes: eight kernels, of which two have three sides of a block."""
+    assert int(run_without_interpreter(tmp_path, '-c', COUNT_COMPILATIONS)) <= 12
+
+
+def test_older_releases_of_triton_pipeline_nothing(monkeypatch):
+    """They print an error for a loop with a branch."""
+    monkeypatch.setattr(triton_launch, 'PIPELINES_BRANCHES', False)
+    for members in (49, 950):
+        kernel = 'forward_groups' if members == 49 else 'forward'
+        assert triton_launch.choose_tile(kernel, members, torch.bfloat16, 32).stages == 1
+
+
+class StandInKernel:
+    """As a JITFunction, compiled for what it is given; keeps a record of its launches.
+
+    Args:
+        takes_constants (bool): whether a compiled kernel wants them at its launch; None: nobody
+            can tell how it is launched.
+    """
+
+    __name__ = 'some_kernel'
+
+    def __init__(self, takes_constants):
+        self.takes_constants, self.launches = takes_constants, []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launch('ordinary', grid, arguments)
+
+    def launch(self, way, grid, arguments):
+        self.launches.append((way, grid, arguments))
+        names = 'abcd' if self.takes_constants else 'abc'
+        if self.takes_constants is None:
+            return object()
+        launch, source = self.launch, SimpleNamespace(signature=dict.fromkeys(names))
+
+        class Compiled:
+            src = source
+
+            def __getitem__(self, grid):
+                return lambda *arguments: launch('direct', grid, arguments)
+
+        return Compiled()
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    monkeypatch.setattr(triton_launch, 'COMPILED', {})
+
+    def run(kernel, tensor, number=7, constant=64):
+        tile = triton_launch.Tile(64, 64, 4, 1)
+        triton_launch.launch(kernel, 3, [tensor], (0.5, number), (constant,), tile)
+        return kernel.launches[-1]
+
+    return run
+
+
+@pytest.mark.parametrize('takes_constants', [True, False])
+def test_a_compiled_kernel_is_launched_directly(launch, takes_constants):
+    kernel, tensor = StandInKernel(takes_constants), torch.zeros(8)
+    assert launch(kernel, tensor) == ('ordinary', (3,), (tensor, 0.5, 7, 64))
+    rest = (64,) if takes_constants else ()
+    assert launch(kernel, tensor, 9) == ('direct', (3, 1, 1), (tensor, 0.5, 9, *rest))
+    # Triton would compile each of these anew.
+    for arguments in ((tensor[1:],), (tensor.double(),), (tensor, 7, 32), (tensor, 2**31)):
+        assert launch(kernel, *arguments)[0] == 'ordinary', arguments
+    assert launch(kernel, tensor, 2**31)[0] == 'ordinary'
+
+
+def test_a_kernel_that_cannot_be_launched_directly_is_launched_by_triton(launch):
+    kernel, tensor = StandInKernel(None), torch.zeros(8)
+    assert [launch(kernel, tensor)[0] for _ in range(3)] == ['ordinary'] * 3
+
+
+def test_this_triton_lets_compiled_kernels_be_launched_directly(tmp_path):
+    script = """
+import torch
+from crossformer_mm.grouping import AxisRule
+from crossformer_mm.kernels import fused_triton, triton_launch
+from stand_in_gpu import StandInDriver, pretend
+
+pretend(90)
+launches = []
+StandInDriver.launcher_cls = lambda self, source, metadata: lambda *rest: launches.append(rest[9:])
+rule = AxisRule(4, 1)
+table = torch.zeros(1, 7, 7)
+for side in (4, 4, 9):
+    fused_triton.forward(torch.zeros(1, side, side, 48), table, rule, rule, 1, 0.5)
+(compiled, rest), = triton_launch.COMPILED.values()
+assert len(launches) == 3 and len({len(arguments) for arguments in launches}) == 1
+assert launches[0][4:] == launches[1][4:] != launches[2][4:]
+"""
+    run_without_interpreter(tmp_path, '-c', script)
 
 
 def test_package_does_not_import_triton():
@@ -460,7 +628,7 @@ def test_rules_of_both_definitions_reach_the_kernels():
             width = -(-side * 1333 // 800)
             for rules in stage_rules(side, width, 7, interval, lda):
                 qkv = torch.empty(2, side, width, 3, device='meta')
-                assert fused_triton.Groups.of(qkv, *rules).members <= fused_triton.MEMBERS_LIMIT
+                assert triton_launch.Groups.of(qkv, *rules).members <= triton_launch.MEMBERS_LIMIT
 
 
 def test_compiler_makes_one_graph_for_images_of_many_sizes():

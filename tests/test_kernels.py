@@ -5,7 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
@@ -419,3 +422,56 @@ def test_no_tensor_of_all_pairs_exists():
         largest[path] = mode.numel
     assert largest['plain'] >= 4 * 4 * 144**2
     assert largest['native'] < 2 * 144**2
+
+
+def test_eager_mode_and_the_operator_are_the_same_function():
+    """Modes see the operator; without them its dispatch is left out."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    inputs = random_inputs((1, 5, 6), *RULE, 2, 16)
+    eager = values_and_gradients(*inputs, *RULE, 2, 0.3, path='native')
+    with torch.profiler.profile() as profile:
+        map_attention(*inputs, *RULE, 2, 0.3, path='native')
+    with Watch():
+        watched = values_and_gradients(*inputs, *RULE, 2, 0.3, path='native')
+    assert not [event for event in profile.events() if 'native_attention' in event.name]
+    assert 'crossformer_mm.native_attention.default' in seen
+    assert all(torch.equal(one, other) for one, other in zip(eager, watched))
+
+
+@pytest.mark.parametrize('needs', [(True, False), (False, True)])
+def test_gradient_of_one_input_alone(needs):
+    inputs = random_inputs((1, 5, 6), *RULE, 2, 16)
+    both = values_and_gradients(*inputs, *RULE, 2, 0.3)[1:]
+    leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs)]
+    out = map_attention(*leaves, *RULE, 2, 0.3)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    for leaf, expected, need in zip(leaves, both, needs):
+        assert torch.equal(leaf.grad, expected) if need else leaf.grad is None
+
+
+def test_tensors_without_data_take_the_operator():
+    qkv, table = random_inputs((1, 5, 6), *RULE, 2, 16)
+    with FakeTensorMode():
+        fake = torch.empty(qkv.shape, requires_grad=True)
+        out = map_attention(fake, torch.empty(table.shape), *RULE, 2, 0.3, path='native')
+        assert out.shape == (1, 5, 6, 32) and out.requires_grad
+    meta = native.attend(qkv.to('meta'), table.to('meta'), *RULE, 2, 0.3)
+    assert meta.is_meta and meta.shape == (1, 5, 6, 32)
+
+
+def test_a_block_may_be_recomputed_outside_the_mode_that_it_ran_in():
+    inputs = [x.requires_grad_() for x in random_inputs((1, 5, 6), *RULE, 2, 16)]
+    with FlopCounterMode(display=False):
+        out = checkpoint(map_attention, *inputs, *RULE, 2, 0.3, use_reentrant=False)
+    out.square().sum().backward()
+    ours = [x.grad.clone() for x in inputs]
+    for x in inputs:
+        x.grad = None
+    map_attention(*inputs, *RULE, 2, 0.3).square().sum().backward()
+    assert all(torch.equal(one, x.grad) for one, x in zip(ours, inputs))

@@ -1,12 +1,21 @@
-"""A kernel for maps as an operator of PyTorch's, so that torch.compile takes it as one node."""
+"""A kernel for maps as a differentiable function: in eager mode, and as an operator of PyTorch's.
+
+The operator is what torch.compile, modes and transforms see as one node. Its dispatch takes longer
+than many a kernel, so plain eager mode calls the kernel's two passes from a
+``torch.autograd.Function``. Both ways run the same two passes.
+"""
 
 from typing import Callable, List, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from ..compat import define_operator
+from ..exact import active_transform, is_observed
 from ..grouping import AxisRule
+from .call import watcher
 
 
 def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
@@ -72,22 +81,62 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
 
     def keep(ctx, inputs, output) -> None:
         qkv, table, *ctx.numbers = inputs
-        ctx.save_for_backward(qkv, table, *output)
+        ctx.save_for_backward(table, qkv, *output)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grad_out, grad_norms):
         if grad_out is None:
             return (None,) * 7
-        grads = operator_backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
+        table, qkv, *outputs = ctx.saved_tensors
+        grads = operator_backward(grad_out, qkv, table, *outputs, *ctx.numbers)
         return (*grads, *(None,) * 5)
 
     operator_backward = define_operator(f'{name}_backward', run_backward, fake_backward)
     operator = define_operator(name, run, fake_run, setup_context=keep, backward=differentiate)
 
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, qkv, table, *arguments):
+            out, norms = forward(qkv, table, *arguments)
+            # As the operator keeps them: of a block that is recomputed in the backward pass, one
+            # of the two runs may be within a mode.
+            tokens = (x.flatten(0, 2) for x in (qkv, out, norms))
+            ctx.save_for_backward(table, *tokens)
+            ctx.sides, ctx.arguments = qkv.shape[:3], arguments
+            ctx.set_materialize_grads(False)
+            return out
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad_out):
+            if grad_out is None:
+                return (None,) * 6
+            table, *tokens = ctx.saved_tensors
+            qkv, out, norms = (x.view(*ctx.sides, x.shape[1]) for x in tokens)
+            grads = backward(grad_out, qkv, table, out, norms, *ctx.arguments)
+            return grads[0], grads[1].to(table.dtype), None, None, None, None
+
     def attend(qkv, table, rows, columns, num_heads, scale, dropout=0.0) -> Tensor:
+        if not watcher() and not is_intercepted(qkv, table):
+            arguments = qkv, table, rows, columns, num_heads, scale
+            if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
+                return Attention.apply(*arguments)
+            return forward(*arguments)[0]
         sides = qkv.shape[:3]
         out, _ = operator(qkv.flatten(0, 2), table, sides, [*rows], [*columns], num_heads, scale)
         return out.view(*sides, out.shape[1])
 
     return attend
+
+
+def is_intercepted(*tensors: Tensor) -> bool:
+    """Check for modes, transforms, subclasses of tensors and tensors without data.
+
+    They take the operator: what they do with it is registered.
+    """
+    return bool(
+        active_transform()
+        or is_observed()
+        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_meta for tensor in tensors)
+    )
