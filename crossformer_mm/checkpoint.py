@@ -14,6 +14,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from .compat import load_plain
+from .errors import UserError
 
 # What the authors' ImageNet files hold besides the backbone: the classifier's final norm and linear
 # layer, with their names in a classifier here (configs/_base_/models/classifier.py), and buffers
@@ -22,8 +23,8 @@ CLASSIFIER_NAMES = {'norm.': 'neck.norm.', 'head.': 'head.fc.'}
 BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence that says why."""
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message gives the file and the reason."""
 
 
 def log_statistic(owner, name: str):

@@ -23,7 +23,7 @@ from crossformer_mm.engine.data_checks import (
     guard,
     list_skipped,
 )
-from crossformer_mm.engine.errors import ConfigError, DataError
+from crossformer_mm.errors import ConfigError, DataError
 
 from .tool_process import ToolProcess
 from .trainings import DETECTOR, ONE_STAGE, SEGMENTOR, make_data, write_config

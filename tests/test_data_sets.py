@@ -328,7 +328,7 @@ def test_heads_of_a_panoptic_model_share_the_classes():
 
 @pytest.mark.parametrize('scope, head', [('mmdet', 'bbox_head'), ('mmseg', 'decode_head')])
 def test_a_head_with_too_few_classes_is_named(scope, head):
-    from crossformer_mm.engine.errors import ConfigError
+    from crossformer_mm.errors import ConfigError
 
     with pytest.raises(ConfigError) as refused:
         compare(scope, {head: 3})

@@ -13,15 +13,15 @@ MMPretrain all of it. For single pieces, name in ``custom_hooks``:
   ``CountedInfiniteSampler`` in place of MMEngine's samplers to cover images, too.
 """
 
+from ..errors import ConfigError, DataError, UserError
+from .atomic_checkpoints import WholeFilesHook
 from .data_checks import CheckDataHook
-from .errors import ConfigError, DataError, UserError
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .mixed_precision import BFloat16OptimWrapper
 from .randomness import CountedInfiniteSampler, CountedSampler, SeedHook
 from .resuming import ResumeHook
 from .runner import CarefulFlexibleRunner, CarefulRunner
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
-from .whole_files import WholeFilesHook
 
 __all__ = [
     'BFloat16OptimWrapper',

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 from mmengine.logging import print_log
 
-from .errors import DataError, said
+from ..errors import DataError, said
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
 
 from ..compat import is_cut_short
+from ..errors import ConfigError, DataError, frames_of, said
 from .class_names import drop_unnamed
 from .coco_checks import check_coco_metric
-from .errors import ConfigError, DataError, frames_of, said
 from .randomness import restart_workers
 
 EMPTY = (

@@ -8,7 +8,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 PREFIX = 'backbone.'
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..block import CrossFormerBlock
-from .errors import UserError
+from ..errors import UserError
 
 
 @FUNCTIONS.register_module()

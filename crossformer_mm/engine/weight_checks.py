@@ -12,7 +12,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
 from ..checkpoint import CheckpointError, fit_checkpoint, model_weights, use_safe_loading
-from .errors import UserError
+from ..errors import UserError
 
 
 def checkpoint_name(runner) -> str:
