@@ -297,7 +297,7 @@ class Head(nn.Module):
 
 def compare(scope: str, heads: dict, **meta):
     """Compare heads with these numbers of classes with a data set of four; the warning."""
-    from crossformer_mm.engine.data_checks import check_number_of_classes
+    from crossformer_mm.engine.num_classes import check_number_of_classes
 
     model = nn.ModuleDict({name: Head(count) for name, count in heads.items()})
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'), **meta)))

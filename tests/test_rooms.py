@@ -28,6 +28,7 @@ MAY_IMPORT = {
 }
 ROOM_OF = {
     **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
+    **dict.fromkeys(('class_names', 'config_parts'), 'base'),
     **{room: room for room in ('kernels', 'engine', 'export', 'explain', 'sweep', 'cli')},
     'explain_page': 'explain',
 }
@@ -41,7 +42,6 @@ COMPILED = f'{PACKAGE}.kernels._native'
 FORMER_ARROWS = {
     'crossformer_mm.engine.command_line -> crossformer_mm.cli',
     'crossformer_mm.engine.option_checks -> crossformer_mm.cli',
-    'crossformer_mm.engine.sharding -> crossformer_mm.block',
     'crossformer_mm.export.metadata -> crossformer_mm.engine.class_names',
     'crossformer_mm.export.metadata -> crossformer_mm.engine.command_line',
     'crossformer_mm.export.smaller -> crossformer_mm.engine.command_line',

@@ -11,8 +11,9 @@ import torch
 from mmengine.device import get_device
 
 from crossformer_mm.cli import argument_parser, read_config, run
+from crossformer_mm.config_parts import kind_of
 from crossformer_mm.engine.atomic_checkpoints import FULL, newest_checkpoint
-from crossformer_mm.engine.config import ensure_visualizer, kind_of
+from crossformer_mm.engine.config import ensure_visualizer
 from crossformer_mm.engine.preflight import check_dataset, check_file
 from crossformer_mm.engine.runner import RobustRunnerMixin, build_runner
 from crossformer_mm.errors import UserError

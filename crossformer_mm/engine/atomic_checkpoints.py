@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, whenever a training is killed."""
+"""Atomic checkpoint writes: a training can be killed at any time."""
 
 import errno
 import io
@@ -21,24 +21,25 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from ..checkpoint import CheckpointError, read_checkpoint, read_plain
 from ..errors import UserError
+from .runner_access import is_resumed
 from .weight_checks import epoch_of
 
-TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')  # mmengine's names of what can be resumed
+TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')  # mmengine's names of resumable checkpoints
 
-# Why a disk cannot be written: full, over quota, read-only, over a limit, not allowed.
+# Errors of a disk that cannot be written: full, over quota, read-only, over a limit, not allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 @register_backend('whole', force=True)
 class WholeFileBackend(LocalBackend):
-    """Local files, replaced in one step: ``CheckpointHook(backend_args=dict(backend='whole'))``.
+    """Local files, written atomically: ``CheckpointHook(backend_args=dict(backend='whole'))``.
 
-    A file is written under another name and renamed once it is on the disk. What is
-    removed stays until the next file is: mmengine removes an old checkpoint before
-    it writes the new one, so that a kill or a full disk in between would leave none.
+    A file is written under another name and renamed once it is on the disk. Removing is put off
+    until the next file is written: mmengine removes an old checkpoint before it writes the new one,
+    so that a kill or a full disk in between would leave none.
     """
 
-    outdated: List[str] = []  # of all instances, for mmengine makes a new one for each call
+    outdated: List[str] = []  # shared by all instances: mmengine makes a new one for each call
 
     def put(self, obj: bytes, filepath) -> None:
         part = f'{filepath}.part'
@@ -55,8 +56,7 @@ class WholeFileBackend(LocalBackend):
 
     @classmethod
     def finish(cls, part, filepath) -> None:
-        """Give what was written its name, be it a file or a folder of them, and do what removing
-        was put off."""
+        """Rename a written file or folder, and remove what is outdated."""
         if Path(filepath).is_dir():
             shutil.rmtree(filepath)
         os.replace(part, filepath)
@@ -76,8 +76,8 @@ class WholeFileBackend(LocalBackend):
 
 @HOOKS.register_module()
 class WholeFilesHook(Hook):
-    """Let every CheckpointHook write its files in one step, see :class:`WholeFileBackend`, and none
-    over the checkpoints of another config.
+    """Make every CheckpointHook write atomically, see :class:`WholeFileBackend`, and never over the
+    checkpoints of another config.
 
     Raises:
         UserError: a training that starts anew would write over those of another config.
@@ -95,28 +95,28 @@ class WholeFilesHook(Hook):
 
     def before_train(self, runner) -> None:
         mine = name_of_config(runner.cfg.filename)
-        if runner._resume or runner.rank or not mine:
+        if is_resumed(runner) or runner.rank or not mine:
             return
         for folder, template, backend in places(runner):
             for _, path in numbered(folder, template, backend):
                 try:
                     theirs = (read_checkpoint(path).get('meta') or {}).get('config_file')
                 except (CheckpointError, FileNotFoundError):
-                    continue  # what cannot be read is no loss
+                    continue  # an unreadable file is no loss
                 if theirs and theirs != mine:
                     raise UserError(
                         f"'{folder}' has checkpoints of '{theirs}', which a training "
                         f"of '{mine}' would replace: give it a folder of its own with "
                         '--work-dir.'
                     )
-                return  # one tells it of all
+                return  # all in a folder are of one config
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         checkpoint['meta']['config_file'] = name_of_config(runner.cfg.filename)
 
 
 def name_of_config(file: Optional[str]) -> Optional[str]:
-    """A config's name, with the folders in which it stands below one that is called ``configs``."""
+    """Return a config's name with its folders below the last one that is called ``configs``."""
     if not file:
         return None
     path = Path(file).absolute().with_suffix('')
@@ -127,7 +127,7 @@ def name_of_config(file: Optional[str]) -> Optional[str]:
 
 
 def places(runner) -> Iterator[Tuple[str, str, Optional[dict]]]:
-    """Where a runner's checkpoints are: folder, template of names, arguments of the backend."""
+    """Yield folder, template of names and ``backend_args`` of a runner's checkpoints."""
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook):
             folder = runner.work_dir
@@ -140,7 +140,7 @@ def places(runner) -> Iterator[Tuple[str, str, Optional[dict]]]:
 
 
 def numbered(folder: str, template: str, backend: Optional[dict] = None):
-    """The files, or folders of files, of a template in a folder, the highest number first."""
+    """List the files or folders of a template in a folder, the highest number first."""
     before, _, after = template.partition('{}')
     pattern = re.compile(f'{re.escape(before)}(\\d+){re.escape(after)}')
     if '://' not in folder and not Path(folder).is_dir():
@@ -154,17 +154,16 @@ def numbered(folder: str, template: str, backend: Optional[dict] = None):
 
 
 def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
-    """The newest whole checkpoint of a training, by the numbers in names: times do not outlive
-    every copy. Warns of each newer one that cannot be gone on from.
+    """Return the newest complete checkpoint of a training.
 
-    ``last_checkpoint`` is not asked: it may itself be half-written, or be older than
-    what it should name.
+    The numbers in names count: mtimes do not survive copying, and ``last_checkpoint`` may itself be
+    half-written or out of date. A warning names each newer one that cannot be resumed.
 
     Returns:
-        tuple: its path, or None, and what is in it, or nothing if processes have a part each.
+        tuple: its path, or None; its content, empty if it is sharded.
 
     Raises:
-        UserError: there are whole checkpoints, but all of them are amid an epoch.
+        UserError: all complete checkpoints were written mid-epoch.
     """
     epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
     best: Tuple[int, Optional[str], dict] = (-1, None, {})
@@ -180,7 +179,7 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
                 )
                 continue
             if 'meta' not in content or 'message_hub' not in content:
-                done = number  # a sharded one: the strategy knows what is in it
+                done = number  # sharded: only the strategy can read it
             elif epochs and epoch_of(content, len(runner.train_dataloader)) is None:
                 amid = path
                 print_log(
@@ -205,14 +204,14 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
 
 
 def whole_content(path: str) -> Optional[dict]:
-    """A checkpoint, if it can be read and all its bytes are those that were written; else None.
+    """Read a checkpoint and verify its checksums; None: it is damaged.
 
-    Of a folder, which each process has written a file of, nothing but that all are whole.
+    A folder, into which each process has written a file, is verified and gives an empty dict.
     """
     try:
         if '://' not in path and Path(path).is_dir():
             files = [file for file in Path(path).rglob('*.p*t*') if file.is_file()]
-            return {} if files and all(map(has_its_bytes, files)) else None
+            return {} if files and all(map(is_undamaged, files)) else None
         with get_local_path(path) as local, CheckedFile(local) as file:
             content = read_plain(file, 'cpu')
             file.check_rest()
@@ -221,33 +220,34 @@ def whole_content(path: str) -> Optional[dict]:
         return None
 
 
-def has_its_bytes(file) -> bool:
+def is_undamaged(file) -> bool:
+    """Verify the checksums of a file of ``torch.save``."""
     try:
-        with zipfile.ZipFile(file) as parts:  # as torch.save writes, a checksum for each part
+        with zipfile.ZipFile(file) as parts:
             return parts.testzip() is None
     except zipfile.BadZipFile:
         return False
 
 
 class CheckedFile(io.FileIO):
-    """A file of ``torch.save``, whose parts are held to their checksums while they are read.
+    """A file of ``torch.save`` that verifies the checksum of each part while it is read.
 
-    PyTorch does not look at them; to read a file for that alone takes as long as loading it.
+    PyTorch does not verify them; a second reading for that takes as long as loading.
 
     Raises:
-        zipfile.BadZipFile: it is none, or damaged.
+        zipfile.BadZipFile: the file is no archive or damaged.
     """
 
     def __init__(self, path):
         super().__init__(path)
-        self.parts = {}  # those that are not checked yet: where they begin, and what they are
+        self.parts = {}  # parts that are not verified yet, by the position of their data
         with zipfile.ZipFile(self) as archive:
             for part in archive.infolist():
                 self.seek(part.header_offset + 26)
                 name, extra = struct.unpack('<HH', self.read(4))  # their lengths, before the data
                 self.parts[part.header_offset + 30 + name + extra] = part
         self.seek(0)
-        self.begin, self.next, self.sum = -1, -1, 0  # of the part that is being read
+        self.begin, self.next, self.sum = -1, -1, 0  # of the current part
 
     def readinto(self, buffer) -> int:
         at = self.tell()
@@ -266,7 +266,7 @@ class CheckedFile(io.FileIO):
         return count
 
     def check_rest(self) -> None:
-        """Check what loading has left out."""
+        """Verify the parts that loading has not read."""
         with zipfile.ZipFile(self) as archive:
             for part in self.parts.values():
                 archive.read(part)

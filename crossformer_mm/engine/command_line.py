@@ -1,17 +1,14 @@
 """Former place of :mod:`crossformer_mm.cli`, for importers that have not moved yet."""
 
 from ..cli import argument_parser, exit_on, read_config, run  # noqa: F401
+from ..config_parts import data_sets, innermost, kind_of, metrics_of  # noqa: F401
 from ..errors import UserError, said  # noqa: F401
 from ..files import check_writable, write_whole  # noqa: F401
 from .config import (  # noqa: F401
     DENSE,
     SCOPES,
-    data_sets,
     ensure_visualizer,
-    innermost,
-    kind_of,
     load_config,
-    metrics_of,
     prepare_for_cpu,
     replace_data_root,
 )

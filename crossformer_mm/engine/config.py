@@ -3,11 +3,12 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Iterable, Iterator, List, Optional
+from typing import Iterable, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
 
+from ..config_parts import data_sets, kind_of, metrics_of
 from ..errors import UserError, said
 from .overrides import check_keys, ensure_pretrained_cfg, warn_of_typos
 
@@ -140,36 +141,6 @@ def prepare_for_cpu(cfg: Config) -> None:
         | dict(cfg.get('model_wrapper_cfg') or {})
         | dict(device_ids=None)
     )
-
-
-def kind_of(part: dict) -> str:
-    """Return the name of the class that a part of a config builds, given by name or as a class."""
-    kind = part.get('type')
-    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', '')
-
-
-def data_sets(dataset: dict) -> Iterator[dict]:
-    """Yield the configs of the data sets inside wrappers such as RepeatDataset, ConcatDataset."""
-    if 'dataset' in dataset:
-        yield from data_sets(dataset['dataset'])
-    elif 'datasets' in dataset:
-        for one in dataset['datasets']:
-            yield from data_sets(one)
-    else:
-        yield dataset
-
-
-def innermost(dataset: dict) -> dict:
-    """Return the config of the first data set inside wrappers."""
-    return next(data_sets(dataset))
-
-
-def metrics_of(cfg: Config, split: str) -> List[dict]:
-    """List the configs of a split's metrics, given as one or several."""
-    evaluator = cfg.get(f'{split}_evaluator') or []
-    if isinstance(evaluator, dict) and 'metrics' in evaluator:
-        evaluator = evaluator['metrics']
-    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
 
 
 def replace_data_root(cfg: Config, root: str) -> None:

@@ -5,8 +5,8 @@ from typing import List, Optional
 
 from mmengine.config import Config
 
+from ..config_parts import data_sets
 from ..errors import ConfigError, UserError
-from .config import data_sets
 
 
 def check_dataset(cfg: Config, *splits: str) -> None:

@@ -1,4 +1,4 @@
-"""MMEngine's runners, made for trainings that are killed and for data of other people."""
+"""MMEngine's runners with exact resumption, atomic checkpoints and validated data."""
 
 import functools
 import logging
@@ -16,19 +16,20 @@ from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from ..checkpoint import use_safe_loading
+from ..checkpoint import use_safe_loading, whole_model_follows
 from ..errors import ConfigError, UserError, said
 from ..hooks import AttentionPathHook
 from .atomic_checkpoints import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 from .coco_checks import annotations_checked
-from .data_checks import CheckDataHook, explained_data, list_skipped
+from .dataset_checks import explained_data
+from .dataset_guard import CheckDataHook, list_skipped
 from .preflight import check_classifier
 from .randomness import COUNTED, SeedHook
 from .resuming import ResumeHook
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 
-# In this order, after those of the config. What a config names itself stays as it is there.
-HOOKS_OF_ALL = (
+# Added in this order after the config's hooks, unless the config has one of the class.
+ADDED_HOOKS = (
     SafeLoadingHook,
     SeedHook,
     CheckDataHook,
@@ -91,20 +92,25 @@ class RobustRunnerMixin(Mixin):
     @name_config_section('default_hooks or custom_hooks')
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         super().register_hooks(default_hooks, custom_hooks)
-        for kind in HOOKS_OF_ALL:
+        for kind in ADDED_HOOKS:
             if self.hook_of(kind) is None:
                 self.register_hook(kind())
         for hook in self.hooks:
             if isinstance(hook, LoggerHook) and self.rank:
-                # Or every process would write the results of a test to the same file, at once.
+                # Every process would write the results of a test to the same file at once.
                 hook.after_test_epoch = lambda *args, **kwargs: None
 
     def hook_of(self, kind: type):
-        """The runner's hook of a class; None: it has none."""
+        """Return the runner's hook of a class, or None."""
         return next((hook for hook in self.hooks if isinstance(hook, kind)), None)
 
     def skip_bad_images(self, path: str, anew: bool) -> None:
-        """Train on without images that cannot be used; list them in a file, or add to its list."""
+        """Skip training images that cannot be used.
+
+        Args:
+            path (str): file that lists them.
+            anew (bool): start a new list instead of adding to it.
+        """
         if anew and self.rank == 0:
             Path(path).unlink(missing_ok=True)
         self.hook_of(CheckDataHook).skip_to = path
@@ -139,8 +145,7 @@ class RobustRunnerMixin(Mixin):
             return super().build_dataloader(dataloader, seed, diff_rank_seed)
 
     def choose_checkpoint(self) -> None:
-        """Settle where a training goes on, in one process for all: without a whole checkpoint, at
-        the start."""
+        """Choose the checkpoint to resume from, in one process for all; without one, start anew."""
         automatic = self.resume_newest or (self._resume is True and self._load_from is None)
         if self._chosen or not automatic:
             return
@@ -164,15 +169,13 @@ class RobustRunnerMixin(Mixin):
             self._load_from = found[0]
 
     def train(self):
-        self._train_loop = self.train_loop  # built: how far a checkpoint is depends on it
+        self._train_loop = self.train_loop  # builds it: choosing a checkpoint depends on it
         self.choose_checkpoint()
-        begins = NoWordOfRandomWeights()
-        if self._load_from:
-            self.logger.addFilter(begins)
+        token = whole_model_follows.set(bool(self._load_from))
         try:
             return self.run_logging_errors(super().train)
         finally:
-            self.logger.removeFilter(begins)
+            whole_model_follows.reset(token)
 
     def val(self) -> dict:
         return self.run_logging_errors(super().val)
@@ -181,25 +184,18 @@ class RobustRunnerMixin(Mixin):
         return self.run_logging_errors(super().test)
 
     def run_logging_errors(self, run: Callable):
-        """Run something; an error that is no sentence is in the log, too."""
+        """Run a loop; log the traceback of any error that is not the user's mistake."""
         try:
             result = run()
         except UserError:
             raise
         except Exception as error:
-            if getattr(error, 'errno', None) not in FULL:  # a disk that could not keep the log
+            if getattr(error, 'errno', None) not in FULL:  # or the log cannot be written either
                 self.logger.error(traceback.format_exc())
             raise
-        # A process that leaves while others still talk to it ends a job that has done its work.
+        # A process that ends while others still communicate with it aborts the finished job.
         barrier()
         return result
-
-
-class NoWordOfRandomWeights(logging.Filter):
-    """Drops what a backbone says before a checkpoint of the whole model is loaded."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return 'training starts from random weights' not in record.getMessage()
 
 
 @RUNNERS.register_module()
@@ -219,7 +215,7 @@ class CarefulRunner(RobustRunnerMixin, Runner):
     def build_optim_wrapper(self, optim_wrapper):
         try:
             return super().build_optim_wrapper(optim_wrapper)
-        except NotImplementedError as error:  # says nothing else in MMDetection and MMSegmentation
+        except NotImplementedError as error:  # has no message in MMDetection and MMSegmentation
             if 'LearningRateDecay' not in str(optim_wrapper.get('constructor')):
                 raise
             raise ConfigError(
@@ -251,7 +247,7 @@ class CarefulFlexibleRunner(RobustRunnerMixin, FlexibleRunner):
     @name_config_section('strategy')
     def build_strategy(self, *args, **kwargs):
         strategy = super().build_strategy(*args, **kwargs)
-        scale_lr = strategy._scale_lr
+        scale_lr = strategy._scale_lr  # no public method is called between building and training
 
         def scale_lr_by_total_batch() -> None:
             scale_lr()
@@ -267,8 +263,10 @@ class CarefulFlexibleRunner(RobustRunnerMixin, FlexibleRunner):
         return super().run_logging_errors(run)
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Strategies write files, or a folder with one of each process, their own way: under
-        another name, which is changed once all have written."""
+        """Write a checkpoint atomically: rename it once all processes have written their part.
+
+        Strategies write files, or a folder with a file of each process, without a file backend.
+        """
         hook = self.hook_of(CheckpointHook)
         if (hook.backend_args or {}).get('backend') != 'whole':
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
@@ -281,17 +279,19 @@ class CarefulFlexibleRunner(RobustRunnerMixin, FlexibleRunner):
 
 
 def without_sync_batchnorm(model: nn.Module, distributed: bool) -> nn.Module:
-    """A model whose norms work on the CPU; those of a GPU may speak to each other. (MMEngine does
-    the same where one process trains alone.)"""
+    """Replace SyncBatchNorm, which needs a GPU, in a distributed training on CPUs.
+
+    MMEngine does so only for a single process.
+    """
     return revert_sync_batchnorm(model) if distributed and get_device() == 'cpu' else model
 
 
 def scale_by_accumulation(optim_wrapper, logger: logging.Logger) -> None:
     """Scale learning rates by the number of batches in an update, which MMEngine's linear scaling
-    leaves out."""
+    ignores."""
     several = isinstance(optim_wrapper, OptimWrapperDict)
     for wrapper in optim_wrapper.values() if several else [optim_wrapper]:
-        count = getattr(wrapper, '_accumulative_counts', 1)
+        count = getattr(wrapper, '_accumulative_counts', 1)  # has no public name
         if count > 1:
             logger.info(
                 f'Gradients of {count} batches are accumulated (accumulative_counts): the total '

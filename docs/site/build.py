@@ -38,7 +38,7 @@ API = {
         'engine.runner.RobustRunnerMixin '
         'engine.weight_checks.SafeLoadingHook engine.weight_checks.CheckWeightsHook '
         'engine.atomic_checkpoints.WholeFilesHook engine.atomic_checkpoints.WholeFileBackend '
-        'engine.data_checks.CheckDataHook engine.randomness.SeedHook '
+        'engine.dataset_guard.CheckDataHook engine.randomness.SeedHook '
         'engine.randomness.CountedSampler engine.resuming.ResumeHook '
         'engine.layer_decay.LayerDecayOptimWrapperConstructor engine.sharding.ShardedStrategy',
     ),
