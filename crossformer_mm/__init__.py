@@ -29,6 +29,9 @@ __all__ = [
     'sharding',
 ]
 
+# Every training logs which path computes attention.
+engine.runner.ADDED_HOOKS.append(AttentionPathHook)
+
 # Packages whose configs mmengine finds by name: mmengine.hub.get_config('crossformer_mm::...')
 # and _base_ = 'crossformer_mm::...' in a config read only those of this table.
 MODULE2PACKAGE.setdefault('crossformer_mm', 'crossformer_mm')

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 }
 ROOM_OF = {
     **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
-    **dict.fromkeys(('class_names', 'config_parts'), 'base'),
+    **dict.fromkeys(('class_names', 'config_parts', 'pictures'), 'base'),
     **{room: room for room in ('kernels', 'engine', 'export', 'explain', 'sweep', 'cli')},
     'explain_page': 'explain',
 }
@@ -47,7 +47,10 @@ FORMER_ARROWS = {
     'crossformer_mm.export.smaller -> crossformer_mm.engine.command_line',
     'tools.export -> tools.run_onnx',
 }
-FORMER_CIRCLES = {('crossformer_mm.export.any_size', 'crossformer_mm.export.operators')}
+FORMER_CIRCLES = {
+    ('crossformer_mm.export.any_size', 'crossformer_mm.export.operators'),
+    ('crossformer_mm.kernels.fused', 'crossformer_mm.kernels.fused_triton'),
+}
 FORMER_ENDS = {'crossformer_mm.engine.errors'}
 # Imports whose target is not written where they are made, with the reason.
 UNKNOWN_TARGETS = {

@@ -4,12 +4,12 @@ import functools
 import logging
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, List, Type, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
-from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
@@ -18,7 +18,6 @@ from torch import nn
 
 from ..checkpoint import use_safe_loading, whole_model_follows
 from ..errors import ConfigError, UserError, said
-from ..hooks import AttentionPathHook
 from .atomic_checkpoints import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 from .coco_checks import annotations_checked
 from .dataset_checks import explained_data
@@ -28,16 +27,16 @@ from .randomness import COUNTED, SeedHook
 from .resuming import ResumeHook
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 
-# Added in this order after the config's hooks, unless the config has one of the class.
-ADDED_HOOKS = (
+# Added in this order after the config's hooks, unless the config has one of the class. The package
+# adds hooks that know the model.
+ADDED_HOOKS: List[Type[Hook]] = [
     SafeLoadingHook,
     SeedHook,
     CheckDataHook,
     WholeFilesHook,
     CheckWeightsHook,
     ResumeHook,
-    AttentionPathHook,
-)
+]
 
 
 def name_config_section(section: str):
