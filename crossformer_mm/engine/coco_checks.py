@@ -111,6 +111,7 @@ def check_metrics(runner, mode: str, loop) -> None:
     given = runner.cfg.get(f'{mode}_evaluator')
     given = given if isinstance(given, (list, tuple)) else [given]
     for number, metric in enumerate(loop.evaluator.metrics):
+        # _coco_api is the only place of the file that the metric has read.
         if isinstance(metric, CocoMetric) and metric._coco_api is not None:
             named = given[number] if number < len(given) else None
             named = named.get('ann_file') if isinstance(named, dict) else None
@@ -137,7 +138,7 @@ def check_coco_metric(
     Raises:
         DataError: unusable annotations; images or classes that the file does not have.
     """
-    coco = metric._coco_api  # or the file would be read again
+    coco = metric._coco_api
     used = coco.get_cat_ids(cat_names=classes or [])
     faults = []
     for annotation, image in annotations_of(coco):

@@ -39,7 +39,7 @@ def load_config(
         raise UserError(
             f"config '{file}' could not be read: {type(error).__name__}: {error}"
         ) from None
-    strip_scope(cfg._cfg_dict)  # cfg.to_dict() would be a copy
+    strip_scope(cfg._cfg_dict)  # with a scope at the top, which a Config's values do not include
     if cfg.get('default_scope') is None and isinstance(cfg.get('model'), dict):
         cfg.default_scope = scope_of(cfg.model.get('type'))
     scope = cfg.get('default_scope')

@@ -39,7 +39,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ...     paramwise_cfg=dict(layer_decay_rate=0.8, norm_decay_mult=0.0))
     """
 
-    def _validate_cfg(self) -> None:
+    def _validate_cfg(self) -> None:  # called by the constructor of the base class
         super()._validate_cfg()
         rate = self.paramwise_cfg.get('layer_decay_rate')
         kind = self.paramwise_cfg.get('decay_type', 'layer_wise')

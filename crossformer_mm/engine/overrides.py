@@ -51,7 +51,7 @@ def warn_of_typos(cfg, file: str) -> None:
     They may be variables of the config, so none is an error.
     """
     read = arguments(Runner)[0]
-    for name in cfg._cfg_dict:
+    for name in cfg.keys():
         near = difflib.get_close_matches(name, read, n=1, cutoff=0.85)
         if name not in read | READ_BY_OTHERS[''] and near and not is_own_name(name, near[0]):
             print(
@@ -70,7 +70,7 @@ def is_own_name(name: str, read: str) -> bool:
 def uses_of(cfg, name: str, value) -> List[str]:
     """List the settings of a config with the name or the value of one of its variables."""
     found: List[str] = []
-    parts: List[Tuple[tuple, Any]] = [((), cfg._cfg_dict)]
+    parts: List[Tuple[tuple, Any]] = [((), dict(cfg.items()))]
     for path, part in parts:
         pairs = part.items() if isinstance(part, dict) else enumerate(part)
         for key, inside in pairs:
@@ -95,7 +95,7 @@ def check_keys(cfg, options: dict) -> None:
     """
     read = arguments(Runner)[0] | READ_BY_OTHERS['']
     for option in options:
-        part = cfg._cfg_dict
+        part: Any = dict(cfg.items())
         path: List[str] = []
         name = option.split('.')[0]
         if name in part and name not in read:

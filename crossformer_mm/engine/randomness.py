@@ -85,6 +85,7 @@ class CountedInfiniteSampler(InfiniteSampler):
 
     def skip(self, num_samples: int) -> None:
         """Go to where this rank has drawn ``num_samples`` images."""
+        # The method of the base class that its iterator is made of.
         self.indices = itertools.islice(self._indices_of_rank(), num_samples, None)
         self.drawn = num_samples
 

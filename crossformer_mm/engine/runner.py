@@ -133,9 +133,10 @@ class RobustRunnerMixin(Mixin):
     def build_dataloader(self, dataloader, seed=None, diff_rank_seed=False):
         sampler = dataloader.get('sampler') if isinstance(dataloader, dict) else None
         skip = None
-        if dataloader is self._train_dataloader and (file := self.hook_of(CheckDataHook).skip_to):
+        training = dataloader is self._train_dataloader  # as given; train_dataloader would build it
+        if training and (file := self.hook_of(CheckDataHook).skip_to):
             skip = functools.partial(list_skipped, file)
-        if dataloader is self._train_dataloader and isinstance(sampler, dict):
+        if training and isinstance(sampler, dict):
             kind = sampler.get('type')
             kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
             if kind in (DefaultSampler, InfiniteSampler):

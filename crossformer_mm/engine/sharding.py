@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 import torch
-from mmengine._strategy import FSDPStrategy
+from mmengine._strategy import FSDPStrategy  # its only place
 from mmengine.device import get_device
 from mmengine.registry import STRATEGIES
 from torch import nn
