@@ -70,7 +70,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help='folder for logs and checkpoints '
         '(default: work_dirs/ and the path of the config below configs/)',
     )
-    parser.add_argument('--data-root', help="the dataset's folder, in place of the config's")
+    parser.add_argument('--data-root', help="the dataset's folder, instead of the config's")
     parser.add_argument('--tensorboard', action='store_true', help='also log to TensorBoard')
     add_cfg_options(parser, ', such as train_dataloader.batch_size=4 model.backbone.with_cp=True')
     parser.add_argument(

@@ -10,7 +10,7 @@ from typing import Iterator
 class UserError(ValueError):
     """A mistake of the user's: which option or file, what was wrong, what is allowed.
 
-    Commands print the message alone and end with status 2.
+    Commands print only the message and end with status 2.
     """
 
 

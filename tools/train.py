@@ -57,7 +57,7 @@ def parse_args():
         help='skip images that cannot be used and list them in '
         f'WORK_DIR/{SKIPPED} (default: stop at the first)',
     )
-    # --amp alone may stand before the config.
+    # --amp without a type may stand before the config.
     args = parser.parse_args(
         [
             '--amp=float16' if word == '--amp' and following not in PRECISIONS else word

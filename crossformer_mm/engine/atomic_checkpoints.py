@@ -167,13 +167,13 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
     """
     epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
     best: Tuple[int, Optional[str], dict] = (-1, None, {})
-    amid = None
+    mid_epoch = None
     for place in places(runner):
         for number, path in numbered(*place):
             content = whole_content(path)
             if content is None:
                 print_log(
-                    f"Checkpoint '{path}' is cut short or damaged: the one before it is taken.",
+                    f"Checkpoint '{path}' is cut short or damaged: the one before it is used.",
                     'current',
                     logging.WARNING,
                 )
@@ -181,10 +181,10 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
             if 'meta' not in content or 'message_hub' not in content:
                 done = number  # sharded: only the strategy can read it
             elif epochs and epoch_of(content, len(runner.train_dataloader)) is None:
-                amid = path
+                mid_epoch = path
                 print_log(
-                    f"Checkpoint '{path}' was written amid an epoch, where a loop of epochs "
-                    'cannot go on: the one before it is taken.',
+                    f"Checkpoint '{path}' was written mid-epoch, where a loop of epochs cannot "
+                    'resume: the one before it is used.',
                     'current',
                     logging.WARNING,
                 )
@@ -194,10 +194,10 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
             if done > best[0]:
                 best = done, path, content
             break
-    if best[1] is None and amid:
+    if best[1] is None and mid_epoch:
         raise UserError(
-            f"'{Path(amid).parent}' has no checkpoint from the end of an epoch, and "
-            'where these were written, amid one, a loop of epochs cannot go on: let '
+            f"'{Path(mid_epoch).parent}' has no checkpoint from the end of an epoch, and a loop of "
+            'epochs cannot resume from these, which were written mid-epoch: let '
             'default_hooks.checkpoint save by epochs.'
         )
     return best[1:]

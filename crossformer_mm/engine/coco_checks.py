@@ -87,13 +87,13 @@ def check_training_file(dataset, coco, skip: Optional[Callable[[DataError], None
         skip(error)  # type: ignore[misc]
         del coco.imgs[image_id]
     if dropped:
-        sentence = (
+        message = (
             f'{dropped} of {count} objects in {source} are left out: their area is 0, or their '
             'box is less than a pixel wide or high or outside of the image.'
         )
         if dropped == count and not dataset.test_mode:
-            raise DataError(sentence)
-        print_log(sentence, 'current', logging.WARNING)
+            raise DataError(message)
+        print_log(message, 'current', logging.WARNING)
 
 
 def check_metrics(runner, mode: str, loop) -> None:

@@ -63,10 +63,10 @@ def check_files(dataset, skip_to: Optional[str] = None) -> None:
                 missing.append(path)
     if missing:
         more = f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''
-        sentence = f"File '{missing[0]}'{more}, which {source} names, does not exist"
+        message = f"File '{missing[0]}'{more}, which {source} names, does not exist"
         if skip_to is None:
-            raise DataError(f'{sentence}.')
-        print_log(f'{sentence}, and is skipped.', 'current', logging.WARNING)
+            raise DataError(f'{message}.')
+        print_log(f'{message}, and is skipped.', 'current', logging.WARNING)
     for folder, label in (getattr(dataset, 'folder_to_idx', None) or {}).items():
         if label not in seen:
             raise DataError(f"Class folder '{folder}' of {source} has no image.")

@@ -317,10 +317,10 @@ def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
     def compare(where: str, old, new) -> None:
         old, new = plain(old), plain(new)
         if old != new:
-            said = found.setdefault(where, [])
+            pairs = found.setdefault(where, [])
             pair = f'{old} (config: {new})'
-            if pair not in said:
-                said.append(pair)
+            if pair not in pairs:
+                pairs.append(pair)
 
     for where, (name_in_state, wrapper) in optimizers_of(runner).items():
         theirs = optimizer_state(checkpoint, name_in_state).get('param_groups') or []
@@ -345,8 +345,8 @@ def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
         found[where] = ['one more (config: none, so it ends)']
     if found:
         listed = '; '.join(
-            f"{where}: {said[0]}" + (f' and {len(said) - 1} more' if said[1:] else '')
-            for where, said in found.items()
+            f"{where}: {pairs[0]}" + (f' and {len(pairs) - 1} more' if pairs[1:] else '')
+            for where, pairs in found.items()
         )
         print_log(
             f"Checkpoint '{name}' was written with other settings, and those that it holds are "

@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..checkpoint import CheckpointError, fit_checkpoint, model_weights, use_safe_loading
+from ..class_names import recorded
 from ..errors import UserError
 from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
 
@@ -114,8 +115,8 @@ def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
     epoch = epoch_of(checkpoint, length)
     if epoch is None:
         raise CheckpointError(
-            f"Checkpoint '{name}' was written amid epoch {meta['epoch'] + 1}, after iteration "
-            f"{meta['iter']}, where a loop of epochs cannot go on: resume from one that was "
+            f"Checkpoint '{name}' was written in the middle of epoch {meta['epoch'] + 1}, after "
+            f"iteration {meta['iter']}, where a loop of epochs cannot resume: use one that was "
             'written at the end of an epoch.'
         )
     if epoch and epoch * length != meta['iter']:
@@ -132,15 +133,14 @@ def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
 
 def compare_classes(runner, checkpoint: dict) -> None:
     """Warn if a checkpoint has other class names than the data set, whose names results get."""
-    meta = checkpoint['meta'] if isinstance(checkpoint.get('meta'), dict) else {}
-    said = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
+    theirs = recorded(checkpoint).get('classes')
     loader = getattr(built_loop(runner, 'test'), 'dataloader', None)
     dataset = getattr(loader, 'dataset', None)
     classes = getattr(dataset, 'metainfo', {}).get('classes')
-    if said and classes and list(said) != list(classes):
+    if theirs and classes and list(theirs) != list(classes):
         print_log(
             'The checkpoint names other classes than the dataset, whose names are used: '
-            f'{list(said)[:3]}... and {list(classes)[:3]}...',
+            f'{list(theirs)[:3]}... and {list(classes)[:3]}...',
             'current',
             logging.WARNING,
         )
