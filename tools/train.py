@@ -14,7 +14,7 @@ from crossformer_mm.cli import argument_parser, read_config, run
 from crossformer_mm.config_parts import kind_of
 from crossformer_mm.engine.atomic_checkpoints import FULL, newest_checkpoint
 from crossformer_mm.engine.config import ensure_visualizer
-from crossformer_mm.engine.preflight import check_dataset, check_file
+from crossformer_mm.engine.preflight import check_dataset, check_file, check_weight_files
 from crossformer_mm.engine.runner import RobustRunnerMixin, build_runner
 from crossformer_mm.errors import UserError
 from crossformer_mm.files import check_writable
@@ -111,14 +111,8 @@ def check_weights(cfg, args) -> None:
     if args.resume and args.resume != 'auto':
         check_file('--resume', args.resume)
         cfg.resume, cfg.load_from = True, args.resume
-    elif cfg.get('load_from'):
-        check_file('load_from', cfg.load_from)
-    backbone = cfg.model.get('backbone') or {}
-    given = backbone.get('init_cfg') or {}
-    files = [one.get('checkpoint') for one in (given if isinstance(given, list) else [given])]
-    for file in filter(None, files):
-        check_file('model.backbone.init_cfg.checkpoint', file)
-    if not any(files) and not cfg.get('load_from') and not args.resume:
+    pretrained, backbone = check_weight_files(cfg), cfg.model.get('backbone')
+    if not pretrained and not args.resume:
         if backbone and kind_of(backbone) != 'CrossFormer':  # CrossFormer itself warns
             print(
                 'No pretrained checkpoint is given, the backbone starts from random weights: '

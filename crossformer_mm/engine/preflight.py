@@ -94,6 +94,23 @@ def check_file(option: str, path: str) -> None:
         raise UserError(f"{option}: file '{path}' does not exist.")
 
 
+def check_weight_files(cfg: Config) -> bool:
+    """Check that the files exist from which a config takes weights, and return if there are any.
+
+    Raises:
+        UserError: ``load_from`` or a checkpoint of the backbone's ``init_cfg`` does not exist.
+    """
+    given = (cfg.model.get('backbone') or {}).get('init_cfg') or {}
+    files = [
+        ('model.backbone.init_cfg.checkpoint', one.get('checkpoint'))
+        for one in (given if isinstance(given, list) else [given])
+    ]
+    files = [(key, file) for key, file in [('load_from', cfg.get('load_from')), *files] if file]
+    for key, file in files:
+        check_file(key, str(file))
+    return bool(files)
+
+
 def check_classifier(cfg) -> None:
     """Check that a classifier's parts and metrics agree on the number of classes.
 
