@@ -1,4 +1,4 @@
-"""How a command ends: its status, and what it prints last."""
+"""Status and last line of a command that ends early."""
 
 import pytest
 

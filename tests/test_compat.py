@@ -1,4 +1,4 @@
-"""What stands in for newer releases of PyTorch does what they do, or refuses."""
+"""Backports of newer PyTorch do what its releases do, or refuse."""
 
 import io
 import pickle

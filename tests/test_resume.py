@@ -40,7 +40,7 @@ def uninterrupted(request, data, tmp_path_factory):
 
 
 def assert_same_training(one: Path, other: Path) -> None:
-    """See that two checkpoints agree to the bit, in all that training goes on from."""
+    """Check that two checkpoints agree to the bit, in all that a training resumes from."""
 
     def leaves(part, name=''):
         if isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""The command line tools: train, test, resume, and one clear sentence for what cannot work."""
+"""The command line tools: train, test, resume, and a one-line error for what cannot work."""
 
 import json
 import os
@@ -103,12 +103,12 @@ def segmentor(shapes, tmp_path_factory) -> Path:
 
 
 def metrics(work: Path) -> dict:
-    """What the newest test wrote."""
+    """Read the metrics that the newest test wrote."""
     return json.loads(max(work.glob('*/*.json'), key=lambda p: p.stat().st_mtime).read_text())
 
 
 def tensorboard(work: Path) -> EventAccumulator:
-    """What the first training in a work folder sent to TensorBoard."""
+    """Read the TensorBoard events of the first training in a work folder."""
     first = min(work.glob('*/vis_data/events*'))
     return EventAccumulator(str(first), size_guidance=dict(images=0)).Reload()
 

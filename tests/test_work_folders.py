@@ -1,4 +1,4 @@
-"""Where checkpoints are written, which one a training goes on from, and what is never replaced."""
+"""Folders of checkpoints: where they are written, which one is resumed, which is never replaced."""
 
 import os
 import re
