@@ -11,7 +11,7 @@ check_installed()
 
 from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 
-from . import engine  # noqa: E402
+from . import engine, sharding  # noqa: E402
 from .backbone import ARCHITECTURES, CrossFormer  # noqa: E402
 from .classification import NormedGlobalAveragePooling  # noqa: E402
 from .hooks import AttentionPathHook, MagnitudeHook, ValidationSamplesHook  # noqa: E402
@@ -26,7 +26,11 @@ __all__ = [
     'ValidationSamplesHook',
     '__version__',
     'engine',
+    'sharding',
 ]
+
+# Every training logs which path computes attention.
+engine.runner.ADDED_HOOKS.append(AttentionPathHook)
 
 # Packages whose configs mmengine finds by name: mmengine.hub.get_config('crossformer_mm::...')
 # and _base_ = 'crossformer_mm::...' in a config read only those of this table.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import CrossFormerBlock
-from .checkpoint import load_backbone
+from .checkpoint import load_backbone, whole_model_follows
 from .compat import compiled_since_2_4
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import LDA_DEFINITIONS, Rules, stage_rules
@@ -335,7 +335,7 @@ class CrossFormer(BaseModule):
         if init_cfg.get('checkpoint'):
             load_backbone(self, init_cfg['checkpoint'], init_cfg.get('prefix', 'backbone.'))
             return
-        if init_cfg:
+        if init_cfg and not whole_model_follows.get():
             print_log(
                 'CrossFormer: no pretrained checkpoint is given, training starts from random '
                 'weights. The published results start from ImageNet weights: name a file in '

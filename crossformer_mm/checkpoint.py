@@ -1,9 +1,10 @@
-"""Reading weights, ours and the authors', without running what is in the file."""
+"""Read weights, ours and the authors', without executing code in the file."""
 
 import json
 import logging
-import re
+import zipfile
 from collections import OrderedDict
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, Dict, Iterable, List, Mapping, Optional
 
@@ -13,7 +14,8 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from .compat import load_plain
+from .compat import ForeignObject, load_plain
+from .errors import UserError
 
 # What the authors' ImageNet files hold besides the backbone: the classifier's final norm and linear
 # layer, with their names in a classifier here (configs/_base_/models/classifier.py), and buffers
@@ -22,14 +24,19 @@ CLASSIFIER_NAMES = {'norm.': 'neck.norm.', 'head.': 'head.fc.'}
 BUFFER_KEYS = ('attn.biases', 'attn.relative_position_index', 'attn_mask')
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence that says why."""
+# True while modules initialise weights that a checkpoint of the whole model then replaces: random
+# weights need no warning.
+whole_model_follows: ContextVar[bool] = ContextVar('whole_model_follows', default=False)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message gives the file and the reason."""
 
 
 def log_statistic(owner, name: str):
-    """``getattr`` as far as a stored log needs it: a HistoryBuffer's own statistics."""
+    """Return a HistoryBuffer's own statistic: all of ``getattr`` that a stored log needs."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise ValueError(f'GLOBAL builtins.getattr of {owner}.{name}')
+        raise ForeignObject('builtins.getattr')
     return getattr(owner, name)
 
 
@@ -61,7 +68,7 @@ ZOO_SCHEMES = tuple(
 
 
 def use_safe_loading(known: Optional[Dict[str, dict]] = None) -> None:
-    """Let mmengine read every checkpoint, for resuming and testing too, as pure data.
+    """Make mmengine read every checkpoint, for resuming and testing too, as pure data.
 
     Its own loader falls back to running what a file says when the safe way refuses it.
 
@@ -106,18 +113,32 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
 
 
 def read_plain(file, map_location) -> dict:
-    """Unpickle an open file, plain data alone; a CheckpointError says in a clause why not."""
+    """Unpickle an open file as plain data.
+
+    Raises:
+        CheckpointError: it holds anything else; the message is a clause that says what.
+    """
     try:
         return load_plain(file, map_location, SAFE_GLOBALS)
-    except Exception as error:  # broken bytes fail in any way; torch's own advice is to run them
-        foreign = re.search(r'GLOBAL (\S+)', str(error))
+    except ForeignObject as error:
         raise CheckpointError(
-            f'it holds {foreign[1]}, which is no plain data and was not run'
-            if foreign
-            else 'it is a TorchScript archive, a program that was not run'
-            if 'TorchScript' in str(error)
+            f'it holds {error.name}, which is no plain data and was not run'
+        ) from None
+    except Exception:  # broken bytes fail in any way; torch's own advice is to run them
+        raise CheckpointError(
+            'it is a TorchScript archive, a program that was not run'
+            if is_torchscript(file)
             else 'it is cut short or no file of plain weights'
         ) from None
+
+
+def is_torchscript(file) -> bool:
+    """Check whether an open file is an archive of TorchScript."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith('/constants.pkl') for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def require_safetensors() -> None:
@@ -169,7 +190,7 @@ def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
 
 
 def is_known_extra(key: str) -> bool:
-    """Whether a backbone's key is of what the authors' files hold besides its weights."""
+    """Check whether the authors' files hold a key besides a backbone's weights."""
     return key.startswith(tuple(CLASSIFIER_NAMES)) or key.endswith(BUFFER_KEYS)
 
 

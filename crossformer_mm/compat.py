@@ -1,7 +1,6 @@
-"""What newer releases of PyTorch have, for all from 2.1 on; nothing here is needed for ever.
+"""Backports of newer PyTorch and OpenCV; delete when the minimum version rises.
 
-Each entry names the release that makes it unnecessary: once that is the oldest one allowed, put
-what it stands for in its place.
+Each entry names the release that makes it unnecessary.
 """
 
 import _compat_pickle
@@ -12,6 +11,7 @@ import functools
 import pickle
 import tarfile
 import warnings
+import zipfile
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, List, Optional
 
@@ -207,6 +207,18 @@ def compiled_since_2_4(forward: Callable) -> Callable:
 # 2.6: torch.serialization.safe_globals with pairs ------------------------------------------------
 
 
+class ForeignObject(ValueError):
+    """A file holds an object that is neither plain data nor allowed; nothing of it was run.
+
+    Args:
+        name (str): its class or function, with the module.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
 def load_plain(file, map_location, allowed: list) -> Any:
     """``torch.load(file, weights_only=True)`` that also takes what is allowed.
 
@@ -219,12 +231,27 @@ def load_plain(file, map_location, allowed: list) -> Any:
         allowed (list): as of ``torch.serialization.safe_globals``.
 
     Raises:
-        Exception: the file holds anything else, is damaged, or is an archive of TorchScript;
-            nothing of it was run.
+        ForeignObject: the file holds anything else.
+        Exception: the file is damaged or an archive of TorchScript; nothing of it was run.
     """
-    if TORCH >= (2, 6):
-        with torch.serialization.safe_globals(allowed):
+    if TORCH < (2, 6):
+        return load_by_own_rules(file, map_location, allowed)
+    with torch.serialization.safe_globals(allowed):
+        try:
             return torch.load(file, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            # To name the object; torch lists those of archives only.
+            archive = zipfile.is_zipfile(file)
+            file.seek(0)
+            if not archive:
+                load_by_own_rules(file, map_location, allowed)
+            elif foreign := torch.serialization.get_unsafe_globals_in_checkpoint(file):
+                raise ForeignObject(min(foreign)) from None
+            raise
+
+
+def load_by_own_rules(file, map_location, allowed: list) -> Any:
+    """Read a file as :func:`load_plain` does, without ``torch.load``."""
     # What torch.load does, by its own parts: it asks the environment whether a reader may be
     # given, and another reader of archives might see other things in the same file.
     theirs, reader = torch.serialization, plain_pickle(allowed)
@@ -272,7 +299,7 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
         def find_class(self, module: str, name: str):
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)
             if f'{module}.{name}' not in named:
-                raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
+                raise ForeignObject(f'{module}.{name}')
             return named[f'{module}.{name}']
 
         def reduce(self):
@@ -323,7 +350,7 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether the bytes of an image are those of a JPEG that ends before its end marker."""
+    """Check whether the bytes of an image are a JPEG that ends before its end marker."""
     if not data.startswith(b'\xff\xd8'):
         return False
     place = 2

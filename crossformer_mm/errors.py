@@ -1,13 +1,66 @@
-"""Errors whose message is all that a user needs."""
+"""Errors whose message is all that a user needs, and where an error came from."""
+
+import site
+import sysconfig
+from pathlib import Path
+from types import FrameType
+from typing import Iterator
 
 
 class UserError(ValueError):
     """A mistake of the user's: which option or file, what was wrong, what is allowed.
 
-    Commands print the message alone and end with status 2.
+    Commands print only the message and end with status 2.
     """
+
+
+class ConfigError(UserError):
+    """A config from which something cannot be built; the message names the setting."""
+
+
+class DataError(UserError):
+    """Data that cannot be used; the message names the file.
+
+    PyTorch rebuilds an error of a data loader's worker from its class and its printed traceback:
+    nothing else of it leaves the worker. The message is the traceback's end.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text.strip().splitlines()[-1].split(f'{__name__}.DataError: ')[-1])
 
 
 def said(error: BaseException) -> str:
     """An error of a library as part of a message."""
     return ' '.join(f'{type(error).__name__}: {error}'.split()).rstrip('.')
+
+
+# Code of others that reads what a user gives: an error that it raises is about what was given.
+LIBRARIES = tuple(
+    {
+        str(Path(folder).resolve())
+        for folder in (
+            *sysconfig.get_paths().values(),
+            *getattr(site, 'getsitepackages', list)(),
+            Path(__file__).parent,
+        )
+    }
+)
+
+
+def frames_of(error: BaseException) -> Iterator[FrameType]:
+    """Yield the frames that an error, or its first cause, went through, the innermost last."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    part = error.__traceback__
+    while part is not None:
+        yield part.tb_frame
+        part = part.tb_next
+
+
+def is_users_code(error: BaseException) -> bool:
+    """Check whether an error was raised in code of no installed library and not of this package."""
+    frames = list(frames_of(error))
+    if not frames:
+        return False
+    file = frames[-1].f_code.co_filename
+    return not file.startswith('<') and not str(Path(file).resolve()).startswith(LIBRARIES)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from .attention import GroupAttention
 from .backbone import CrossFormer, CrossFormerStage
 from .compat import autocast_dtype, is_autocast_enabled
-from .engine.pictures import names_in, picture_in, write_labels
 from .errors import UserError
 from .grouping import AxisRule, group_map
 from .kernels import Call, describe_path
+from .pictures import names_in, picture_in, write_labels
 from .position_bias import bias_windows
 
 

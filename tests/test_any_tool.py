@@ -1,4 +1,4 @@
-"""What crossformer_mm.engine registers, in a config under MMDetection's own tools/train.py."""
+"""Hooks and runners of crossformer_mm.engine under MMDetection's own tools/train.py."""
 
 import shutil
 from pathlib import Path

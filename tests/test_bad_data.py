@@ -13,17 +13,16 @@ from mmengine.dataset import Compose
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
-from crossformer_mm.engine import coco_checks, data_checks
+from crossformer_mm.engine import coco_checks, dataset_checks, dataset_guard
 from crossformer_mm.engine.coco_checks import annotations_checked, check_coco_metric
-from crossformer_mm.engine.data_checks import (
+from crossformer_mm.engine.dataset_checks import (
     check_files,
     check_label_maps,
     check_orientations,
     explained_data,
-    guard,
-    list_skipped,
 )
-from crossformer_mm.engine.errors import ConfigError, DataError
+from crossformer_mm.engine.dataset_guard import guard, list_skipped
+from crossformer_mm.errors import ConfigError, DataError
 
 from .tool_process import ToolProcess
 from .trainings import DETECTOR, ONE_STAGE, SEGMENTOR, make_data, write_config
@@ -75,7 +74,7 @@ def refusal(build_or_load) -> str:
 def warned(monkeypatch) -> list:
     """Warnings that checks give."""
     texts: list = []
-    for module in (coco_checks, data_checks):
+    for module in (coco_checks, dataset_checks, dataset_guard):
         monkeypatch.setattr(module, 'print_log', lambda text, *_: texts.append(text))
     return texts
 

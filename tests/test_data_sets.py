@@ -297,7 +297,7 @@ class Head(nn.Module):
 
 def compare(scope: str, heads: dict, **meta):
     """Compare heads with these numbers of classes with a data set of four; the warning."""
-    from crossformer_mm.engine.data_checks import check_number_of_classes
+    from crossformer_mm.engine.num_classes import check_number_of_classes
 
     model = nn.ModuleDict({name: Head(count) for name, count in heads.items()})
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'), **meta)))
@@ -328,7 +328,7 @@ def test_heads_of_a_panoptic_model_share_the_classes():
 
 @pytest.mark.parametrize('scope, head', [('mmdet', 'bbox_head'), ('mmseg', 'decode_head')])
 def test_a_head_with_too_few_classes_is_named(scope, head):
-    from crossformer_mm.engine.errors import ConfigError
+    from crossformer_mm.errors import ConfigError
 
     with pytest.raises(ConfigError) as refused:
         compare(scope, {head: 3})

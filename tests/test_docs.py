@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.compat import EXPORT, missing_torch
-from crossformer_mm.engine.command_line import load_config
+from crossformer_mm.engine.config import load_config
 
 from .test_predict import run_here
 

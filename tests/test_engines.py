@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import read_checkpoint
-from crossformer_mm.engine.sharding import is_crossformer_block, wrap_crossformer_blocks
+from crossformer_mm.sharding import is_crossformer_block, wrap_crossformer_blocks
 
 from .test_ranks import two
 from .tool_process import ROOT

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from crossformer_mm import AttentionPathHook, CrossFormer, MagnitudeHook, ValidationSamplesHook
-from crossformer_mm.engine.runner import HOOKS_OF_ALL
+from crossformer_mm.engine.runner import ADDED_HOOKS
 from crossformer_mm.grouping import stage_rules
 from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook, sample_logits
 
@@ -75,7 +75,7 @@ def test_one_line_at_the_start_says_which_path_computes_attention(wrapper, optio
         AttentionPathHook().before_train(runner)
     said = [message for message in caplog.messages if message.startswith('attention')]
     assert len(said) == 1 and re.match(line, said[0])
-    assert AttentionPathHook in HOOKS_OF_ALL  # of every training of ours
+    assert AttentionPathHook in ADDED_HOOKS  # of every training of ours
 
 
 @pytest.mark.parametrize('kind', ['short', 'interval', 'block'])

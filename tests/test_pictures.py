@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mmengine.dataset import BaseDataset, ConcatDataset
 
-from crossformer_mm.engine.pictures import as_picture, names_in, picture_in, unique_names
+from crossformer_mm.pictures import as_picture, names_in, picture_in, unique_names
 
 from .tool_process import load_script
 

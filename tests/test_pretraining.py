@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
 from crossformer_mm.compat import EXPORT
-from crossformer_mm.engine.data_checks import check_files
+from crossformer_mm.engine.dataset_checks import check_files
 
 from . import authors
 from .older_torch import needs_torch

@@ -39,7 +39,7 @@ CLASSES = ('disk', 'square', 'triangle', 'star')
 
 
 def runner_file(model) -> dict:
-    """As mmengine's Runner saves it."""
+    """Return a checkpoint as mmengine's Runner saves it."""
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()

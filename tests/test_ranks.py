@@ -18,8 +18,8 @@ from mmengine.config import Config
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 
+from crossformer_mm import cli
 from crossformer_mm.checkpoint import read_checkpoint
-from crossformer_mm.engine import command_line
 from crossformer_mm.engine.runner import CarefulRunner
 
 from .test_predict import run_here
@@ -298,7 +298,7 @@ def work_and_leave(rank: int, port: str, log: str) -> None:
         time.sleep(rank)
         note('is done')
 
-    command_line.run(main)
+    cli.run(main)
     note('leaves')
 
 
@@ -327,5 +327,5 @@ def test_a_job_that_is_done_leaves_its_process_group():
         )
         main.done = True
 
-    command_line.run(work)
+    cli.run(work)
     assert main.done and not torch.distributed.is_initialized()

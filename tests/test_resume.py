@@ -10,7 +10,7 @@ import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import runner
-from crossformer_mm.engine.whole_files import whole_content
+from crossformer_mm.engine.atomic_checkpoints import whole_content
 
 from .test_predict import run_here
 from .test_tools import sentence
@@ -40,7 +40,7 @@ def uninterrupted(request, data, tmp_path_factory):
 
 
 def assert_same_training(one: Path, other: Path) -> None:
-    """See that two checkpoints agree to the bit, in all that training goes on from."""
+    """Check that two checkpoints agree to the bit, in all that a training resumes from."""
 
     def leaves(part, name=''):
         if isinstance(part, dict):

@@ -1,4 +1,4 @@
-"""Where checkpoints are written, which one a training goes on from, and what is never replaced."""
+"""Folders of checkpoints: where they are written, which one is resumed, which is never replaced."""
 
 import os
 import re
@@ -9,8 +9,8 @@ import pytest
 from mmengine.config import Config
 
 from crossformer_mm import checkpoint as reading
-from crossformer_mm.engine import whole_files
-from crossformer_mm.engine.whole_files import name_of_config
+from crossformer_mm.engine import atomic_checkpoints
+from crossformer_mm.engine.atomic_checkpoints import name_of_config
 
 from .test_predict import predict as run_tool
 from .test_predict import run_here
@@ -78,7 +78,7 @@ def test_resuming_takes_the_highest_number_and_says_what_has_changed(capfd, else
         os.utime(kept / name, (time, time))
     read = []
     plain = reading.read_plain
-    for module in (reading, whole_files):
+    for module in (reading, atomic_checkpoints):
         monkeypatch.setattr(
             module,
             'read_plain',

@@ -13,7 +13,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from crossformer_mm.engine.command_line import innermost, prepare_for_cpu, replace_data_root
+from crossformer_mm.config_parts import innermost
+from crossformer_mm.engine.config import prepare_for_cpu, replace_data_root
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,20 +1,22 @@
-"""Count the parameters and the multiply-accumulates of a model, whole and by part.
+"""Count the parameters and the multiply-accumulates of a model and of its parts.
 
     python tools/get_flops.py configs/mask_rcnn/cf_s_1x.py --shape 800 1280
 
-What is counted, and what is not, says crossformer_mm/flops.py.
+crossformer_mm/flops.py lists what is counted.
 """
 
 import argparse
 import json
 from typing import Dict
 
-from crossformer_mm.engine.command_line import fail, load_config, run
+from crossformer_mm.cli import run
+from crossformer_mm.engine.config import load_config
+from crossformer_mm.errors import UserError
 from crossformer_mm.flops import SHAPES, count
 
 
 def table(counted: Dict) -> str:
-    """What is counted, for people: a line for each part."""
+    """Format counts as text, one line for each part."""
     rows = {**counted['parts'], 'whole model': counted}
     height, width = counted['shape']
     lines = [f'{f"image {height} x {width}":28}{"parameters":>13}{"multiply-accumulates":>23}']
@@ -43,7 +45,7 @@ def parse_args():
     parser.add_argument(
         '--json',
         action='store_true',
-        help='one line of JSON with plain numbers, in place of the table',
+        help='print one line of JSON with plain numbers instead of the table',
     )
     return parser.parse_args()
 
@@ -53,14 +55,14 @@ def main():
     cfg = load_config(args.config)
     shape = args.shape or SHAPES[cfg.default_scope]
     if min(shape) < 1:
-        fail(f'--shape must be two numbers of at least 1, got {shape[0]} {shape[1]}.')
+        raise UserError(f'--shape must be two numbers of at least 1, got {shape[0]} {shape[1]}.')
     try:
         counted = count(cfg, shape)
     except Exception as error:  # whatever a config's model may object to
-        fail(
+        raise UserError(
             f"the model of config '{args.config}' could not be counted at {shape[0]} x "
             f'{shape[1]}: {type(error).__name__}: {error}'
-        )
+        ) from None
     print(json.dumps(counted) if args.json else table(counted))
 
 

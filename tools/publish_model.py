@@ -1,4 +1,4 @@
-"""Make a checkpoint fit to be published: weights and what names their meaning, no training state.
+"""Publish a checkpoint: keep weights and metadata, remove the training state.
 
     python tools/publish_model.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth mask_rcnn_cf_s_1x.pth
 
@@ -20,10 +20,13 @@ from crossformer_mm.checkpoint import (
     require_safetensors,
     weights_in,
 )
-from crossformer_mm.engine.command_line import check_file, fail, run, write_whole
+from crossformer_mm.cli import run
+from crossformer_mm.engine.preflight import check_file
+from crossformer_mm.errors import UserError
+from crossformer_mm.files import write_whole
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
-# What inferencers and readers of today and of the authors' days look for in `meta`.
+# Keys of `meta` that inferencers and readers, current and of MMDetection 2, look for.
 KEPT_META = (
     'dataset_meta',
     'cfg',
@@ -40,7 +43,7 @@ KEPT_META = (
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description='Strip a checkpoint of the state of its training and name it by its hash'
+        description="Remove training state and append the file's hash to its name"
     )
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -53,25 +56,29 @@ def parse_args():
 
 
 def target(out: str, safetensors: bool) -> Path:
-    """Where to write, without the hash; ends the program where that cannot be."""
+    """Return the path to write, without the hash.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     path = Path(out)
     if safetensors:
         stem = path.stem if path.suffix in SUFFIXES else path.name
         path = path.with_name(f'{stem}.safetensors')
     if path.suffix not in SUFFIXES:
-        fail(f"'{out}' must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+        raise UserError(f"'{out}' must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
     if not path.parent.is_dir():
-        fail(f"folder '{path.parent}' does not exist.")
+        raise UserError(f"folder '{path.parent}' does not exist.")
     if path.suffix == '.safetensors':
         try:
             require_safetensors()
         except CheckpointError as error:
-            fail(f'{error}.')
+            raise UserError(f'{error}.') from None
     return path
 
 
 def published(checkpoint, name: str) -> dict:
-    """Weights and their meaning; copies, as a tensor may be a part of a larger one on disk."""
+    """Return weights and metadata; copies, as a tensor may be a part of a larger one on disk."""
     weights = OrderedDict(
         (key, value.detach().clone(memory_format=torch.contiguous_format))
         for key, value in weights_in(checkpoint, name).items()
@@ -82,7 +89,7 @@ def published(checkpoint, name: str) -> dict:
 
 
 def serialized(content: dict, safetensors: bool) -> bytes:
-    """The file: the same bytes, and hash, whenever the content is the same."""
+    """Serialize a checkpoint; equal content gives equal bytes."""
     if safetensors:
         from safetensors.torch import save
 
@@ -102,7 +109,7 @@ def main():
     digits = hashlib.sha256(data).hexdigest()[:8]
     final = path.with_name(f'{path.stem}-{digits}{path.suffix}')
     if final.exists():
-        fail(f"'{final}' is there already; nothing was written.")
+        raise UserError(f"'{final}' is there already; nothing was written.")
     write_whole(final, data)
     print(final)
 

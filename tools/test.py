@@ -9,19 +9,14 @@ from pathlib import Path
 from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
 
-from crossformer_mm.engine.command_line import (
-    argument_parser,
-    build_runner,
-    check_dataset,
-    check_file,
-    check_writable,
-    data_sets,
-    fail,
-    let_draw,
-    read_config,
-    run,
-)
+from crossformer_mm.cli import argument_parser, read_config, run
+from crossformer_mm.config_parts import data_sets
+from crossformer_mm.engine.config import ensure_visualizer
+from crossformer_mm.engine.preflight import check_dataset, check_file
+from crossformer_mm.engine.runner import build_runner
 from crossformer_mm.engine.weight_checks import CheckWeightsHook
+from crossformer_mm.errors import UserError
+from crossformer_mm.files import check_writable
 from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook
 
 
@@ -33,7 +28,7 @@ def parse_args():
         help='keep the predictions: a .pkl file for a detector or a '
         'classifier, a folder of label maps for a segmentor',
     )
-    parser.add_argument('--show-dir', help='folder for pictures of predictions beside ground truth')
+    parser.add_argument('--show-dir', help='folder for predictions drawn next to ground truth')
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation, as the config defines it'
     )
@@ -45,9 +40,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def use_test_time_augmentation(cfg, config_file):
+def use_test_time_augmentation(cfg, config_file: str) -> None:
+    """Test with the augmentation that a config defines.
+
+    Raises:
+        UserError: it defines none.
+    """
     if not cfg.get('tta_model') or not cfg.get('tta_pipeline'):
-        fail(
+        raise UserError(
             f"--tta: config '{config_file}' defines no test-time augmentation "
             '(tta_model and tta_pipeline).'
         )
@@ -57,8 +57,8 @@ def use_test_time_augmentation(cfg, config_file):
 
 
 def drawing_options(cfg) -> dict:
-    """Take the library's hook that draws out of a config; return its options for a detector."""
-    let_draw(cfg)
+    """Remove the library's drawing hook from a config; return its options for a detector."""
+    ensure_visualizer(cfg)
     hook = (cfg.get('default_hooks') or {}).pop('visualization', None) or {}
     detection = cfg.default_scope == 'mmdet'
     return dict(pred_score_thr=hook.get('score_thr', 0.3)) if detection else {}
@@ -73,10 +73,10 @@ def main():
     check_file('checkpoint', args.checkpoint)
     cfg.load_from = args.checkpoint
     scope = cfg.default_scope
-    maps = scope == 'mmseg'  # what a segmentor predicts is kept in a folder, the rest in a file
+    maps = scope == 'mmseg'  # label maps go to a folder, other predictions to a file
     if args.out and not maps and not args.out.endswith(('.pkl', '.pickle')):
         what = {'mmdet': 'detector', 'mmpretrain': 'classifier'}[scope]
-        fail(f"--out: '{args.out}' must end in .pkl for a {what}.")
+        raise UserError(f"--out: '{args.out}' must end in .pkl for a {what}.")
     if args.show_dir:
         drawing = drawing_options(cfg)
     if args.tta:

@@ -10,20 +10,14 @@ from pathlib import Path
 import torch
 from mmengine.device import get_device
 
-from crossformer_mm.engine.command_line import (
-    argument_parser,
-    build_runner,
-    check_dataset,
-    check_file,
-    check_writable,
-    fail,
-    kind_of,
-    let_draw,
-    read_config,
-    run,
-)
-from crossformer_mm.engine.runner import Careful
-from crossformer_mm.engine.whole_files import FULL, newest_checkpoint
+from crossformer_mm.cli import argument_parser, read_config, run
+from crossformer_mm.config_parts import kind_of
+from crossformer_mm.engine.atomic_checkpoints import FULL, newest_checkpoint
+from crossformer_mm.engine.config import ensure_visualizer
+from crossformer_mm.engine.preflight import check_dataset, check_file, check_weight_files
+from crossformer_mm.engine.runner import RobustRunnerMixin, build_runner
+from crossformer_mm.errors import UserError
+from crossformer_mm.files import check_writable
 
 SKIPPED = 'skipped_images.txt'
 PRECISIONS = ('float16', 'bfloat16')
@@ -60,10 +54,10 @@ def parse_args():
     parser.add_argument(
         '--skip-bad-images',
         action='store_true',
-        help='train on without images that cannot be used, and list them in '
+        help='skip images that cannot be used and list them in '
         f'WORK_DIR/{SKIPPED} (default: stop at the first)',
     )
-    # --amp alone may stand before the config.
+    # --amp without a type may stand before the config.
     args = parser.parse_args(
         [
             '--amp=float16' if word == '--amp' and following not in PRECISIONS else word
@@ -72,16 +66,22 @@ def parse_args():
     )
     if args.tensorboard_samples is not None:
         if args.tensorboard_samples < 1:
-            fail(f'--tensorboard-samples must be at least 1, got {args.tensorboard_samples}.')
+            raise UserError(
+                f'--tensorboard-samples must be at least 1, got {args.tensorboard_samples}.'
+            )
         args.tensorboard = True
     return args
 
 
 def use_mixed_precision(cfg, precision: str) -> None:
-    """Let a configuration train in it; end the program with a sentence where that cannot work."""
+    """Make a config train in mixed precision.
+
+    Raises:
+        UserError: this machine cannot.
+    """
     if precision == 'float16':
         if get_device() in ('cpu', 'mps'):
-            fail(
+            raise UserError(
                 '--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
                 'train in bfloat16 with --amp bfloat16.'
             )
@@ -89,7 +89,9 @@ def use_mixed_precision(cfg, precision: str) -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
         return
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        fail('--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.')
+        raise UserError(
+            '--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.'
+        )
     for name in ('loss_scale', 'dtype'):  # of a config that trains in float16
         cfg.optim_wrapper.pop(name, None)
     cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
@@ -97,7 +99,7 @@ def use_mixed_precision(cfg, precision: str) -> None:
 
 
 def import_package(cfg) -> None:
-    """Let any other tool that gets the config, which a run keeps, know what is registered here."""
+    """Make a config import this package, so that other tools can use the copy that a run keeps."""
     given = dict(cfg.get('custom_imports') or {})
     names = given.get('imports') or []
     names = [names] if isinstance(names, str) else list(names)
@@ -105,19 +107,13 @@ def import_package(cfg) -> None:
 
 
 def check_weights(cfg, args) -> None:
-    """See that the files of weights are there; say it where there is none."""
+    """Check that the files of weights exist; print a note if no weights are given."""
     if args.resume and args.resume != 'auto':
         check_file('--resume', args.resume)
         cfg.resume, cfg.load_from = True, args.resume
-    elif cfg.get('load_from'):
-        check_file('load_from', cfg.load_from)
-    backbone = cfg.model.get('backbone') or {}
-    given = backbone.get('init_cfg') or {}
-    files = [one.get('checkpoint') for one in (given if isinstance(given, list) else [given])]
-    for file in filter(None, files):
-        check_file('model.backbone.init_cfg.checkpoint', file)
-    if not any(files) and not cfg.get('load_from') and not args.resume:
-        if backbone and kind_of(backbone) != 'CrossFormer':  # which says so itself
+    pretrained, backbone = check_weight_files(cfg), cfg.model.get('backbone')
+    if not pretrained and not args.resume:
+        if backbone and kind_of(backbone) != 'CrossFormer':  # CrossFormer itself warns
             print(
                 'No pretrained checkpoint is given, the backbone starts from random weights: '
                 'name a file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.'
@@ -131,14 +127,16 @@ def main():
         use_mixed_precision(cfg, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-            fail(f"--auto-scale-lr: config '{args.config}' names no auto_scale_lr.base_batch_size.")
+            raise UserError(
+                f"--auto-scale-lr: config '{args.config}' names no auto_scale_lr.base_batch_size."
+            )
         cfg.auto_scale_lr.enable = True
     check_weights(cfg, args)
     check_dataset(cfg, 'train', 'val')
     if args.tensorboard_samples:
         if not cfg.get('val_dataloader'):
-            fail(f"--tensorboard-samples: config '{args.config}' has no val_dataloader.")
-        let_draw(cfg)
+            raise UserError(f"--tensorboard-samples: config '{args.config}' has no val_dataloader.")
+        ensure_visualizer(cfg)
         cfg.custom_hooks = [
             *(cfg.get('custom_hooks') or []),
             dict(type='ValidationSamplesHook', count=args.tensorboard_samples),
@@ -146,12 +144,12 @@ def main():
         import_package(cfg)
     check_writable('--work-dir', cfg.work_dir)
     runner = build_runner(cfg)
-    if isinstance(runner, Careful):
+    if isinstance(runner, RobustRunnerMixin):
         runner.resume_newest = args.resume == 'auto'
         if args.skip_bad_images:
             runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not args.resume)
     elif args.resume or args.skip_bad_images:
-        fail(
+        raise UserError(
             f'--resume and --skip-bad-images need a runner of MMEngine, config '
             f"'{args.config}' has runner_type {cfg.runner_type!r}."
         )
@@ -162,14 +160,14 @@ def main():
         if error.errno not in FULL:
             raise
         newest, _ = newest_checkpoint(runner)
-        fail(
+        raise UserError(
             f"'{error.filename or cfg.work_dir}' could not be written: {error.strerror}; "
             + (
                 f"once it can, go on from '{newest}' with --resume."
                 if newest
                 else 'there is no checkpoint yet.'
             )
-        )
+        ) from None
 
 
 if __name__ == '__main__':

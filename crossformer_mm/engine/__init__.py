@@ -1,27 +1,27 @@
-"""What a training and a test add to MMEngine's, registered: for the tools here and any other.
+"""Robust training and testing for MMEngine, registered for the tools here and any other.
 
 ``runner_type = 'CarefulRunner'`` in a config gives a tool of MMDetection, MMSegmentation or
-MMPretrain all of it. For single pieces, name in ``custom_hooks``:
+MMPretrain all of it. Single hooks for ``custom_hooks``:
 
-- ``SafeLoadingHook``: checkpoints are read as plain data, nothing in them is run;
-- ``WholeFilesHook``: checkpoints are whole or not there;
-- ``CheckWeightsHook``: a checkpoint must fit, and resuming begins where an epoch does;
-- ``CheckDataHook``: what is wrong with data is said in a sentence that names the file;
-- ``ResumeHook``: what hooks and modules count is kept in checkpoints, and settings that those of a
-  checkpoint replace are named;
-- ``SeedHook``: what is random is a function of seed and iteration, with ``CountedSampler`` or
-  ``CountedInfiniteSampler`` in place of MMEngine's samplers to cover images, too.
+- ``SafeLoadingHook``: checkpoints are read as plain data, no code in them is run;
+- ``WholeFilesHook``: checkpoints are written atomically;
+- ``CheckWeightsHook``: a checkpoint must fit, and training resumes at the start of an epoch;
+- ``CheckDataHook``: an error in data names the file in one line;
+- ``ResumeHook``: counters of hooks and modules are saved in checkpoints, and a warning lists
+  settings that a checkpoint replaces;
+- ``SeedHook``: random numbers depend only on seed and iteration; with ``CountedSampler`` or
+  ``CountedInfiniteSampler`` instead of MMEngine's samplers, those of images do, too.
 """
 
-from .data_checks import CheckDataHook
-from .errors import ConfigError, DataError, UserError
+from ..errors import ConfigError, DataError, UserError
+from .atomic_checkpoints import WholeFilesHook
+from .dataset_guard import CheckDataHook
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .mixed_precision import BFloat16OptimWrapper
 from .randomness import CountedInfiniteSampler, CountedSampler, SeedHook
 from .resuming import ResumeHook
 from .runner import CarefulFlexibleRunner, CarefulRunner
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
-from .whole_files import WholeFilesHook
 
 __all__ = [
     'BFloat16OptimWrapper',

@@ -7,7 +7,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
 from mmengine.logging import print_log
 
-from .errors import DataError, said
+from ..errors import DataError, said
+from .dataset_access import leaves
 
 
 @contextmanager
@@ -26,6 +27,8 @@ def annotations_checked(skip: Optional[Callable[[DataError], None]] = None) -> I
     except ImportError:
         yield
         return
+    # The class keeps nothing of the file once it has read it, and ``COCOAPI``, the part of it that
+    # can be replaced, does not know the data set.
     load = CocoDataset.load_data_list
 
     def load_and_check(dataset) -> List[dict]:
@@ -58,7 +61,7 @@ def annotations_checked(skip: Optional[Callable[[DataError], None]] = None) -> I
 
 
 def check_training_file(dataset, coco, skip: Optional[Callable[[DataError], None]]) -> None:
-    """Check what a ``CocoDataset`` is about to parse; unusable images go to ``skip``, if given."""
+    """Check annotations before a ``CocoDataset`` parses them; unusable images go to ``skip``."""
     from mmdet.datasets.transforms import LoadAnnotations
 
     source = f"annotation file '{dataset.ann_file}'"
@@ -84,13 +87,41 @@ def check_training_file(dataset, coco, skip: Optional[Callable[[DataError], None
         skip(error)  # type: ignore[misc]
         del coco.imgs[image_id]
     if dropped:
-        sentence = (
+        message = (
             f'{dropped} of {count} objects in {source} are left out: their area is 0, or their '
             'box is less than a pixel wide or high or outside of the image.'
         )
         if dropped == count and not dataset.test_mode:
-            raise DataError(sentence)
-        print_log(sentence, 'current', logging.WARNING)
+            raise DataError(message)
+        print_log(message, 'current', logging.WARNING)
+
+
+def check_metrics(runner, mode: str, loop) -> None:
+    """Check the annotation files of a loop's COCO metrics.
+
+    Raises:
+        DataError: a metric cannot use its file.
+    """
+    try:
+        from mmdet.evaluation import CocoMetric
+    except ImportError:
+        return
+    classes = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
+    classes = list(classes) if classes and not isinstance(classes, str) else None
+    given = runner.cfg.get(f'{mode}_evaluator')
+    given = given if isinstance(given, (list, tuple)) else [given]
+    for number, metric in enumerate(loop.evaluator.metrics):
+        # _coco_api is the only place of the file that the metric has read.
+        if isinstance(metric, CocoMetric) and metric._coco_api is not None:
+            named = given[number] if number < len(given) else None
+            named = named.get('ann_file') if isinstance(named, dict) else None
+            image_ids = [
+                dataset.get_data_info(index)['img_id']
+                for dataset in leaves(loop.dataloader.dataset)
+                for index in range(len(dataset))
+            ]
+            source = f"annotation file '{named or ''}' of {mode}_evaluator"
+            check_coco_metric(metric, source, image_ids, classes)
 
 
 def check_coco_metric(
@@ -163,7 +194,7 @@ def first_of(errors: Iterable[DataError]) -> DataError:
 
 
 def is_finite(values: Iterable) -> bool:
-    """Whether all values are finite numbers."""
+    """Check whether all values are finite numbers."""
     try:
         return math.isfinite(sum(values))
     except (TypeError, OverflowError):
@@ -171,14 +202,14 @@ def is_finite(values: Iterable) -> bool:
 
 
 def fault_of_number(annotation: dict, key: str) -> str:
-    """Fault of a number that is required, or ''."""
+    """Return the fault of a required number, or ''."""
     if key not in annotation:
         return f"has no '{key}'"
     return '' if is_finite([annotation[key]]) else f'has {key} {annotation[key]!r}, not a number'
 
 
 def fault_of_box(annotation: dict) -> str:
-    """Fault of an annotation's box and area, or ''."""
+    """Return the fault of an annotation's box and area, or ''."""
     box = annotation.get('bbox')
     if not isinstance(box, list) or len(box) != 4 or not is_finite(box):
         return f'has bbox {box!r}, needed are 4 numbers: left, top, width, height'
@@ -186,8 +217,10 @@ def fault_of_box(annotation: dict) -> str:
 
 
 def fault_of_mask(annotation: dict, image: dict) -> str:
-    """Fault of an annotation's mask, or ''. MMDetection itself drops polygons of less than 3 points
-    from a mask that has others."""
+    """Return the fault of an annotation's mask, or ''.
+
+    MMDetection itself drops polygons of less than 3 points from a mask that has others.
+    """
     mask = annotation.get('segmentation')
     if not mask:
         return 'has no segmentation, and this config uses masks'
@@ -208,7 +241,7 @@ def fault_of_mask(annotation: dict, image: dict) -> str:
 
 
 def is_dropped(annotation: dict, image: dict) -> bool:
-    """Whether ``CocoDataset`` leaves an object out."""
+    """Check whether ``CocoDataset`` drops an object."""
     x, y, width, height = annotation['bbox']
     return (
         min(width, height) < 1
@@ -219,8 +252,9 @@ def is_dropped(annotation: dict, image: dict) -> bool:
 
 
 def check_categories(source: str, categories: dict, used: list, classes: List[str]) -> None:
-    """Check that the file has all classes, in the order of ``metainfo.classes``: MMDetection
-    numbers labels by the order of the file's categories.
+    """Check that the file has all classes, in the order of ``metainfo.classes``.
+
+    MMDetection numbers labels by the order of the file's categories.
 
     Raises:
         DataError: a class is missing, or the order differs.

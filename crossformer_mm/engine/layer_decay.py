@@ -1,4 +1,4 @@
-"""Learning rates that decay from layer to layer, as usual for fine-tuning transformers."""
+"""Layer-wise learning rate decay, for fine-tuning transformers."""
 
 import re
 from typing import Any, Dict, List, Tuple
@@ -8,14 +8,14 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 PREFIX = 'backbone.'
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Optimizer whose learning rate is lower for earlier layers of the backbone.
+    """Build an optimizer whose learning rate is lower for earlier layers of the backbone.
 
     A parameter of depth d of n has the learning rate ``lr * layer_decay_rate ** (n - 1 - d)``. The
     depth is that of the backbone's ``get_layer_depth``, which CrossFormer and the backbones of
@@ -39,7 +39,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ...     paramwise_cfg=dict(layer_decay_rate=0.8, norm_decay_mult=0.0))
     """
 
-    def _validate_cfg(self) -> None:
+    def _validate_cfg(self) -> None:  # called by the constructor of the base class
         super()._validate_cfg()
         rate = self.paramwise_cfg.get('layer_decay_rate')
         kind = self.paramwise_cfg.get('decay_type', 'layer_wise')
@@ -62,7 +62,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             )
 
     def add_params(self, params: List[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
-        """Add the parameters of a module, and if it is the whole model, scale learning rates."""
+        """Add the parameters of a module, and if it is the full model, scale learning rates."""
         super().add_params(params, module, prefix=prefix, **kwargs)
         if prefix:
             return
@@ -78,10 +78,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def depths_of(model: nn.Module, by_stage: bool) -> Tuple[Dict[nn.Parameter, int], int]:
-    """The depth of each parameter of a model, and the number of depths.
+    """Return the depth of each parameter of a model, and the number of depths.
 
     Raises:
-        ConfigError: the backbone does not say how deep its parameters are.
+        ConfigError: the backbone has no ``get_layer_depth``.
     """
     backbone: Any = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'get_layer_depth'):

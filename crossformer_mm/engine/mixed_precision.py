@@ -15,18 +15,18 @@ from torch import Tensor, nn
 class BFloat16OptimWrapper(OptimWrapper):
     """MMEngine's OptimWrapper, with the forward pass and the losses under autocast to bfloat16.
 
-    MMEngine's AmpOptimWrapper refuses CPUs, and scales losses, which bfloat16 with its range of
-    float32 does not need. Weights, their gradients and the optimizer stay in float32. MMCV's
+    MMEngine's AmpOptimWrapper does not support CPUs, and scales losses, which bfloat16 with
+    float32's range does not need. Weights, gradients and optimizer stay in float32. MMCV's
     operators are not compiled for bfloat16: its modules, such as RoIAlign, compute in float32, and
-    heads give what they predict in float32, for NMS among proposals. Validation and test are in
-    float32, as with AmpOptimWrapper. Arguments: those of OptimWrapper.
+    heads return their predictions in float32, for NMS among proposals. Validation and test are in
+    float32, as with AmpOptimWrapper. The arguments are those of OptimWrapper.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module):
         for module in model.modules():
             if 'forward' in vars(module):
-                continue  # has been here
+                continue  # wrapped already
             if type(module).__module__.startswith('mmcv.ops.'):
                 module.forward = in_float32(module.forward)
             elif type(module).__name__.endswith('Head'):
@@ -36,7 +36,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 def widened(value):
-    """Tensors in bfloat16, in whatever they are, as float32."""
+    """Convert tensors in bfloat16, also inside lists, tuples and dicts, to float32."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype == torch.bfloat16 else value
     if type(value) in (list, tuple):
@@ -47,8 +47,10 @@ def widened(value):
 
 
 def in_float32(forward: Callable) -> Callable:
-    """A module's forward, of tensors in float32 and not under autocast; a single tensor that comes
-    out of it is of the type of the first one that goes in."""
+    """Wrap a module's forward to compute in float32, outside autocast.
+
+    A result that is a single tensor gets the type of the first floating point argument.
+    """
 
     @functools.wraps(forward)
     def wide(*args, **kwargs):
@@ -68,7 +70,7 @@ def in_float32(forward: Callable) -> Callable:
 
 
 def to_float32(forward: Callable) -> Callable:
-    """A module's forward that returns float32."""
+    """Wrap a module's forward to return float32."""
 
     @functools.wraps(forward)
     def wide(*args, **kwargs):

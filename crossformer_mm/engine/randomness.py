@@ -1,20 +1,18 @@
-"""Random numbers that are a function of the seed and of how far a training is.
+"""Random numbers that depend only on the seed and on the progress of a training.
 
-MMEngine seeds once, at the start: what a training draws after it was resumed then is
-not what it would have drawn. Here the generators of Python, NumPy and PyTorch start
-anew
+MMEngine seeds once, at the start: a resumed training then draws other numbers than an uninterrupted
+one. Here the generators of Python, NumPy and PyTorch are seeded again
 
-- for each image that is loaded, from the seed and the number of the draw, which tells
-  the image and how often it was drawn before, and
+- for each image that is loaded, from the seed and the number of the draw, which tells the image and
+  how often it was drawn before, and
 - for each iteration, from the seed, the iteration and the rank.
 
-So a resumed training repeats what an uninterrupted one does, with any number of
-workers, and no state of a generator has to be kept. Where in the data it goes on
-follows from epoch and iteration.
+A resumed training thus repeats an uninterrupted one, with any number of workers, and no state of a
+generator has to be saved. The position in the data follows from epoch and iteration.
 
-The runner of this package does it by itself. With any other, a config has it by
-``sampler=dict(type='CountedSampler')`` (``'CountedInfiniteSampler'``) in the training's data loader
-and ``custom_hooks = [dict(type='SeedHook')]``.
+This package's runners do so by default. For any other, give the training's data loader
+``sampler=dict(type='CountedSampler')`` (or ``'CountedInfiniteSampler'``), and add
+``custom_hooks = [dict(type='SeedHook')]``.
 """
 
 import hashlib
@@ -38,7 +36,7 @@ PROBED = 8  # images, of which a transform such as CachedMosaic needs five befor
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed the generators of this process by some whole numbers, all of which count."""
+    """Seed the generators of this process by whole numbers, all of which count."""
     words = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -46,11 +44,11 @@ def seed_all(*numbers: int) -> None:
 
 
 class Draw(int):
-    """The index of an image, that knows which draw of the whole training it is.
+    """Index of an image, with the number of its draw in the training.
 
     Args:
         index (int): the image.
-        number (int): of draw ``p`` of image ``i`` of ``n``: ``p * n + i``.
+        number (int): ``p * n + i`` for draw ``p`` of image ``i`` of ``n``.
     """
 
     number: Optional[int]
@@ -87,6 +85,7 @@ class CountedInfiniteSampler(InfiniteSampler):
 
     def skip(self, num_samples: int) -> None:
         """Go to where this rank has drawn ``num_samples`` images."""
+        # The method of the base class that its iterator is made of.
         self.indices = itertools.islice(self._indices_of_rank(), num_samples, None)
         self.drawn = num_samples
 
@@ -95,16 +94,16 @@ class CountedInfiniteSampler(InfiniteSampler):
         self.skip(0)
 
 
-# Which sampler takes the place of which. With any other, images are augmented as MMEngine says.
+# Replacements of samplers. With any other sampler, MMEngine seeds the augmentation of images.
 COUNTED = {DefaultSampler: 'CountedSampler', InfiniteSampler: 'CountedInfiniteSampler'}
 
 
 class SeededItems:
-    """``__getitems__`` of a data set, by which PyTorch loads a batch: each image from its own seed.
+    """``__getitems__`` of a data set, which PyTorch calls for a batch: seeds before each image.
 
     Args:
-        dataset (Dataset): what is loaded from.
-        seed (int): with the number of a draw, what its augmentation is made of.
+        dataset (Dataset): the data set.
+        seed (int): seeds augmentation together with the number of the draw.
     """
 
     def __init__(self, dataset, seed: int):
@@ -122,8 +121,8 @@ class SeededItems:
 
 @HOOKS.register_module()
 class SeedHook(Hook):
-    """Random numbers of an iteration (stochastic depth, sampled boxes) from its number, those of an
-    image from the number of its draw, if the data loader's sampler counts draws."""
+    """Seed each iteration (stochastic depth, sampled boxes) by its number, and each image by the
+    number of its draw, if the data loader's sampler counts draws."""
 
     priority = 'VERY_HIGH'
 
@@ -132,6 +131,7 @@ class SeedHook(Hook):
         sampler = counting_sampler(loader)
         if sampler is not None:
             sampler.start_anew(seed)
+            # PyTorch looks the method up at the object, so that its class stays as it is.
             loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
             restart_workers(runner.train_loop)
             if runner.rank == 0:
@@ -147,13 +147,14 @@ class SeedHook(Hook):
 
 
 def seed_of(runner) -> int:
-    """The seed that all ranks share."""
+    """Return the seed that all ranks share."""
+    # runner.seed includes the rank if this setting, which the runner tells nobody, is true.
     apart = runner.rank if runner._randomness_cfg.get('diff_rank_seed') else 0
     return runner.seed - apart
 
 
 def counting_sampler(loader):
-    """The sampler of a data loader, beneath one of batches too, if it counts."""
+    """Return the sampler of a data loader, or of its batch sampler, if it counts draws."""
     for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
         if hasattr(sampler, 'start_anew'):
             return sampler
@@ -161,23 +162,26 @@ def counting_sampler(loader):
 
 
 def restart_workers(loop) -> None:
-    """Take back what a loop's workers have begun to load before the training, as those of MMEngine
-    up to 0.10.7 do in a loop of iterations."""
+    """Discard images that a loop's workers load before the training, with the wrong seeds.
+
+    MMEngine up to 0.10.7 starts the workers of a loop of iterations when it builds the loop.
+    """
+    # Neither MMEngine's iterator nor PyTorch's loader can be reset otherwise.
     iterator: Any = getattr(loop, 'dataloader_iterator', None)
     if getattr(iterator, '_iterator', None) is not None:
-        loop.dataloader.__dict__['_iterator'] = None  # of workers that persist
+        loop.dataloader.__dict__['_iterator'] = None  # kept with persistent workers
         loop.dataloader_iterator = type(iterator)(loop.dataloader)
 
 
-# What no seed determines
+# Randomness that no seed determines
 
 
 def warn_of_memory(dataset) -> None:
-    """Warn if what is loaded of an image depends on the images that were loaded before it.
+    """Warn if a loaded image depends on the images that were loaded before it.
 
-    Two workers load the same images, one in the opposite order. Their memory is their own: the
-    data set of the training stays as it is. An error is left to the training, which meets it, too,
-    and images that take over a minute are not compared.
+    Two workers load the same images in opposite orders. They have copies of the data set: that of
+    the training stays as it is. An error is ignored, because the training raises it, too, and
+    images that take over a minute are not compared.
     """
     draws = [Draw(index, index) for index in range(min(PROBED, len(dataset)))]
     orders = [draws, draws[::-1]]
@@ -188,7 +192,7 @@ def warn_of_memory(dataset) -> None:
             num_workers=2,
             collate_fn=fingerprints,
             timeout=60,
-            generator=torch.Generator(),  # that of the training stays as it is
+            generator=torch.Generator(),  # not that of the training
         )
     except Exception:
         return
@@ -205,7 +209,7 @@ def warn_of_memory(dataset) -> None:
 
 
 def fingerprints(items: Sequence) -> Tuple[List[str], List[Tuple[str, List[int]]]]:
-    """A hash of each item, and the sizes of what this worker's data set now holds."""
+    """Return a hash of each item, and the sizes of the containers of this worker's data set."""
     hashes = []
     for item in items:
         found = hashlib.sha256()
@@ -216,7 +220,7 @@ def fingerprints(items: Sequence) -> Tuple[List[str], List[Tuple[str, List[int]]
 
 
 def arrays_in(item) -> Iterator[np.ndarray]:
-    """All arrays and tensors of a sample, in order."""
+    """Yield all arrays and tensors of a sample, in order."""
     if isinstance(item, torch.Tensor):
         yield item.detach().numpy()
     elif isinstance(item, np.ndarray):
@@ -230,7 +234,7 @@ def arrays_in(item) -> Iterator[np.ndarray]:
 
 
 def sizes_of(dataset) -> List[Tuple[str, List[int]]]:
-    """Names of data sets and transforms, wrapped ones too, with the sizes of their containers."""
+    """List data sets and transforms, wrapped ones too, with the sizes of their containers."""
     found, parts, seen = [], [dataset], set()
     for part in parts:
         if id(part) in seen or not hasattr(part, '__dict__'):

@@ -1,4 +1,4 @@
-"""Resuming a training exactly: state that MMEngine does not save, settings that no longer count."""
+"""Resume a training exactly: save state that MMEngine does not, warn of settings without effect."""
 
 import copy
 import logging
@@ -20,13 +20,12 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
-from mmengine.runner.base_loop import BaseLoop
 from torch import Size, Tensor, nn
 
 from ..checkpoint import CheckpointError
-from .weight_checks import bare_model, checkpoint_name, is_sharded
+from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
 
-# Their counters are about one process; what else they have, MMEngine saves.
+# Their counters concern one process only; MMEngine saves the rest of their state.
 WITHOUT_STATE = (
     CheckpointHook,
     EMAHook,
@@ -51,25 +50,25 @@ ADVICE = 'start a new training from its weights with --cfg-options load_from={}'
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Make a resumed training the one that was not interrupted, and say where it cannot be.
+    """Make a resumed training equal to an uninterrupted one, and warn where it cannot be.
 
-    Saved in checkpoints and restored: attributes of hooks and of the model's modules that are
-    numbers, or lists, tuples and dicts of numbers, and that have changed since the training began.
-    Examples are the wait count of EarlyStoppingHook and the size that BatchSyncRandomResize has
-    drawn. Flags and names are not: they say what was done in one process.
+    The hook saves and restores attributes of hooks and of the model's modules that are numbers, or
+    lists, tuples and dicts of numbers, and that have changed since the training began. Examples are
+    the wait count of EarlyStoppingHook and the size that BatchSyncRandomResize has drawn. Flags and
+    names are not saved: they concern one process.
 
-    MMEngine writes checkpoints before the validation that follows. That validation is done again
-    before a resumed training goes on, if something depends on its result: ``save_best``,
+    MMEngine writes checkpoints before the validation that follows. The hook repeats that validation
+    before a resumed training continues, if something depends on its result: ``save_best``,
     EarlyStoppingHook, a scheduler such as ReduceOnPlateauLR, or a hook with ``after_val_epoch``.
 
     A warning lists settings of the optimizer and of schedulers that differ from the checkpoint's,
-    for those of the checkpoint are used.
+    because those of the checkpoint are used.
 
     Raises:
-        CheckpointError: the optimizer's state is of other parameters.
+        CheckpointError: the optimizer's state is for other parameters.
     """
 
-    priority = 'LOWEST'  # validation comes when all other hooks are ready
+    priority = 'LOWEST'  # the validation needs all other hooks to be ready
 
     def __init__(self):
         self._resumed = ''
@@ -78,7 +77,7 @@ class ResumeHook(Hook):
         self._before_val: Optional[dict] = None
 
     def before_val(self, runner) -> None:
-        if isinstance(runner._train_loop, BaseLoop):
+        if built_loop(runner, 'train') is not None:
             self._before_val = dict(
                 changed=self.changed(runner),
                 settings={
@@ -92,8 +91,8 @@ class ResumeHook(Hook):
         self._before_val = None
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        # CheckpointHook writes the last checkpoint once more in a validation that is the best so
-        # far, when some hooks have seen its result and others have not.
+        # CheckpointHook rewrites the last checkpoint during a validation that is the best so far,
+        # when some hooks have seen its result and others have not.
         before = self._before_val
         checkpoint['resume_state'] = before['changed'] if before else self.changed(runner)
         if not before:
@@ -110,7 +109,7 @@ class ResumeHook(Hook):
                 ]
 
     def changed(self, runner) -> Dict[str, dict]:
-        """What has changed since the training began, by its owners."""
+        """Return the numbers that have changed since the training began, by owner."""
         found: Dict[str, dict] = {}
         for name, owner in owners(runner):
             first = self._initial.get(name, {})
@@ -120,7 +119,7 @@ class ResumeHook(Hook):
         return found
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        if isinstance(runner._train_loop, BaseLoop) and runner._resume:
+        if built_loop(runner, 'train') is not None and is_resumed(runner):
             self._resumed = checkpoint_name(runner)
             self._restored = checkpoint.get('resume_state')
             if not is_sharded(runner):
@@ -133,7 +132,7 @@ class ResumeHook(Hook):
             return
         for name, owner in owners(runner):
             for key, value in (self._restored or {}).get(name, {}).items():
-                if is_numbers(vars(owner).get(key)):  # no object has taken its place
+                if is_numbers(vars(owner).get(key)):  # not replaced by an object
                     vars(owner)[key] = copy.deepcopy(value)
         hooks = hooks_that_read_validation(runner)
         if hooks and self._restored is None:
@@ -151,11 +150,12 @@ class ResumeHook(Hook):
 
 
 def numbers_in(owner) -> Dict[str, Any]:
-    """Attributes that are plain data and no flags or names."""
+    """Return the attributes that are numbers or containers of numbers."""
     return {name: value for name, value in vars(owner).items() if is_numbers(value)}
 
 
 def is_numbers(value) -> bool:
+    """Check for a number that is no flag, None, or a container of these."""
     if type(value) in (list, tuple, Size):
         return all(map(is_numbers, value))
     if type(value) is dict:
@@ -166,7 +166,7 @@ def is_numbers(value) -> bool:
 
 
 def owners(runner) -> Iterator[Tuple[str, Any]]:
-    """Hooks, modules of the model and what modules are made of, with names that stay the same."""
+    """Yield hooks, modules of the model and their helper objects, with stable names."""
     counts: Counter = Counter()
     for hook in runner.hooks:
         if not isinstance(hook, (*WITHOUT_STATE, ResumeHook)):
@@ -179,7 +179,7 @@ def owners(runner) -> Iterator[Tuple[str, Any]]:
 
 
 def helpers(owner, name: str, depth: int = 2) -> Iterator[Tuple[str, Any]]:
-    """Objects in attributes of a module, such as assigners and augmentations that are no module."""
+    """Yield objects in attributes of a module that are no modules, such as assigners."""
     for key, value in list(vars(owner).items()) if depth else ():
         parts = value if type(value) in (list, tuple) else [value]
         for index, part in enumerate(parts):
@@ -190,11 +190,11 @@ def helpers(owner, name: str, depth: int = 2) -> Iterator[Tuple[str, Any]]:
                 yield from helpers(part, f'{name}.{key}.{index}', depth - 1)
 
 
-# The validation that a checkpoint was written before
+# The validation that follows a checkpoint
 
 
 def hooks_that_read_validation(runner) -> List[str]:
-    """Names of hooks that read results of validation, without those that only log."""
+    """Return the names of hooks that read results of validation, except those that only log."""
     return [
         type(hook).__name__
         for hook in runner.hooks
@@ -204,7 +204,7 @@ def hooks_that_read_validation(runner) -> List[str]:
 
 
 def others_that_read_validation(runner) -> List[str]:
-    """Schedulers that read results of validation, and the choice of the best checkpoint."""
+    """Return the names of schedulers that read results of validation, and ``save_best`` if set."""
     names = [
         type(scheduler).__name__
         for scheduler in schedulers_of(runner.param_schedulers).values()
@@ -215,7 +215,7 @@ def others_that_read_validation(runner) -> List[str]:
 
 
 def validation_is_due(runner) -> bool:
-    """Whether MMEngine's loops validate after as many epochs or iterations as are done."""
+    """Check whether MMEngine's loops validate at the current epoch or iteration."""
     loop = runner.train_loop
     if runner.val_loop is None or not hasattr(loop, 'val_interval'):
         return False
@@ -224,12 +224,12 @@ def validation_is_due(runner) -> bool:
         if isinstance(loop, EpochBasedTrainLoop)
         else (loop.iter, loop.max_iters)
     )
-    loop._decide_current_val_interval()
+    loop._decide_current_val_interval()  # val_interval is out of date until the loop has run
     return done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
 
 
 def validate_as_before(runner) -> None:
-    """Validate, with the numbers of epoch and iteration that hooks and metrics have read then."""
+    """Validate with the epoch and iteration that hooks and metrics saw at the checkpoint."""
     now = {name: runner.message_hub.get_info(name) for name in ('epoch', 'iter')}
     runner.message_hub.update_info('iter', runner.iter - 1)
     if isinstance(runner.train_loop, EpochBasedTrainLoop):
@@ -238,11 +238,11 @@ def validate_as_before(runner) -> None:
     runner.message_hub.update_info_dict(now)
 
 
-# Settings of the config, of which those of the checkpoint take the place
+# Settings of the config that those of the checkpoint replace
 
 
 def schedulers_of(schedulers) -> Dict[str, Any]:
-    """Schedulers, or their states in a checkpoint, by their places in a config."""
+    """Return schedulers, or their states in a checkpoint, by their keys in a config."""
     named = schedulers if isinstance(schedulers, dict) else {'': schedulers or []}
     return {
         f"param_scheduler.{f'{name}.' if name else ''}{index}": one
@@ -252,14 +252,14 @@ def schedulers_of(schedulers) -> Dict[str, Any]:
 
 
 def states_of(schedulers):
-    """States of schedulers, as MMEngine keeps them in a checkpoint."""
+    """Return states of schedulers in the format of MMEngine's checkpoints."""
     if isinstance(schedulers, dict):
         return {name: states_of(several) for name, several in schedulers.items()}
     return [scheduler.state_dict() for scheduler in schedulers or []]
 
 
 def optimizers_of(runner) -> Dict[str, Tuple[str, OptimWrapper]]:
-    """Names of optimizers in a config; their names among several, if they are, and wrappers."""
+    """Return (name among several, wrapper) of each optimizer, by its key in a config."""
     wrapper = runner.optim_wrapper
     if isinstance(wrapper, OptimWrapperDict):
         return {f'optim_wrapper.{name}.optimizer': (name, one) for name, one in wrapper.items()}
@@ -267,13 +267,13 @@ def optimizers_of(runner) -> Dict[str, Tuple[str, OptimWrapper]]:
 
 
 def optimizer_state(checkpoint: dict, name: str) -> dict:
-    """The state of an optimizer in a checkpoint, empty if there is none."""
+    """Return the state of an optimizer in a checkpoint, empty if there is none."""
     state = checkpoint.get('optimizer') or {}
     return (state.get(name) or {}) if name else state
 
 
 def settings_of(groups: List[dict]) -> List[dict]:
-    """Groups of an optimizer without their parameters."""
+    """Copy the parameter groups of an optimizer without parameters."""
     return [
         {key: copy.deepcopy(value) for key, value in group.items() if key != 'params'}
         for group in groups
@@ -281,7 +281,11 @@ def settings_of(groups: List[dict]) -> List[dict]:
 
 
 def check_optimizer(runner, checkpoint: dict, name: str) -> None:
-    """Refuse the state of another optimizer, or of other parameters, which PyTorch cannot use."""
+    """Refuse the state of another optimizer, or for other parameters, which PyTorch cannot use.
+
+    Raises:
+        CheckpointError: it is one.
+    """
     for where, (key, wrapper) in optimizers_of(runner).items():
         groups = wrapper.optimizer.param_groups
         theirs = optimizer_state(checkpoint, key).get('param_groups', groups)
@@ -313,10 +317,10 @@ def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
     def compare(where: str, old, new) -> None:
         old, new = plain(old), plain(new)
         if old != new:
-            said = found.setdefault(where, [])
+            pairs = found.setdefault(where, [])
             pair = f'{old} (config: {new})'
-            if pair not in said:
-                said.append(pair)
+            if pair not in pairs:
+                pairs.append(pair)
 
     for where, (name_in_state, wrapper) in optimizers_of(runner).items():
         theirs = optimizer_state(checkpoint, name_in_state).get('param_groups') or []
@@ -341,8 +345,8 @@ def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
         found[where] = ['one more (config: none, so it ends)']
     if found:
         listed = '; '.join(
-            f"{where}: {said[0]}" + (f' and {len(said) - 1} more' if said[1:] else '')
-            for where, said in found.items()
+            f"{where}: {pairs[0]}" + (f' and {len(pairs) - 1} more' if pairs[1:] else '')
+            for where, pairs in found.items()
         )
         print_log(
             f"Checkpoint '{name}' was written with other settings, and those that it holds are "
@@ -353,7 +357,7 @@ def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
 
 
 def plain(value):
-    """A setting as it is compared and printed."""
+    """Convert a setting to the form in which it is compared and printed."""
     if isinstance(value, Counter):
         return sorted(value.elements())
     return list(value) if isinstance(value, tuple) else value

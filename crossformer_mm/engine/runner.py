@@ -1,109 +1,142 @@
-"""MMEngine's runners, made for trainings that are killed and for data of other people."""
+"""MMEngine's runners with exact resumption, atomic checkpoints and validated data."""
 
 import functools
 import logging
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, List, Type, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
-from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from ..checkpoint import CheckpointError, use_safe_loading
-from ..hooks import AttentionPathHook
+from ..checkpoint import use_safe_loading, whole_model_follows
+from ..errors import ConfigError, UserError, said
+from .atomic_checkpoints import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 from .coco_checks import annotations_checked
-from .data_checks import CheckDataHook, explained_data, list_skipped
-from .errors import ConfigError, UserError, said
+from .dataset_checks import explained_data
+from .dataset_guard import CheckDataHook, list_skipped
+from .preflight import check_classifier
 from .randomness import COUNTED, SeedHook
 from .resuming import ResumeHook
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
-from .whole_files import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
 
-# In this order, after those of the config. What a config names itself stays as it is there.
-HOOKS_OF_ALL = (
+# Added in this order after the config's hooks, unless the config has one of the class. The package
+# adds hooks that know the model.
+ADDED_HOOKS: List[Type[Hook]] = [
     SafeLoadingHook,
     SeedHook,
     CheckDataHook,
     WholeFilesHook,
     CheckWeightsHook,
     ResumeHook,
-    AttentionPathHook,
-)
+]
 
 
-def says_what(part: str):
-    """Make errors of a method that builds something name the part of the config."""
+def name_config_section(section: str):
+    """Decorate a method that builds something: errors name the section of the config.
+
+    The method raises a :class:`ConfigError`, caused by the error.
+    """
 
     def decorate(build):
         @functools.wraps(build)
         def built(*args, **kwargs):
             try:
                 return build(*args, **kwargs)
-            except (UserError, CheckpointError):
+            except UserError:
                 raise
             except Exception as error:  # whatever there is in a config
-                raise ConfigError(f"The config's {part} cannot be built: {said(error)}.") from error
+                raise ConfigError(
+                    f"The config's {section} cannot be built: {said(error)}."
+                ) from error
 
         return built
 
     return decorate
 
 
-Mixin: Any = object  # beside a runner of MMEngine, whose attributes it has
+Mixin: Any = object  # combined with a runner of MMEngine, whose attributes it uses
 
 
-class Careful(Mixin):
-    """What is added to a runner of MMEngine.
+class RobustRunnerMixin(Mixin):
+    """Add robust training and testing to a runner of MMEngine.
 
-    - Checkpoints are replaced in one step, see :mod:`.whole_files`, and read as plain data; weights
-      are found in any file, under any of their names, and must fit, see :mod:`.weight_checks`.
-    - What is random depends on the seed and the iteration alone, see :mod:`.randomness`, so that a
-      training that is resumed is the one that was not interrupted.
-    - Data are checked, see :mod:`.data_checks`.
+    - Checkpoints are written atomically, see :mod:`.atomic_checkpoints`, and read as plain data;
+      weights are found in any file, under any of their names, and must fit, see
+      :mod:`.weight_checks`.
+    - Random numbers depend only on the seed and the iteration, see :mod:`.randomness`, so that a
+      resumed training equals an uninterrupted one.
+    - Data are checked, see :mod:`.dataset_guard`.
 
-    Each is a hook, which a config can name for any other runner. The configuration that is kept
-    with a training does not show them: any other tool can use it.
+    Each is a hook, which a config can name for any other runner. The config that is kept with a
+    training does not contain them: any other tool can use it.
+
+    Attributes:
+        resume_newest (bool): resume from the newest checkpoint, if there is any.
     """
 
+    # Nothing public of MMEngine's runners tells or sets whether and from where they resume.
     _resume: bool
     _load_from: Any
-    resume_newest = False  # whether to go on from the newest checkpoint, if there is any
+    resume_newest = False
     _chosen = False
 
-    @says_what('default_hooks or custom_hooks')
+    @name_config_section('default_hooks or custom_hooks')
     def register_hooks(self, default_hooks=None, custom_hooks=None) -> None:
         super().register_hooks(default_hooks, custom_hooks)
-        for kind in HOOKS_OF_ALL:
+        for kind in ADDED_HOOKS:
             if self.hook_of(kind) is None:
                 self.register_hook(kind())
         for hook in self.hooks:
             if isinstance(hook, LoggerHook) and self.rank:
-                # Or every process would write the results of a test to the same file, at once.
+                # Every process would write the results of a test to the same file at once.
                 hook.after_test_epoch = lambda *args, **kwargs: None
 
     def hook_of(self, kind: type):
-        """The runner's hook of a class; None: it has none."""
+        """Return the runner's hook of a class, or None."""
         return next((hook for hook in self.hooks if isinstance(hook, kind)), None)
 
     def skip_bad_images(self, path: str, anew: bool) -> None:
-        """Train on without images that cannot be used; list them in a file, or add to its list."""
+        """Skip training images that cannot be used.
+
+        Args:
+            path (str): file that lists them.
+            anew (bool): start a new list instead of adding to it.
+        """
         if anew and self.rank == 0:
             Path(path).unlink(missing_ok=True)
         self.hook_of(CheckDataHook).skip_to = path
 
+    @name_config_section('visualizer')
+    def build_visualizer(self, *args, **kwargs):
+        return super().build_visualizer(*args, **kwargs)
+
+    @name_config_section('train_cfg or train_dataloader')
+    def build_train_loop(self, loop):
+        return super().build_train_loop(loop)
+
+    @name_config_section('val_cfg, val_dataloader or val_evaluator')
+    def build_val_loop(self, loop):
+        return super().build_val_loop(loop)
+
+    @name_config_section('test_cfg, test_dataloader or test_evaluator')
+    def build_test_loop(self, loop):
+        return super().build_test_loop(loop)
+
     def build_dataloader(self, dataloader, seed=None, diff_rank_seed=False):
         sampler = dataloader.get('sampler') if isinstance(dataloader, dict) else None
         skip = None
-        if dataloader is self._train_dataloader and (file := self.hook_of(CheckDataHook).skip_to):
+        training = dataloader is self._train_dataloader  # as given; train_dataloader would build it
+        if training and (file := self.hook_of(CheckDataHook).skip_to):
             skip = functools.partial(list_skipped, file)
-        if dataloader is self._train_dataloader and isinstance(sampler, dict):
+        if training and isinstance(sampler, dict):
             kind = sampler.get('type')
             kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
             if kind in (DefaultSampler, InfiniteSampler):
@@ -112,8 +145,7 @@ class Careful(Mixin):
             return super().build_dataloader(dataloader, seed, diff_rank_seed)
 
     def choose_checkpoint(self) -> None:
-        """Settle where a training goes on, in one process for all: without a whole checkpoint, at
-        the start."""
+        """Choose the checkpoint to resume from, in one process for all; without one, start anew."""
         automatic = self.resume_newest or (self._resume is True and self._load_from is None)
         if self._chosen or not automatic:
             return
@@ -137,68 +169,53 @@ class Careful(Mixin):
             self._load_from = found[0]
 
     def train(self):
-        self._train_loop = self.train_loop  # built: how far a checkpoint is depends on it
+        self._train_loop = self.train_loop  # builds it: choosing a checkpoint depends on it
         self.choose_checkpoint()
-        begins = NoWordOfRandomWeights()
-        if self._load_from:
-            self.logger.addFilter(begins)
+        token = whole_model_follows.set(bool(self._load_from))
         try:
-            return self.to_the_end(super().train)
+            return self.run_logging_errors(super().train)
         finally:
-            self.logger.removeFilter(begins)
+            whole_model_follows.reset(token)
 
     def val(self) -> dict:
-        return self.to_the_end(super().val)
+        return self.run_logging_errors(super().val)
 
     def test(self) -> dict:
-        return self.to_the_end(super().test)
+        return self.run_logging_errors(super().test)
 
-    def to_the_end(self, run: Callable):
-        """Run something; an error that is no sentence is in the log, too."""
+    def run_logging_errors(self, run: Callable):
+        """Run a loop; log the traceback of any error that is not the user's mistake."""
         try:
             result = run()
-        except (UserError, CheckpointError):
+        except UserError:
             raise
         except Exception as error:
-            if getattr(error, 'errno', None) not in FULL:  # a disk that could not keep the log
+            if getattr(error, 'errno', None) not in FULL:  # or the log cannot be written either
                 self.logger.error(traceback.format_exc())
             raise
-        # A process that leaves while others still talk to it ends a job that has done its work.
+        # A process that ends while others still communicate with it aborts the finished job.
         barrier()
         return result
 
 
-class NoWordOfRandomWeights(logging.Filter):
-    """Drops what a backbone says before a checkpoint of the whole model is loaded."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return 'training starts from random weights' not in record.getMessage()
-
-
 @RUNNERS.register_module()
-class CarefulRunner(Careful, Runner):
-    """MMEngine's Runner, with care: ``runner_type = 'CarefulRunner'`` in a config. One with a
-    ``strategy`` gets a :class:`CarefulFlexibleRunner`."""
+class CarefulRunner(RobustRunnerMixin, Runner):
+    """MMEngine's Runner with :class:`RobustRunnerMixin`: ``runner_type = 'CarefulRunner'`` in a
+    config. With a ``strategy`` it builds a :class:`CarefulFlexibleRunner`."""
 
-    __doc__ = (__doc__ or '') + (Careful.__doc__ or '').partition('\n')[2]  # None under -OO
+    @name_config_section('param_scheduler')
+    def build_param_scheduler(self, scheduler):
+        return super().build_param_scheduler(scheduler)
 
-    build_visualizer = says_what('visualizer')(Runner.build_visualizer)
-    build_train_loop = says_what('train_cfg or train_dataloader')(Runner.build_train_loop)
-    build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(Runner.build_val_loop)
-    build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
-        Runner.build_test_loop
-    )
-    build_param_scheduler = says_what('param_scheduler')(Runner.build_param_scheduler)
-
-    @says_what('model')
+    @name_config_section('model')
     def build_model(self, model):
         return without_sync_batchnorm(super().build_model(model), self.distributed)
 
-    @says_what('optim_wrapper')
+    @name_config_section('optim_wrapper')
     def build_optim_wrapper(self, optim_wrapper):
         try:
             return super().build_optim_wrapper(optim_wrapper)
-        except NotImplementedError as error:  # says nothing else in MMDetection and MMSegmentation
+        except NotImplementedError as error:  # has no message in MMDetection and MMSegmentation
             if 'LearningRateDecay' not in str(optim_wrapper.get('constructor')):
                 raise
             raise ConfigError(
@@ -221,25 +238,16 @@ class CarefulRunner(Careful, Runner):
 
 
 @RUNNERS.register_module()
-class CarefulFlexibleRunner(Careful, FlexibleRunner):
-    """MMEngine's FlexibleRunner, which shards models by strategies, with care."""
+class CarefulFlexibleRunner(RobustRunnerMixin, FlexibleRunner):
+    """MMEngine's FlexibleRunner, which shards models by strategies, with
+    :class:`RobustRunnerMixin`."""
 
-    __doc__ = (__doc__ or '') + (Careful.__doc__ or '').partition('\n')[2]  # None under -OO
-
-    build_visualizer = says_what('visualizer')(FlexibleRunner.build_visualizer)
-    build_train_loop = says_what('train_cfg or train_dataloader')(FlexibleRunner.build_train_loop)
-    build_val_loop = says_what('val_cfg, val_dataloader or val_evaluator')(
-        FlexibleRunner.build_val_loop
-    )
-    build_test_loop = says_what('test_cfg, test_dataloader or test_evaluator')(
-        FlexibleRunner.build_test_loop
-    )
     model: Any
 
-    @says_what('strategy')
+    @name_config_section('strategy')
     def build_strategy(self, *args, **kwargs):
         strategy = super().build_strategy(*args, **kwargs)
-        scale_lr = strategy._scale_lr
+        scale_lr = strategy._scale_lr  # no public method is called between building and training
 
         def scale_lr_by_total_batch() -> None:
             scale_lr()
@@ -249,14 +257,16 @@ class CarefulFlexibleRunner(Careful, FlexibleRunner):
         strategy._scale_lr = scale_lr_by_total_batch
         return strategy
 
-    def to_the_end(self, run: Callable):
+    def run_logging_errors(self, run: Callable):
         if isinstance(self.model, dict) and self.distributed and get_device() == 'cpu':
             self.model = without_sync_batchnorm(MODELS.build(self.model), True)
-        return super().to_the_end(run)
+        return super().run_logging_errors(run)
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Strategies write files, or a folder with one of each process, their own way: under
-        another name, which is changed once all have written."""
+        """Write a checkpoint atomically: rename it once all processes have written their part.
+
+        Strategies write files, or a folder with a file of each process, without a file backend.
+        """
         hook = self.hook_of(CheckpointHook)
         if (hook.backend_args or {}).get('backend') != 'whole':
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
@@ -269,17 +279,19 @@ class CarefulFlexibleRunner(Careful, FlexibleRunner):
 
 
 def without_sync_batchnorm(model: nn.Module, distributed: bool) -> nn.Module:
-    """A model whose norms work on the CPU; those of a GPU may speak to each other. (MMEngine does
-    the same where one process trains alone.)"""
+    """Replace SyncBatchNorm, which needs a GPU, in a distributed training on CPUs.
+
+    MMEngine does so only for a single process.
+    """
     return revert_sync_batchnorm(model) if distributed and get_device() == 'cpu' else model
 
 
 def scale_by_accumulation(optim_wrapper, logger: logging.Logger) -> None:
     """Scale learning rates by the number of batches in an update, which MMEngine's linear scaling
-    leaves out."""
+    ignores."""
     several = isinstance(optim_wrapper, OptimWrapperDict)
     for wrapper in optim_wrapper.values() if several else [optim_wrapper]:
-        count = getattr(wrapper, '_accumulative_counts', 1)
+        count = getattr(wrapper, '_accumulative_counts', 1)  # has no public name
         if count > 1:
             logger.info(
                 f'Gradients of {count} batches are accumulated (accumulative_counts): the total '
@@ -289,26 +301,15 @@ def scale_by_accumulation(optim_wrapper, logger: logging.Logger) -> None:
                 group['lr'] *= count
 
 
-def check_classifier(cfg) -> None:
-    """See that all of a classifier and its metrics have the same number of classes."""
-    head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None
-    classes = head.get('num_classes') if isinstance(head, dict) else None
-    mixed = (
-        (cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
-        if classes
-        else None
-    )
-    if classes != mixed:
-        raise ConfigError(
-            f'model.data_preprocessor.num_classes = {mixed} and model.head.'
-            f'num_classes = {classes} must be equal.'
-        )
-    for split in ('val', 'test') if classes else ():
-        evaluator = cfg.get(f'{split}_evaluator') or {}
-        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
-            best = metric.get('topk') or 1
-            best = best if isinstance(best, int) else max(best)
-            if classes and best > classes:
-                raise ConfigError(
-                    f'{split}_evaluator.topk has {best}, but there are {classes} classes.'
-                )
+def build_runner(cfg) -> Runner:
+    """Build the runner that a config names by ``runner_type``, with this package's for MMEngine's.
+
+    Raises:
+        UserError: there is no such runner.
+    """
+    named = cfg.get('runner_type') or ('FlexibleRunner' if cfg.get('strategy') else 'Runner')
+    kind = RUNNERS.get(named) if isinstance(named, str) else named
+    if kind is None:
+        raise UserError(f"runner_type: there is no runner '{named}'.")
+    kind = {Runner: CarefulRunner, FlexibleRunner: CarefulFlexibleRunner}.get(kind, kind)
+    return kind.from_cfg(cfg)

@@ -1,6 +1,6 @@
-"""What training with sharded parameters needs to know about CrossFormer.
+"""Sharded training: MMEngine's FSDPStrategy, repaired.
 
-A config names it by ``custom_imports = dict(imports=['crossformer_mm',
+A config imports it by ``custom_imports = dict(imports=['crossformer_mm',
 'crossformer_mm.engine.sharding'])``, see ``configs/mask_rcnn/cfpp_b_1x_fsdp.py``.
 """
 
@@ -8,32 +8,13 @@ import inspect
 from typing import Any
 
 import torch
-from mmengine._strategy import FSDPStrategy
+from mmengine._strategy import FSDPStrategy  # its only place
 from mmengine.device import get_device
-from mmengine.registry import FUNCTIONS, STRATEGIES
+from mmengine.registry import STRATEGIES
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ..block import CrossFormerBlock
-from .errors import UserError
-
-
-@FUNCTIONS.register_module()
-def is_crossformer_block(module: nn.Module) -> bool:
-    """Whether a module is what is recomputed as one: ``activation_checkpointing.check_fn``."""
-    return isinstance(module, CrossFormerBlock)
-
-
-@FUNCTIONS.register_module()
-def wrap_crossformer_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int = 0) -> bool:
-    """Shard each block by itself: ``model_wrapper.auto_wrap_policy``.
-
-    Args:
-        module (nn.Module): the module in question.
-        recurse (bool): whether it is asked to look inside (always), not to wrap.
-        nonwrapped_numel (int): parameters inside that are not yet wrapped; not used.
-    """
-    return recurse or is_crossformer_block(module)
+from ..errors import UserError
 
 
 @STRATEGIES.register_module()
@@ -42,13 +23,14 @@ class ShardedStrategy(FSDPStrategy):
 
     - Since PyTorch 2.1 ``optim_state_dict_to_load`` takes its arguments in another order than the
       one in which MMEngine gives them: every resumed training would end in an error.
-    - Without a GPU (gloo) the device is named, as FSDP asks for, and whole parameters are not
-      moved to where they are already, which would read memory that is freed.
+    - Without a GPU (gloo) FSDP gets the device that it requires, and full parameters are not moved
+      to the device on which they are, which would read freed memory.
 
     Raises:
-        UserError: there is no GPU, and this PyTorch shards on GPUs alone.
+        UserError: there is no GPU, and this PyTorch shards on GPUs only.
     """
 
+    # Nothing public stands between the strategy's arguments and FSDP's: hence private methods.
     model_wrapper: Any  # of the base class
 
     def _init_state_dict_cfg(self, state_dict_cfg) -> None:

@@ -1,50 +1,30 @@
-"""Weights are read as plain data, under any of their names, and none stay random unsaid."""
+"""Strict loading: weights are read as plain data and must fit, none stay random silently."""
 
 import logging
 from typing import Optional
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop, find_latest_checkpoint
-from mmengine.runner.base_loop import BaseLoop
-from torch import nn
+from mmengine.runner import EpochBasedTrainLoop
 
 from ..checkpoint import CheckpointError, fit_checkpoint, model_weights, use_safe_loading
-from .errors import UserError
-
-
-def checkpoint_name(runner) -> str:
-    """The file that a runner loads; without a name, the newest in its work folder."""
-    given = runner._load_from or runner._resume
-    return str(find_latest_checkpoint(runner.work_dir) if given is True else given)
-
-
-def bare_model(runner) -> nn.Module:
-    """A runner's model without wrappers."""
-    model = runner.model
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
-
-
-def is_sharded(runner) -> bool:
-    """Whether a strategy keeps parts of the model in each process: it loads by its own rules."""
-    name = type(getattr(runner, 'strategy', None)).__name__
-    return name not in ('NoneType', 'SingleDeviceStrategy', 'DDPStrategy')
+from ..class_names import recorded
+from ..errors import UserError
+from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
 
 
 @HOOKS.register_module()
 class SafeLoadingHook(Hook):
-    """Let MMEngine read every checkpoint as plain data, see
-    :func:`crossformer_mm.checkpoint.use_safe_loading`, and know weights under any of their names.
+    """Make MMEngine read every checkpoint as plain data and find weights under any of their names.
+
+    See :func:`crossformer_mm.checkpoint.use_safe_loading`.
     """
 
-    priority = 'VERY_HIGH'  # other hooks, such as those of averaged weights, find state_dict
+    priority = 'VERY_HIGH'  # before hooks such as EMAHook, which read state_dict
 
     def __init__(self):
-        use_safe_loading()  # now, for a strategy loads weights before hooks are called
+        use_safe_loading()  # here: a strategy loads weights before it calls hooks
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if isinstance(checkpoint.get('meta'), dict):
@@ -59,43 +39,43 @@ class SafeLoadingHook(Hook):
 class CheckWeightsHook(Hook):
     """Refuse a checkpoint that does not fit; MMEngine would warn and leave weights random.
 
-    All of a model must be there to resume a training or to test. To start a training, the backbone
-    must: other heads are for other classes, and of another backbone nothing is of use. MMEngine's
-    ``activation_checkpointing`` is refused, because it leaves weights without gradients.
+    To resume a training or to test, all weights must fit. To start a training, those of the
+    backbone must: heads may be for other classes. MMEngine's ``activation_checkpointing`` is
+    refused, because it leaves weights without gradients.
 
     Args:
         allow_partial (bool): test even if weights are missing, unexpected or of another shape.
     """
 
-    priority = 'VERY_LOW'  # other hooks, such as those of averaged weights, choose weights first
+    priority = 'VERY_LOW'  # after hooks such as EMAHook, which choose weights
 
     def __init__(self, allow_partial: bool = False):
         self.allow_partial = allow_partial
 
     def before_run(self, runner) -> None:
         modules = runner.cfg.get('activation_checkpointing')
-        if modules and isinstance(runner._train_loop, BaseLoop):
+        if modules and built_loop(runner, 'train') is not None:
             raise UserError(
                 f'activation_checkpointing = {modules!r} is refused, because a module whose input '
                 'is an image, a tuple or a list gets no gradient. Use model.backbone.with_cp=True.'
             )
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        name, training = checkpoint_name(runner), isinstance(runner._train_loop, BaseLoop)
+        name, training = checkpoint_name(runner), built_loop(runner, 'train') is not None
         advice = 'Give the config that it was trained with' + (
             '.' if training else ', or evaluate a partly random model with --allow-partial.'
         )
         required: Optional[str] = ''
         if self.allow_partial and not training:
             required = None
-        elif training and not runner._resume:
+        elif training and not is_resumed(runner):
             required = 'backbone.'
         if not is_sharded(runner):
             try:
                 fit_checkpoint(bare_model(runner), checkpoint, name, required)
             except CheckpointError as error:
                 raise CheckpointError(f'{error} {advice}') from None
-        if training and runner._resume:
+        if training and is_resumed(runner):
             absent = [key for key in ('optimizer', 'message_hub', 'meta') if key not in checkpoint]
             if absent:
                 raise CheckpointError(
@@ -103,16 +83,16 @@ class CheckWeightsHook(Hook):
                     'start a new one from its weights with --cfg-options load_from=FILE.'
                 )
             if isinstance(runner.train_loop, EpochBasedTrainLoop):
-                go_on_after_whole_epoch(runner, checkpoint, name)
+                resume_at_epoch(runner, checkpoint, name)
         compare_classes(runner, checkpoint)
 
 
 def epoch_of(checkpoint: dict, length: int) -> Optional[int]:
-    """The epochs that a checkpoint has done in a loop of epochs; None: it is amid one.
+    """Return the number of finished epochs of a checkpoint; None: it was written mid-epoch.
 
     Args:
-        checkpoint: with the log of a training.
-        length: iterations in an epoch, where the log does not say how many there were.
+        checkpoint (dict): with the log of a training.
+        length (int): iterations in an epoch, for a log that does not have the number.
     """
     log = checkpoint['message_hub'].get('runtime_info') or {}
     if log.get('max_iters') and log.get('max_epochs'):
@@ -123,15 +103,20 @@ def epoch_of(checkpoint: dict, length: int) -> Optional[int]:
     return None if epoch * length < done < (epoch + 1) * length else epoch
 
 
-def go_on_after_whole_epoch(runner, checkpoint: dict, name: str) -> None:
-    """Let a resumed loop of epochs begin at the beginning of one; MMEngine would do the epoch of a
-    checkpoint that was written by iterations once more, and count on from there."""
+def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
+    """Make a resumed loop of epochs begin with a full epoch.
+
+    MMEngine would repeat the epoch of a checkpoint that was written by iterations, and count on.
+
+    Raises:
+        CheckpointError: the checkpoint was written mid-epoch.
+    """
     length, meta = len(runner.train_dataloader), checkpoint['meta']
     epoch = epoch_of(checkpoint, length)
     if epoch is None:
         raise CheckpointError(
-            f"Checkpoint '{name}' was written amid epoch {meta['epoch'] + 1}, after iteration "
-            f"{meta['iter']}, where a loop of epochs cannot go on: resume from one that was "
+            f"Checkpoint '{name}' was written in the middle of epoch {meta['epoch'] + 1}, after "
+            f"iteration {meta['iter']}, where a loop of epochs cannot resume: use one that was "
             'written at the end of an epoch.'
         )
     if epoch and epoch * length != meta['iter']:
@@ -147,16 +132,15 @@ def go_on_after_whole_epoch(runner, checkpoint: dict, name: str) -> None:
 
 
 def compare_classes(runner, checkpoint: dict) -> None:
-    """Warn if a checkpoint names other classes than the dataset, by which results are read."""
-    meta = checkpoint['meta'] if isinstance(checkpoint.get('meta'), dict) else {}
-    said = (meta.get('dataset_meta') or {}).get('classes') or meta.get('CLASSES')
-    loop = getattr(runner, '_test_loop', None)
-    dataset = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    """Warn if a checkpoint has other class names than the data set, whose names results get."""
+    theirs = recorded(checkpoint).get('classes')
+    loader = getattr(built_loop(runner, 'test'), 'dataloader', None)
+    dataset = getattr(loader, 'dataset', None)
     classes = getattr(dataset, 'metainfo', {}).get('classes')
-    if said and classes and list(said) != list(classes):
+    if theirs and classes and list(theirs) != list(classes):
         print_log(
             'The checkpoint names other classes than the dataset, whose names are used: '
-            f'{list(said)[:3]}... and {list(classes)[:3]}...',
+            f'{list(theirs)[:3]}... and {list(classes)[:3]}...',
             'current',
             logging.WARNING,
         )

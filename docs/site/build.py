@@ -34,10 +34,11 @@ API = {
     'checkpoint': ('Checkpoints', 'checkpoint'),
     'engine': (
         'Training and testing',
-        'engine.runner.CarefulRunner engine.runner.CarefulFlexibleRunner engine.runner.Careful '
+        'engine.runner.CarefulRunner engine.runner.CarefulFlexibleRunner '
+        'engine.runner.RobustRunnerMixin '
         'engine.weight_checks.SafeLoadingHook engine.weight_checks.CheckWeightsHook '
-        'engine.whole_files.WholeFilesHook engine.whole_files.WholeFileBackend '
-        'engine.data_checks.CheckDataHook engine.randomness.SeedHook '
+        'engine.atomic_checkpoints.WholeFilesHook engine.atomic_checkpoints.WholeFileBackend '
+        'engine.dataset_guard.CheckDataHook engine.randomness.SeedHook '
         'engine.randomness.CountedSampler engine.resuming.ResumeHook '
         'engine.layer_decay.LayerDecayOptimWrapperConstructor engine.sharding.ShardedStrategy',
     ),

@@ -1,0 +1,105 @@
+"""Compare the number of classes of a model's heads with that of a data set."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Optional, Tuple
+
+from mmengine.registry import HOOKS
+
+from ..class_names import drop_unnamed
+from ..errors import ConfigError
+
+
+def check_number_of_classes(runner, mode: str) -> Optional[str]:
+    """Compare the numbers of classes of heads and of a data set.
+
+    MMDetection decides which heads of a detector must have as many. More outputs than classes are
+    allowed: a training may be on a part of the classes.
+
+    Returns:
+        str or None: a warning, if heads have more outputs than the data set has classes.
+
+    Raises:
+        ConfigError: a head has too few.
+    """
+    dataset = getattr(runner, f'{mode}_dataloader').dataset
+    meta = getattr(dataset, 'metainfo', {})
+    classes = meta.get('classes')
+    if not classes or isinstance(classes, str) or 'thing_classes' in meta:
+        return None  # heads of a panoptic model share the classes
+    heads = [
+        (name, module)
+        for name, module in runner.model.named_modules()
+        if isinstance(getattr(module, 'num_classes', None), int)
+        and module.num_classes != len(classes)
+    ]
+    scope = getattr(runner.default_scope, 'scope_name', None)
+
+    def is_large(head) -> bool:
+        return head[1].num_classes > len(classes)
+
+    def is_called(head, kind: str) -> bool:
+        return head[0].rstrip('.0123456789').endswith(kind)
+
+    if scope == 'mmseg':  # auxiliary heads may have fewer outputs, such as borders
+        heads = [
+            head
+            for head in heads
+            if is_called(head, 'decode_head')
+            or is_called(head, 'auxiliary_head')
+            and is_large(head)
+        ]
+    elif heads and type(runner.model).__module__.startswith('mmdet') or scope == 'mmdet':
+        heads = [head for head in heads if not passes_in_mmdet(runner, head, dataset)]
+    else:  # MMPretrain's data sets may have names of classes without an image
+        heads = [head for head in heads if is_called(head, 'head') and is_large(head)]
+    numbers = [f'model.{name}.num_classes = {module.num_classes}' for name, module in heads]
+    for head, number in zip(heads, numbers):
+        if not is_large(head):
+            raise ConfigError(
+                f'{number} is too small for the {len(classes)} classes of the data set, '
+                f'{classes[0]} to {classes[-1]}.'
+            )
+    if not numbers or any(
+        name.endswith('language_model') for name, _ in runner.model.named_modules()
+    ):
+        return None  # text-conditioned models score words, not classes
+    return (
+        f'{", ".join(numbers)}: more than the {len(classes)} classes of the data set, {classes[0]} '
+        f'to {classes[-1]}. The other outputs have no training data and no names: set num_classes '
+        'to the number of your classes.'
+    )
+
+
+def passes_in_mmdet(runner, part: Tuple[str, Any], dataset) -> bool:
+    """Check whether MMDetection's own hook accepts a module with another number of classes."""
+    # The hook takes a runner: which heads and modules are exempt is written in it only, and
+    # differs between releases.
+    hook = HOOKS.get('mmdet.NumClassCheckHook')()
+    try:
+        hook.before_val_epoch(
+            SimpleNamespace(
+                model=SimpleNamespace(named_modules=lambda: [part]),
+                logger=runner.logger,
+                val_dataloader=SimpleNamespace(dataset=dataset),
+            )
+        )
+    except AssertionError:
+        return False
+    return True
+
+
+def evaluate_only_named(loop) -> None:
+    """Drop detections beyond the data set's classes before metrics, which have no name or category
+    for them, see them."""
+    # No hook is called between a prediction and the metrics.
+    if 'process' not in vars(loop.evaluator):
+        count = len(loop.dataloader.dataset.metainfo['classes'])
+        loop.evaluator.process = partial(process_named, loop.evaluator.process, count)
+
+
+def process_named(process, count: int, data_samples, data_batch=None) -> None:
+    """Pass the detections of the first ``count`` classes to ``Evaluator.process``."""
+    for sample in data_samples:
+        drop_unnamed(sample, count)
+    process(data_samples=data_samples, data_batch=data_batch)

@@ -1,0 +1,140 @@
+"""Checks of a config's files and numbers, before long work and before anything is built."""
+
+from pathlib import Path
+from typing import List, Optional
+
+from mmengine.config import Config
+
+from ..config_parts import data_sets
+from ..errors import ConfigError, UserError
+
+
+def check_dataset(cfg: Config, *splits: str) -> None:
+    """Check that the folders and files of the splits' data sets exist, unless on a remote backend.
+
+    Raises:
+        UserError: one does not exist, or splits have different folders of classes.
+    """
+    folders = {}
+    for split in splits:
+        if not cfg.get(f'{split}_dataloader'):
+            continue
+        for dataset in data_sets(cfg[f'{split}_dataloader'].dataset):
+            root = Path(dataset.get('data_root') or '.')
+            parts = [dataset.get('ann_file'), *image_folders(dataset).values()]
+            if dataset.get('backend_args') or any(
+                '://' in str(part) for part in (dataset.get('data_root'), *parts)
+            ):
+                continue
+            reached = any(step.get('backend_args') for step in dataset.get('pipeline') or ())
+            for path in [root, *(root / part for part in parts[: 1 if reached else None] if part)]:
+                if not path.exists():
+                    raise UserError(
+                        f"the {split} dataset is not there: '{path.absolute()}' does not exist; "
+                        f"put it there or name another folder with --data-root (now '{root}')."
+                    )
+            if (
+                cfg.default_scope == 'mmpretrain'
+                and dataset.get('with_label', True)
+                and not reached
+                and not list_of_images(dataset)
+            ):
+                folders[split] = class_folders(split, root, image_folders(dataset))
+    if len(set(map(tuple, folders.values()))) > 1:
+        (first, names), (second, others) = folders.items()
+        name = sorted(set(names) ^ set(others))[0]
+        raise UserError(
+            f"the {first} and the {second} dataset have different folders of classes, by whose "
+            f"order labels are numbered: only one has '{name}'."
+        )
+
+
+def image_folders(dataset: dict) -> dict:
+    """Return the folders of a data set below its root, by content."""
+    # MMPretrain's may be one folder, named after the split if not otherwise.
+    prefix = dataset.get('data_prefix') or dataset.get('split') or {}
+    return dict(img_path=prefix) if isinstance(prefix, str) else prefix
+
+
+def list_of_images(dataset: dict) -> Optional[Path]:
+    """Return the file that lists a data set's images; None: it has all in its folders."""
+    root = Path(dataset.get('data_root') or '')
+    if dataset.get('ann_file'):
+        return root / dataset['ann_file']
+    listed = root / 'meta' / f"{dataset.get('split')}.txt"  # where MMPretrain looks for one
+    return listed if listed.exists() else None
+
+
+def class_folders(split: str, root: Path, prefix: dict) -> List[str]:
+    """List the folders of images, one for each class.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = root / prefix.get('img_path', '')
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not names:
+        raise UserError(
+            f"the {split} dataset: '{folder}' must hold a folder of images for each class, and "
+            f"has no folder; or list the images with their classes in '{root}/meta/{split}.txt'."
+        )
+    return names
+
+
+def check_file(option: str, path: str) -> None:
+    """Check that a file exists, unless it is an address.
+
+    Args:
+        option (str): name of the option that gave the path, for the message.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if '://' not in path and not Path(path).is_file():
+        raise UserError(f"{option}: file '{path}' does not exist.")
+
+
+def check_weight_files(cfg: Config) -> bool:
+    """Check that the files exist from which a config takes weights, and return if there are any.
+
+    Raises:
+        UserError: ``load_from`` or a checkpoint of the backbone's ``init_cfg`` does not exist.
+    """
+    given = (cfg.model.get('backbone') or {}).get('init_cfg') or {}
+    files = [
+        ('model.backbone.init_cfg.checkpoint', one.get('checkpoint'))
+        for one in (given if isinstance(given, list) else [given])
+    ]
+    files = [(key, file) for key, file in [('load_from', cfg.get('load_from')), *files] if file]
+    for key, file in files:
+        check_file(key, str(file))
+    return bool(files)
+
+
+def check_classifier(cfg) -> None:
+    """Check that a classifier's parts and metrics agree on the number of classes.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None
+    classes = head.get('num_classes') if isinstance(head, dict) else None
+    mixed = (
+        (cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
+        if classes
+        else None
+    )
+    if classes != mixed:
+        raise ConfigError(
+            f'model.data_preprocessor.num_classes = {mixed} and model.head.'
+            f'num_classes = {classes} must be equal.'
+        )
+    for split in ('val', 'test') if classes else ():
+        evaluator = cfg.get(f'{split}_evaluator') or {}
+        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+            best = metric.get('topk') or 1
+            best = best if isinstance(best, int) else max(best)
+            if classes and best > classes:
+                raise ConfigError(
+                    f'{split}_evaluator.topk has {best}, but there are {classes} classes.'
+                )

@@ -1,0 +1,243 @@
+"""Rooms of the package: arrows go one way, there are no circles, and only commands end a process."""
+
+import ast
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = 'crossformer_mm'
+
+# Rooms that each room may import. A file or folder that is not named here belongs to the model.
+EVERYBODYS = {'base'}
+MODEL = {'base', 'model', 'kernels'}
+MAY_IMPORT = {
+    'base': EVERYBODYS,
+    'model': MODEL,
+    'kernels': MODEL,
+    'engine': EVERYBODYS | {'engine'},
+    'export': MODEL | {'export'},
+    'explain': MODEL | {'explain'},
+    'sweep': MODEL | {'engine', 'sweep'},
+    'cli': EVERYBODYS | {'engine', 'cli'},
+    'package': MODEL | {'engine'},  # crossformer_mm/__init__.py
+    'tools': MODEL | {'package', 'engine', 'export', 'explain', 'sweep', 'cli'},
+}
+ROOM_OF = {
+    **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
+    **dict.fromkeys(('class_names', 'config_parts', 'pictures'), 'base'),
+    **{room: room for room in ('kernels', 'engine', 'export', 'explain', 'sweep', 'cli')},
+    'explain_page': 'explain',
+}
+# They run where PyTorch is not installed.
+WITHOUT_PYTORCH = ('tools/run_onnx.py', 'examples/service.py')
+NEED_PYTORCH = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'onnxscript', PACKAGE)
+
+COMPILED = f'{PACKAGE}.kernels._native'
+
+# What is still as it should not be: entries only ever go.
+FORMER_ARROWS = {
+    'crossformer_mm.engine.command_line -> crossformer_mm.cli',
+    'crossformer_mm.engine.option_checks -> crossformer_mm.cli',
+    'crossformer_mm.export.metadata -> crossformer_mm.engine.class_names',
+    'crossformer_mm.export.metadata -> crossformer_mm.engine.command_line',
+    'crossformer_mm.export.smaller -> crossformer_mm.engine.command_line',
+    'tools.export -> tools.run_onnx',
+}
+FORMER_CIRCLES = {
+    ('crossformer_mm.export.any_size', 'crossformer_mm.export.operators'),
+    ('crossformer_mm.kernels.fused', 'crossformer_mm.kernels.fused_triton'),
+}
+FORMER_ENDS = {'crossformer_mm.engine.errors'}
+# Imports whose target is not written where they are made, with the reason.
+UNKNOWN_TARGETS = {
+    'crossformer_mm.installed': 'packages of the table above it, none of them this one'
+}
+
+
+class Import(NamedTuple):
+    source: str
+    target: Optional[str]  # None: not written there
+
+    def __str__(self) -> str:
+        return f'{self.source} -> {self.target}'
+
+
+def module_name(file: Path) -> str:
+    return '.'.join(file.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+
+
+@cache
+def trees() -> Dict[str, ast.Module]:
+    """Syntax trees of the package, the tools and what runs without PyTorch, by module."""
+    files = [*ROOT.glob('tools/*.py'), *map(ROOT.joinpath, WITHOUT_PYTORCH)]
+    files += (ROOT / PACKAGE).rglob('*.py')
+    return {
+        module_name(file): ast.parse(file.read_text(encoding='utf-8'))
+        for file in files
+        if '.mim' not in file.parts
+    }
+
+
+def room_of(module: str) -> str:
+    first, _, rest = module.partition('.')
+    if first == PACKAGE:
+        return ROOM_OF.get(rest.partition('.')[0], 'model') if rest else 'package'
+    return first
+
+
+def absolute(module: str, name: str, level: int) -> str:
+    """Resolve the name of a relative import."""
+    if not level:
+        return name
+    is_package = (ROOT / Path(*module.split('.')) / '__init__.py').is_file()
+    parts = module.split('.')[: len(module.split('.')) - level + is_package]
+    return '.'.join([*parts, *filter(None, [name])])
+
+
+def called(node: ast.Call) -> str:
+    return ast.unparse(node.func).rpartition('.')[2]
+
+
+def texts(node: ast.AST) -> List[str]:
+    return [
+        part.value
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+
+
+def imports_of(module: str) -> Iterator[Import]:
+    """Yield what a module imports, at any depth of its code and by any of Python's ways."""
+    for node in ast.walk(trees()[module]):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield Import(module, name.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(module, node.module or '', node.level)
+            for name in node.names:
+                inner = f'{base}.{name.name}'
+                yield Import(module, inner if inner in {*trees(), COMPILED} else base)
+        elif isinstance(node, ast.Call):
+            if called(node) in ('import_module', '__import__', 'run_module'):
+                given = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
+                name = given[0] if given else None
+                level = len(name) - len(name.lstrip('.')) if name else 0
+                # A module is its own place for import_module's `package`, as __package__ is.
+                inside = name and absolute(f'{module.rpartition(".")[0]}.x', name[level:], level)
+                yield Import(module, inside if level else name)
+            elif called(node) in ('spec_from_file_location', 'run_path', 'SourceFileLoader'):
+                files = [Path(text).stem for text in texts(node) if text.endswith('.py')]
+                tools = [f'tools.{stem}' for stem in files if f'tools.{stem}' in trees()]
+                yield Import(module, tools[0] if tools else None)
+
+
+def all_imports() -> Set[Import]:
+    return {one for module in trees() for one in imports_of(module)}
+
+
+def circles(graph: Dict[str, Set[str]]) -> Set[tuple]:
+    """Groups of modules that import each other, directly or not."""
+
+    @cache
+    def reached(module: str) -> frozenset:
+        seen: Set[str] = set()
+        left = [module]
+        while left:
+            new = graph.get(left.pop(), set()) - seen
+            seen |= new
+            left += new
+        return frozenset(seen)
+
+    groups = (
+        tuple(sorted(other for other in reached(one) if one in reached(other))) for one in graph
+    )
+    return {group for group in groups if group}
+
+
+def test_arrows_between_rooms_go_one_way():
+    against = {
+        str(one)
+        for one in all_imports()
+        if one.target in trees()
+        and room_of(one.target) not in MAY_IMPORT.get(room_of(one.source), MODEL)
+    }
+    assert against == FORMER_ARROWS
+
+
+def test_no_modules_import_each_other():
+    graph = defaultdict(set)
+    for source, target in all_imports():
+        if target in trees():
+            graph[source].add(target)
+    assert circles(graph) == FORMER_CIRCLES
+
+
+def test_every_import_says_what_it_imports():
+    assert {one.source for one in all_imports() if one.target is None} == set(UNKNOWN_TARGETS)
+
+
+@pytest.mark.parametrize('file', WITHOUT_PYTORCH)
+def test_what_serves_models_does_without_pytorch(file):
+    left, seen = [module_name(ROOT / file)], set()
+    while left:
+        module = left.pop()
+        seen.add(module)
+        left += {one.target for one in imports_of(module)} & set(trees()) - seen
+        for one in imports_of(module):
+            assert one.target and one.target.partition('.')[0] not in NEED_PYTORCH, str(one)
+
+
+def test_only_commands_end_a_process_or_print_errors():
+    def ends(node: ast.AST) -> bool:
+        if isinstance(node, ast.Call):
+            return called(node) in ('exit', '_exit', 'quit', 'abort', 'fail')
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            return 'SystemExit' in ast.unparse(node.exc)
+        return isinstance(node, ast.Constant) and str(node.value).startswith('error: ')
+
+    ending = {module for module, tree in trees().items() if any(map(ends, ast.walk(tree)))}
+    assert {module for module in ending if module.startswith(PACKAGE)} == {
+        'crossformer_mm.cli',
+        *FORMER_ENDS,
+    }
+
+
+def test_each_file_of_tools_is_a_command():
+    for file in ROOT.glob('tools/*.py'):
+        assert "if __name__ == '__main__':" in file.read_text(encoding='utf-8'), file.name
+
+
+# The reader of imports
+
+
+@pytest.mark.parametrize(
+    'line, target',
+    [
+        ('import crossformer_mm.engine.runner', 'crossformer_mm.engine.runner'),
+        ('from .. import cli', 'crossformer_mm.cli'),
+        ('from ..cli import run', 'crossformer_mm.cli'),
+        ('from . import operators', 'crossformer_mm.export.operators'),
+        ('def f():\n    from ..engine import runner', 'crossformer_mm.engine.runner'),
+        ("importlib.import_module('crossformer_mm.cli')", 'crossformer_mm.cli'),
+        ("import_module('..cli', __package__)", 'crossformer_mm.cli'),
+        ("import_module('.models', __package__)", 'crossformer_mm.export.models'),
+        ("__import__('crossformer_mm.cli')", 'crossformer_mm.cli'),
+        ("spec_from_file_location('x', Path(__file__).with_name('train.py'))", 'tools.train'),
+        ("runpy.run_path('tools/train.py')", 'tools.train'),
+        ('import_module(name)', None),
+        ('runpy.run_path(file)', None),
+    ],
+)
+def test_imports_are_found_however_they_are_written(monkeypatch, line, target):
+    module = 'crossformer_mm.export.metadata'
+    monkeypatch.setitem(trees(), module, ast.parse(line))
+    assert [one.target for one in imports_of(module)] == [target]
+
+
+def test_circles_are_found_at_any_length():
+    graph = dict(a={'b'}, b={'c'}, c={'a'}, d={'a', 'e'}, e=set(), f={'f'})
+    assert circles(graph) == {('a', 'b', 'c'), ('f',)}
