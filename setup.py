@@ -28,7 +28,6 @@ kernel = Extension(
 # Where mmengine.hub and mim look for what is beside the package here.
 MIM = 'crossformer_mm/.mim'
 BESIDE = {'configs': ('**/*.py', '**/metafile.yml'), 'tools': ('*.py', '*.sh')}
-NOT_FOR_USERS = ('tools/write_model_zoo.py',)
 
 
 class BuildKernel(build_ext):
@@ -70,7 +69,7 @@ class BuildWithConfigs(build_py):
             for pattern in BESIDE.get(name, ())
             for path in (HERE / name).glob(pattern)
         } or {Path(name)}
-        return sorted(found - set(map(Path, NOT_FOR_USERS)))
+        return sorted(found)
 
     def get_outputs(self, include_bytecode=True) -> list:
         copies = (

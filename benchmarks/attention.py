@@ -12,7 +12,7 @@ before each line, since the clock of a processor is not the same for long.
 import argparse
 import os
 
-from processor import best_rate, processor, product_rates
+from common import best_rate, processor, product_rates
 
 # Members of a group: side of the map, its rules, so that there are 64 groups.
 CASES = {

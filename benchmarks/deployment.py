@@ -1,30 +1,35 @@
-"""CPU time and peak memory of exported backbones, beside PyTorch and Swin-T.
+"""CPU time and peak memory of exported backbones, next to PyTorch and Swin-T.
 
     python benchmarks/deployment.py --out benchmarks/deployment/NAME --size 800x1216
 
-Every way runs in a process of its own, three times, after it has loaded; the ways take turns, so
-that whatever else the machine does falls on all alike. CPU time is that of all threads of the
-median run. Leaves results.json, table.md and deployment.png in --out; --redraw makes the last two
-again, --only measures some ways anew beside those that are there.
+Every way runs in a process of its own, one at a time; the ways take turns, so that other load on
+the machine affects all alike. CPU time is that of all threads, the median over runs. Leaves
+results.json and table.md in --out; --only measures some ways again and keeps the results of the
+others.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from backbone import size_of
-from processor import processor, product_rates
+from common import (
+    ROOT,
+    Worker,
+    answer,
+    machine,
+    peak_memory,
+    product_rates,
+    read_record,
+    size_of,
+    swin,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Of each way: the model, the file it needs (or None: PyTorch itself) and what runs it.
+# Ways by name: the model, the exported file that it needs (None: PyTorch's), and the runtime.
 WAYS = {
     'PyTorch': ('crossformer', None, 'torch'),
     'any size, ONNX Runtime': ('crossformer', 'any_size', 'onnxruntime'),
@@ -40,16 +45,11 @@ WAYS = {
 def build(model: str):
     import torch
 
+    from crossformer_mm import CrossFormer
+
     torch.manual_seed(0)
-    if model == 'swin':
-        from mmdet.models.backbones import SwinTransformer
-
-        built = SwinTransformer(depths=(2, 2, 6, 2))
-    else:
-        from crossformer_mm import CrossFormer
-
-        built = CrossFormer('s')
-    built.train(False)  # which returns nothing in MMDetection's
+    built = swin() if model == 'swin' else CrossFormer('s')
+    built.train(False)  # returns nothing in MMDetection's
     return built.requires_grad_(False)
 
 
@@ -72,7 +72,7 @@ def write(model: str, kind: str, size: tuple, file: Path) -> None:
 
 
 def starter(file: Path, runtime: str, model: str, threads: int):
-    """A function of an array (1, 3, H, W)."""
+    """Return a function that runs a file, or a model, on an array (1, 3, H, W)."""
     if runtime == 'torch':
         import torch
 
@@ -97,23 +97,25 @@ def starter(file: Path, runtime: str, model: str, threads: int):
 
 
 def work(case: dict) -> None:
-    """Load, then run once for each line that comes in; answer with a line of JSON."""
+    """Load a way, run it once, and answer with the time and memory of further runs."""
     import numpy as np
 
     image = np.random.default_rng(0).standard_normal((1, 3, *case['size'])).astype(np.float32)
     run = starter(case['file'], case['runtime'], case['model'], case['threads'])
     run(image)
-    for _ in sys.stdin:
+
+    def timed() -> dict:
         start, begin = time.perf_counter(), time.process_time()
         run(image)
         seconds, cpu = time.perf_counter() - start, time.process_time() - begin
-        status = Path('/proc/self/status').read_text()
-        peak = int(status.split('VmHWM:')[1].split()[0]) * 1024
-        print(json.dumps(dict(seconds=seconds, cpu=cpu, peak=peak)), flush=True)
+        return dict(seconds=round(seconds, 3), cpu=round(cpu, 3), peak=peak_memory())
+
+    answer(dict(run=timed))
 
 
 def measure(size: tuple, threads: int, repeats: int, folder: Path, names: list) -> list:
-    results = []
+    """Measure the ways of these names; ``folder`` has the exported files, or gets them."""
+    turns = []
     for name in names:
         model, kind, runtime = WAYS[name]
         if find_spec(runtime) is None:
@@ -123,36 +125,30 @@ def measure(size: tuple, threads: int, repeats: int, folder: Path, names: list) 
         if kind and not file.is_file():
             print(f'   writing {file}', flush=True)
             write(model, kind, size, file)
-        case = dict(file=str(file), runtime=runtime, model=model, size=size, threads=threads)
-        results.append(
-            dict(case, name=name, file_size=file.stat().st_size if kind else None, cpu=[])
-        )
-        results[-1]['seconds'] = []
+        case = dict(runtime=runtime, model=model, size=size, threads=threads)
+        result = dict(case, name=name, file_size=file.stat().st_size if kind else None, peak=0)
+        turns.append((dict(case, file=str(file)), dict(result, cpu=[], seconds=[])))
     for _ in range(repeats):
-        for result in results:  # a process a turn: no two are in memory at a time
-            done = subprocess.run(
-                [sys.executable, '-W', 'ignore', __file__, '--worker', json.dumps(result)],
-                input='\n\n',
-                capture_output=True,
-                text=True,
-                env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
-            )
-            lines = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == '{']
-            if not lines:
-                sys.exit(f"error: {result['name']} failed: {done.stderr.strip()[-300:]}")
-            result['cpu'] += [round(line['cpu'], 3) for line in lines]
-            result['seconds'] += [round(line['seconds'], 3) for line in lines]
-            result['peak'] = max(result.get('peak', 0), lines[-1]['peak'])
-    for result in results:
-        result.pop('file')
-    return results
+        for case, result in turns:  # one process in memory at a time
+            worker = Worker(__file__, case)
+            try:
+                for _ in range(2):
+                    answered = worker.ask('run')
+                    result['cpu'].append(answered['cpu'])
+                    result['seconds'].append(answered['seconds'])
+                result['peak'] = max(result['peak'], answered['peak'])
+            except RuntimeError as error:
+                sys.exit(f"error: {result['name']} failed: {error}")
+            worker.close()
+    return [result for _, result in turns]
 
 
 def table_of(record: dict) -> str:
+    """Write the results as Markdown."""
+    rates = ', '.join(f'{name} {rate:.0f}' for name, rate in record['rates'].items())
     lines = [f'    {record["command"]}', '', record['machine'], '']
     lines += [
-        'Products of two matrices, GFLOP/s: '
-        + ', '.join(f'{name} {rate:.0f}' for name, rate in record['rates'].items()),
+        f'Products of two matrices, GFLOP/s: {rates}',
         '',
         '| way | CPU time | time | CPU time / Swin-T so exported | peak memory | file |',
         '|---|---|---|---|---|---|',
@@ -160,15 +156,11 @@ def table_of(record: dict) -> str:
     cpu = {result['name']: statistics.median(result['cpu']) for result in record['results']}
     for result in record['results']:
         name, size = result['name'], result['file_size']
-        beside = {
-            'PyTorch': 'Swin-T, PyTorch',
-            'fixed size, ONNX Runtime': 'Swin-T fixed size, ONNX Runtime',
-            'fixed size, OpenVINO': 'Swin-T fixed size, OpenVINO',
-        }.get(name)
+        base = 'Swin-T, PyTorch' if name == 'PyTorch' else f'Swin-T {name}'
         lines.append(
             f'| {name}{" *" * result.get("anew", False)} | {cpu[name]:.2f} s | '
             + f'{statistics.median(result["seconds"]):.2f} s | '
-            + (f'{cpu[name] / cpu[beside]:.2f}' if beside in cpu else '–')
+            + (f'{cpu[name] / cpu[base]:.2f}' if base in cpu else '–')
             + f' | {result["peak"] / 2**30:.2f} GiB | '
             + (f'{size / 1e6:.0f} MB |' if size else '– |')
         )
@@ -177,86 +169,46 @@ def table_of(record: dict) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def draw(record: dict, file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    results = record['results'][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.9 + 0.45 * len(results)), sharey=True)
-    for axis, values, title, unit in (
-        (axes[0], [statistics.median(r['cpu']) for r in results], 'CPU time of all threads', 's'),
-        (axes[1], [r['peak'] / 2**30 for r in results], 'Peak memory of the process', 'GiB'),
-    ):
-        colours = ['C7' if r['model'] == 'swin' else 'C0' for r in results]
-        bars = axis.barh([r['name'] for r in results], values, color=colours)
-        axis.bar_label(bars, [f'{value:.2f} {unit}' for value in values], padding=3)
-        axis.set(title=title, xlim=(0, 1.2 * max(values)))
-        axis.spines[['top', 'right']].set_visible(False)
-    size, machine = 'x'.join(map(str, results[0]['size'])), record['machine']
-    figure.suptitle(f'CrossFormer-S exported, one image of {size} ({machine})', fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--size', type=size_of, default=(800, 1216), metavar='HxW')
-    parser.add_argument('--threads', type=int, default=2, help='of the CPU (default: 2)')
-    parser.add_argument('--repeats', type=int, default=2, help='turns of each (default: 2)')
-    parser.add_argument('--files', help='folder of the exported files (default: that of --out)')
-    parser.add_argument('--out', default='work_dirs/deployment', help='folder for what is left')
-    parser.add_argument(
-        '--only',
-        nargs='+',
-        choices=list(WAYS),
-        metavar='WAY',
-        help='measure these rows of the table anew, and keep the others of results.json',
-    )
-    parser.add_argument(
-        '--redraw', action='store_true', help='only make table and picture again from results.json'
-    )
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add('--size', type=size_of, default=(800, 1216), metavar='HxW')
+    add('--threads', type=int, default=2, help='of the CPU (default: 2)')
+    add('--repeats', type=int, default=2, help='turns of each (default: 2)')
+    add('--files', type=Path, help='folder of the exported files (default: that of --out)')
+    add('--out', type=Path, default='work_dirs/deployment', help='folder for the results')
+    add('--only', nargs='+', choices=WAYS, metavar='WAY', help='measure only these ways again')
+    add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(json.loads(args.worker))
+        work(args.worker)
         return
     if min(args.threads, args.repeats) < 1:
         parser.error('--threads and --repeats must be 1 or more.')
-    folder = Path(args.out)
-    file = folder / 'results.json'
-    if args.redraw or args.only:
-        if not file.is_file():
-            sys.exit(f"error: --{'redraw' if args.redraw else 'only'}: '{file}' does not exist.")
-        record = json.loads(file.read_text())
-    if not args.redraw:
-        import torch
+    file = args.out / 'results.json'
+    import torch
 
+    files = args.files or args.out
+    for folder in (args.out, files):
         folder.mkdir(parents=True, exist_ok=True)
-        files = Path(args.files or folder)
-        files.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(args.threads)
-        if not args.only:
-            record = dict(
-                command='python benchmarks/deployment.py --size {}x{}'.format(*args.size),
-                machine=f'{processor()}, {args.threads} threads, PyTorch {torch.__version__}, '
-                f'Python {platform.python_version()}',
-                rates={name: round(rate, 1) for name, rate in product_rates().items()},
-            )
-        names = args.only or list(WAYS)
-        with torch.no_grad():
-            results = measure(args.size, args.threads, args.repeats, files, names)
-        if args.only:
-            new = {result['name']: dict(result, anew=True) for result in results}
-            record['results'] = [new.get(one['name'], one) for one in record['results']]
-        else:
-            record['results'] = results
-        file.write_text(json.dumps(record, indent=1) + '\n')
-    (folder / 'table.md').write_text(table_of(record))
-    draw(record, folder / 'deployment.png')
-    print(table_of(record), f'\nleft in {folder}: results.json, table.md, deployment.png')
+    torch.set_num_threads(args.threads)
+    if args.only:
+        record = read_record(file, '--only')
+    else:
+        record = dict(
+            command='python benchmarks/deployment.py --size {}x{}'.format(*args.size),
+            machine=machine(args.threads),
+            rates=product_rates(),
+        )
+    with torch.no_grad():
+        results = measure(args.size, args.threads, args.repeats, files, args.only or WAYS)
+    if args.only:
+        new = {result['name']: dict(result, anew=True) for result in results}
+        results = [new.get(one['name'], one) for one in record['results']]
+    record['results'] = results
+    file.write_text(json.dumps(record, indent=1) + '\n')
+    (args.out / 'table.md').write_text(table_of(record))
+    print(table_of(record), f'\nleft in {args.out}: results.json and table.md')
 
 
 if __name__ == '__main__':

@@ -1,17 +1,15 @@
-"""Detection from a pretrained backbone against detection from random weights, on generated data.
+"""Detection from a pretrained backbone, compared with random weights, on generated data.
 
     python benchmarks/pretraining.py
 
-A small CrossFormer learns to tell single shapes apart, 4 shapes with 4 patterns each; then a small
-Mask R-CNN learns to find shapes, once from these weights and once from random ones, with each of
-some seeds and all else the same. Written are results.json, table.md and curves.png. Interrupted, it
-goes on with what its folder has not got yet.
+A small CrossFormer learns to classify single shapes, 4 shapes with 4 patterns each. Then a small
+Mask R-CNN learns to detect shapes, once from these weights and once from random ones, with each of
+several seeds and all else equal. Writes results.json, table.md and curves.png. Run again after an
+interruption, it resumes.
 """
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,37 +19,29 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
+from common import draw_curves, read_log, run_tool  # noqa: E402
 from make_shapes import CLASSES, bright_colour, clutter, polygon, surface, write_image  # noqa: E402
 
 CONFIGS = ROOT / 'benchmarks' / 'pretraining'
-# Named after the class that has the pattern in the data of detection.
+# Named after the class that has the pattern in the data for detection.
 PATTERNS = dict(plain='disk', striped='square', chequered='triangle', ringed='star')
 ARMS = {'pretrained': 'from the pretrained backbone', 'random': 'from random weights'}
 METRICS = {'coco/bbox_mAP_50': 'box AP50', 'coco/segm_mAP_50': 'mask AP50'}
-SIDE = 64  # of an image of one shape, in which it is as large as in the images of detection
-# A try of the script: tiny models and data, no figure of which says anything.
+SIDE = 64  # of an image of one shape, which is as large as in the images for detection
+# Tiny models for a try of the script; their figures mean nothing.
 SMOKE = dict(
-    classes=[
-        'model.backbone.arch.embed_dims=16',
-        'model.neck.in_channels=128',
-        'model.head.in_channels=128',
-        'train_cfg.max_epochs=1',
-    ],
-    detection=[
-        'model.backbone.arch.embed_dims=16',
-        'model.neck.in_channels=[16,32,64,128]',
-        'train_cfg.max_epochs=1',
-        'model.roi_head.bbox_head.conv_out_channels=16',
-        'model.roi_head.mask_head.num_convs=1',
-        'model.test_cfg.rcnn.max_per_img=5',
-        'model.train_cfg.rcnn.sampler.num=16',
-    ],
+    classifier='model.backbone.arch.embed_dims=16 model.neck.in_channels=128 '
+    'model.head.in_channels=128 train_cfg.max_epochs=1',
+    mask_rcnn='model.backbone.arch.embed_dims=16 model.neck.in_channels=[16,32,64,128] '
+    'train_cfg.max_epochs=1 model.roi_head.bbox_head.conv_out_channels=16 '
+    'model.roi_head.mask_head.num_convs=1 model.test_cfg.rcnn.max_per_img=5 '
+    'model.train_cfg.rcnn.sampler.num=16',
 )
 
 
 def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
-    """One shape on clutter, (SIDE, SIDE, 3); its hue, as in detection, is likely for its kind."""
+    """Draw one shape on clutter, (SIDE, SIDE, 3), in a hue that is likely for its class."""
     image = clutter(rng, SIDE, SIDE)
     radius = rng.uniform(0.2, 0.44) * SIDE
     centre = rng.uniform(radius, SIDE - radius, 2)
@@ -66,7 +56,7 @@ def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
 
 
 def make_classes(folder: Path, counts: Dict[str, int]) -> None:
-    """Images of single shapes, in ImageNet's layout: each time the same."""
+    """Write images of single shapes in ImageNet's layout, the same ones each time."""
     for split, count in counts.items():
         rng = np.random.default_rng([0, split == 'val'])
         for shape in CLASSES:
@@ -77,182 +67,114 @@ def make_classes(folder: Path, counts: Dict[str, int]) -> None:
                     write_image(place / f'{index}.png', draw(rng, shape, pattern))
 
 
-def run(log: Path, *command) -> None:
-    """Run a tool, showing how far it is; end the program if it fails."""
-    print(f"\n== {' '.join(map(str, command))}", flush=True)
-    with (
-        log.open('w') as keep,
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors='replace',
-        ) as process,
-    ):
-        for line in process.stdout:
-            keep.write(line)
-            if re.search(r'Epoch\((train|val)\)', line) and ('eta' not in line or '0/' in line):
-                print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
-    if process.returncode:
-        sys.exit(f"error: '{command[0]}' failed, its output is in '{log}'.")
-
-
-def train(config: str, work: Path, *options) -> float:
-    """Train, unless an earlier run of this program has; the minutes that it took."""
-    finished = work / 'finished'
-    if not finished.exists():
-        began = time.time()
-        run(
-            work.with_suffix('.log'),
-            'tools/train.py',
-            CONFIGS / f'{config}.py',
-            '--work-dir',
-            work,
-            '--cfg-options',
-            *options,
-        )
-        finished.write_text(str((time.time() - began) / 60))
-    return float(finished.read_text())
-
-
-def curve(work: Path, key: str) -> List[float]:
-    """What a training logged, newest last."""
-    log = max(work.glob('*/vis_data/scalars.json'), key=lambda path: path.stat().st_mtime)
-    entries = map(json.loads, log.read_text().splitlines())
-    return [entry[key] for entry in entries if key in entry]
-
-
 def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
-    """Train all; the curves and what they took."""
-    classes, shapes = work / 'data' / 'classes', work / 'data' / 'shapes'
+    """Train all; return the curves and the minutes that each training took."""
+    minutes = {}
+
+    def train(config: str, name: str, *options) -> None:
+        finished = work / name / 'finished'
+        if not finished.exists():
+            began = time.time()
+            options += tuple(SMOKE[config].split()) if smoke else ()
+            arguments = CONFIGS / f'{config}.py', '--work-dir', work / name, '--cfg-options'
+            run_tool(work / f'{name}.log', 'tools/train.py', *arguments, *options)
+            finished.write_text(str((time.time() - began) / 60))
+        minutes[name] = round(float(finished.read_text()), 1)
+
+    def curve(name: str, key: str) -> List[float]:
+        return [row[key] for row in read_log(work / name) if key in row]
+
+    classes, coco = work / 'data' / 'classes', work / 'data' / 'shapes' / 'coco'
     print('== data', flush=True)
     make_classes(classes, dict(train=2, val=1) if smoke else dict(train=500, val=20))
-    run(
-        work / 'data.log',
-        'tools/make_shapes.py',
-        shapes,
-        '--train',
-        4 if smoke else 160,
-        '--val',
-        2 if smoke else 80,
-    )
-    took = dict(
-        pretraining=train(
-            'classifier',
-            work / 'classifier',
-            f'train_dataloader.dataset.data_root={classes}',
-            f'val_dataloader.dataset.data_root={classes}',
-            'randomness.seed=0',
-            *(SMOKE['classes'] if smoke else []),
-        )
-    )
-    result = dict(
-        top1=curve(work / 'classifier', 'accuracy/top1'),
-        loss=curve(work / 'classifier', 'loss'),
-        seeds=seeds,
+    counts = ['--train', 4, '--val', 2] if smoke else ['--train', 160, '--val', 80]
+    run_tool(work / 'data.log', 'tools/make_shapes.py', coco.parent, *counts)
+    train(
+        'classifier',
+        'classifier',
+        f'train_dataloader.dataset.data_root={classes}',
+        f'val_dataloader.dataset.data_root={classes}',
+        'randomness.seed=0',
     )
     checkpoint = max((work / 'classifier').glob('epoch_*.pth'), key=lambda p: p.stat().st_mtime)
-    coco = shapes / 'coco'
-    annotations = coco / 'annotations' / 'instances_val2017.json'
     for seed in seeds:
         for arm in ARMS:
-            took[f'{arm} {seed}'] = train(
+            train(
                 'mask_rcnn',
-                work / f'{arm}_{seed}',
+                f'{arm}_{seed}',
                 f'randomness.seed={seed}',
                 f'train_dataloader.dataset.data_root={coco}',
                 f'val_dataloader.dataset.data_root={coco}',
-                f'val_evaluator.ann_file={annotations}',
+                f"val_evaluator.ann_file={coco / 'annotations' / 'instances_val2017.json'}",
                 *([f'model.backbone.init_cfg.checkpoint={checkpoint}'] * (arm == 'pretrained')),
-                *(SMOKE['detection'] if smoke else []),
             )
-    for arm in ARMS:
-        result[arm] = {
-            key: [curve(work / f'{arm}_{seed}', key) for seed in seeds] for key in METRICS
-        }
-    return dict(result, minutes={name: round(spent, 1) for name, spent in took.items()})
+    return dict(
+        top1=curve('classifier', 'accuracy/top1'),
+        loss=curve('classifier', 'loss'),
+        seeds=seeds,
+        **{
+            arm: {key: [curve(f'{arm}_{seed}', key) for seed in seeds] for key in METRICS}
+            for arm in ARMS
+        },
+        minutes=minutes,
+    )
 
 
-def draw_curves(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout='constrained')
-    axes[0].plot(range(1, len(result['top1']) + 1), result['top1'], color='tab:green')
-    axes[0].set(title='pretraining: 16 classes', xlabel='epoch', ylabel='top-1 in %', ylim=(0, 100))
-    for axis, (key, name) in zip(axes[1:], METRICS.items()):
+def draw_result(result: dict, path: Path) -> None:
+    top1 = result['top1']
+    lines = [dict(x=range(1, len(top1) + 1), y=top1, label='16 classes')]
+    panels = [dict(title='pretraining', ylabel='top-1 in %', lines=lines)]
+    for key, name in METRICS.items():
+        lines = []
         for (arm, label), colour in zip(ARMS.items(), ('tab:blue', 'tab:orange')):
             curves = 100 * np.array(result[arm][key])
-            epochs = range(1, curves.shape[1] + 1)
-            axis.plot(epochs, curves.T, color=colour, linewidth=0.8, alpha=0.6)
-            axis.plot(epochs, curves.mean(0), color=colour, linewidth=2.5, label=label)
-        axis.set(title=f'detection: {name}', xlabel='epoch', ylabel=f'{name} in %', ylim=(0, 100))
-        axis.legend(loc='lower right', frameon=False, title='thin lines: each seed')
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[['top', 'right']].set_visible(False)
-    figure.savefig(path, dpi=110)
+            x = range(1, curves.shape[1] + 1)
+            lines += [dict(x=x, y=curve, color=colour, linewidth=0.8) for curve in curves]
+            lines.append(dict(x=x, y=curves.mean(0), color=colour, linewidth=2.5, label=label))
+        panels.append(
+            dict(title='detection, mean and each seed', ylabel=f'{name} in %', lines=lines)
+        )
+    for panel in panels:
+        panel.update(xlabel='epoch', ylim=(0, 100))
+    draw_curves(path, panels, 3)
 
 
 def table(result: dict) -> str:
-    """Metrics on held-out images after each epoch: mean of all seeds, and the least and most."""
+    """Write the metrics on held-out images after each epoch: mean, minimum and maximum of seeds."""
+    heads = [f'{name} {label}' for name in METRICS.values() for label in ARMS.values()]
     lines = [
-        "Written by `python benchmarks/pretraining.py`. On held-out images, in %, after each "
+        'Written by `python benchmarks/pretraining.py`. On held-out images, in %, after each '
         f"epoch: mean of seeds {', '.join(map(str, result['seeds']))} (least to most).",
         '',
-        '| epoch | '
-        + ' | '.join(f'{name} {label}' for name in METRICS.values() for label in ARMS.values())
-        + ' |',
+        f"| epoch | {' | '.join(heads)} |",
         '|---' * 5 + '|',
     ]
     curves = [100 * np.array(result[arm][key]) for key in METRICS for arm in ARMS]
-    for epoch in range(curves[0].shape[1]):
-        cells = [
-            f'{values[:, epoch].mean():.1f} ({values[:, epoch].min():.1f} to '
-            f'{values[:, epoch].max():.1f})'
-            for values in curves
-        ]
-        lines.append(f"| {epoch + 1} | {' | '.join(cells)} |")
-    minutes = sum(result['minutes'].values())
-    return '\n'.join(
-        [
-            *lines,
-            '',
-            f"Pretraining ended with top-1 {result['top1'][-1]:.1f} of 16 "
-            f'classes. All trainings took {minutes:.0f} minutes.',
-            '',
-        ]
-    )
+    for epoch, values in enumerate(zip(*(curve.T for curve in curves)), start=1):
+        cells = (f'{v.mean():.1f} ({v.min():.1f} to {v.max():.1f})' for v in values)
+        lines.append(f"| {epoch} | {' | '.join(cells)} |")
+    lines += [
+        '',
+        f"Pretraining ended with top-1 {result['top1'][-1]:.1f} of 16 classes. All trainings took "
+        f"{sum(result['minutes'].values()):.0f} minutes.",
+    ]
+    return '\n'.join(lines) + '\n'
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--out', type=Path, default=CONFIGS, help='folder for results.json, table.md and curves.png'
-    )
-    parser.add_argument(
-        '--work-dir',
-        type=Path,
-        default=ROOT / 'work_dirs' / 'pretraining',
-        help='folder for data, logs and checkpoints',
-    )
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='of detection')
-    parser.add_argument(
-        '--smoke',
-        action='store_true',
-        help='try the script on next to no data; its figures mean nothing',
-    )
+    add, work = parser.add_argument, ROOT / 'work_dirs' / 'pretraining'
+    add('--out', type=Path, default=CONFIGS, help='folder for the results')
+    add('--work-dir', type=Path, default=work, help='folder for data, logs and checkpoints')
+    add('--seeds', type=int, nargs='+', default=[0, 1], help='of detection')
+    add('--smoke', action='store_true', help='try the script; its figures mean nothing')
     args = parser.parse_args()
     for folder in (args.out, args.work_dir):
         folder.mkdir(parents=True, exist_ok=True)
     result = measure(args.work_dir.absolute(), args.seeds, args.smoke)
     (args.out / 'results.json').write_text(json.dumps(result, indent=1) + '\n')
     (args.out / 'table.md').write_text(table(result))
-    draw_curves(result, args.out / 'curves.png')
+    draw_result(result, args.out / 'curves.png')
     print(f"\n{table(result)}\nwritten to '{args.out}'")
 
 

@@ -32,7 +32,12 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__version__ = '999.0'  # new enough
         registry = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
         known = dict(BaseModule=BaseModule, MODULE2PACKAGE={}, print_log=lambda *args: print(*args))
-        known.update(MODELS=registry, HOOKS=registry, DropPath=lambda probability: nn.Identity())
+        known.update(
+            MODELS=registry,
+            HOOKS=registry,
+            FUNCTIONS=registry,
+            DropPath=lambda probability: nn.Identity(),
+        )
 
         def lookup(name):
             if name.startswith('__'):
@@ -58,5 +63,7 @@ def replace_missing() -> list:
             sys.meta_path.insert(0, StandIns(package))
             missing.append(package)
     if missing:  # the engine asks more of them, and is not needed to run a model
-        sys.modules['crossformer_mm.engine'] = types.ModuleType('crossformer_mm.engine')
+        engine = types.ModuleType('crossformer_mm.engine')
+        engine.runner = types.SimpleNamespace(ADDED_HOOKS=[])
+        sys.modules['crossformer_mm.engine'] = engine
     return missing

@@ -12,10 +12,9 @@ from crossformer_mm.checkpoint import CheckpointError
 from crossformer_mm.engine import DataError
 
 from .test_predict import predict as run_tool
-from .test_resume import assert_same_training
 from .test_tools import ROOT, Marker
 from .tool_process import run_as_main
-from .trainings import ONE_STAGE, make_data, write_config
+from .trainings import ONE_STAGE, assert_same_training, make_data, write_config
 
 MMDETECTIONS = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
 NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)

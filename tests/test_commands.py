@@ -57,8 +57,6 @@ SHORTER = {
         'none',
         '--seeds',
         '1',
-        '--workers',
-        '1',
     ],
     'tools/sweep_groups.py': [
         '--group-size',

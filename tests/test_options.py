@@ -43,7 +43,6 @@ RETINANET = 'configs/retinanet/cf_s_1x.py'
         ('get_flops.py', [DETECTOR, '--device', 'cuda'], 'unrecognized arguments: --device cuda'),
         ('publish_model.py', ['x.pth', 'y.pth', '-z'], 'unrecognized arguments: -z'),
         ('make_shapes.py', ['x', '--test', '3'], 'unrecognized arguments: --test 3'),
-        ('write_model_zoo.py', ['--verify'], 'unrecognized arguments: --verify'),
         ('demo.py', ['--fast'], 'unrecognized arguments: --fast'),
         # wrong
         ('train.py', [DETECTOR, '--launcher', 'torch'], "invalid choice: 'torch'"),
@@ -108,6 +107,14 @@ RETINANET = 'configs/retinanet/cf_s_1x.py'
 )
 def test_what_cannot_work_is_said_in_one_sentence(capsys, monkeypatch, tool, arguments, expected):
     assert expected in sentence(capsys, monkeypatch, tool, *arguments)
+
+
+def test_a_demo_that_cannot_write_says_so_in_one_sentence(tmp_path, capsys):
+    (tmp_path / 'work_dirs').touch()
+    assert run_here(tmp_path, 'demo.py') == 2
+    assert capsys.readouterr().err == (
+        "error: work folder: 'work_dirs/demo' cannot be written: Not a directory.\n"
+    )
 
 
 @pytest.mark.parametrize(

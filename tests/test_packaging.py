@@ -175,7 +175,7 @@ def test_wheel_has_every_config_and_tool(wheel):
         )
         for path in ROOT.glob(pattern)
     }
-    assert inside == there - {'tools/write_model_zoo.py'}
+    assert inside == there
 
 
 @pytest.mark.skipif(

@@ -127,24 +127,14 @@ def study(*arguments) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['study.py', *map(str, arguments)])
-        study.main()
+        study.run(study.main)
 
 
 @pytest.fixture(scope='module')
 def short(tmp_path_factory):
     """The study in short has run: a detector with two options, trained at one size."""
     folder = tmp_path_factory.mktemp('study')
-    options = (
-        '--short',
-        '--out',
-        folder / 'out',
-        '--report-to',
-        folder / 'results',
-        '--workers',
-        1,
-        '--seeds',
-        1,
-    )
+    options = ('--short', '--out', folder / 'out', '--report-to', folder / 'results', '--seeds', 1)
     study(
         *options,
         '--experiments',
@@ -177,8 +167,6 @@ def test_the_short_form_runs_to_its_report(short):
         assert all(0 <= score <= 100 for score in run['scores'].values()) and run['loss'] > 0
     table = (folder / 'results/table.md').read_text()
     assert '| scaled x1.5 |' in table and '| minus dynamic | relative |' in table
-    for picture in ('instance.png', 'group_sizes.png'):
-        assert (folder / 'results' / picture).stat().st_size > 5000
 
 
 def test_again_it_does_what_is_left(short, capsys):
@@ -196,11 +184,10 @@ def test_again_it_does_what_is_left(short, capsys):
 
 
 def test_training_at_mixed_sizes_draws_a_size_for_each_batch(short):
-    """And each training at one size keeps to it."""
+    """Each training at one size keeps to it."""
     import study as module
     from mmengine.registry import HOOKS
 
-    module.register_hook()
     resize = type('Resize', (), {})()
     pipeline = SimpleNamespace(transforms=[object(), resize])
     runner = SimpleNamespace(

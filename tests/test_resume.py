@@ -10,12 +10,19 @@ import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import runner
-from crossformer_mm.engine.atomic_checkpoints import whole_content
+from crossformer_mm.engine.whole_files import whole_content
 
 from .test_predict import run_here
 from .test_tools import sentence
-from .tool_process import ToolProcess
-from .trainings import DETECTOR, ONE_STAGE, SEGMENTOR, make_data, write_config
+from .trainings import (
+    DETECTOR,
+    ONE_STAGE,
+    SEGMENTOR,
+    assert_same_training,
+    make_data,
+    train,
+    write_config,
+)
 
 NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 
@@ -23,10 +30,6 @@ NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     return make_data(tmp_path_factory.mktemp('data') / 'shapes')
-
-
-def train(folder: Path, config: Path, *options) -> ToolProcess:
-    return ToolProcess(folder / 'log.txt', 'tools/train.py', config, '--work-dir', folder, *options)
 
 
 @pytest.fixture(scope='module', params=[DETECTOR, SEGMENTOR], ids=['detector', 'segmentor'])
@@ -37,33 +40,6 @@ def uninterrupted(request, data, tmp_path_factory):
     process = train(folder, config)
     assert process.wait() == 0, process.output[-3000:]
     return request.param, config, folder
-
-
-def assert_same_training(one: Path, other: Path) -> None:
-    """Check that two checkpoints agree to the bit, in all that a training resumes from."""
-
-    def leaves(part, name=''):
-        if isinstance(part, dict):
-            for key, value in part.items():
-                yield from leaves(value, f'{name}.{key}')
-        elif isinstance(part, (list, tuple)):
-            for index, value in enumerate(part):
-                yield from leaves(value, f'{name}.{index}')
-        else:
-            yield name, part
-
-    one, other = read_checkpoint(str(one)), read_checkpoint(str(other))
-    assert one.keys() == other.keys() and {'state_dict', 'optimizer'} <= one.keys()
-    for key in one.keys() - {'meta', 'message_hub'}:  # paths, times, the log
-        mine, theirs = dict(leaves(one[key])), dict(leaves(other[key]))
-        assert mine.keys() == theirs.keys()
-        for name, value in mine.items():
-            same = (
-                torch.equal(value, theirs[name])
-                if isinstance(value, torch.Tensor)
-                else value == theirs[name]
-            )
-            assert same, f'{key}{name}'
 
 
 def test_a_killed_training_ends_with_the_same_weights(uninterrupted, tmp_path):

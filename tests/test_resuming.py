@@ -17,9 +17,8 @@ from crossformer_mm.checkpoint import read_checkpoint
 
 from .test_predict import predict as run_tool
 from .test_predict import run_here
-from .test_resume import assert_same_training
 from .test_tools import sentence
-from .trainings import ONE_STAGE, make_data, write_config
+from .trainings import ONE_STAGE, assert_same_training, make_data, write_config
 
 
 @METRICS.register_module(force=True)

@@ -47,10 +47,7 @@ FORMER_ARROWS = {
     'crossformer_mm.export.smaller -> crossformer_mm.engine.command_line',
     'tools.export -> tools.run_onnx',
 }
-FORMER_CIRCLES = {
-    ('crossformer_mm.export.any_size', 'crossformer_mm.export.operators'),
-    ('crossformer_mm.kernels.fused', 'crossformer_mm.kernels.fused_triton'),
-}
+FORMER_CIRCLES = {('crossformer_mm.export.any_size', 'crossformer_mm.export.operators')}
 FORMER_ENDS = {'crossformer_mm.engine.errors'}
 # Imports whose target is not written where they are made, with the reason.
 UNKNOWN_TARGETS = {

@@ -25,7 +25,8 @@ def test_memory_stays_flat():
     assert float(done.stdout.splitlines()[-1]) < 0.04
 
 
-def test_what_a_kill_has_left_is_counted(tmp_path):
+def test_what_a_kill_has_left_is_counted(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
     soak = load_script(ROOT / 'benchmarks' / 'soak.py')
     assert soak.newest(tmp_path) == 0
     for number in (1, 9, 10):

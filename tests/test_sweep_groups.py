@@ -9,9 +9,13 @@ import cv2
 import pytest
 from mmengine.config import Config
 
+from crossformer_mm import CrossFormer
+from crossformer_mm.flops import count
+from crossformer_mm.sweep.report import pareto
+from crossformer_mm.sweep.settings import caution, settings_of
+
 from .test_predict import CLASSES, random_model, run_here
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, metrics, sentence
-from .tool_process import load_script
 from .trainings import make_data
 
 OTHER = ['--group-size', '3,3,2,2']
@@ -34,12 +38,6 @@ def detector(tmp_path_factory) -> Path:
         tmp_path_factory.mktemp('detector') / 'detector.pth',
         dict(dataset_meta=dict(CLASSES=CLASSES)),
     )
-
-
-@pytest.fixture
-def tool():
-    """The tool as a module."""
-    return load_script(ROOT / 'tools/sweep_groups.py')
 
 
 def read(out: Path) -> list:
@@ -115,7 +113,7 @@ def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
     ]
 
 
-def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_path, tool):
+def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_path):
     assert (
         run_here(
             ROOT,
@@ -147,7 +145,7 @@ def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_pat
     for name, value in result['metrics'].items():
         assert value == pytest.approx(expected[name], abs=1e-9), name
     # Images are padded to multiples of 32.
-    counted = tool.count(Config.fromfile(ROOT / DETECTOR), (128, 128))['parts']
+    counted = count(Config.fromfile(ROOT / DETECTOR), (128, 128))['parts']
     assert result['shape'] == [128, 128] and result['backbone_flops'] == sum(
         part['flops'] for name, part in counted.items() if name.startswith('backbone.')
     )
@@ -166,9 +164,24 @@ def test_a_metric_that_is_not_there_is_said(shapes, segmentor, tmp_path, capsys)
         )
         == 2
     )
-    assert "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'" in (
-        capsys.readouterr().err
-    )
+    said = "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'"
+    assert said in capsys.readouterr().err
+    left = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    assert left['refused'] and left['error'].startswith(said)
+
+
+def test_an_error_of_a_process_keeps_its_traceback_and_reaches_the_table(
+    shapes, segmentor, tmp_path, capsys, monkeypatch
+):
+    def broken(*_):
+        raise RuntimeError('out of\nmemory')
+
+    monkeypatch.setattr(CrossFormer, 'forward', broken)
+    arguments = SEGMENTOR, segmentor, '--data-root', shapes / 'ade', *task(tmp_path / 'task', 1)
+    assert run_here(ROOT, 'sweep_groups.py', *arguments) == 1
+    assert 'Traceback' in capsys.readouterr().err
+    left = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    assert left == dict(error='RuntimeError: out of memory', refused=False)
 
 
 def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
@@ -194,10 +207,11 @@ def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
 
 
 class Processes:
-    """In place of ``subprocess.run``: processes that say what they are told to.
+    """Stands for ``subprocess.run``.
 
     Args:
-        answers: for each in turn a result, an exit status, or an exception.
+        answers: for each process in turn the result that it leaves, or its exit status without
+            one, or an exception that is raised while it runs.
     """
 
     def __init__(self, *answers):
@@ -207,13 +221,11 @@ class Processes:
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
-        status = answer if isinstance(answer, int) else 0
-        if not status:
-            folder = json.loads(command[command.index('--task') + 1])['folder']
-            Path(folder, 'result.json').write_text(json.dumps(answer))
-        else:
-            print('a warning\nerror: the disk is on fire.', file=stderr)
-        return subprocess.CompletedProcess(command, status)
+        if isinstance(answer, int):
+            return subprocess.CompletedProcess(command, answer)
+        folder = json.loads(command[command.index('--task') + 1])['folder']
+        Path(folder, 'result.json').write_text(json.dumps(answer))
+        return subprocess.CompletedProcess(command, 1 if 'error' in answer else 0)
 
 
 @pytest.fixture
@@ -251,12 +263,17 @@ def answer(miou: float, seconds: float, memory=2**30) -> dict:
     )
 
 
+def failure(refused: bool) -> dict:
+    return dict(error='error: the disk is on fire.', refused=refused)
+
+
 def test_a_setting_that_fails_is_reported_and_the_others_go_on(sweep, tmp_path, capsys):
     arguments = ['--group-size', '7,7,7,7', '14,14,7,7', '--lda', 'interval', 'block']
-    assert sweep(answer(40, 1), -9, 1, answer(39, 0.5), arguments=arguments) == 1
+    answers = answer(40, 1), -9, failure(refused=True), answer(39, 0.5)
+    assert sweep(*answers, arguments=arguments) == 1
     printed = capsys.readouterr().out
     assert 'signal 9' in printed
-    assert 'failed: the disk is on fire' in printed and '500.0 ms' in printed
+    assert 'failed: error: the disk is on fire' in printed and '500.0 ms' in printed
     assert [list(result)[-1] for result in read(tmp_path / 'sweep')].count('error') == 2
     assert (tmp_path / 'sweep' / 'sweep.png').is_file()
     # Only those that failed are tried again.
@@ -273,8 +290,8 @@ def test_an_interrupted_sweep_keeps_what_it_has(sweep, tmp_path, capsys):
 
 
 def test_a_model_that_is_refused_ends_the_sweep(sweep, tmp_path, capsys):
-    assert sweep(2, arguments=OTHER) == 2
-    assert capsys.readouterr().err.endswith('error: the disk is on fire.\n')
+    assert sweep(failure(refused=True), arguments=OTHER) == 2
+    assert capsys.readouterr().err.endswith('error: error: the disk is on fire.\n')
     assert not (tmp_path / 'sweep' / 'sweep.json').exists()
 
 
@@ -286,10 +303,9 @@ def test_results_of_another_model_or_other_data_are_kept(sweep, tmp_path, capsys
     assert (tmp_path / 'sweep' / 'sweep.json').read_bytes() == before
 
 
-def test_the_grid_around_the_config(tool, monkeypatch):
-    monkeypatch.setattr('sys.argv', ['sweep_groups.py', SEGMENTOR, 'x.pth'])
-    args, cfg = tool.parse_args(), Config.fromfile(ROOT / SEGMENTOR)
-    settings = tool.settings_of(args, cfg)
+def test_the_grid_around_the_config():
+    backbone = Config.fromfile(ROOT / SEGMENTOR).model.backbone
+    settings = settings_of(backbone)
     assert settings[0] == dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
     assert Counter(setting['group_size'] for setting in settings) == {
         (7, 7, 7, 7): 3,
@@ -300,21 +316,22 @@ def test_the_grid_around_the_config(tool, monkeypatch):
         (16, 8, 2, 1): 2,
         (4, 2, 2, 1): 2,
     }
-    args.lda = ['block']  # something is asked for: no more than that
-    assert [setting['lda'] for setting in tool.settings_of(args, cfg)] == ['interval', 'block']
+    # Something is asked for: no more than that.
+    only = settings_of(backbone, definitions=['block'])
+    assert [setting['lda'] for setting in only] == ['interval', 'block']
 
 
-def test_pareto_front(tool):
+def test_pareto_front():
     points = [(1, 5), (2, 5), (2, 7), (3, 6), (4, 9), (1, 4)]
-    assert tool.pareto(points) == [(1, 5), (2, 7), (4, 9)]
-    assert tool.pareto([]) == []
+    assert pareto(points) == [(1, 5), (2, 7), (4, 9)]
+    assert pareto([]) == []
 
 
-def test_other_position_biases_are_remarked_on(tool):
-    assert tool.caution(dict(type='CrossFormer')) is None
-    assert tool.caution(dict(position_bias='dynamic_residual')) is None
+def test_other_position_biases_are_remarked_on():
+    assert caution(dict(type='CrossFormer')) is None
+    assert caution(dict(position_bias='dynamic_residual')) is None
     for bias in ('relative', 'absolute', 'none'):
-        assert f"position_bias is '{bias}'" in tool.caution(dict(position_bias=bias))
+        assert f"position_bias is '{bias}'" in caution(dict(position_bias=bias))
 
 
 @pytest.mark.parametrize(

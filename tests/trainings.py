@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
-from .tool_process import ROOT, load_script
+import torch
+
+from crossformer_mm.checkpoint import read_checkpoint
+
+from .tool_process import ROOT, ToolProcess, load_script
 
 
 class Training(NamedTuple):
@@ -129,3 +133,35 @@ def write_config(kind: Training, path: Path, data: Path, **changes) -> Path:
     added = ''.join(f'{name} = {value!r}\n' for name, value in changes.items())
     path.write_text(f'{kind.config}{added}'.replace('DATA', repr(str(data))))
     return path
+
+
+def train(folder: Path, config: Path, *options) -> ToolProcess:
+    """Start a training in a folder."""
+    return ToolProcess(folder / 'log.txt', 'tools/train.py', config, '--work-dir', folder, *options)
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Assert that two checkpoints agree to the bit in all that a resumed training depends on."""
+
+    def leaves(part, name=''):
+        if isinstance(part, dict):
+            for key, value in part.items():
+                yield from leaves(value, f'{name}.{key}')
+        elif isinstance(part, (list, tuple)):
+            for index, value in enumerate(part):
+                yield from leaves(value, f'{name}.{index}')
+        else:
+            yield name, part
+
+    one, other = read_checkpoint(str(one)), read_checkpoint(str(other))
+    assert one.keys() == other.keys() and {'state_dict', 'optimizer'} <= one.keys()
+    for key in one.keys() - {'meta', 'message_hub'}:  # paths, times, the log
+        mine, theirs = dict(leaves(one[key])), dict(leaves(other[key]))
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            same = (
+                torch.equal(value, theirs[name])
+                if isinstance(value, torch.Tensor)
+                else value == theirs[name]
+            )
+            assert same, f'{key}{name}'

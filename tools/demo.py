@@ -2,7 +2,7 @@
 
     python tools/demo.py
 
-Run again, it reuses the data set and goes on from the newest checkpoints.
+Run again, it reuses the data set and resumes from the newest checkpoints.
 """
 
 import argparse
@@ -15,17 +15,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from crossformer_mm.engine.command_line import check_writable
+from crossformer_mm.engine.command_line import run
+from crossformer_mm.files import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path('work_dirs/demo')
 
-# Per config: the metrics that the demo is judged by, and the marks to reach, in percent.
+# The metrics of each config, and the marks that the demo must reach, in percent.
 MARKS = {
     'mask_rcnn': {'coco/bbox_mAP_50': ('box AP50', 70), 'coco/segm_mAP_50': ('mask AP50', 70)},
     'upernet': {'mIoU': ('mIoU', 70)},
 }
-# What is shown of a log that also lists the environment and the whole config.
+# Lines to show of a log that also lists the environment and the config.
 SHOWN = (
     'Iter(train)',
     'Epoch(train)',
@@ -37,8 +38,8 @@ SHOWN = (
 )
 
 
-def run(title: str, *command: str) -> None:
-    """Run a tool, showing its progress; end the demo if it fails."""
+def run_tool(title: str, *command: str) -> None:
+    """Run a tool and show its progress; end the demo if it fails."""
     print(f'\n== {title}\n   {" ".join(command)}', flush=True)
     log = WORK / 'demo.log'
     with (
@@ -59,7 +60,7 @@ def run(title: str, *command: str) -> None:
                 print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
     if process.returncode:
         print(''.join(lines[-15:]), file=sys.stderr)
-        sys.exit(f"error: '{' '.join(command)}' failed, its whole output is in '{log}'.")
+        sys.exit(f"error: '{' '.join(command)}' failed, its output is in '{log}'.")
 
 
 def newest(pattern: str) -> Path:
@@ -67,7 +68,7 @@ def newest(pattern: str) -> Path:
 
 
 def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> None:
-    """Join pictures of equal shape into one file, ground truth left, prediction right in each."""
+    """Join pictures into one file; in each, the ground truth is left of the prediction."""
     images = [cv2.imread(str(picture)) for picture in pictures]
     images = [
         cv2.resize(
@@ -88,7 +89,7 @@ def main():
     argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0]).parse_args()
     started = time.time()
     check_writable('work folder', WORK)
-    run(
+    run_tool(
         'Data: shapes on clutter, 400 images to train on and 100 held out',
         str(ROOT / 'tools/make_shapes.py'),
         'data/shapes',
@@ -96,9 +97,9 @@ def main():
     report, pictures = [], []
     for name, metrics in MARKS.items():
         config = str(ROOT / f'configs/demo/{name}_shapes.py')
-        run(f'Training {name}', str(ROOT / 'tools/train.py'), config, '--resume')
+        run_tool(f'Training {name}', str(ROOT / 'tools/train.py'), config, '--resume')
         checkpoint = (WORK / name / 'last_checkpoint').read_text().strip()
-        run(
+        run_tool(
             f'Evaluating {name} on the held-out images',
             str(ROOT / 'tools/test.py'),
             config,
@@ -120,9 +121,9 @@ def main():
     for label, value, mark in report:
         verdict = 'reached' if value >= mark else 'MISSED'
         print(f'   {label:22} {value:5.1f}   mark {mark}   {verdict}')
-    print('   ground truth beside prediction: ' + ', '.join(str(path) for path in pictures))
+    print('   ground truth next to prediction: ' + ', '.join(str(path) for path in pictures))
     sys.exit(any(value < mark for _, value, mark in report))
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

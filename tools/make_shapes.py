@@ -2,9 +2,8 @@
 
     python tools/make_shapes.py data/shapes
 
-The same images, instances and label maps in both: ``DIR/coco`` has the layout
-of COCO 2017, ``DIR/ade`` that of ADEChallengeData2016. The same arguments give
-the same files.
+Both hold the same images, instances and label maps: ``DIR/coco`` has the layout of COCO 2017,
+``DIR/ade`` that of ADEChallengeData2016. The same arguments give the same files.
 """
 
 import argparse
@@ -17,14 +16,15 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from crossformer_mm.engine.errors import fail
+from crossformer_mm.engine.command_line import run
+from crossformer_mm.errors import UserError
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
-MIN_VISIBLE = 0.4  # a shape hidden more than this is no object
+MIN_VISIBLE = 0.4  # shapes of which less is visible are no objects
 
 
 def polygon(kind: str, radius: float, angle: float) -> np.ndarray:
-    """Corners (N, 2) of a shape around the origin, turned by ``angle`` in radians."""
+    """Return the corners (N, 2) of a shape around the origin, turned by ``angle`` in radians."""
     corners = {'disk': 48, 'square': 4, 'triangle': 3, 'star': 10}[kind]
     angles = angle + np.arange(corners) * 2 * np.pi / corners
     radii = np.where(np.arange(corners) % 2, 0.45, 1.0) if kind == 'star' else np.ones(corners)
@@ -32,7 +32,7 @@ def polygon(kind: str, radius: float, angle: float) -> np.ndarray:
 
 
 def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarray:
-    """Where a shape has its darker colour, (size, size) bool: a pattern for each class."""
+    """Return the mask (size, size) of a shape's darker colour: a pattern for each class."""
     rows, columns = np.mgrid[:size, :size]
     x, y = columns - centre[0], rows - centre[1]
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -46,7 +46,7 @@ def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarra
 
 
 def clutter(rng: np.random.Generator, size: int, unit: int) -> np.ndarray:
-    """A background (size, size, 3) of pale, noisy colours with bright lines and dots on it."""
+    """Draw a background (size, size, 3) of pale, noisy colours with bright lines and dots."""
     cells = max(round(4 * size / unit), 1)
     image = cv2.resize(
         rng.uniform(90, 190, (cells, cells, 1)) + rng.uniform(-25, 25, (cells, cells, 3)),
@@ -57,7 +57,7 @@ def clutter(rng: np.random.Generator, size: int, unit: int) -> np.ndarray:
     density = (size / unit) ** 2
     for _ in range(round(rng.integers(4, 10) * density)):
         ends = rng.integers(0, unit, (2, 2))
-        if size != unit:  # as long as in an image of side unit, somewhere
+        if size != unit:  # as long as in an image of side unit
             ends += rng.integers(min(size - unit, 0), max(size - unit, 0) + 1, 2)
         start, end = ends.tolist()
         cv2.line(image, start, end, bright_colour(rng), int(rng.integers(1, 3)), cv2.LINE_AA)
@@ -68,24 +68,24 @@ def clutter(rng: np.random.Generator, size: int, unit: int) -> np.ndarray:
 
 
 def bright_colour(rng: np.random.Generator, kind: Optional[int] = None) -> list:
-    """A saturated colour in BGR, of any hue or of one that is likely for a class."""
+    """Draw a saturated colour in BGR, of any hue or of one that is likely for a class."""
     hue = rng.integers(180) if kind is None else rng.normal(180 * kind / len(CLASSES), 15) % 180
     hsv = np.array([[[hue, rng.integers(150, 256), rng.integers(150, 256)]]])
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR)[0, 0].tolist()
 
 
 def scene(rng: np.random.Generator, size: int, unit: Optional[int] = None):
-    """One image with its visible objects.
+    """Draw one image with its objects.
 
     Args:
-        rng: where what is random comes from.
+        rng: random number generator.
         size: side of the image in pixels.
-        unit: side of the image that objects, their number for an area and the clutter are made
-            for; None: ``size``. Another one gives a part, or a continuation, of such an image.
+        unit: the size of objects, their number per area and the clutter are those of an image with
+            this side; None: ``size``.
 
     Returns:
-        tuple: image (size, size, 3) uint8; a list of (class index, mask (size,
-        size) bool) whose masks do not overlap.
+        tuple: image (size, size, 3) uint8; a list of (class index, mask (size, size) bool) of the
+        visible objects, whose masks do not overlap.
     """
     unit = unit or size
     image = clutter(rng, size, unit)
@@ -111,12 +111,12 @@ def scene(rng: np.random.Generator, size: int, unit: Optional[int] = None):
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write a file; unlike ``cv2.imwrite``, a full disk is an OSError."""
+    """Write a file; unlike ``cv2.imwrite``, raise an OSError if the disk is full."""
     path.write_bytes(cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
 
 
 def write_split(folder: Path, split: str, count: int, size: int, seed: int, draw=scene) -> None:
-    """Images that ``draw(rng, size)`` returns, see :func:`scene`, in both layouts."""
+    """Write images that ``draw(rng, size)`` returns, as :func:`scene` does, in both layouts."""
     coco_images = folder / 'coco' / f'{split}2017'
     ade_split = {'train': 'training', 'val': 'validation'}[split]
     ade_images = folder / 'ade' / 'images' / ade_split
@@ -178,7 +178,7 @@ def parse_args():
 def main():
     args = parse_args()
     made_with = dict(train=args.train, val=args.val, size=args.size, seed=args.seed)
-    stamp = args.out / 'made_with.json'  # written last: a set without it is not whole
+    stamp = args.out / 'made_with.json'  # written last: a set without it is incomplete
     if stamp.is_file() and stamp.read_text() == json.dumps(made_with):
         print(f"'{args.out}' is there already")
         return
@@ -190,8 +190,8 @@ def main():
         write_split(args.out, 'val', args.val, args.size, args.seed)
         stamp.write_text(json.dumps(made_with))
     except OSError as error:
-        fail(f"out: '{args.out}' could not be written: {error.strerror}.")
+        raise UserError(f"out: '{args.out}' could not be written: {error.strerror}.") from None
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

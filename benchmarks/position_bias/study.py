@@ -4,8 +4,8 @@
 
 Trains small models with each position option on generated images of one size, or of mixed sizes,
 and tests them at 0.5 to 3 times that size, with objects scaled along or not, and with other group
-sizes. Each finished training leaves one file; the same command again goes on where it was ended.
-``--report`` only gathers what is there. README.md has the results.
+sizes. Each finished training leaves one file; run again, the command resumes, and ``--report`` only
+gathers these files. README.md has the results.
 """
 
 import argparse
@@ -14,27 +14,41 @@ import copy
 import functools
 import itertools
 import json
-import multiprocessing
+import logging
 import os
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import warnings
 from pathlib import Path
 from typing import NamedTuple, Tuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, init_default_scope
+from mmengine.runner import Runner, TestLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools'), str(HERE)]
 
+import make_shapes  # noqa: E402
+import pairs_of_disks  # noqa: E402
 from experiments import EXPERIMENTS, MIXED, OPTIONS, SIDE, TRAININGS, Experiment, Test  # noqa: E402
 from report import write_report  # noqa: E402
 
-from crossformer_mm.engine.errors import fail  # noqa: E402
+from crossformer_mm.engine.command_line import prepare_for_cpu, replace_data_root, run  # noqa: E402
+from crossformer_mm.errors import UserError  # noqa: E402
+from crossformer_mm.files import check_writable, write_whole  # noqa: E402
+from crossformer_mm.position_bias import NoPositionBias  # noqa: E402
+
+SCENES = {'shapes': make_shapes.scene, 'pairs': pairs_of_disks.scene}
 
 
 class Plan(NamedTuple):
-    """What the results depend on, next to the configs."""
+    """Sizes and numbers that the results depend on, next to the configs."""
 
     iterations: Tuple[Tuple[str, int], ...] = (
         ('semantic', 200),
@@ -52,13 +66,9 @@ SHORT = Plan(tuple((name, 4) for name in EXPERIMENTS), 16, 4, (1, 1.5), (0.75,))
 
 
 def tests(plan: Plan) -> list:
-    """Every evaluation of a trained model."""
-    sizes = [
-        Test(way, factor)
-        for way in ('scaled', 'canvas')
-        for factor in plan.factors
-        if factor != 1 or way == 'scaled'
-    ]  # at 1 they are the same
+    """List the evaluations of a trained model."""
+    sizes = [Test('scaled', factor) for factor in plan.factors]
+    sizes += [Test('canvas', factor) for factor in plan.factors if factor != 1]
     groups = [Test('scaled', 1, factor) for factor in plan.group_factors]
     # Groups that grow with the objects, and intervals that grow with the canvas.
     groups += [Test('scaled', 2, 2)] if 2 in plan.factors else []
@@ -88,13 +98,8 @@ def data_folder(out: Path, images: str, side: int) -> Path:
 
 
 def make_data(out: Path, plan: Plan, images: str) -> None:
-    """Training images, and test images of each size, with objects of the same size in pixels."""
-    import make_shapes
-    import pairs_of_disks
-
-    draw = functools.partial(
-        {'shapes': make_shapes.scene, 'pairs': pairs_of_disks.scene}[images], unit=SIDE
-    )
+    """Write training images, and test images of each size with objects of the same size."""
+    draw = functools.partial(SCENES[images], unit=SIDE)
     for factor in plan.factors:
         folder = data_folder(out, images, round(SIDE * factor))
         if (folder / 'made').exists():
@@ -108,18 +113,17 @@ def make_data(out: Path, plan: Plan, images: str) -> None:
         (folder / 'made').touch()
 
 
-def read_config(out: Path, plan: Plan, job: Job):
-    """The config of a training."""
-    from mmengine.config import Config
-
-    from crossformer_mm.engine.command_line import prepare_for_cpu
-
+def read_config(out: Path, plan: Plan, job: Job) -> Config:
+    """Return the config of a training."""
     experiment = EXPERIMENTS[job.experiment]
     cfg = Config.fromfile(HERE / experiment.config)
     cfg.launcher = 'none'
     prepare_for_cpu(cfg)
     point_at(cfg, data_folder(out, experiment.images, SIDE))
     cfg.model.backbone.position_bias = job.option
+    if experiment.lr_mult:
+        for key in cfg.optim_wrapper.paramwise_cfg.custom_keys.values():
+            key.lr_mult = experiment.lr_mult
     iterations = dict(plan.iterations)[job.experiment]
     cfg.train_cfg.max_iters = iterations
     warm_up, decay = cfg.param_scheduler
@@ -137,46 +141,35 @@ def read_config(out: Path, plan: Plan, job: Job):
     return cfg
 
 
-def point_at(cfg, folder: Path) -> None:
-    """Let a config's data and metrics be those of a folder that make_shapes has written."""
-    from crossformer_mm.engine.command_line import replace_data_root
-
+def point_at(cfg: Config, folder: Path) -> None:
+    """Use data and metrics of a folder that make_shapes has written."""
     replace_data_root(cfg, str(folder / ('coco' if cfg.default_scope == 'mmdet' else 'ade')))
 
 
-def register_hook() -> None:
-    import numpy as np
-    from mmengine.hooks import Hook
-    from mmengine.registry import HOOKS
+@HOOKS.register_module(force=True)
+class MixedSizes(Hook):
+    """Give the images of each batch one of several sizes; needs ``num_workers=0``."""
 
-    @HOOKS.register_module(force=True)
-    class MixedSizes(Hook):
-        """Give the images of each batch one of several sizes; needs ``num_workers=0``."""
+    def __init__(self, sides):
+        self.sides = sides
 
-        def __init__(self, sides):
-            self.sides = sides
+    def before_train(self, runner) -> None:
+        self.random = np.random.default_rng(runner.seed)
+        pipeline = runner.train_dataloader.dataset.pipeline.transforms
+        (self.resize,) = [part for part in pipeline if type(part).__name__ == 'Resize']
+        self.after_train_iter(runner, 0)
 
-        def before_train(self, runner) -> None:
-            self.random = np.random.default_rng(runner.seed)
-            pipeline = runner.train_dataloader.dataset.pipeline.transforms
-            (self.resize,) = [part for part in pipeline if type(part).__name__ == 'Resize']
-            self.after_train_iter(runner, 0)
-
-        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-            side = int(self.random.choice(self.sides))
-            self.resize.scale = (side, side)
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        side = int(self.random.choice(self.sides))
+        self.resize.scale = (side, side)
 
 
 @contextlib.contextmanager
 def no_position(backbone):
-    """Meanwhile, attention has no bias and nothing is added to the first embedding."""
-    from torch.nn import Identity
-
-    from crossformer_mm.position_bias import NoPositionBias
-
+    """Give attention no bias and the first embedding no map inside this context."""
     attentions = [block.attn for stage in backbone.layers for block in stage.blocks]
     kept, position = [attention.pos for attention in attentions], backbone.absolute_pos
-    backbone.absolute_pos = Identity()
+    backbone.absolute_pos = torch.nn.Identity()
     for attention in attentions:
         attention.pos = NoPositionBias(attention.num_heads).to(attention.qkv.weight)
     yield
@@ -186,42 +179,26 @@ def no_position(backbone):
 
 
 def evaluate(runner, out: Path, experiment: Experiment, test: Test) -> float:
-    """The metric of a trained model, at other sizes and with other groups."""
-    from mmengine.runner import TestLoop
-
+    """Return the metric of a trained model at other sizes and with other groups."""
     cfg = copy.deepcopy(runner.cfg)
     side = round(SIDE * test.factor)
     point_at(cfg, data_folder(out, experiment.images, SIDE if test.way == 'scaled' else side))
     (resize,) = [part for part in cfg.test_dataloader.dataset.pipeline if part.type == 'Resize']
     resize.scale = (side, side)
-    backbone = runner.model.backbone
-    trained = cfg.model.backbone
+    backbone, trained = runner.model.backbone, cfg.model.backbone
     for stage, group_size, interval in zip(backbone.layers, trained.group_size, trained.interval):
         stage.group_size = round(group_size * test.group_factor)
         stage.interval = round(interval * test.interval_factor)
-    with contextlib.ExitStack() as stack:
-        if test.without_position:
-            stack.enter_context(no_position(backbone))
+    with no_position(backbone) if test.without_position else contextlib.nullcontext():
         metrics = TestLoop(runner, cfg.test_dataloader, cfg.test_evaluator).run()
     return round(float(metrics[experiment.metric]) * experiment.scale, 2)
 
 
 def run_job(out: Path, plan: Plan, job: Job) -> float:
-    """Train, evaluate and write the job's file; returns the CPU seconds that it took."""
-    import logging
-    import warnings
-
-    import torch
-    from mmengine.registry import init_default_scope
-    from mmengine.runner import Runner
-
-    from crossformer_mm.engine.command_line import write_whole
-
+    """Train, evaluate and write the job's file; return the CPU seconds that it took."""
     warnings.filterwarnings('ignore')
     torch.set_num_threads(1)
-    start = time.process_time()
-    experiment = EXPERIMENTS[job.experiment]
-    register_hook()
+    start, experiment = time.process_time(), EXPERIMENTS[job.experiment]
     with (
         open(os.devnull, 'w') as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -249,97 +226,50 @@ def run_job(out: Path, plan: Plan, job: Job) -> float:
     return took
 
 
-def check_plan(out: Path, plan: Plan) -> None:
-    """End the program if a folder holds results that were obtained otherwise."""
-    from crossformer_mm.engine.command_line import check_writable, write_whole
-
+def run_all(out: Path, plan: Plan, jobs: list) -> None:
+    """Run the jobs whose files are not there yet."""
     check_writable('--out', out)
     stamp, said = out / 'plan.json', json.dumps(plan._asdict())
     if stamp.is_file() and stamp.read_text() != said:
-        fail(
+        raise UserError(
             f"--out: '{out}' holds results of another plan, {stamp.read_text()}; name another "
             'folder.'
         )
     write_whole(stamp, said.encode())
-
-
-def outcomes(out: Path, plan: Plan, jobs: list, workers: int):
-    """Run jobs, and tell of each, as soon as it has ended, its seconds or its error."""
-    if workers == 1:
-        for job in jobs:
-            try:
-                yield job, run_job(out, plan, job), None
-            except Exception as error:
-                yield job, None, error
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
-        running = {pool.submit(run_job, out, plan, job): job for job in jobs}
-        for future in as_completed(running):
-            error = future.exception()
-            yield running[future], None if error else future.result(), error
-
-
-def run_all(out: Path, plan: Plan, jobs: list, workers: int) -> None:
-    """Run the jobs whose files are not there yet."""
-    check_plan(out, plan)
     left = [job for job in jobs if not (out / 'jobs' / f'{job.name}.json').is_file()]
     print(f'{len(jobs)} trainings, {len(jobs) - len(left)} of them done', flush=True)
     for images in sorted({EXPERIMENTS[job.experiment].images for job in left}):
         make_data(out, plan, images)
-    start, failed = time.time(), {}
-    for done, (job, seconds, error) in enumerate(outcomes(out, plan, left, workers), 1):
-        if error:
-            failed[job.name] = error
-        rate = (time.time() - start) / done
+    start = time.time()
+    for done, job in enumerate(left, 1):
+        seconds = run_job(out, plan, job)
+        minutes = (time.time() - start) / done * (len(left) - done) / 60
         print(
-            f'[{done}/{len(left)}] {job.name}: '
-            + (f'failed, {type(error).__name__}: {error}' if error else f'{seconds:.0f} s of CPU')
-            + f', {rate * (len(left) - done) / 60:.0f} minutes to go',
+            f'[{done}/{len(left)}] {job.name}: {seconds:.0f} s of CPU, {minutes:.0f} minutes to go',
             flush=True,
-        )
-    if failed:
-        fail(
-            f'{len(failed)} of {len(left)} trainings failed ({", ".join(failed)}); the same '
-            'command tries them again.'
         )
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--out',
-        type=Path,
-        help='folder for data and for the result of each '
-        'training (default: work_dirs/position_bias, with --short ..._short)',
+    add = parser.add_argument
+    add('--out', type=Path, help='folder for data and results (default: work_dirs/position_bias)')
+    add(
+        '--report-to', type=Path, help='folder for the report (default: results, next to this file)'
     )
-    parser.add_argument(
-        '--report-to',
-        type=Path,
-        help='folder for results.json, table.md and '
-        'pictures (default: results beside this file, with --short in --out)',
-    )
-    parser.add_argument('--report', action='store_true', help='gather what is there, no training')
-    parser.add_argument(
-        '--short', action='store_true', help='try the machinery: few images, iterations and sizes'
-    )
-    parser.add_argument('--workers', type=int, default=2, help='trainings at a time')
-    parser.add_argument('--seeds', type=int, default=5, help='trainings of each kind')
+    add('--report', action='store_true', help='gather what is there, no training')
+    add('--short', action='store_true', help='try the study: few images, iterations and sizes')
+    add('--seeds', type=int, default=5, help='trainings of each kind')
     for name, known in (
         ('experiments', tuple(EXPERIMENTS)),
         ('trainings', TRAININGS),
         ('options', OPTIONS),
     ):
-        parser.add_argument(
-            f'--{name}',
-            nargs='+',
-            choices=known,
-            default=known,
-            metavar='NAME',
-            help=f'of {", ".join(known)}',
-        )
+        said = f'of {", ".join(known)}'
+        add(f'--{name}', nargs='+', choices=known, default=known, metavar='NAME', help=said)
     args = parser.parse_args()
-    if min(args.workers, args.seeds) < 1:
-        parser.error('--workers and --seeds must be at least 1')
+    if args.seeds < 1:
+        parser.error('--seeds must be at least 1')
     args.out = args.out or Path('work_dirs/position_bias' + '_short' * args.short)
     args.report_to = args.report_to or (args.out if args.short else HERE) / 'results'
     return args
@@ -348,7 +278,7 @@ def parse_args():
 def main():
     args = parse_args()
     plan = SHORT if args.short else Plan()
-    # First one size, then mixed sizes; every seed for all before the next, whenever it is ended.
+    # One size, then mixed sizes; every seed for all before the next.
     jobs = [
         Job(seed, experiment, training, option)
         for training, seed, experiment, option in itertools.product(
@@ -357,14 +287,14 @@ def main():
         if option in EXPERIMENTS[experiment].options
     ]
     if not jobs:
-        fail(
+        raise UserError(
             f'--options: {", ".join(args.options)} is not part of --experiments '
             f'{", ".join(args.experiments)}.'
         )
     if not args.report:
-        run_all(args.out, plan, jobs, args.workers)
+        run_all(args.out, plan, jobs)
     write_report(args.out, args.report_to)
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

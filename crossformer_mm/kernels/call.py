@@ -10,6 +10,7 @@ from ..exact import active_transform
 from ..grouping import AxisRule, fit_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
+SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
 
 
 class Call(NamedTuple):

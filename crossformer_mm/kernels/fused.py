@@ -28,7 +28,6 @@ from ..grouping import AxisRule
 from .call import Call, why_not_compiled
 from .operator import map_operator
 
-SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
 HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..grouping import AxisRule
 from . import fused, plain
-from .call import Call, largest_group
+from .call import SMALL, Call, largest_group
 from .operator import map_operator
 
 # Largest errors, relative to the largest exact value. float32 may be multiplied in TF32.
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    small: bool  # groups of at most fused.SMALL members
+    small: bool  # groups of at most SMALL members
 
 
 # Of this process: which kernels work. The values that a model computes do not depend on it.
@@ -53,7 +53,7 @@ def is_trusted(call: Call) -> bool:
     A failure is a warning, also in MMEngine's log.
     """
     # A compiler keeps sides symbolic: its graph is for groups of both sizes.
-    small = (True, False) if call.members is None else (call.members <= fused.SMALL,)
+    small = (True, False) if call.members is None else (call.members <= SMALL,)
     return all([passes(call.device, call.dtype, call.head_dim, s, call.trains) for s in small])
 
 
@@ -142,7 +142,7 @@ def distrust(kind: Kind, fault: str) -> None:
     """Use the kernels of a kind no more, and say why."""
     if kind not in BROKEN:
         BROKEN[kind] = fault
-        size = f'at most {fused.SMALL}' if kind.small else f'more than {fused.SMALL}'
+        size = f'at most {SMALL}' if kind.small else f'more than {SMALL}'
         say(
             f'the fused attention of groups of {size} positions does not work on {kind.device} in '
             f'{kind.dtype}, the plain one is used ({fault})'
@@ -172,7 +172,7 @@ def with_fallback(kernel: Callable, fallback: Callable, qkv_at: int) -> Callable
 
     def run(*args):
         qkv, (rows, columns, heads, _) = args[qkv_at], args[-4:]
-        small = largest_group(qkv, rows, columns) <= fused.SMALL
+        small = largest_group(qkv, rows, columns) <= SMALL
         kind = Kind(qkv.device, qkv.dtype, qkv.shape[-1] // 3 // heads, small)
         if kind not in BROKEN:
             try:

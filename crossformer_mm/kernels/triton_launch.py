@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ..grouping import AxisRule, count_groups, fit_rule
-from .fused import SMALL
+from .call import SMALL
 from .triton_blocks import multiply
 
 # With TRITON_INTERPRET=1 Triton runs kernels in Python, on the CPU.

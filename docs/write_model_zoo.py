@@ -1,13 +1,11 @@
 """Write the model zoo from the configs, what their models cost, and docs/published.json.
 
-    python tools/write_model_zoo.py
+    python docs/write_model_zoo.py
 
 It writes docs/model_zoo.md and docs/model_zoo.zh.md, the table of configs in README.md and
 README_zh-CN.md, a metafile.yml for each method, and model-index.yml, which OpenMMLab's tools read.
-With --check it writes nothing and ends with an error if a file is not up to date.
 """
 
-import argparse
 import json
 import re
 import warnings
@@ -17,13 +15,12 @@ from typing import Dict, List, NamedTuple
 import yaml
 from mmengine.config import Config
 
-from crossformer_mm.engine.command_line import fail, run
 from crossformer_mm.flops import SHAPES, count
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
 PUBLISHED = ROOT / 'docs' / 'published.json'
-GENERATED = 'Written by tools/write_model_zoo.py'
+GENERATED = 'Written by docs/write_model_zoo.py'
 README_TABLE = re.compile(
     r"(\| (?:config \| published result|配置文件 \| 公布的结果) \|.*?\|\n\|---\|---\|---\|---\|\n)"
     r".*?(?=\n\n)",
@@ -32,13 +29,13 @@ README_TABLE = re.compile(
 
 
 class Words(NamedTuple):
-    """What the files say in one language.
+    """Texts of the written files in one language.
 
     Args:
-        suffix (str): of the names of its pages.
-        phrases (dict): what is translated inside a table's cells.
+        suffix (str): of the names of pages in this language.
+        phrases (dict): translations of phrases inside a table's cells.
         title, introduction, baselines (str): of the model zoo.
-        columns, baseline_columns (str): heads of its tables, up to the metrics.
+        columns, baseline_columns (str): heads of the tables, up to the metrics.
         heading (str): of a method, from ``method``, ``dataset``, ``height`` and ``width``.
         weights (str): head of the last column.
         none (str): where the authors offer no weights.
@@ -158,12 +155,12 @@ LANGUAGES = (ENGLISH, CHINESE)
 
 
 class Model:
-    """One config of the zoo beside its published results.
+    """One config of the zoo next to its published results.
 
     Args:
         name (str): the config below ``configs/``, without ``.py``.
         published (dict): all of ``docs/published.json``.
-        counted (dict): what :func:`get_flops.count` returns for it.
+        counted (dict): what :func:`crossformer_mm.flops.count` returns for it.
     """
 
     def __init__(self, name: str, published: dict, counted: dict):
@@ -182,7 +179,7 @@ class Model:
         return f"{self.paper['name']}-{self.size.upper()}"
 
     def weights(self, words: Words) -> str:
-        """Where the authors offer theirs."""
+        """Links to the authors' weights; empty if there are none."""
         offered = self.published.get('weights', {})
         links = []
         if 'google' in offered:
@@ -223,13 +220,13 @@ class Model:
 
 
 def read_models(counted: Dict[str, dict]) -> List[Model]:
-    """The models of the zoo, in the order of ``docs/published.json``."""
+    """Read the models of the zoo, in the order of ``docs/published.json``."""
     published = json.loads(PUBLISHED.read_text(encoding='utf-8'))
     return [Model(name, published, counted[name]) for name in published['models']]
 
 
 def count_all() -> Dict[str, dict]:
-    """What all models of the zoo and baselines cost, at the size of the published tables."""
+    """Count parameters and FLOPs of all models and baselines at the sizes of the published."""
     counted = {}
     published = json.loads(PUBLISHED.read_text(encoding='utf-8'))
     for name in (*published['models'], *published['baselines']):
@@ -239,7 +236,7 @@ def count_all() -> Dict[str, dict]:
 
 
 def by(models: List[Model], key) -> Dict[object, List[Model]]:
-    """Models in groups of the same ``key(model)``."""
+    """Group models by ``key(model)``."""
     groups = {}
     for model in models:
         groups.setdefault(key(model), []).append(model)
@@ -247,7 +244,7 @@ def by(models: List[Model], key) -> Dict[object, List[Model]]:
 
 
 def model_zoo(models: List[Model], counted: Dict[str, dict], words: Words) -> str:
-    """The text of docs/model_zoo.md in a language."""
+    """Return the text of docs/model_zoo.md in a language."""
     lines = [
         f'# {words.title}',
         '',
@@ -297,7 +294,7 @@ def model_zoo(models: List[Model], counted: Dict[str, dict], words: Words) -> st
 
 
 def baselines(counted: Dict[str, dict], words: Words) -> List[str]:
-    """The lines of docs/model_zoo.md on other backbones."""
+    """Return the lines of docs/model_zoo.md on other backbones."""
     lines = [words.baselines, '', f'| {words.baseline_columns} |', '|---' * 7 + '|']
     for name, row in json.loads(PUBLISHED.read_text(encoding='utf-8'))['baselines'].items():
         results = ', '.join(f'{value} {words(metric)}' for metric, value in row['results'].items())
@@ -315,7 +312,7 @@ def figure(value, unit: str) -> str:
 
 
 def readme_table(models: List[Model], words: Words) -> str:
-    """The rows of a README's table of configs, one for all sizes of a backbone."""
+    """Return the rows of a README's table of configs, one for all sizes of a backbone."""
     rows = []
     groups = by(models, lambda model: (model.folder, model.family, model.schedule))
     for (folder, family, schedule), members in groups.items():
@@ -339,13 +336,13 @@ def readme_table(models: List[Model], words: Words) -> str:
 
 
 def with_table(readme: Path, rows: str) -> Dict[Path, str]:
-    """A README's text with these rows in its table of configs."""
+    """Return a README's text with these rows in its table of configs."""
     text = readme.read_text(encoding='utf-8')
     return {readme: README_TABLE.sub(lambda table: table[1] + rows, text)}
 
 
 def metafile(models: List[Model]) -> dict:
-    """What a method's metafile.yml says."""
+    """Return the content of a method's metafile.yml."""
     entries = []
     for model in models:
         tasks = {}
@@ -378,7 +375,7 @@ def dump(content: dict) -> str:
 
 
 def render(counted: Dict[str, dict]) -> Dict[Path, str]:
-    """The text of every file that this program writes."""
+    """Return the text of every file that this program writes."""
     models = read_models(counted)
     methods = by(models, lambda model: model.folder)
     files = {
@@ -401,32 +398,11 @@ def render(counted: Dict[str, dict]) -> Dict[Path, str]:
     return files
 
 
-def outdated(files: Dict[Path, str]) -> List[str]:
-    """Files that are not what :func:`render` says."""
-    return [
-        str(path.relative_to(ROOT))
-        for path, text in files.items()
-        if not path.is_file() or path.read_text(encoding='utf-8') != text
-    ]
-
-
 def main():
-    parser = argparse.ArgumentParser(
-        description='Write docs/model_zoo.md, the configs in both READMEs and the metafiles'
-    )
-    parser.add_argument('--check', action='store_true', help='write nothing, only say what is old')
-    args = parser.parse_args()
-    warnings.simplefilter('ignore')  # of losses, which are of no interest here
-    try:
-        files = render(count_all())
-        old = outdated(files)
-        if args.check and old:
-            fail(f"not up to date: {', '.join(old)}; run 'python tools/write_model_zoo.py'.")
-        for path, text in files.items():
-            path.write_text(text, encoding='utf-8')
-    except OSError as error:
-        fail(f"'{error.filename}' could not be read or written: {error.strerror}.")
+    warnings.simplefilter('ignore')  # of losses, which do not matter here
+    for path, text in render(count_all()).items():
+        path.write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':
-    run(main)
+    main()

@@ -1,0 +1,211 @@
+"""Shared by benchmarks: the processor, rates, processes that answer, tools and their logs."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, List
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ('avx2', 'fma', 'avx512f', 'avx512bw', 'avx512_bf16', 'amx_bf16', 'asimd')
+# Settings of glibc's allocator; without them it is the system's own.
+ALLOCATOR = re.compile('MALLOC_|GLIBC_TUNABLES')
+
+
+def processor() -> str:
+    """Describe the processor: name, family, model, and the flags that matter."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    info = dict(reversed([map(str.strip, line.split(':', 1)) for line in lines if ':' in line]))
+    flags = info.get('flags', info.get('Features', '')).split()
+    name = info.get('model name', platform.machine())
+    if 'cpu family' in info:
+        name += f" (family {info['cpu family']}, model {info.get('model', '?')})"
+    return f'{name}, {" ".join(flag for flag in FLAGS if flag in flags)}'
+
+
+def machine(threads: int, name: str = '') -> str:
+    """Describe what a benchmark runs on; ``name`` is that of a GPU."""
+    import torch
+
+    name = name or f'{processor()}, {threads or os.cpu_count()} threads'
+    return f'{name}, PyTorch {torch.__version__}, Python {platform.python_version()}'
+
+
+def best_rate(function: Callable, flops: int, seconds: float = 1.0) -> float:
+    """Return GFLOP/s of the fastest of the calls that begin within some seconds, at least three."""
+    function()
+    start, best, calls = time.perf_counter(), float('inf'), 0
+    while calls < 3 or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - begin)
+        calls += 1
+    return flops / best / 1e9
+
+
+def product_rates(seconds: float = 0.3, side: int = 1024) -> Dict[str, float]:
+    """Return GFLOP/s of the product of two square matrices: float32 by MKL (PyTorch's choice) and
+    by oneDNN (as a 1 x 1 convolution), and bfloat16 as in linear layers."""
+    import torch
+    import torch.nn.functional as F
+
+    matrix, flops = torch.randn(side, side), 2 * side**3
+    half = matrix.bfloat16()
+    pixels = matrix.t()[None, :, :, None].contiguous(memory_format=torch.channels_last)
+    calls = dict(
+        MKL=lambda: matrix @ matrix,
+        oneDNN=lambda: F.conv2d(pixels, matrix[:, :, None, None]),
+        bfloat16=lambda: F.linear(half, half),
+    )
+    with torch.no_grad():
+        return {name: round(best_rate(call, flops, seconds), 1) for name, call in calls.items()}
+
+
+def size_of(text: str) -> tuple:
+    """Parse '800x1216'."""
+    if not re.fullmatch(r'[1-9]\d*x[1-9]\d*', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no size: write HEIGHTxWIDTH, as in 800x1216')
+    height, width = map(int, text.split('x'))
+    return height, width
+
+
+def swin(depths: tuple = (2, 2, 6, 2)):
+    """Build MMDetection's Swin-T, or another of its width."""
+    from mmdet.models.backbones import SwinTransformer
+
+    return SwinTransformer(depths=depths, drop_path_rate=0.2)
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    status = Path('/proc/self/status').read_text()
+    return int(status.split('VmHWM:')[1].split()[0]) * 1024
+
+
+def read_record(file: Path, option: str) -> dict:
+    """Read the results that an option needs; end the program if there are none."""
+    if not file.is_file():
+        sys.exit(f"error: {option}: '{file}' does not exist.")
+    return json.loads(file.read_text())
+
+
+class Worker:
+    """A process that :func:`answer` runs in.
+
+    Args:
+        script (str): program that calls :func:`answer` if it is given the option ``--worker``.
+        case (dict): value of that option, as JSON; ``threads`` (0: the default) limits the CPU's.
+        **environment: variables that are set for it.
+    """
+
+    def __init__(self, script: str, case: dict, **environment: str):
+        inherited = {name: v for name, v in os.environ.items() if not ALLOCATOR.match(name)}
+        if case['threads']:
+            inherited['OMP_NUM_THREADS'] = str(case['threads'])
+        self.case = case
+        self.process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', script, '--worker', json.dumps(case)],
+            env={**inherited, **environment},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def ask(self, question: str):
+        """Return the answer; RuntimeError with the last line of stderr: the process died."""
+        try:
+            self.process.stdin.write(question + '\n')
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                if line.startswith('{"answer": '):  # libraries print, too
+                    return json.loads(line)['answer']
+        except BrokenPipeError:
+            pass
+        lines = self.process.stderr.read().strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f'exit status {self.process.wait()}')
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def answer(answers: Dict[str, Callable]) -> None:
+    """Answer each line of stdin with the result of the function of that name."""
+    for line in sys.stdin:
+        print(json.dumps(dict(answer=answers[line.strip()]())), flush=True)
+
+
+def run_tool(log: Path, *command) -> None:
+    """Run a tool and show its epochs; end the program if it fails.
+
+    Args:
+        log (Path): file for its output.
+        *command: the tool below the repository's root, and its arguments.
+    """
+    print(f"\n== {' '.join(map(str, command))}", flush=True)
+    with log.open('w') as keep:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            text=True,
+            errors='replace',
+        )
+        for line in process.stdout:
+            keep.write(line)
+            if re.search(r'(Epoch|Iter)\((train|val)\)', line) and (
+                'eta' not in line or '0/' in line
+            ):
+                print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
+    if process.wait():
+        sys.exit(f"error: '{command[0]}' failed, its output is in '{log}'.")
+
+
+def read_log(work: Path) -> List[dict]:
+    """Return what a training logged, over all its starts; of a step logged twice, the last."""
+    rows = {}
+    for file in sorted(work.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            rows['loss' in row, row['step']] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def draw_curves(file: Path, panels: List[dict], columns: int, title: str = '') -> None:
+    """Draw a picture of panels, row by row.
+
+    Args:
+        panels (list of dict): ``lines``, each a dict of ``x``, ``y``, ``band`` (optional: lower and
+            upper end) and options of Matplotlib's ``plot``; all else is set on the axes.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    rows = -(-len(panels) // columns)
+    options = dict(figsize=(5 * columns, 4 * rows), squeeze=False, layout='constrained')
+    figure, axes = pyplot.subplots(rows, columns, sharey='row', **options)
+    for axis, panel in zip(axes.flat, panels):
+        for line in panel.pop('lines'):
+            x, y, band = line.pop('x'), line.pop('y'), line.pop('band', None)
+            (drawn,) = axis.plot(x, y, **line)
+            if band is not None:
+                axis.fill_between(x, *band, color=drawn.get_color(), alpha=0.13, linewidth=0)
+        axis.set(**panel)
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
