@@ -92,13 +92,19 @@ def check_pip(words: List[str]) -> None:
         elif word[0] == '.':
             assert word == '.' or re.fullmatch(r'\.\[(\w+)\]', word)[1] in extras
         else:
-            assert word in ('-e', '--no-build-isolation') or re.split('[<>=]', word)[0] in (
+            assert word in ('--no-build-isolation', '--no-deps', '--no-cache-dir') or re.split(
+                '[<>=]', word
+            )[0] in (
                 'torch',
                 'mmengine',
                 'mmcv-lite',
                 'onedl-mmcv',
                 'numpy',
                 'opencv-python-headless',
+                'setuptools',
+                'wheel',
+                'ninja',
+                'psutil',
                 'onnxruntime',
                 'pycocotools',
             )
@@ -118,6 +124,9 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         return
     if program == 'docker':
         assert rest[0] == 'run' or (ROOT / rest[rest.index('-f') + 1]).is_file()
+        return
+    if program == 'source':
+        assert rest == ['.venv/bin/activate']  # of `make setup`
         return
     if program == 'curl':  # what it asks is asked in the tests of the service
         return

@@ -471,7 +471,8 @@ def python(*program, folder=None):
         'import sys, warnings; warnings.simplefilter("ignore"); sys.meta_path[:] = '
         '[one for one in sys.meta_path if one.__module__ != "crossformer_mm.mmcv_ops"]'
     )
-    path = os.pathsep.join(filter(None, [str(folder or ''), str(ROOT)]))
+    path = [str(folder or ''), os.environ.get('PYTHONPATH', ''), str(ROOT)]
+    path = os.pathsep.join(filter(None, path))
     done = subprocess.run(
         [sys.executable, '-c', '\n'.join([head, *program])],
         env={**os.environ, 'PYTHONPATH': path},
