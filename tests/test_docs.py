@@ -22,6 +22,7 @@ from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.engine.command_line import load_config
 
 from .test_predict import run_here
+from .tool_process import load_script
 
 ROOT = Path(__file__).parent.parent
 TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
@@ -110,6 +111,15 @@ def check_pip(words: List[str]) -> None:
             )
 
 
+def test_demo_ends_with_commands_that_predict(monkeypatch):
+    predict = load_script(ROOT / 'tools/demo.py').prediction
+    monkeypatch.chdir(ROOT)
+    for name in ('mask_rcnn', 'upernet'):
+        program, tool, *rest = shlex.split(predict(name, f'work_dirs/demo/{name}/iter_400.pth'))
+        args = arguments_of(monkeypatch, tool, rest)
+        assert program == 'python' and (ROOT / args.config).is_file()
+
+
 @pytest.mark.parametrize('command', EVERY)
 def test_command_names_what_exists(command, examples, monkeypatch):
     words = shlex.split(command, comments=True)
@@ -125,9 +135,6 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     if program == 'docker':
         assert rest[0] == 'run' or (ROOT / rest[rest.index('-f') + 1]).is_file()
         return
-    if program == 'source':
-        assert rest == ['.venv/bin/activate']  # of `make setup`
-        return
     if program == 'curl':  # what it asks is asked in the tests of the service
         return
     if program == 'tensorboard':
@@ -138,6 +145,9 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         return
     if program == 'python':
         tool, rest = rest[0], rest[1:]
+        if tool == '-m':
+            assert find_spec(f'{rest[0]}.__main__')
+            return
         if tool == 'tools/export.py' and missing_torch(EXPORT):
             pytest.skip(f'export: {missing_torch(EXPORT)}')
     else:  # dist_train.sh CONFIG GPUS ..., dist_test.sh CONFIG CHECKPOINT GPUS ...,

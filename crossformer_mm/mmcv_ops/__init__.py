@@ -36,7 +36,8 @@ def install() -> None:
     sys.meta_path.append(Finder)
     users = ('mmdet.', 'mmseg.', 'mmpretrain.')
     early = [module for name, module in sys.modules.items() if name.startswith(users)]
-    if early and importlib.util.find_spec(NAME).origin == OPERATORS:
+    spec = importlib.util.find_spec(NAME) if early else None
+    if spec is not None and spec.origin == OPERATORS:
         # MMDetection imports one of mmcv's placeholders, too.
         for module in [sys.modules.get('mmcv.cnn.bricks.transformer'), *early]:
             for placeholder, operator in placeholders(module):
@@ -54,7 +55,9 @@ def placeholders(module):
         return
     for statement in tree.body:
         for line in statement.body if isinstance(statement, ast.Try) else ():
-            if not isinstance(line, ast.ImportFrom) or not (line.module or '').startswith('mmcv.'):
+            if not isinstance(line, ast.ImportFrom) or not line.module:
+                continue
+            if not line.module.startswith('mmcv.'):
                 continue
             try:
                 source = importlib.import_module(line.module)
