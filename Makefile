@@ -1,5 +1,8 @@
 # make demo   set up, make a data set, train and evaluate a detector and a segmentor
-# make test   set up if need be, run all tests
+# make test   set up if need be, run all tests: on the newest PyTorch, with torchvision's operators instead
+#             of mmcv's
+# make test-compiled   the tests with a compiled mmcv, in an environment of its own
+# make test-compiled-core   only those of the operators
 # make soak   what takes too long for a test: trainings killed again and again, thousands of steps;
 #             writes benchmarks/soak.md
 # make lint   ruff and mypy on the code, in an environment of their own
@@ -16,9 +19,10 @@ READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
 # What each environment depends on besides its own requirements.
-SOURCES := requirements/build.txt requirements/torchvision.txt pyproject.toml setup.py \
-    $(wildcard crossformer_mm/kernels/*.cpp crossformer_mm/kernels/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard crossformer_mm/kernels/*.cpp crossformer_mm/kernels/*.h)
+COMPILED_SOURCES := requirements/build.txt requirements/torchvision.txt $(SOURCES)
 
+COMPILED := .venv-compiled
 OPENMMLAB := .venv-openmmlab
 TORCH21 := .venv-torch21
 LINT := .venv-lint
@@ -26,11 +30,12 @@ DOCS := .venv-docs
 TESTS ?= tests
 # Files in the order of tests/conftest.py, the longest first.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+COMPILED_CORE := tests/test_mmcv_ops.py tests/test_installed.py
 CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py tests/test_configs.py \
-    tests/test_released_files.py tests/test_publish_model.py
+    tests/test_released_files.py tests/test_publish_model.py tests/test_mmcv_ops.py
 TORCH21_CORE := tests/test_golden.py tests/test_checkpoint.py tests/test_compat.py \
     tests/test_installed.py tests/test_kernels.py tests/test_grouping.py \
-    tests/test_resume.py tests/test_publish_model.py
+    tests/test_resume.py tests/test_publish_model.py tests/test_mmcv_ops.py
 
 # Debugging information makes mmcv's extension forty times larger and slower to compile; its operators
 # are compiled for the GPU by another compiler, so that -O1 costs little.
@@ -47,20 +52,32 @@ $(1) -m pip install --no-deps -r requirements/torchvision.txt
     echo "torchvision does not fit this torch and is taken out: pretraining does not work here"; }
 endef
 
-.PHONY: demo test lint docs soak test-openmmlab test-openmmlab-core test-torch21 test-torch21-core setup clean
+.PHONY: demo test lint docs soak test-compiled test-compiled-core test-openmmlab \
+    test-openmmlab-core test-torch21 test-torch21-core setup clean
 setup: $(READY)
 
-$(READY): $(SOURCES) requirements/run.txt
+# Bytecode is written when a module is first imported: most of PyTorch's is never needed.
+# mmcv is built in isolation, without PyTorch, and so has no operators. A wheel of mmcv that pip has
+# cached may have some that were compiled for another PyTorch.
+$(READY): $(SOURCES) requirements/torch.txt requirements/run.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -r requirements/build.txt
-	@echo "mmcv compiles its operators now where no wheel of it is at hand: some minutes on 2 cores"
-	$(MMCV_FLAGS) $(RUN) -m pip install --no-build-isolation -r requirements/run.txt
+	$(RUN) -m pip install --no-compile -r requirements/torch.txt
+	$(RUN) -m pip install --no-compile --no-cache-dir --no-binary onedl-mmcv -r requirements/run.txt -c requirements/torch.txt
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
-	$(call torchvision,$(RUN))
+	$(RUN) -m crossformer_mm.mmcv_ops
 	touch $@
 
-$(OPENMMLAB)/ready: $(SOURCES) requirements/openmmlab.txt
+$(COMPILED)/ready: $(COMPILED_SOURCES) requirements/run.txt
+	$(PYTHON) -m venv $(COMPILED)
+	$(COMPILED)/bin/python -m pip install -r requirements/build.txt
+	@echo "mmcv compiles its operators now where no wheel of it is at hand: some minutes on 2 cores"
+	$(MMCV_FLAGS) $(COMPILED)/bin/python -m pip install --no-build-isolation -r requirements/run.txt
+	$(COMPILED)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(call torchvision,$(COMPILED)/bin/python)
+	touch $@
+
+$(OPENMMLAB)/ready: $(COMPILED_SOURCES) requirements/openmmlab.txt
 	$(PYTHON) -m venv $(OPENMMLAB)
 	$(OPENMMLAB)/bin/python -m pip install -r requirements/build.txt
 	$(MMCV_FLAGS) $(OPENMMLAB)/bin/python -m pip install --no-build-isolation -r requirements/openmmlab.txt
@@ -74,8 +91,9 @@ $(TORCH21)/ready: requirements/torch21-build.txt requirements/torch21.txt $(SOUR
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11) and "error: PyTorch 2.1 has wheels for Python 3.8 to 3.11, this is " + sys.version.split()[0] + ": name another by PYTHON=")'
 	$(PYTHON) -m venv $(TORCH21)
 	$(TORCH21)/bin/python -m pip install -r requirements/torch21-build.txt
-	$(MMCV_FLAGS) $(TORCH21)/bin/python -m pip install --no-build-isolation -r requirements/torch21.txt -c requirements/torch21-build.txt
+	$(TORCH21)/bin/python -m pip install --no-build-isolation -r requirements/torch21.txt -c requirements/torch21-build.txt
 	$(TORCH21)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(TORCH21)/bin/python -m crossformer_mm.mmcv_ops
 	$(call metadata_here,$(TORCH21)/bin/python)
 	touch $@
 
@@ -106,6 +124,12 @@ docs: $(DOCS)/ready
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py --out benchmarks/soak.md
 
+test-compiled: $(COMPILED)/ready
+	PYTHONPATH=$(CURDIR) $(COMPILED)/bin/python -m pytest $(PARALLEL) $(TESTS)
+
+test-compiled-core:
+	$(MAKE) test-compiled TESTS="$(COMPILED_CORE)"
+
 test-openmmlab: $(OPENMMLAB)/ready
 	PYTHONPATH=$(CURDIR) $(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
@@ -119,4 +143,4 @@ test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"
 
 clean:
-	rm -rf $(VENV) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes
+	rm -rf $(VENV) $(COMPILED) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes

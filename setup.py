@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,9 +19,9 @@ NO_EXTENSION = 'CROSSFORMER_MM_NO_EXTENSION'
 # that it fits every version of both.
 kernel = Extension(
     'crossformer_mm.kernels._native',
-    ['crossformer_mm/kernels/native.cpp'],
+    ['crossformer_mm/kernels/native.cpp', 'crossformer_mm/kernels/native_wide.cpp'],
     optional=True,
-    depends=['crossformer_mm/kernels/native_kernel.h'],
+    depends=['crossformer_mm/kernels/native_common.h', 'crossformer_mm/kernels/native_kernel.h'],
     define_macros=[('Py_LIMITED_API', '0x03090000')],
     py_limited_api=True,
 )
@@ -31,7 +32,7 @@ BESIDE = {'configs': ('**/*.py', '**/metafile.yml'), 'tools': ('*.py', '*.sh')}
 
 
 class BuildKernel(build_ext):
-    """Flags in the words of the compiler that is there."""
+    """Sets the flags of GCC and Clang, and compiles all sources at the same time."""
 
     def build_extension(self, ext) -> None:
         if self.compiler.compiler_type == 'msvc':
@@ -41,7 +42,14 @@ class BuildKernel(build_ext):
             )
         ext.extra_compile_args = ['-std=c++17', '-O3', '-g0', '-ffp-contract=fast', '-pthread']
         ext.extra_link_args = ['-pthread']
-        super().build_extension(ext)
+        compile_sources = self.compiler.compile
+        with ThreadPoolExecutor() as pool:
+            self.compiler.compile = lambda sources, **options: [
+                name
+                for names in pool.map(lambda one: compile_sources([one], **options), sources)
+                for name in names
+            ]
+            super().build_extension(ext)
 
 
 class BuildWithConfigs(build_py):

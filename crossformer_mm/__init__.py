@@ -5,9 +5,11 @@ backbone, the hooks, the runners of ``engine`` and what a classifier needs besid
 ``type='CrossFormer'`` builds the backbone.
 """
 
+from . import mmcv_ops
 from .installed import check_installed
 
 check_installed()
+mmcv_ops.install()
 
 from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 

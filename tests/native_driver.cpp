@@ -3,6 +3,7 @@
 //
 //     g++ -DWITHOUT_PYTHON -std=c++17 -O1 -ffp-contract=fast -pthread native_driver.cpp
 #include "../crossformer_mm/kernels/native.cpp"
+#include "../crossformer_mm/kernels/native_wide.cpp"
 
 #include <cstdio>
 

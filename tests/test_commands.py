@@ -87,6 +87,7 @@ EVERY = {
             'make ',
             '.venv/bin/python -m pytest ',
             'pip ',
+            'python -m crossformer_mm.mmcv_ops',  # tests/test_mmcv_ops.py
             'tensorboard ',
             'python benchmarks/gpu.py',
             'python benchmarks/pretraining.py',

@@ -22,6 +22,7 @@ from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.engine.config import load_config
 
 from .test_predict import run_here
+from .tool_process import load_script
 
 ROOT = Path(__file__).parent.parent
 TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
@@ -92,16 +93,31 @@ def check_pip(words: List[str]) -> None:
         elif word[0] == '.':
             assert word == '.' or re.fullmatch(r'\.\[(\w+)\]', word)[1] in extras
         else:
-            assert word in ('-e', '--no-build-isolation') or re.split('[<>=]', word)[0] in (
+            assert word in ('--no-build-isolation', '--no-deps', '--no-cache-dir') or re.split(
+                '[<>=]', word
+            )[0] in (
                 'torch',
                 'mmengine',
                 'mmcv-lite',
                 'onedl-mmcv',
                 'numpy',
                 'opencv-python-headless',
+                'setuptools',
+                'wheel',
+                'ninja',
+                'psutil',
                 'onnxruntime',
                 'pycocotools',
             )
+
+
+def test_demo_ends_with_commands_that_predict(monkeypatch):
+    predict = load_script(ROOT / 'tools/demo.py').prediction
+    monkeypatch.chdir(ROOT)
+    for name in ('mask_rcnn', 'upernet'):
+        program, tool, *rest = shlex.split(predict(name, f'work_dirs/demo/{name}/iter_400.pth'))
+        args = arguments_of(monkeypatch, tool, rest)
+        assert program == 'python' and (ROOT / args.config).is_file()
 
 
 @pytest.mark.parametrize('command', EVERY)
@@ -129,6 +145,9 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         return
     if program == 'python':
         tool, rest = rest[0], rest[1:]
+        if tool == '-m':
+            assert find_spec(f'{rest[0]}.__main__')
+            return
         if tool == 'tools/export.py' and missing_torch(EXPORT):
             pytest.skip(f'export: {missing_torch(EXPORT)}')
     else:  # dist_train.sh CONFIG GPUS ..., dist_test.sh CONFIG CHECKPOINT GPUS ...,

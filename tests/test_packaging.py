@@ -466,10 +466,9 @@ def checkout(tmp_path_factory, sdist, wheel) -> Path:
 
 
 def would_install(checkout: Path, *words) -> str:
-    """What pip says to an install of this package, in a checkout, whose requirements are not asked
-    for."""
+    """What pip says to an install in a checkout, without an index."""
     done = subprocess.run(
-        [*PIP, 'install', '--dry-run', '--no-deps', '--ignore-installed', '--no-index', *words],
+        [*PIP, 'install', '--dry-run', '--ignore-installed', '--no-index', *words],
         cwd=checkout,
         env={**os.environ, 'CROSSFORMER_MM_NO_EXTENSION': '1'},
         text=True,
@@ -482,8 +481,63 @@ def would_install(checkout: Path, *words) -> str:
 @pytest.mark.parametrize('command', sorted({command.strip() for _, command in INSTALLED}))
 def test_install_lines_of_the_pages_work_in_a_checkout(checkout, command):
     words = [word for word in shlex.split(command)[2:] if word != '--no-build-isolation']
-    said = would_install(checkout, '--no-build-isolation', *words)
+    said = would_install(checkout, '--no-build-isolation', '--no-deps', *words)
     assert f'Would install crossformer-mm-{__version__}' in said.replace('_', '-')
+
+
+# The ways to install that the README has, each a heading and its commands.
+WAYS = [
+    way.splitlines()
+    for block in blocks(ROOT / 'README.md', 'shell')
+    for way in block.split('\n\n')
+    if way.startswith('# 1. into an existing') or re.match(r'# [234]\. .*(new env|backbone)', way)
+]
+
+
+@pytest.fixture(scope='module')
+def index(tmp_path_factory) -> Path:
+    """Empty wheels of what the ways to install ask for."""
+    folder = tmp_path_factory.mktemp('index')
+    wanted = {'torch==9', 'mmengine==9', 'mmcv-lite==9', 'einops==9'}
+    for name in ('torch.txt', 'run.txt'):
+        text = (ROOT / 'requirements' / name).read_text()
+        wanted |= set(re.findall('^[a-z][^ ;\n]*', text, re.MULTILINE))
+    for requirement in wanted:
+        write_stub(folder, *requirement.split('=='))
+    return folder
+
+
+def test_the_readme_has_four_ways_to_install_of_four_lines_at_most():
+    assert [way[0][:4] for way in WAYS] == ['# 1.', '# 2.', '# 3.', '# 4.']
+    assert all(2 <= len(way) <= 5 for way in WAYS)
+
+
+@pytest.mark.parametrize('way', WAYS, ids=lambda way: way[0][2:3])
+def test_each_way_of_the_readme_installs_the_package(way, checkout, index):
+    new, requirements, commands = set(), [], [shlex.split(line, comments=True) for line in way[1:]]
+    if commands[0][0] == 'make':
+        assert way[1:] == ['make setup && source .venv/bin/activate']
+        said = subprocess.run(
+            ['make', '-n', '-B', 'setup', f'PYTHON={sys.executable}'],
+            cwd=checkout, check=True, text=True, capture_output=True,
+        ).stdout  # fmt: skip
+        commands = [['pip', 'install', '-r', file] for file in re.findall(r'-r (\S+)', said)]
+        assert re.search(r'\.venv/bin/python -m pip install .*--no-deps -e \.', said)
+        commands.append(['pip', 'install', '--no-deps', '.'])
+    for program, install, *words in commands:
+        assert (program, install) == ('pip', 'install')
+        said = would_install(checkout, '--no-build-isolation', '--find-links', index, *words)
+        new |= set(
+            re.findall(r'(\S+?)-[\d.]+(?=\s)', said.split('Would install ')[1].replace('_', '-'))
+        )
+        requirements += [word for word in words if word.endswith('.txt')]
+    assert 'crossformer-mm' in new
+    number = way[0][2]
+    assert requirements == (
+        ['requirements/torch.txt', 'requirements/run.txt'] if number in '23' else []
+    )
+    assert ({'torch', 'torchvision', 'onedl-mmcv', 'onedl-mmdetection'} <= new) == (number in '23')
+    assert ({'torch', 'mmengine', 'mmcv-lite', 'einops'} <= new) == (number == '4')
 
 
 def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):

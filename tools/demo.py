@@ -7,6 +7,8 @@ Run again, it reuses the data set and resumes from the newest checkpoints.
 
 import argparse
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from crossformer_mm.files import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path('work_dirs/demo')
+HELD_OUT = 'data/shapes/coco/val2017'
 
 # The metrics of each config, and the marks that the demo must reach, in percent.
 MARKS = {
@@ -67,6 +70,18 @@ def newest(pattern: str) -> Path:
     return max(WORK.glob(pattern), key=lambda path: path.stat().st_mtime)
 
 
+def prediction(name: str, checkpoint: str) -> str:
+    """Return a command that predicts with a model of the demo."""
+    script, config = ROOT / 'tools/predict.py', ROOT / f'configs/demo/{name}_shapes.py'
+    words = [
+        'python',
+        os.path.relpath(script),
+        os.path.relpath(config),
+        os.path.relpath(checkpoint),
+    ]
+    return shlex.join([*words, HELD_OUT, '--out', str(WORK / name / 'predictions')])
+
+
 def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> None:
     """Join pictures into one file; in each, the ground truth is left of the prediction."""
     images = [cv2.imread(str(picture)) for picture in pictures]
@@ -94,7 +109,7 @@ def main():
         str(ROOT / 'tools/make_shapes.py'),
         'data/shapes',
     )
-    report, pictures = [], []
+    report, pictures, commands = [], [], []
     for name, metrics in MARKS.items():
         config = str(ROOT / f'configs/demo/{name}_shapes.py')
         run_tool(f'Training {name}', str(ROOT / 'tools/train.py'), config, '--resume')
@@ -116,12 +131,16 @@ def main():
         sheet = WORK / f'{name}.png'
         contact_sheet(shown[-8:], sheet)
         pictures.append(sheet)
+        commands.append(prediction(name, checkpoint))
 
     print(f'\n== Results on the held-out images ({(time.time() - started) / 60:.1f} minutes)')
     for label, value, mark in report:
         verdict = 'reached' if value >= mark else 'MISSED'
         print(f'   {label:22} {value:5.1f}   mark {mark}   {verdict}')
     print('   ground truth next to prediction: ' + ', '.join(str(path) for path in pictures))
+    print(f'\n== Predict with these models, on images of yours if you replace {HELD_OUT}')
+    for command in commands:
+        print(f'   {command}')
     sys.exit(any(value < mark for _, value, mark in report))
 
 

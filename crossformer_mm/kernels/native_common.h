@@ -1,0 +1,129 @@
+// What the objects of the kernel share: compiler directives, and the call that they work on.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define WITH_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wpsabi"  // no vector is handed to another object file
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define TARGET_TEXT(text) _Pragma(#text)
+#define BEGIN_TARGET(features) \
+  TARGET_TEXT(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (quad_ints){__VA_ARGS__})
+#define TARGET_TEXT(text) _Pragma(#text)
+#define BEGIN_TARGET(features) _Pragma("GCC push_options") TARGET_TEXT(GCC target(features))
+#define END_TARGET _Pragma("GCC pop_options")
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+// The types of an instruction set with registers of LANES floats.
+#define REGISTERS(lanes)                                                \
+  constexpr int LANES = lanes;                                          \
+  typedef float vec __attribute__((vector_size(4 * lanes)));            \
+  typedef int32_t ints __attribute__((vector_size(4 * lanes)));         \
+  typedef uint16_t halves __attribute__((vector_size(2 * lanes)));
+
+namespace native {
+
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t quad_ints __attribute__((vector_size(16)));
+
+enum DType { FLOAT32, BFLOAT16, FLOAT16 };
+
+INLINE int64_t size_of(DType dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// A group of one axis: `count` positions, `step` apart.
+struct Run {
+  int64_t start, step, count;
+};
+
+// A rule of grouping.py, fitted to an axis of `length` positions.
+inline std::vector<Run> runs_of(int64_t length, int64_t size, int64_t interval, int64_t lead) {
+  interval = std::min(interval, length);
+  size = std::min(size, (length + interval - 1) / interval);
+  std::vector<Run> runs;
+  int64_t start = 0;
+  if (lead) {
+    start = std::min(size - lead, length);
+    runs.push_back({0, 1, start});
+  }
+  for (; start < length; start += size * interval) {
+    const int64_t tile = std::min(size * interval, length - start);
+    for (int64_t i = 0; i < std::min(interval, tile); i++)
+      runs.push_back({start + i, interval, (tile - i + interval - 1) / interval});
+  }
+  return runs;
+}
+
+inline int64_t longest(const std::vector<Run> &runs) {
+  int64_t count = 0;
+  for (const Run &run : runs) count = std::max(count, run.count);
+  return count;
+}
+
+struct Call {
+  DType dtype;
+  int64_t batch, height, width, heads, dim, table_rows, table_columns;
+  float scale;
+  const char *qkv;
+  const float *table;
+  char *out;
+  float *norms;
+  const char *grad_out;  // none: forward
+  char *grad_qkv;
+  float *grad_table;
+  std::vector<Run> rows, columns;
+
+  // The work is cut up in the same way however many threads there are, so that sums are, too.
+  int64_t largest_rows, largest_columns, chunks, part;
+  float *grad_parts;  // (chunks, heads, part): the table's gradient, flipped
+  int64_t in_turn;    // how many tasks a thread takes at once
+
+  int64_t groups() const { return batch * rows.size() * columns.size(); }
+  int64_t tasks() const { return heads * chunks; }
+};
+
+// Hands out pieces of memory, or only counts them.
+struct Arena {
+  float *memory;
+  int64_t taken = 0;
+
+  float *take(int64_t floats) {
+    float *piece = memory ? memory + taken : nullptr;
+    taken += (floats + 15) / 16 * 16;
+    return piece;
+  }
+};
+
+typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
+
+#ifdef __x86_64__
+Work work_avx2_wide;  // in native_wide.cpp
+#endif
+
+}  // namespace native

@@ -1,0 +1,28 @@
+// The instructions of AVX512_BF16 and AMX in those of AVX2, to be tested on any processor. An object
+// of its own, which takes as long to compile as all the rest, at the same time.
+#include "native_common.h"
+
+#ifdef __x86_64__
+
+using namespace native;
+
+namespace {
+
+BEGIN_TARGET("avx2,fma")
+namespace avx2_wide {
+REGISTERS(16)
+constexpr int ROWS = 32;
+#define HAS_PAIRS true
+#define HAS_TILES true
+#define EMULATED
+#include "native_kernel.h"
+}  // namespace avx2_wide
+END_TARGET
+
+}  // namespace
+
+void native::work_avx2_wide(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
+  avx2_wide::work(call, arena, next);
+}
+
+#endif
