@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 
-from crossformer_mm.engine.command_line import load_config
+from crossformer_mm.engine.config import load_config
 
 from .test_predict import ROOT, predict
 

@@ -10,7 +10,7 @@ import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import runner
-from crossformer_mm.engine.whole_files import whole_content
+from crossformer_mm.engine.atomic_checkpoints import whole_content
 
 from .test_predict import run_here
 from .test_tools import sentence

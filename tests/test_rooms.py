@@ -28,7 +28,7 @@ MAY_IMPORT = {
 }
 ROOM_OF = {
     **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
-    **dict.fromkeys(('class_names', 'config_parts', 'pictures'), 'base'),
+    **dict.fromkeys(('class_names', 'config_parts', 'pictures', 'mmcv_ops'), 'base'),
     **{room: room for room in ('kernels', 'engine', 'export', 'explain', 'sweep', 'cli')},
     'explain_page': 'explain',
 }
@@ -51,7 +51,8 @@ FORMER_CIRCLES = {('crossformer_mm.export.any_size', 'crossformer_mm.export.oper
 FORMER_ENDS = {'crossformer_mm.engine.errors'}
 # Imports whose target is not written where they are made, with the reason.
 UNKNOWN_TARGETS = {
-    'crossformer_mm.installed': 'packages of the table above it, none of them this one'
+    'crossformer_mm.installed': 'packages of the table above it, none of them this one',
+    'crossformer_mm.mmcv_ops': 'its own operators as a module of mmcv, and modules that import mmcv',
 }
 
 

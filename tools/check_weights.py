@@ -16,7 +16,10 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm.checkpoint import differences, model_weights, read_checkpoint, weights_in
-from crossformer_mm.engine.command_line import check_file, fail, load_config, run
+from crossformer_mm.cli import run
+from crossformer_mm.engine.config import load_config
+from crossformer_mm.engine.preflight import check_file
+from crossformer_mm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # Folders of configs by a prefix of keys. The files of backbones have none of them.
@@ -49,7 +52,9 @@ def main():
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     named = re.search('-([0-9a-f]{8})$', file.stem)
     if named and not digest.startswith(named[1]):
-        fail(f"'{file}' is damaged: its SHA-256 begins with {digest[:8]}, not as its name says.")
+        raise UserError(
+            f"'{file}' is damaged: its SHA-256 begins with {digest[:8]}, not as its name says."
+        )
     checkpoint = read_checkpoint(str(file))
     weights = weights_in(checkpoint, str(file))
     keys = tuple(weights)
@@ -71,7 +76,7 @@ def main():
             return
         if closest is None or count < closest[0]:
             closest = count, name, described
-    fail(f"'{file}' fits no config; the closest, {closest[1]}: {closest[2]}.")
+    raise UserError(f"'{file}' fits no config; the closest, {closest[1]}: {closest[2]}.")
 
 
 if __name__ == '__main__':

@@ -39,7 +39,8 @@ import pairs_of_disks  # noqa: E402
 from experiments import EXPERIMENTS, MIXED, OPTIONS, SIDE, TRAININGS, Experiment, Test  # noqa: E402
 from report import write_report  # noqa: E402
 
-from crossformer_mm.engine.command_line import prepare_for_cpu, replace_data_root, run  # noqa: E402
+from crossformer_mm.cli import run  # noqa: E402
+from crossformer_mm.engine.config import prepare_for_cpu, replace_data_root  # noqa: E402
 from crossformer_mm.errors import UserError  # noqa: E402
 from crossformer_mm.files import check_writable, write_whole  # noqa: E402
 from crossformer_mm.position_bias import NoPositionBias  # noqa: E402
