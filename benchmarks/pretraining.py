@@ -42,7 +42,7 @@ SMOKE = dict(
 
 def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
     """Draw one shape on clutter, (SIDE, SIDE, 3), in a hue that is likely for its class."""
-    image = clutter(rng, SIDE, SIDE)
+    image = clutter(rng, SIDE)
     radius = rng.uniform(0.2, 0.44) * SIDE
     centre = rng.uniform(radius, SIDE - radius, 2)
     angle = rng.uniform(-np.pi, np.pi)
