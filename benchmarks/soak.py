@@ -73,7 +73,7 @@ def growth(used: list) -> float:
 
 def newest(folder: Path) -> int:
     """Return the number of the newest complete checkpoint, 0 for none."""
-    from crossformer_mm.engine.whole_files import TEMPLATES, numbered, whole_content
+    from crossformer_mm.engine.atomic_checkpoints import TEMPLATES, numbered, whole_content
 
     found = (one for template in TEMPLATES for one in numbered(str(folder), template))
     return next((number for number, path in found if whole_content(path) is not None), 0)

@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from crossformer_mm.engine.command_line import run
+from crossformer_mm.cli import run
 from crossformer_mm.files import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent

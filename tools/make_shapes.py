@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
-from crossformer_mm.engine.command_line import run
+from crossformer_mm.cli import run
 from crossformer_mm.errors import UserError
 
 CLASSES = ('disk', 'square', 'triangle', 'star')

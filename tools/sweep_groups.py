@@ -30,17 +30,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from crossformer_mm.engine.command_line import (
-    check_dataset,
-    check_file,
-    kind_of,
-    load_config,
-    prepare_for_cpu,
-    replace_data_root,
-    run,
-)
-from crossformer_mm.engine.option_checks import add_cfg_options
-from crossformer_mm.engine.whole_files import name_of_config
+from crossformer_mm.cli import add_cfg_options, run
+from crossformer_mm.config_parts import kind_of
+from crossformer_mm.engine.atomic_checkpoints import name_of_config
+from crossformer_mm.engine.config import load_config, prepare_for_cpu, replace_data_root
+from crossformer_mm.engine.preflight import check_dataset, check_file
 from crossformer_mm.errors import UserError
 from crossformer_mm.files import check_writable
 from crossformer_mm.grouping import LDA_DEFINITIONS

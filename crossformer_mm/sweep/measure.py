@@ -19,9 +19,10 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
 from ..checkpoint import CheckpointError, use_safe_loading
+from ..config_parts import innermost
 from ..engine.coco_checks import annotations_checked
-from ..engine.command_line import build_runner, innermost
-from ..engine.data_checks import check_files, explained_data
+from ..engine.dataset_checks import check_files, explained_data
+from ..engine.runner import build_runner
 from ..errors import UserError, said
 from ..flops import count
 from .settings import KEYS, name_of
