@@ -10,6 +10,8 @@ interruption, it resumes.
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
-from common import draw_curves, read_log, run_tool  # noqa: E402
+from common import draw_curves  # noqa: E402
 from make_shapes import CLASSES, bright_colour, clutter, polygon, surface, write_image  # noqa: E402
 
 CONFIGS = ROOT / 'benchmarks' / 'pretraining'
@@ -65,6 +67,43 @@ def make_classes(folder: Path, counts: Dict[str, int]) -> None:
                 place.mkdir(parents=True, exist_ok=True)
                 for index in range(count):
                     write_image(place / f'{index}.png', draw(rng, shape, pattern))
+
+
+def run_tool(log: Path, *command) -> None:
+    """Run a tool and show its epochs; end the program if it fails.
+
+    Args:
+        log (Path): file for its output.
+        *command: the tool below the repository's root, and its arguments.
+    """
+    print(f"\n== {' '.join(map(str, command))}", flush=True)
+    with log.open('w') as keep:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            text=True,
+            errors='replace',
+        )
+        for line in process.stdout:
+            keep.write(line)
+            if re.search(r'(Epoch|Iter)\((train|val)\)', line) and (
+                'eta' not in line or '0/' in line
+            ):
+                print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
+    if process.wait():
+        sys.exit(f"error: '{command[0]}' failed, its output is in '{log}'.")
+
+
+def read_log(work: Path) -> List[dict]:
+    """Return what a training logged, over all its starts; of a step logged twice, the last."""
+    rows = {}
+    for file in sorted(work.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            rows['loss' in row, row['step']] = row
+    return [rows[key] for key in sorted(rows)]
 
 
 def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
