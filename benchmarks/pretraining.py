@@ -10,8 +10,6 @@ interruption, it resumes.
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,8 +19,10 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
+TOOLS = ROOT / 'tools'
+sys.path[:0] = [str(TOOLS), str(ROOT / 'benchmarks')]
 from common import draw_curves  # noqa: E402
+from demo import run_tool  # noqa: E402
 from make_shapes import CLASSES, bright_colour, clutter, polygon, surface, write_image  # noqa: E402
 
 CONFIGS = ROOT / 'benchmarks' / 'pretraining'
@@ -69,33 +69,6 @@ def make_classes(folder: Path, counts: Dict[str, int]) -> None:
                     write_image(place / f'{index}.png', draw(rng, shape, pattern))
 
 
-def run_tool(log: Path, *command) -> None:
-    """Run a tool and show its epochs; end the program if it fails.
-
-    Args:
-        log (Path): file for its output.
-        *command: the tool below the repository's root, and its arguments.
-    """
-    print(f"\n== {' '.join(map(str, command))}", flush=True)
-    with log.open('w') as keep:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            text=True,
-            errors='replace',
-        )
-        for line in process.stdout:
-            keep.write(line)
-            if re.search(r'(Epoch|Iter)\((train|val)\)', line) and (
-                'eta' not in line or '0/' in line
-            ):
-                print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
-    if process.wait():
-        sys.exit(f"error: '{command[0]}' failed, its output is in '{log}'.")
-
-
 def read_log(work: Path) -> List[dict]:
     """Return what a training logged, over all its starts; of a step logged twice, the last."""
     rows = {}
@@ -116,7 +89,7 @@ def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
             began = time.time()
             options += tuple(SMOKE[config].split()) if smoke else ()
             arguments = CONFIGS / f'{config}.py', '--work-dir', work / name, '--cfg-options'
-            run_tool(work / f'{name}.log', 'tools/train.py', *arguments, *options)
+            run_tool(work / 'log.txt', name, TOOLS / 'train.py', *arguments, *options)
             finished.write_text(str((time.time() - began) / 60))
         minutes[name] = round(float(finished.read_text()), 1)
 
@@ -127,7 +100,7 @@ def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
     print('== data', flush=True)
     make_classes(classes, dict(train=2, val=1) if smoke else dict(train=500, val=20))
     counts = ['--train', 4, '--val', 2] if smoke else ['--train', 160, '--val', 80]
-    run_tool(work / 'data.log', 'tools/make_shapes.py', coco.parent, *counts)
+    run_tool(work / 'log.txt', 'data', TOOLS / 'make_shapes.py', coco.parent, *counts)
     train(
         'classifier',
         'classifier',
