@@ -1,12 +1,11 @@
-"""How near the attention kernel of the CPU comes to what the processor can do.
+"""Rate of the CPU's attention kernel, next to that of large matrix products.
 
     python benchmarks/attention.py [--instructions avx2] [--members 49 950] [--threads 2]
 
-Prints the rates at which PyTorch multiplies large matrices (MKL's, and oneDNN's 1 x 1
-convolution), then those of the kernel by members of a group, each the best of several calls: the
-products of matrices that attention consists of are counted, 2 forward and 5 backward, and nothing
-else of what it does. Percentages are of the faster multiplication in float32, measured again just
-before each line, since the clock of a processor is not the same for long.
+Prints the rates of PyTorch's products of large matrices (MKL's, and oneDNN's 1 x 1 convolution),
+then those of the kernel by members of a group, the best of several calls each. Only the matrix
+products of attention are counted, 2 forward and 5 backward. Percentages are of the faster product
+in float32, measured again before each line because the processor's clock varies.
 """
 
 import argparse
@@ -60,8 +59,8 @@ def main() -> None:
                 best_rate(lambda: native.forward(qkv, table, *rules), 2 * flops),
                 best_rate(lambda: native.backward(grad, qkv, table, out, norms, *rules), 5 * flops),
             )
-            said = (f'{rate:4.0f} ({100 * rate / peak:3.0f} %)' for rate in rates)
-            print('{:8} {:5} members: forward {}, backward {}'.format(dtype, members, *said))
+            shown = (f'{rate:4.0f} ({100 * rate / peak:3.0f} %)' for rate in rates)
+            print('{:8} {:5} members: forward {}, backward {}'.format(dtype, members, *shown))
 
 
 if __name__ == '__main__':

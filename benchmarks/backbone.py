@@ -19,8 +19,9 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from unittest import mock
 
 from common import (
     ROOT,
@@ -147,37 +148,43 @@ def time_of_parts(model, step) -> dict:
     """Return the seconds of one step of a CrossFormer by kind of layer."""
     import torch
 
-    from crossformer_mm.attention import GroupAttention
-    from crossformer_mm.embedding import CrossScaleConvs
-    from crossformer_mm.linear import Linear, Mlp
-    from crossformer_mm.position_bias import DynamicPositionBias
+    from crossformer_mm import attention, embedding, linear, position_bias
 
     kinds = {
-        CrossScaleConvs: 'embedding and merging',
-        GroupAttention: 'attention in groups',
-        Mlp: 'MLP',
-        DynamicPositionBias: 'position bias',
+        embedding.CrossScaleConvs: 'embedding and merging',
+        attention.GroupAttention: 'attention in groups',
+        linear.Mlp: 'MLP',
+        position_bias.DynamicPositionBias: 'position bias',
         torch.nn.LayerNorm: 'LayerNorm',
-        Linear: 'projections (q k v, out)',
     }
-    seconds, running, hooks = defaultdict(float), [], []
+    seconds, running = defaultdict(float), []
 
-    def begin(module, args):
+    def begin(*_) -> None:
         running.append([time.perf_counter(), 0.0])
 
-    def end(module, args, out):
+    def end(kind: str) -> None:
         start, inside = running.pop()
         took = time.perf_counter() - start
-        seconds[kinds[type(module)]] += took - inside
+        seconds[kind] += took - inside
         if running:
             running[-1][1] += took
 
-    for name, module in model.named_modules():
-        if type(module) in kinds and '.mlp.' not in name and '.pos.' not in name:
-            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    total = step()
-    for hook in hooks:
-        hook.remove()
+    def project(layer, x):
+        begin()
+        out = linear.linear(layer, x)
+        end('projections (q k v, out)')
+        return out
+
+    with ExitStack() as stack:
+        # Hooks of linear layers would turn their faster ways off.
+        stack.enter_context(mock.patch.object(attention, 'linear', project))
+        for name, module in model.named_modules():
+            kind = kinds.get(type(module))
+            if kind and '.mlp.' not in name and '.pos.' not in name:
+                stack.callback(module.register_forward_pre_hook(begin).remove)
+                hook = module.register_forward_hook(lambda *_, kind=kind: end(kind))
+                stack.callback(hook.remove)
+        total = step()
     seconds['rest'] = total - sum(seconds.values())
     return dict(seconds)
 

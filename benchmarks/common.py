@@ -1,4 +1,4 @@
-"""Shared by benchmarks: the processor, rates, processes that answer, tools and their logs."""
+"""Shared by benchmarks: the processor, rates of products, processes that answer, curves."""
 
 import argparse
 import json
@@ -142,43 +142,6 @@ def answer(answers: Dict[str, Callable]) -> None:
     """Answer each line of stdin with the result of the function of that name."""
     for line in sys.stdin:
         print(json.dumps(dict(answer=answers[line.strip()]())), flush=True)
-
-
-def run_tool(log: Path, *command) -> None:
-    """Run a tool and show its epochs; end the program if it fails.
-
-    Args:
-        log (Path): file for its output.
-        *command: the tool below the repository's root, and its arguments.
-    """
-    print(f"\n== {' '.join(map(str, command))}", flush=True)
-    with log.open('w') as keep:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            text=True,
-            errors='replace',
-        )
-        for line in process.stdout:
-            keep.write(line)
-            if re.search(r'(Epoch|Iter)\((train|val)\)', line) and (
-                'eta' not in line or '0/' in line
-            ):
-                print('  ', line.split(' - INFO - ')[-1].rstrip()[:150], flush=True)
-    if process.wait():
-        sys.exit(f"error: '{command[0]}' failed, its output is in '{log}'.")
-
-
-def read_log(work: Path) -> List[dict]:
-    """Return what a training logged, over all its starts; of a step logged twice, the last."""
-    rows = {}
-    for file in sorted(work.glob('*/vis_data/scalars.json')):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            rows['loss' in row, row['step']] = row
-    return [rows[key] for key in sorted(rows)]
 
 
 def draw_curves(file: Path, panels: List[dict], columns: int, title: str = '') -> None:

@@ -122,8 +122,9 @@ def measure(size: tuple, threads: int, repeats: int, folder: Path, names: list) 
             print(f'   {name}: left out, {runtime} is not installed', flush=True)
             continue
         file = folder / f'{model}_{kind}_{size[0]}x{size[1]}.onnx'
+        if kind:
+            print(f"   {'taking' if file.is_file() else 'writing'} {file}", flush=True)
         if kind and not file.is_file():
-            print(f'   writing {file}', flush=True)
             write(model, kind, size, file)
         case = dict(runtime=runtime, model=model, size=size, threads=threads)
         result = dict(case, name=name, file_size=file.stat().st_size if kind else None, peak=0)
@@ -175,7 +176,6 @@ def main() -> None:
     add('--size', type=size_of, default=(800, 1216), metavar='HxW')
     add('--threads', type=int, default=2, help='of the CPU (default: 2)')
     add('--repeats', type=int, default=2, help='turns of each (default: 2)')
-    add('--files', type=Path, help='folder of the exported files (default: that of --out)')
     add('--out', type=Path, default='work_dirs/deployment', help='folder for the results')
     add('--only', nargs='+', choices=WAYS, metavar='WAY', help='measure only these ways again')
     add('--worker', type=json.loads, help=argparse.SUPPRESS)
@@ -185,12 +185,10 @@ def main() -> None:
         return
     if min(args.threads, args.repeats) < 1:
         parser.error('--threads and --repeats must be 1 or more.')
-    file = args.out / 'results.json'
     import torch
 
-    files = args.files or args.out
-    for folder in (args.out, files):
-        folder.mkdir(parents=True, exist_ok=True)
+    file = args.out / 'results.json'
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     if args.only:
         record = read_record(file, '--only')
@@ -201,7 +199,7 @@ def main() -> None:
             rates=product_rates(),
         )
     with torch.no_grad():
-        results = measure(args.size, args.threads, args.repeats, files, args.only or WAYS)
+        results = measure(args.size, args.threads, args.repeats, args.out, args.only or WAYS)
     if args.only:
         new = {result['name']: dict(result, anew=True) for result in results}
         results = [new.get(one['name'], one) for one in record['results']]

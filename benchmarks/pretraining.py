@@ -19,8 +19,10 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
-from common import draw_curves, read_log, run_tool  # noqa: E402
+TOOLS = ROOT / 'tools'
+sys.path[:0] = [str(TOOLS), str(ROOT / 'benchmarks')]
+from common import draw_curves  # noqa: E402
+from demo import run_tool  # noqa: E402
 from make_shapes import CLASSES, bright_colour, clutter, polygon, surface, write_image  # noqa: E402
 
 CONFIGS = ROOT / 'benchmarks' / 'pretraining'
@@ -42,7 +44,7 @@ SMOKE = dict(
 
 def draw(rng: np.random.Generator, shape: str, pattern: str) -> np.ndarray:
     """Draw one shape on clutter, (SIDE, SIDE, 3), in a hue that is likely for its class."""
-    image = clutter(rng, SIDE, SIDE)
+    image = clutter(rng, SIDE)
     radius = rng.uniform(0.2, 0.44) * SIDE
     centre = rng.uniform(radius, SIDE - radius, 2)
     angle = rng.uniform(-np.pi, np.pi)
@@ -67,6 +69,16 @@ def make_classes(folder: Path, counts: Dict[str, int]) -> None:
                     write_image(place / f'{index}.png', draw(rng, shape, pattern))
 
 
+def read_log(work: Path) -> List[dict]:
+    """Return what a training logged, over all its starts; of a step logged twice, the last."""
+    rows = {}
+    for file in sorted(work.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            rows['loss' in row, row['step']] = row
+    return [rows[key] for key in sorted(rows)]
+
+
 def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
     """Train all; return the curves and the minutes that each training took."""
     minutes = {}
@@ -77,7 +89,7 @@ def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
             began = time.time()
             options += tuple(SMOKE[config].split()) if smoke else ()
             arguments = CONFIGS / f'{config}.py', '--work-dir', work / name, '--cfg-options'
-            run_tool(work / f'{name}.log', 'tools/train.py', *arguments, *options)
+            run_tool(work / 'log.txt', name, TOOLS / 'train.py', *arguments, *options)
             finished.write_text(str((time.time() - began) / 60))
         minutes[name] = round(float(finished.read_text()), 1)
 
@@ -88,7 +100,7 @@ def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
     print('== data', flush=True)
     make_classes(classes, dict(train=2, val=1) if smoke else dict(train=500, val=20))
     counts = ['--train', 4, '--val', 2] if smoke else ['--train', 160, '--val', 80]
-    run_tool(work / 'data.log', 'tools/make_shapes.py', coco.parent, *counts)
+    run_tool(work / 'log.txt', 'data', TOOLS / 'make_shapes.py', coco.parent, *counts)
     train(
         'classifier',
         'classifier',

@@ -1,9 +1,12 @@
 """Plumbing of benchmarks/: processes that are measured, and the table that they fill."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from .tool_process import load_script
 
@@ -60,6 +63,30 @@ def test_sizes_are_read_as_height_and_width(common):
     for text in ('800', '0x5', '5x', '-1x2', 'axb', '1x2x3'):
         with pytest.raises(Exception, match='write HEIGHTxWIDTH'):
             common.size_of(text)
+
+
+def test_the_parts_of_a_step_are_timed_on_the_ways_that_are_measured(common, small):
+    """Hooks of linear layers would turn their faster ways off."""
+    backbone, hooked, model = load_script(FOLDER / 'backbone.py'), [], small()
+
+    def step() -> float:
+        hooked.extend(m for m in model.modules() if isinstance(m, nn.Linear) and m._forward_hooks)
+        start = time.perf_counter()
+        model(torch.rand(1, 3, 64, 64))
+        return time.perf_counter() - start
+
+    parts = backbone.time_of_parts(model, step)
+    assert set(parts) == {
+        'embedding and merging',
+        'LayerNorm',
+        'projections (q k v, out)',
+        'position bias',
+        'attention in groups',
+        'MLP',
+        'rest',
+    }
+    assert min(parts.values()) > 0 and not hooked
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize('machine', ['amd-zen3', 'intel-amx'])

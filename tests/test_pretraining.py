@@ -492,7 +492,7 @@ class TestBenchmark:
     def test_a_try_of_it_leaves_figures_and_a_picture(self, benchmark, tmp_path, monkeypatch):
         ran = []
 
-        def run(log, tool, *arguments):
+        def run(log, title, tool, *arguments):
             ran.append(' '.join(map(str, arguments)))
             assert run_here(ROOT, Path(tool).name, *arguments) == 0
 

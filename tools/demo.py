@@ -41,10 +41,16 @@ SHOWN = (
 )
 
 
-def run_tool(title: str, *command: str) -> None:
-    """Run a tool and show its progress; end the demo if it fails."""
+def run_tool(log: Path, title: str, *command) -> None:
+    """Run a tool and show its progress; end the program if it fails.
+
+    Args:
+        log (Path): file that the tool's output is added to.
+        title (str): heading of what is shown.
+        *command: the tool's file and its arguments.
+    """
+    command = [str(part) for part in command]
     print(f'\n== {title}\n   {" ".join(command)}', flush=True)
-    log = WORK / 'demo.log'
     with (
         log.open('a') as keep,
         subprocess.Popen(
@@ -104,29 +110,20 @@ def main():
     argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0]).parse_args()
     started = time.time()
     check_writable('work folder', WORK)
-    run_tool(
-        'Data: shapes on clutter, 400 images to train on and 100 held out',
-        str(ROOT / 'tools/make_shapes.py'),
-        'data/shapes',
-    )
+    tools, log = ROOT / 'tools', WORK / 'demo.log'
+    title = 'Data: shapes on clutter, 400 images to train on and 100 held out'
+    run_tool(log, title, tools / 'make_shapes.py', 'data/shapes')
     report, pictures, commands = [], [], []
     for name, metrics in MARKS.items():
-        config = str(ROOT / f'configs/demo/{name}_shapes.py')
-        run_tool(f'Training {name}', str(ROOT / 'tools/train.py'), config, '--resume')
+        config = ROOT / f'configs/demo/{name}_shapes.py'
+        run_tool(log, f'Training {name}', tools / 'train.py', config, '--resume')
         checkpoint = (WORK / name / 'last_checkpoint').read_text().strip()
-        run_tool(
-            f'Evaluating {name} on the held-out images',
-            str(ROOT / 'tools/test.py'),
-            config,
-            checkpoint,
-            '--show-dir',
-            str(WORK / name / 'pictures'),
-        )
+        title, folder = f'Evaluating {name} on the held-out images', WORK / name / 'pictures'
+        run_tool(log, title, tools / 'test.py', config, checkpoint, '--show-dir', folder)
         measured = json.loads(newest(f'{name}/test/*/*.json').read_text())
         for key, (label, mark) in metrics.items():
             value = measured[key] * (100 if key.startswith('coco/') else 1)
             report.append((f'{name}: {label}', value, mark))
-        folder = WORK / name / 'pictures'
         shown = sorted(folder.rglob('*.png'), key=lambda path: (path.stat().st_mtime, path.name))
         sheet = WORK / f'{name}.png'
         contact_sheet(shown[-8:], sheet)

@@ -45,23 +45,18 @@ def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarra
     return pattern % 2 == 1
 
 
-def clutter(rng: np.random.Generator, size: int, unit: int) -> np.ndarray:
+def clutter(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw a background (size, size, 3) of pale, noisy colours with bright lines and dots."""
-    cells = max(round(4 * size / unit), 1)
     image = cv2.resize(
-        rng.uniform(90, 190, (cells, cells, 1)) + rng.uniform(-25, 25, (cells, cells, 3)),
+        rng.uniform(90, 190, (4, 4, 1)) + rng.uniform(-25, 25, (4, 4, 3)),
         (size, size),
         interpolation=cv2.INTER_CUBIC,
     )
     image = np.clip(image + rng.normal(0, 10, image.shape), 0, 255).astype(np.uint8)
-    density = (size / unit) ** 2
-    for _ in range(round(rng.integers(4, 10) * density)):
-        ends = rng.integers(0, unit, (2, 2))
-        if size != unit:  # as long as in an image of side unit
-            ends += rng.integers(min(size - unit, 0), max(size - unit, 0) + 1, 2)
-        start, end = ends.tolist()
+    for _ in range(rng.integers(4, 10)):
+        start, end = rng.integers(0, size, (2, 2)).tolist()
         cv2.line(image, start, end, bright_colour(rng), int(rng.integers(1, 3)), cv2.LINE_AA)
-    for _ in range(round(rng.integers(10, 30) * density)):
+    for _ in range(rng.integers(10, 30)):
         centre = rng.integers(0, size, 2).tolist()
         cv2.circle(image, centre, int(rng.integers(1, 4)), bright_colour(rng), -1, cv2.LINE_AA)
     return image
@@ -74,25 +69,22 @@ def bright_colour(rng: np.random.Generator, kind: Optional[int] = None) -> list:
     return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR)[0, 0].tolist()
 
 
-def scene(rng: np.random.Generator, size: int, unit: Optional[int] = None):
+def scene(rng: np.random.Generator, size: int):
     """Draw one image with its objects.
 
     Args:
         rng: random number generator.
         size: side of the image in pixels.
-        unit: the size of objects, their number per area and the clutter are those of an image with
-            this side; None: ``size``.
 
     Returns:
         tuple: image (size, size, 3) uint8; a list of (class index, mask (size, size) bool) of the
         visible objects, whose masks do not overlap.
     """
-    unit = unit or size
-    image = clutter(rng, size, unit)
+    image = clutter(rng, size)
     drawn = []
-    for _ in range(max(round(rng.integers(3, 7) * (size / unit) ** 2), 1)):
+    for _ in range(rng.integers(3, 7)):
         kind = int(rng.integers(len(CLASSES)))
-        radius = rng.uniform(0.1, 0.22) * unit
+        radius = rng.uniform(0.1, 0.22) * size
         centre = rng.uniform(radius, size - radius, 2)
         angle = rng.uniform(-np.pi, np.pi)
         corners = polygon(CLASSES[kind], radius, angle) + centre
@@ -115,8 +107,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
     path.write_bytes(cv2.imencode(path.suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
 
 
-def write_split(folder: Path, split: str, count: int, size: int, seed: int, draw=scene) -> None:
-    """Write images that ``draw(rng, size)`` returns, as :func:`scene` does, in both layouts."""
+def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:
+    """Write images of :func:`scene` in both layouts."""
     coco_images = folder / 'coco' / f'{split}2017'
     ade_split = {'train': 'training', 'val': 'validation'}[split]
     ade_images = folder / 'ade' / 'images' / ade_split
@@ -127,7 +119,7 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int, draw
     rng = np.random.default_rng([seed, split == 'val'])
     images, annotations = [], []
     for index in range(1, count + 1):
-        image, objects = draw(rng, size)
+        image, objects = scene(rng, size)
         name = f'{index:012d}.png'
         write_image(coco_images / name, image)
         # ADE20K's label maps count from 1 and leave 0 for "other", never trained.

@@ -233,7 +233,8 @@ def measure_apart(
         file = Path(folder, RESULT)
         if file.is_file():
             return json.loads(file.read_text(encoding='utf-8'))
-    reason = f'the process was ended by signal {-status}' if status < 0 else f'status {status}'
+    ended = f'was ended by signal {-status}' if status < 0 else f'ended with status {status}'
+    reason = f"the process {ended}, see '{log}'"
     if status == -9:
-        reason += ', which is what happens when memory is full'
+        reason += '; it happens when memory is full'
     return dict(error=reason, refused=False)
