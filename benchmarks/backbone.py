@@ -149,7 +149,7 @@ def time_of_parts(model, step) -> dict:
 
     from crossformer_mm.attention import GroupAttention
     from crossformer_mm.embedding import CrossScaleConvs
-    from crossformer_mm.linear import Linear, Mlp
+    from crossformer_mm.layers import Linear, Mlp
     from crossformer_mm.position_bias import DynamicPositionBias
 
     kinds = {

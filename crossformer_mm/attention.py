@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .grouping import AxisRule
 from .kernels import map_attention
 from .kernels.bias import position_table
-from .linear import linear
+from .layers import linear
 from .position_bias import build_position_bias
 
 

@@ -11,7 +11,7 @@ from crossformer_mm import linear as linears
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
-from crossformer_mm.linear import Mlp, linear
+from crossformer_mm.layers import Mlp, linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this PyTorch was built without oneDNN'
