@@ -1,4 +1,4 @@
-"""The CrossFormer backbone: architectures, stages, and what goes out."""
+"""The CrossFormer backbone: architectures, stages, outputs."""
 
 import logging
 import math
@@ -80,7 +80,7 @@ class CrossFormerStage(BaseModule):
         self.with_cp = with_cp
 
     def rules(self, x: Tensor) -> Tuple[Rules, Rules]:
-        """Of short and of long distance attention on a map (B, H, W, C)."""
+        """Return the rules of short and of long distance attention on a map (B, H, W, C)."""
         height, width = x.shape[1:3]
         return stage_rules(height, width, self.group_size, self.interval, self.lda)
 
@@ -101,8 +101,8 @@ class CrossFormer(BaseModule):
 
     `CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention
     <https://arxiv.org/abs/2108.00154>`_ and `CrossFormer++ <https://arxiv.org/abs/2303.06908>`_.
-    The output depends on the input, the weights and ``training`` alone; one instance serves images
-    of all sizes.
+    The output depends only on the input, the weights and ``training``; one instance takes images of
+    all sizes.
 
     Args:
         arch (str | dict): one of ``t s b l pp-s pp-b pp-l pp-h``, or a dict with ``embed_dims``
@@ -146,16 +146,16 @@ class CrossFormer(BaseModule):
             weights or the backbone of a whole model's checkpoint. None, or a checkpoint of None:
             random weights.
         attention_path (str, optional): for study, how attention is computed: ``plain``, ``native``
-            or ``fused`` (:mod:`crossformer_mm.kernels`). The values are the same. One that cannot
-            serve an image is an error. None: the fastest that can.
+            or ``fused`` (:mod:`crossformer_mm.kernels`). The values are the same. One that does not
+            support an image raises an error. None: the fastest that does.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.
         out_strides (tuple[int]): image pixels per position of each.
 
     Raises:
-        ValueError: an option is wrong; the sentence names it.
-        TypeError: there is no such option; the sentence names the nearest.
+        ValueError: an option is wrong; the message names it.
+        TypeError: there is no such option; the message names the nearest.
 
     Examples:
         >>> import torch
@@ -295,7 +295,7 @@ class CrossFormer(BaseModule):
         return tuple(outputs[stage] for stage in self.out_indices)
 
     def init_weights(self) -> None:
-        """Random weights, or those that ``init_cfg`` names.
+        """Set random weights, or load those that ``init_cfg`` specifies.
 
         Linear layers: truncated normal of standard deviation 0.02 and bias 0; LayerNorm: 1 and 0;
         convolutions: PyTorch's default, as the authors do.
@@ -362,11 +362,11 @@ class CrossFormer(BaseModule):
         return depth, last + 1
 
     def is_extra(self, key: str) -> bool:
-        """Whether published weights cannot have this parameter of ours."""
+        """Check for a parameter that published weights do not have: an output norm."""
         return self.out_norm and key.startswith(tuple(f'norm{i}.' for i in self.out_indices))
 
     def is_left_out(self, key: str) -> bool:
-        """Whether a parameter belongs to what follows the last returned stage, or only to the
+        """Check for a parameter of a stage or merging after the last returned stage, or of the
         output norm of a stage that is not returned."""
         norm = re.match(r'norm(\d+)\.', key)
         if norm and self.out_norm:
@@ -376,7 +376,7 @@ class CrossFormer(BaseModule):
 
 
 def resolve_arch(arch: Union[str, dict]) -> dict:
-    """The architecture's numbers, from its name or as given.
+    """Return the numbers of an architecture, given by its name or by a dict.
 
     Raises:
         ValueError: no such name, or keys are missing or unknown.
