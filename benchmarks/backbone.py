@@ -148,12 +148,12 @@ def time_of_parts(model, step) -> dict:
     """Return the seconds of one step of a CrossFormer by kind of layer."""
     import torch
 
-    from crossformer_mm import attention, embedding, linear, position_bias
+    from crossformer_mm import attention, embedding, layers, position_bias
 
     kinds = {
         embedding.CrossScaleConvs: 'embedding and merging',
         attention.GroupAttention: 'attention in groups',
-        linear.Mlp: 'MLP',
+        layers.Mlp: 'MLP',
         position_bias.DynamicPositionBias: 'position bias',
         torch.nn.LayerNorm: 'LayerNorm',
     }
@@ -171,7 +171,7 @@ def time_of_parts(model, step) -> dict:
 
     def project(layer, x):
         begin()
-        out = linear.linear(layer, x)
+        out = layers.linear(layer, x)
         end('projections (q k v, out)')
         return out
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossformer_mm import CrossFormer, exact
-from crossformer_mm import linear as linear_layers
+from crossformer_mm import CrossFormer, exact, layers
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.kernels import bias_triton, fused
 
@@ -91,7 +90,7 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
         library.impl(f'{name}.{overload}' if overload else name, run, 'AutocastCPU')
 
     def joint_cast_dtype(x: Tensor):
-        return None if torch.is_grad_enabled() else linear_layers.cast_dtype(x)
+        return None if torch.is_grad_enabled() else layers.cast_dtype(x)
 
     map_attention = GroupAttention.attend
     library = torch.library.Library('aten', 'IMPL')
@@ -102,9 +101,9 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
         mock.patch.object(bias_triton, 'launch', launch),
         mock.patch.object(fused, 'why_no_triton', lambda device: ''),
         mock.patch.object(exact, 'is_observed', lambda: False),
-        mock.patch.object(linear_layers, 'onednn_suits', lambda x, weight: False),
-        mock.patch.object(linear_layers, 'joint_cast_dtype', joint_cast_dtype),
-        mock.patch.object(linear_layers.Mlp, 'takes_shortcut', lambda mlp, x: False),
+        mock.patch.object(layers, 'onednn_suits', lambda x, weight: False),
+        mock.patch.object(layers, 'joint_cast_dtype', joint_cast_dtype),
+        mock.patch.object(layers.Mlp, 'takes_shortcut', lambda mlp, x: False),
     ):
         yield
     library._destroy()

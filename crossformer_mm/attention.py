@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from .grouping import AxisRule
 from .kernels import map_attention
 from .kernels.bias import position_table
-from .linear import linear
+from .layers import linear
 from .position_bias import build_position_bias
 
 
 class GroupAttention(BaseModule):
     """Multi-head attention among the members of each group, with position bias.
 
-    Which groups these are, short or long distance, comes with the call; the
-    parameters are the same for both (arXiv 2108.00154, section 3.2).
+    The groups, short or long distance, are arguments of the call; the parameters are the same for
+    both (arXiv 2108.00154, section 3.2).
 
     Args:
         channels (int): channels of the map, a multiple of ``num_heads``.
@@ -52,7 +52,7 @@ class GroupAttention(BaseModule):
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def forward(self, x: Tensor, rows: AxisRule, columns: AxisRule) -> Tensor:
-        """Each position attends within its group.
+        """Attend within groups.
 
         Args:
             x (Tensor): (B, H, W, C).

@@ -1,12 +1,9 @@
-"""The CrossFormer backbone: architectures, stages, and what goes out."""
+"""The CrossFormer backbone: architectures, stages, outputs."""
 
-import difflib
-import functools
-import inspect
 import logging
 import math
 import re
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -19,9 +16,17 @@ from .block import CrossFormerBlock
 from .checkpoint import load_backbone, whole_model_follows
 from .compat import compiled_since_2_4
 from .embedding import PatchEmbedding, PatchMerging
-from .grouping import LDA_DEFINITIONS, Rules, stage_rules
-from .kernels import PATHS
-from .position_bias import POSITION_BIASES, AbsolutePosition
+from .grouping import Rules, stage_rules
+from .options import (
+    check_choices,
+    check_embeddings,
+    check_numbers,
+    check_outputs,
+    check_rates,
+    check_stages,
+    suggest_options,
+)
+from .position_bias import AbsolutePosition
 
 # CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv 2303.06908, table 1).
 # Depths, heads and channels are those of the released weights.
@@ -75,7 +80,7 @@ class CrossFormerStage(BaseModule):
         self.with_cp = with_cp
 
     def rules(self, x: Tensor) -> Tuple[Rules, Rules]:
-        """Of short and of long distance attention on a map (B, H, W, C)."""
+        """Return the rules of short and of long distance attention on a map (B, H, W, C)."""
         height, width = x.shape[1:3]
         return stage_rules(height, width, self.group_size, self.interval, self.lda)
 
@@ -90,33 +95,14 @@ class CrossFormerStage(BaseModule):
         return x
 
 
-def names_known(init: Callable) -> Callable:
-    """Make a constructor name the nearest option to one that it does not have."""
-    known = inspect.signature(init).parameters
-
-    @functools.wraps(init)
-    def checked(self, *args, **options):
-        for name in options.keys() - known.keys():
-            near = difflib.get_close_matches(name.lower(), known, n=1)
-            asked = (
-                f"did you mean '{near[0]}'"
-                if near
-                else f"choose from {', '.join(name for name in known if name != 'self')}"
-            )
-            raise TypeError(f"CrossFormer: there is no option '{name}', {asked}?")
-        init(self, *args, **options)
-
-    return checked
-
-
 @MODELS.register_module()
 class CrossFormer(BaseModule):
     """CrossFormer and CrossFormer++ as a backbone for dense prediction.
 
     `CrossFormer: A Versatile Vision Transformer Hinging on Cross-scale Attention
     <https://arxiv.org/abs/2108.00154>`_ and `CrossFormer++ <https://arxiv.org/abs/2303.06908>`_.
-    The output depends on the input, the weights and ``training`` alone; one instance serves images
-    of all sizes.
+    The output depends only on the input, the weights and ``training``; one instance takes images of
+    all sizes.
 
     Args:
         arch (str | dict): one of ``t s b l pp-s pp-b pp-l pp-h``, or a dict with ``embed_dims``
@@ -160,16 +146,16 @@ class CrossFormer(BaseModule):
             weights or the backbone of a whole model's checkpoint. None, or a checkpoint of None:
             random weights.
         attention_path (str, optional): for study, how attention is computed: ``plain``, ``native``
-            or ``fused`` (:mod:`crossformer_mm.kernels`). The values are the same. One that cannot
-            serve an image is an error. None: the fastest that can.
+            or ``fused`` (:mod:`crossformer_mm.kernels`). The values are the same. One that does not
+            support an image raises an error. None: the fastest that does.
 
     Attributes:
         out_channels (tuple[int]): channels of each returned feature.
         out_strides (tuple[int]): image pixels per position of each.
 
     Raises:
-        ValueError: an option is wrong; the sentence names it.
-        TypeError: there is no such option; the sentence names the nearest.
+        ValueError: an option is wrong; the message names it.
+        TypeError: there is no such option; the message names the nearest.
 
     Examples:
         >>> import torch
@@ -181,7 +167,7 @@ class CrossFormer(BaseModule):
         [(1, 192, 13, 19), (1, 384, 7, 10), (1, 768, 4, 5)]
     """
 
-    @names_known
+    @suggest_options
     def __init__(
         self,
         arch: Union[str, dict] = 's',
@@ -211,23 +197,13 @@ class CrossFormer(BaseModule):
         embed_dims, depths = arch['embed_dims'], arch['depths']
         cooling = arch['cooling'] if cooling is None else cooling
         drop_path_rate = arch['drop_path_rate'] if drop_path_rate is None else drop_path_rate
-        check_options(
-            arch,
-            in_channels,
-            patch_sizes,
-            merge_sizes,
-            group_size,
-            interval,
-            lda,
-            position_bias,
-            attention_path,
-            mlp_ratio,
-            qk_scale,
-            out_indices,
-            frozen_stages,
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
+        check_stages(arch, group_size, interval)
+        check_embeddings(arch, in_channels, patch_sizes, merge_sizes)
+        check_choices(lda, position_bias, attention_path)
+        check_numbers(embed_dims, mlp_ratio, qk_scale)
+        check_outputs(len(depths), out_indices, frozen_stages)
+        check_rates(
+            drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
         )
 
         self.in_channels = in_channels
@@ -319,7 +295,7 @@ class CrossFormer(BaseModule):
         return tuple(outputs[stage] for stage in self.out_indices)
 
     def init_weights(self) -> None:
-        """Random weights, or those that ``init_cfg`` names.
+        """Set random weights, or load those that ``init_cfg`` specifies.
 
         Linear layers: truncated normal of standard deviation 0.02 and bias 0; LayerNorm: 1 and 0;
         convolutions: PyTorch's default, as the authors do.
@@ -386,11 +362,11 @@ class CrossFormer(BaseModule):
         return depth, last + 1
 
     def is_extra(self, key: str) -> bool:
-        """Whether published weights cannot have this parameter of ours."""
+        """Check for a parameter that published weights do not have: an output norm."""
         return self.out_norm and key.startswith(tuple(f'norm{i}.' for i in self.out_indices))
 
     def is_left_out(self, key: str) -> bool:
-        """Whether a parameter belongs to what follows the last returned stage, or only to the
+        """Check for a parameter of a stage or merging after the last returned stage, or of the
         output norm of a stage that is not returned."""
         norm = re.match(r'norm(\d+)\.', key)
         if norm and self.out_norm:
@@ -400,7 +376,7 @@ class CrossFormer(BaseModule):
 
 
 def resolve_arch(arch: Union[str, dict]) -> dict:
-    """The architecture's numbers, from its name or as given.
+    """Return the numbers of an architecture, given by its name or by a dict.
 
     Raises:
         ValueError: no such name, or keys are missing or unknown.
@@ -414,112 +390,3 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
             f"'cooling'), got {arch!r}."
         )
     return dict(drop_path_rate=0.0, cooling=False) | numbers
-
-
-def check_options(
-    arch: dict,
-    in_channels,
-    patch_sizes,
-    merge_sizes,
-    group_size,
-    interval,
-    lda,
-    position_bias,
-    attention_path,
-    mlp_ratio,
-    qk_scale,
-    out_indices,
-    frozen_stages,
-    **rates,
-) -> None:
-    """Raise a ValueError with one sentence on the first option that cannot work."""
-
-    def check(valid: bool, sentence: str) -> None:
-        if not valid:
-            raise ValueError(f'CrossFormer: {sentence}.')
-
-    def positive(numbers) -> bool:
-        return (
-            isinstance(numbers, Sequence)
-            and not isinstance(numbers, str)
-            and len(numbers) > 0
-            and all(isinstance(n, int) and n >= 1 for n in numbers)
-        )
-
-    dims, depths, heads = arch['embed_dims'], arch['depths'], arch['num_heads']
-    check(
-        isinstance(dims, int) and dims >= 16 and dims % 16 == 0,
-        f'embed_dims must be a positive multiple of 16, got {dims!r}',
-    )
-    for name, numbers in dict(
-        depths=depths, num_heads=heads, group_size=group_size, interval=interval
-    ).items():
-        check(positive(numbers), f'{name} must be whole numbers of at least 1, got {numbers!r}')
-        check(
-            len(numbers) == len(depths),
-            f'{name} must have one number for each of the {len(depths)} stages of depths, '
-            f'got {numbers!r}',
-        )
-    for stage, count in enumerate(heads):
-        channels = dims * 2**stage
-        check(
-            channels % count == 0,
-            f'num_heads[{stage}] = {count} must divide the {channels} channels of its stage',
-        )
-    check(
-        isinstance(in_channels, int) and in_channels >= 1,
-        f'in_channels must be a whole number of at least 1, got {in_channels!r}',
-    )
-    check(
-        isinstance(merge_sizes, Sequence) and len(merge_sizes) == len(depths) - 1,
-        f'merge_sizes must have one list of kernels for each of the {len(depths) - 1} mergings, '
-        f'got {merge_sizes!r}',
-    )
-    for name, kernels in [
-        ('patch_sizes', patch_sizes),
-        *((f'merge_sizes[{i}]', sizes) for i, sizes in enumerate(merge_sizes)),
-    ]:
-        check(
-            positive(kernels)
-            and all(k >= kernels[0] and (k - kernels[0]) % 2 == 0 for k in kernels),
-            f'{name} must be kernel sizes, each the first (the stride) plus an even number, '
-            f'got {kernels!r}',
-        )
-        check(
-            2 ** (len(kernels) - 1) <= dims,
-            f'{name} has more kernels than {dims} channels can be halved for, got {kernels!r}',
-        )
-    for name, choice, choices in [
-        ('lda', lda, LDA_DEFINITIONS),
-        ('position_bias', position_bias, POSITION_BIASES),
-        ('attention_path', attention_path, (None, *PATHS)),
-    ]:
-        check(
-            choice in choices,
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}",
-        )
-    check(
-        isinstance(mlp_ratio, (int, float)) and dims * mlp_ratio >= 1,
-        f'mlp_ratio must be a positive number that leaves the MLPs a channel, got {mlp_ratio!r}',
-    )
-    check(
-        isinstance(qk_scale, (int, float, type(None))),
-        f'qk_scale must be a number or None, got {qk_scale!r}',
-    )
-    check(
-        isinstance(out_indices, Sequence)
-        and len(out_indices) > 0
-        and all(isinstance(index, int) and index in range(len(depths)) for index in out_indices)
-        and len(set(out_indices)) == len(out_indices),
-        f'out_indices must be different stages from 0 to {len(depths) - 1}, got {out_indices!r}',
-    )
-    check(
-        isinstance(frozen_stages, int) and frozen_stages in range(-1, max(out_indices) + 2),
-        f'frozen_stages must be from -1 (none) to {max(out_indices) + 1}, the number of stages '
-        f'that out_indices needs, got {frozen_stages!r}',
-    )
-    for name, rate in rates.items():
-        check(
-            isinstance(rate, (int, float)) and 0 <= rate < 1,
-            f'{name} must be at least 0 and less than 1, got {rate!r}',
-        )

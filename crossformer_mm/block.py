@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .grouping import AxisRule
-from .linear import Mlp
+from .layers import Mlp
 
 
 class DropPath(nn.Module):

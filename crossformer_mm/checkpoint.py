@@ -40,9 +40,8 @@ def log_statistic(owner, name: str):
     return getattr(owner, name)
 
 
-# What may stand in a file next to tensors and plain values: the log in mmengine's own checkpoints,
-# whose resuming needs it, and the configuration in the authors' files, read as a plain dict.
-# Anything else makes reading fail.
+# Allowed in a file next to tensors and plain values: the log in mmengine's own checkpoints, which
+# resuming needs, and the configuration in the authors' files, read as a plain dict.
 SAFE_GLOBALS = [
     HistoryBuffer,
     numpy.ndarray,
@@ -91,7 +90,7 @@ def use_safe_loading(known: Optional[Dict[str, dict]] = None) -> None:
 
 
 def read_checkpoint(path: str, map_location='cpu') -> dict:
-    """Read a checkpoint file or URL as pure data, be it PyTorch's format or safetensors.
+    """Read a checkpoint file or URL as pure data, in PyTorch's format or safetensors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -150,7 +149,7 @@ def require_safetensors() -> None:
 
 
 def read_safetensors(path: str) -> dict:
-    """A safetensors file as a checkpoint; ``meta`` is what tools/publish_model.py wrote."""
+    """Read a safetensors file as a checkpoint; ``meta`` is what tools/publish_model.py wrote."""
     require_safetensors()
     from safetensors import SafetensorError, safe_open
 
@@ -163,7 +162,7 @@ def read_safetensors(path: str) -> dict:
 
 
 def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
-    """The tensors of a checkpoint, wherever it keeps them.
+    """Return the tensors of a checkpoint.
 
     Takes a plain state dict, the authors' ImageNet files (``model``) and checkpoints of whole
     detectors and segmentors (``state_dict``).
@@ -209,7 +208,7 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: not a checkpoint, or the file's weights are not this architecture's; the
-            sentence lists what is missing, unexpected or of another shape.
+            message lists what is missing, unexpected or of another shape.
     """
     weights, own = weights_in(read_checkpoint(path), path), backbone.state_dict()
     prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
@@ -236,7 +235,7 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
 
 
 def model_weights(model: nn.Module, checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
-    """The weights of a checkpoint, named as a whole model names them.
+    """Return the weights of a checkpoint with the names of a whole model.
 
     Takes what :func:`weights_in` takes. The authors' ImageNet files name a classifier's parts in
     their own way. What their files hold besides is dropped by name.
@@ -255,7 +254,7 @@ def model_weights(model: nn.Module, checkpoint: Mapping, name: str) -> Dict[str,
 
 
 def name_in_classifier(key: str) -> str:
-    """A key of the authors' ImageNet files as a classifier here has it."""
+    """Return the name in a classifier here of a key of the authors' ImageNet files."""
     for theirs, ours in CLASSIFIER_NAMES.items():
         if key.startswith(theirs):
             return ours + key.removeprefix(theirs)
@@ -265,7 +264,7 @@ def name_in_classifier(key: str) -> str:
 def fit_checkpoint(
     model: nn.Module, checkpoint: dict, name: str, required: Optional[str] = ''
 ) -> None:
-    """Load a checkpoint's weights into a whole model, and see that nothing stays random unsaid.
+    """Load a checkpoint into a whole model strictly: no silently random weights.
 
     Afterwards ``checkpoint['state_dict']`` holds just the weights that fit, for mmengine to load.
     What the authors' files hold besides is dropped by name.
@@ -276,7 +275,7 @@ def fit_checkpoint(
 
     Raises:
         CheckpointError: the file holds no weights, nothing of this model, or what is required does
-            not fit; the sentence lists what is missing, unexpected or of another shape.
+            not fit; the message lists what is missing, unexpected or of another shape.
     """
     own, weights = model.state_dict(), model_weights(model, checkpoint, name)
     shapes = {key for key in weights if key in own and weights[key].shape != own[key].shape}
@@ -321,7 +320,7 @@ def differences(
     own: Mapping[str, Tensor],
     shown: Optional[int] = 3,
 ) -> List[str]:
-    """One phrase for each kind of keys, with the first few of them (None: all)."""
+    """Return a phrase for each kind of keys, with the first ``shown`` of them (None: all)."""
 
     def phrase(what: str, keys: Iterable[str]) -> List[str]:
         keys = sorted(keys)

@@ -1,4 +1,4 @@
-"""What stands between the backbone and a linear classifier."""
+"""The neck between the backbone and a linear classifier."""
 
 from typing import Sequence, Tuple
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class NormedGlobalAveragePooling(BaseModule):
     """LayerNorm at each position, then the mean over all positions.
 
-    How the authors' classifier ends before its linear layer. The norm is no part of the backbone,
-    for what detectors and segmentors take is not normalised.
+    The authors' classifier has both before its linear layer. The norm is no part of the backbone:
+    detectors and segmentors take features that are not normalised.
 
     Args:
         in_channels (int): channels of the last feature.
@@ -24,5 +24,5 @@ class NormedGlobalAveragePooling(BaseModule):
         self.norm = nn.LayerNorm(in_channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tuple[Tensor]:
-        """The last of some features, (B, C, H, W), as a vector: (B, C) in a tuple."""
+        """Pool the last of some features, (B, C, H, W), to (B, C) in a tuple."""
         return (self.norm(features[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2)),)

@@ -22,7 +22,7 @@ TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 
 def missing_torch(needed: str) -> str:
-    """A clause if this PyTorch is older than ``needed``, such as '2.4', or nothing."""
+    """Return a clause if this PyTorch is older than ``needed``, such as '2.4', or ''."""
     if TORCH >= tuple(map(int, needed.split('.'))):
         return ''
     return f'it needs PyTorch {needed} or newer, this is {torch.__version__}'
@@ -98,9 +98,9 @@ def define_operator(
     setup_context: Optional[Callable] = None,
     backward: Optional[Callable] = None,
 ) -> Callable:
-    """A function as an operator of PyTorch's, ``torch.ops.crossformer_mm.NAME``.
+    """Define an operator of PyTorch from a function, ``torch.ops.crossformer_mm.NAME``.
 
-    Tracers and compilers take it as one node and do not look inside. Without ``backward`` asking
+    Tracers and compilers take it as one node and do not trace into it. Without ``backward`` asking
     for a gradient raises a RuntimeError: call it, and another for the gradient, from a
     ``torch.autograd.Function``.
 
@@ -135,7 +135,7 @@ def define_operator(
 
 
 def schema_of(function: Callable) -> str:
-    """The schema that a function's annotations say."""
+    """Return the schema of a function by its annotations."""
     types = dict(function.__annotations__)
     result = types.pop('return')
     parts = getattr(result, '__args__', None)
@@ -181,7 +181,7 @@ def register_autograd(
 
 
 def compiled_since_2_4(forward: Callable) -> Callable:
-    """A method that older compilers run as it is, and say so; they take minutes to fail on it."""
+    """Exclude a method from older compilers, which take minutes to fail on it, with a warning."""
     if TORCH >= (2, 4):
         return forward
     import torch._dynamo
@@ -192,7 +192,7 @@ def compiled_since_2_4(forward: Callable) -> Callable:
             f'CrossFormer is not compiled: {missing_torch("2.4")}. The rest of the model is.'
         )
 
-    # Compilers know a call of theirs by its wrapper, and cannot look into it.
+    # Compilers recognise a call by its wrapper, and cannot trace into it.
     say, as_it_is = torch._dynamo.disable(say), torch._dynamo.disable(forward)
 
     @functools.wraps(forward)
@@ -278,7 +278,7 @@ ALLOWED_SINCE = {
 
 
 def plain_pickle(allowed: list) -> SimpleNamespace:
-    """The module ``pickle`` as far as ``torch.load`` asks for it, for plain data and tensors."""
+    """Build what ``torch.load`` uses of the module ``pickle``, for plain data and tensors."""
     from torch._weights_only_unpickler import _get_allowed_globals
 
     named = {**_get_allowed_globals(), **ALLOWED_SINCE}

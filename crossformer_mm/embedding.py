@@ -8,7 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .compat import is_compiling
-from .linear import cast_dtype
+from .layers import cast_dtype
 
 
 def split_channels(channels: int, parts: int) -> List[int]:

@@ -2,7 +2,7 @@
 
 A shortcut bypasses modules: it takes their parameters and computes the same faster. What users
 put there, such as a hook, another layer or a quantised weight, would be bypassed with them. Every
-shortcut therefore asks :func:`is_exact`, and calls the modules where it says no.
+shortcut therefore calls :func:`is_exact`, and calls the modules where it returns False.
 """
 
 from typing import Iterable, Sequence
@@ -20,15 +20,15 @@ from .compat import is_compiling
 def is_exact(modules: Iterable[nn.Module], types: Sequence[type], device: torch.device) -> bool:
     """Check that modules compute what their types do on float32 parameters, and nothing else.
 
-    It says no if a module is of another type, has a hook (its own or a global one) or another
+    False if a module is of another type, has a hook (its own or a global one) or another
     ``forward``, if a parameter is no plain ``nn.Parameter`` in float32 on the device, and inside
     graph capture, a transform of ``torch.func``, forward-mode AD, or a dispatch or function mode.
 
-    Options of the modules, such as ``eps``, ``p`` and ``bias=False``, are for the caller to heed.
+    The caller checks the options of the modules, such as ``eps``, ``p`` and ``bias=False``.
 
     Args:
         modules (Iterable[nn.Module]): the modules that a shortcut bypasses.
-        types (Sequence[type]): the type of each, in the same order; another number is a no.
+        types (Sequence[type]): the type of each, in the same order.
         device (torch.device): device of the shortcut's input.
     """
     if torch.jit.is_tracing() or is_compiling() or active_transform() or is_observed():
@@ -82,7 +82,7 @@ def is_unmodified(module: nn.Module) -> bool:
 
 def has_plain_parameters(module: nn.Module, device: torch.device) -> bool:
     """Check that a module's own parameters are plain, in float32 and on a device."""
-    # By attribute, too: pruning and functional calls put tensors in the place of parameters.
+    # By attribute, too: pruning and functional calls replace parameters by tensors.
     return all(
         parameter is None
         or type(parameter) is nn.Parameter

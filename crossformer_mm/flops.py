@@ -1,13 +1,12 @@
-"""Parameters and multiply-accumulates of a model, whole and by part.
+"""Parameters and multiply-accumulates of a model and of its parts.
 
-Counted is what runs on one image: convolutions, linear layers and the products
-of attention, a multiplication with its addition as 1. Norms, activations,
-pooling and resizing are not. The way in which attention is computed makes no
-difference, for shapes are followed through the model and nothing is computed.
+One image runs through the model. Convolutions, linear layers and the products of attention count,
+a multiplication with its addition as 1; norms, activations, pooling and resizing do not. Shapes
+are propagated and nothing is computed, so the attention path makes no difference.
 
-The second stage of a detector has as much to do as an image has objects. Here,
-as in the published tables, each box head gets 1000 proposals and each mask head
-100. A segmentor's auxiliary head has parameters, but only training runs it.
+The cost of a detector's second stage depends on the number of objects. As in the published tables,
+each box head gets 1000 proposals and each mask head 100. A segmentor's auxiliary head has
+parameters, but only training runs it.
 """
 
 from typing import Dict, Iterator, Sequence, Tuple
@@ -28,7 +27,7 @@ PROPOSALS, MASKS = 1000, 100
 
 
 class Inference(nn.Module):
-    """All of a model's layers that see one image, the second stage without its selection of boxes.
+    """Run all layers that one image passes, the second stage without its selection of boxes.
 
     Args:
         model (nn.Module): a detector of one or two stages, a segmentor or a classifier.
@@ -64,7 +63,7 @@ class Inference(nn.Module):
 
 
 def parts_of(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
-    """Modules that make up a model, with their names: stages of the backbone, neck, heads."""
+    """Yield the parts of a model with their names: stages of the backbone, neck, heads."""
     for name, child in model.named_children():
         if name == 'backbone':
             for inner, part in child.named_children():
@@ -79,11 +78,11 @@ def parts_of(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 
 class Meter:
-    """What a part of a model costs, wherever in the model its modules are called from.
+    """Count the operations of a part of a model, wherever its modules are called from.
 
     Args:
-        part (nn.Module): is given hooks.
-        counter (FlopCounterMode): what counts, once it is entered.
+        part (nn.Module): gets hooks.
+        counter (FlopCounterMode): counts once it is entered.
     """
 
     def __init__(self, part: nn.Module, counter: FlopCounterMode):
@@ -111,7 +110,7 @@ def input_channels(model: nn.Module) -> int:
 
 
 def build_empty(model: dict) -> nn.Module:
-    """A model whose tensors have a shape and no content."""
+    """Build a model whose tensors have shapes and no data."""
     try:
         with torch.device('meta'):
             return MODELS.build(model)
@@ -120,16 +119,19 @@ def build_empty(model: dict) -> nn.Module:
 
 
 def operation_counter(model: nn.Module) -> FlopCounterMode:
-    """What counts the operations of a model once it is entered, 2 for a multiplication with its
-    addition; the model computes attention in a way that can be counted from then on."""
+    """Build a counter of a model's operations, 2 for a multiplication with its addition.
+
+    It counts once it is entered. The model is changed: its attention takes the plain path, and
+    blocks that were counted before are skipped.
+    """
     counter = FlopCounterMode(display=False)
     blocks: Dict[tuple, int] = {}
     for module in model.modules():
         if isinstance(module, GroupAttention):
-            # The others hide their products, and work on real tensors only.
+            # The other paths hide their products, and take tensors with data only.
             module.attention_path = 'plain'
         elif isinstance(module, nn.LayerNorm):
-            # Not counted, and followed by PyTorch in many small steps: half of the time.
+            # Not counted, and many small operators to PyTorch: half of the time.
             module.forward = nn.Identity().forward
         elif isinstance(module, CrossFormerBlock):
             module.forward = counted_once(module, counter, blocks)  # type: ignore[method-assign]
@@ -137,12 +139,13 @@ def operation_counter(model: nn.Module) -> FlopCounterMode:
 
 
 def counted_once(block: CrossFormerBlock, counter: FlopCounterMode, known: Dict[tuple, int]):
-    """The forward pass of a block that does nothing where one like it has been counted: most of a
-    stage's blocks are alike.
+    """Wrap a block's forward pass to do nothing where an equal block has been counted.
+
+    Most blocks of a stage are equal.
 
     Args:
-        block (CrossFormerBlock): whose forward pass it is.
-        counter (FlopCounterMode): what counts.
+        block (CrossFormerBlock): the block.
+        counter (FlopCounterMode): the counter.
         known (dict): the operations of blocks; shared by all of a model.
     """
     forward = block.forward
@@ -162,7 +165,7 @@ def counted_once(block: CrossFormerBlock, counter: FlopCounterMode, known: Dict[
 
 
 def count(cfg: Config, shape: Sequence[int]) -> dict:
-    """Parameters and multiply-accumulates of the model of a config.
+    """Count parameters and multiply-accumulates of the model of a config.
 
     Args:
         cfg (Config): with ``default_scope`` and ``model``.

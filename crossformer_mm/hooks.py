@@ -1,4 +1,4 @@
-"""Training and testing show and keep: magnitudes inside the backbone, predictions on images."""
+"""Hooks that log attention paths and magnitudes, and draw or keep predictions."""
 
 import re
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ from .position_bias import bias_windows
 
 @HOOKS.register_module()
 class AttentionPathHook(Hook):
-    """Log, when a training starts, which path computes attention, and why if it is the plain one.
+    """Log the path of attention when training starts, with the reason if it is the plain one.
 
     On a GPU the fused kernels are compiled and tested then. Part of ``CarefulRunner``.
     """
@@ -34,7 +34,7 @@ class AttentionPathHook(Hook):
 
     def before_train(self, runner) -> None:
         model, wrapper = runner.model, runner.optim_wrapper
-        # Only inside of it is the type of mixed precision known.
+        # The type of mixed precision is known only inside this context.
         inside = wrapper.optim_context(model) if isinstance(wrapper, OptimWrapper) else None
         with inside or nullcontext():
             lines = [line for m in model.modules() for line in attention_paths(m)]
@@ -64,7 +64,7 @@ def attention_paths(stage: nn.Module) -> Iterator[str]:
 
 @HOOKS.register_module()
 class MagnitudeHook(Hook):
-    """Log how large features and attention logits are at each stage.
+    """Log the magnitudes of features and attention logits at each stage.
 
     Features of a CrossFormer grow from stage to stage and in the course of training, and with
     them the logits of the attention, which then attends to few positions; the cooling layer of
@@ -77,14 +77,14 @@ class MagnitudeHook(Hook):
       bias included, in its last block. These are of a sample of queries, all their keys and all
       heads: the largest may be a little larger.
 
-    They go where the other curves go (TensorBoard with ``tools/train.py --tensorboard``, the JSON
-    file in the work folder), and in one line to the log. The model computes the same with and
-    without the hook; between logged iterations there is nothing of it in the model.
+    They are written with the other curves (TensorBoard with ``tools/train.py --tensorboard``, the
+    JSON file in the work folder), and to the log in one line. The hook changes no result of the
+    model, and is not in it between logged iterations.
 
     Args:
-        interval (int): iterations between two looks.
-        groups (int): groups to look at in each stage.
-        queries (int): queries to look at in each group.
+        interval (int): iterations between two measurements.
+        groups (int): groups that are sampled in each stage.
+        queries (int): queries that are sampled in each group.
 
     Raises:
         ValueError: the model has no CrossFormer, or a number is not positive.
@@ -117,8 +117,8 @@ class MagnitudeHook(Hook):
         if not self.every_n_train_iters(runner, self.interval) or runner.rank != 0:
             return
         for index, stage in enumerate(self.backbone(runner).layers):
-            features = partial(self.look_at_features, f'stage{index}/feature')
-            logits = partial(self.look_at_logits, f'stage{index}/logit')
+            features = partial(self.keep_features, f'stage{index}/feature')
+            logits = partial(self.keep_logits, f'stage{index}/logit')
             self.handles += [
                 stage.register_forward_hook(features),
                 stage.blocks[-1].attn.register_forward_hook(logits),
@@ -152,10 +152,10 @@ class MagnitudeHook(Hook):
         self.magnitudes[f'{name}_std'] = values.std(correction=0)
         self.magnitudes[f'{name}_max'] = values.abs().max()
 
-    def look_at_features(self, name: str, stage: nn.Module, inputs, output: Tensor) -> None:
+    def keep_features(self, name: str, stage: nn.Module, inputs, output: Tensor) -> None:
         self.keep(name, output)
 
-    def look_at_logits(self, name: str, attention: GroupAttention, inputs, output) -> None:
+    def keep_logits(self, name: str, attention: GroupAttention, inputs, output) -> None:
         self.keep(name, sample_logits(attention, *inputs, self.groups, self.queries))
 
 
@@ -168,13 +168,13 @@ def sample_logits(
     groups: int,
     queries: int,
 ) -> Tensor:
-    """Attention logits of some queries in some of the largest groups of a map.
+    """Compute the attention logits of some queries in some of the largest groups of a map.
 
     Args:
-        attention (GroupAttention): where the map goes.
+        attention (GroupAttention): the attention.
         x (Tensor): (B, H, W, C), its input.
-        rows, columns (AxisRule): which positions attend to each other.
-        groups, queries (int): how many to look at, at most; evenly spaced.
+        rows, columns (AxisRule): the groups.
+        groups, queries (int): how many are sampled at most; evenly spaced.
 
     Returns:
         Tensor: (groups, heads, queries, keys), ``scale * q @ k`` plus the position bias.
@@ -198,19 +198,18 @@ def sample_logits(
 
 
 def spread(length: int, count: int, device) -> Tensor:
-    """At most ``count`` indices of ``range(length)``, evenly spaced."""
+    """Return at most ``count`` indices of ``range(length)``, evenly spaced."""
     return torch.linspace(0, length - 1, min(length, count), device=device).round().long()
 
 
 @HOOKS.register_module()
 class ValidationSamplesHook(Hook):
-    """Draw the predictions on the same few images at every validation, beside the ground truth.
+    """Draw the predictions on the same few images at every validation, next to the ground truth.
 
-    Goes where the visualizer's backends write, TensorBoard for one: each image has a name of its
-    own there, and a step for each validation. (The libraries' hooks draw the first image of some
-    batches, other ones each time.)
+    The visualizer's backends, such as TensorBoard, get a tag for each image and a step for each
+    validation. (The libraries' hooks draw the first image of some batches, other ones each time.)
 
-    An image's name there is that of its file, with its folders if the images lie in several.
+    The tag is the name of the image's file, with its folders if the images lie in several.
 
     Args:
         count (int): how many images, evenly spaced over the data set; in a distributed
@@ -238,7 +237,7 @@ class ValidationSamplesHook(Hook):
                 draw(runner.visualizer, loader.dataset, sample, name=tag, step=runner.iter)
 
     def new_tag(self, path: str) -> str:
-        """A tag for an image, of characters that TensorBoard and file systems keep apart."""
+        """Return a tag for an image, of characters that TensorBoard and file systems keep."""
         tag = 'val_' + re.sub(r'[^-\w.]', '_', self.names[path][0])
         return tag if tag not in self.tags.values() else f'{tag}-{len(self.tags)}'
 

@@ -1,7 +1,8 @@
-"""What has to be there besides, said in one sentence where it is not.
+"""Import-time dependency check.
 
-pip is not asked to bring it: PyTorch, mmcv and the packages on top fit one another in few
-combinations, and pip would replace a part of one that works by a newer part that does not fit.
+These packages are no dependencies of the wheel: PyTorch, mmcv and the packages on top fit one
+another in few combinations, and pip would replace a part of a working one by a newer part that
+does not fit.
 """
 
 import importlib
@@ -11,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from typing import Optional
 
 OLDEST = {'torch': '2.1', 'mmengine': '0.10', 'mmcv': '2.0', 'einops': '0.6'}
-# The two families have the same import packages. mmcv comes in source: where pip builds it apart
-# from the environment, it finds no torch and leaves its operators out without a word. mim finds
-# compiled ones. The backbone needs no operators, and mmcv-lite is mmcv without.
+# The two families have the same import packages. mmcv is a source distribution: without
+# --no-build-isolation pip builds it where there is no torch, and it silently omits its operators.
+# mim finds compiled ones. The backbone needs no operators; mmcv-lite is mmcv without them.
 FAMILIES = {
     'onedl-': "pip install --no-build-isolation 'onedl-mmengine>=0.10.12' 'onedl-mmcv>=2.3.6'",
     '': "pip install openmim && mim install mmengine 'mmcv>=2.1.0,<2.2.0'",
@@ -22,7 +23,7 @@ BACKBONE_ALONE = 'for the backbone alone pip install mmengine mmcv-lite'
 
 
 def check_installed() -> None:
-    """Raise an ImportError, one sentence, for the first package that is missing or too old."""
+    """Raise an ImportError for the first package that is missing or too old."""
     for package, oldest in OLDEST.items():
         if importlib.util.find_spec(package) is None:
             state = 'which is not installed'
@@ -38,12 +39,12 @@ def check_installed() -> None:
 
 
 def numbers(version: str) -> tuple:
-    """The first two numbers of a version."""
+    """Return the first two numbers of a version."""
     return tuple(map(int, re.findall(r'\d+', version)[:2]))
 
 
 def remedy(package: str) -> str:
-    """What to type so that a package is there that fits the others."""
+    """Return the command that installs a package that fits the others."""
     if package == 'torch':
         return (
             'install it as pytorch.org says, and after it an mmcv for it, or for the backbone '
@@ -61,7 +62,7 @@ def remedy(package: str) -> str:
 
 
 def installed_family() -> Optional[str]:
-    """How the names of the installed family begin; None: there is none."""
+    """Return the prefix of the installed family's names, or None if there is none."""
     for family in FAMILIES:
         for package in ('mmengine', 'mmcv', 'mmdetection', 'mmdet', 'mmsegmentation'):
             try:

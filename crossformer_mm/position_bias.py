@@ -1,4 +1,4 @@
-"""Position bias of attention: dynamic (DPB), and what the papers compare it with.
+"""Position bias of attention: dynamic (DPB), and the alternatives that the papers compare.
 
 =================== ==============================================================
 position_bias       what tells attention where a token is
@@ -11,8 +11,7 @@ absolute            a learnt map that is added to the first embedding, no bias
 none                nothing
 =================== ==============================================================
 
-Every bias is called with the sides of a group and returns the bias of each
-offset, so that attention does not know which one it has.
+Every bias is called with the sides of a group and returns the bias of each offset.
 """
 
 from typing import Optional
@@ -99,7 +98,7 @@ class RelativePositionBias(BaseModule):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
-        """As :meth:`DynamicPositionBias.forward`."""
+        """Return the biases that :meth:`DynamicPositionBias.forward` describes."""
         return resize_map(self.relative_position_bias_table, 2 * height - 1, 2 * width - 1)
 
 
@@ -116,7 +115,7 @@ class NoPositionBias(BaseModule):
         self.num_heads = num_heads
 
     def forward(self, height: int, width: int, device: Optional[torch.device] = None) -> Tensor:
-        """As :meth:`DynamicPositionBias.forward`; ``device`` is the CPU if it is None."""
+        """Return zeros as :meth:`DynamicPositionBias.forward` has biases; ``device`` None: CPU."""
         zero = torch.zeros(self.num_heads, 1, 1, device=device)
         return zero.expand(-1, 2 * height - 1, 2 * width - 1)
 
@@ -140,7 +139,7 @@ class AbsolutePosition(BaseModule):
 
 
 def build_position_bias(name: str, channels: int, num_heads: int, group_size: int) -> BaseModule:
-    """The bias of one attention in a stage of ``channels`` with groups of ``group_size``."""
+    """Build the bias of one attention in a stage of ``channels`` with groups of ``group_size``."""
     if name == 'relative':
         return RelativePositionBias(num_heads, group_size)
     if name in ('absolute', 'none'):
@@ -149,7 +148,7 @@ def build_position_bias(name: str, channels: int, num_heads: int, group_size: in
 
 
 def resize_map(x: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) to (C, height, width), bicubically; of its own size it stays what it is."""
+    """Resize (C, H, W) to (C, height, width), bicubically; the same size changes nothing."""
     return F.interpolate(x[None], (height, width), mode='bicubic', align_corners=False)[0]
 
 
@@ -172,7 +171,7 @@ def bias_of_pairs(table: Tensor, height: int, width: int) -> Tensor:
 
 
 def bias_windows(table: Tensor, height: int, width: int) -> Tensor:
-    """The same as a view (heads, height, width, height, width) that counts keys backwards."""
+    """View a table as (heads, height, width, height, width), keys in reverse order."""
     _, rows, columns = table.shape
     top, left = rows // 2 - (height - 1), columns // 2 - (width - 1)
     table = table[:, top : top + 2 * height - 1, left : left + 2 * width - 1]

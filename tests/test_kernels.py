@@ -136,12 +136,12 @@ def test_path_equals_the_definition_in_float64(path, dtype, tolerance, data):
     [
         (Call(CPU), 'native'),
         (Call(CPU, has_lead=True), 'native'),
-        (Call(CPU, watcher='compiler'), 'native'),
+        (Call(CPU, capture_mode='compile'), 'native'),
         (Call(CPU, torch.bfloat16, 40), 'native'),
         (Call(CPU, dropout=0.1), 'plain'),
         (Call(CPU, torch.float64), 'plain'),
         (Call(CPU, head_dim=129), 'plain'),
-        (Call(CPU, watcher='exporter'), 'plain'),
+        (Call(CPU, capture_mode='export'), 'plain'),
         (Call(torch.device('meta')), 'plain'),
     ],
 )
@@ -226,7 +226,7 @@ def test_plain_is_differentiable_twice():
         (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
         (dict(dtype=torch.float64), 'got torch.float64'),
         (dict(head_dim=129), 'at most 128 channels, but they have 129'),
-        (dict(watcher='exporter'), 'an exporter'),
+        (dict(capture_mode='export'), 'an exporter'),
         (dict(device=torch.device('meta')), 'got .* meta'),
     ],
 )

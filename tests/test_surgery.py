@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 from crossformer_mm import CrossFormer, exact
-from crossformer_mm import linear as linears
+from crossformer_mm import layers as linears
 from crossformer_mm.kernels import choose_path, onednn
 from crossformer_mm.kernels.call import Call
 

@@ -1,4 +1,4 @@
-"""Ways to compute attention inside the groups of a map, and the one table that chooses.
+"""Kernels that compute attention inside the groups of a map, and the table that selects one.
 
 ======= =============== ====================================================================
 path    where           what
@@ -11,10 +11,10 @@ plain   anywhere        :mod:`.plain`: the definition, in PyTorch; in training i
                         groups for a moment, the gradient of the bias
 ======= =============== ====================================================================
 
-All take a map and give a map, and have the same values and gradients. Each module says in
-``why_not`` what it cannot do. The fused path is chosen only where its kernels pass
-:mod:`.self_test`. A new one gets a line in ``PATHS``, and ``tests/test_kernels.py``
-holds it to the definition.
+All map a map to a map, with the same values and gradients. The ``why_not`` of each module gives
+the reason why a call is unsupported. The fused path is selected only where its kernels pass
+:mod:`.self_test`. A new path gets a line in ``PATHS``; ``tests/test_kernels.py`` compares it with
+the definition.
 
 Next to fused attention, the dynamic position bias is computed by :mod:`.bias`. Linear layers on the
 CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
@@ -28,9 +28,9 @@ from torch import Tensor
 from ..compat import math_attention
 from ..grouping import AxisRule
 from . import fused, native, plain, self_test
-from .call import Call, watcher
+from .call import Call, capture_mode
 
-__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention', 'watcher']
+__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention', 'capture_mode']
 
 
 class Path(NamedTuple):
@@ -38,9 +38,9 @@ class Path(NamedTuple):
 
     Args:
         attend (Callable): as :func:`map_attention` without ``path``.
-        why_not (Callable[[Call], str]): a clause about what is in the way, or nothing.
+        why_not (Callable[[Call], str]): reason why a call is unsupported, or ''.
         is_trusted (Callable[[Call], bool]): self-test, used in automatic selection only.
-        guarded, substitute (Callable, optional): what takes the place of ``attend`` in automatic
+        guarded, substitute (Callable, optional): called instead of ``attend`` in automatic
             selection, where the path is trusted and where it is not.
     """
 
@@ -61,14 +61,14 @@ PATHS = {  # the best first
 
 
 def choose_path(call: Call, path: Optional[str] = None) -> str:
-    """The path that is asked for, or else the best one that can serve a call.
+    """Return the forced path, or else the best one that supports a call.
 
     Args:
-        call (Call): what is to be computed.
-        path (str, optional): a path's name.
+        call (Call): the call.
+        path (str, optional): name of a path, to force it.
 
     Raises:
-        ValueError: there is no such path, or it cannot serve the call; says why.
+        ValueError: there is no such path, or it does not support the call; the message says why.
     """
     if path is None:
         return next(
@@ -86,9 +86,9 @@ def choose_path(call: Call, path: Optional[str] = None) -> str:
 
 
 def describe_path(call: Call, path: Optional[str] = None) -> str:
-    """Which path a call takes and where, and why it is the plain one: a line for a log.
+    """Describe the path of a call in a line for a log, with the reason if it is the plain one.
 
-    Args, errors raised: as of :func:`choose_path`.
+    Arguments and errors are those of :func:`choose_path`.
     """
     chosen = choose_path(call, path)
     line = f"{chosen} on {call.device} ({str(call.dtype).partition('.')[2]})"
@@ -108,9 +108,9 @@ def map_attention(
     dropout: float = 0.0,
     path: Optional[str] = None,
 ) -> Tensor:
-    """Attention inside the groups of a batch of maps, each position staying where it is.
+    """Attention inside the groups of a batch of maps; each position keeps its place.
 
-    :func:`.plain.attend` says what is computed.
+    :func:`.plain.attend` is the definition.
 
     Args:
         qkv (Tensor): (B, H, W, 3*heads*d), queries, keys and values of each position.
@@ -120,14 +120,15 @@ def map_attention(
         num_heads (int): heads.
         scale (float): factor on ``q @ k``.
         dropout (float): dropout of the attention weights.
-        path (str, optional): how to compute, one of ``PATHS``. None: the fastest that can serve.
+        path (str, optional): one of ``PATHS``, to force it. None: the fastest that supports the
+            call.
 
     Returns:
         Tensor: (B, H, W, heads*d) in the type of ``qkv``.
 
     Raises:
-        ValueError: there is no such path, or it cannot serve the call, or the bias is on another
-            device than the map.
+        ValueError: there is no such path, or it does not support the call, or the bias is on
+            another device than the map.
     """
     if table.device != qkv.device:  # PyTorch computes with meta tensors: uninitialised memory
         raise ValueError(

@@ -1,7 +1,7 @@
 """The dynamic position bias in one kernel, where attention is fused.
 
-:class:`~crossformer_mm.position_bias.DynamicPositionBias` is the definition: 13 operators, each a
-launch of a kernel on numbers so few that launching them takes the time. In eager mode on a GPU the
+:class:`~crossformer_mm.position_bias.DynamicPositionBias` is the definition: 13 operators on few
+numbers, whose time is that of launching 13 kernels. In eager mode on a GPU the
 kernels of :mod:`.bias_triton` compute the same in one launch, and the gradients in two. They are
 compared with the definition on the user's GPU before they are used.
 """
@@ -23,11 +23,11 @@ from .self_test import say
 
 LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
 TYPES = (DynamicPositionBias, nn.Linear, *LAYER, *LAYER, *LAYER)  # of a bias and its parts
-WIDTH, HEADS = 64, 32  # at most; of wider networks a program's numbers do not fit in registers
+WIDTH, HEADS = 64, 32  # at most: wider networks do not fit in the registers of a program
 
 
 class Kind(NamedTuple):
-    """Biases that the same compiled kernels serve."""
+    """Key of the biases that share compiled kernels."""
 
     device: torch.device
     width: int
@@ -43,14 +43,14 @@ LOCK = threading.Lock()
 def position_table(
     pos: nn.Module, height: int, width: int, device: torch.device, path: Optional[str] = None
 ) -> Tensor:
-    """``pos(height, width, device)``, in one kernel where that is possible.
+    """Compute ``pos(height, width, device)``, in one kernel where that is possible.
 
     Args:
         pos (nn.Module): a position bias of :mod:`crossformer_mm.position_bias`.
         height, width (int): members of a group.
         device (torch.device): of the map.
-        path (str, optional): the path of attention, see :func:`.map_attention`. ``fused``: the
-            kernels are used untested.
+        path (str, optional): path of :func:`.map_attention`. ``fused``: the kernels are used
+            without a self-test.
     """
     kind = find_kind(pos, device, path)
     if kind is None:
@@ -59,7 +59,7 @@ def position_table(
 
 
 def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Optional[Kind]:
-    """The kind of a bias that the kernels can compute in place of its modules, or None."""
+    """Return the kind of a bias that the kernels can compute instead of its modules, or None."""
     if path not in (None, 'fused') or path is None and device.type != 'cuda':
         return None
     if not is_exact(pos.modules(), TYPES, device):
@@ -78,7 +78,7 @@ def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Opti
 
 
 def shapes_of(width: int, heads: int) -> list:
-    """Shapes of the parameters of a bias, in their order."""
+    """Return the shapes of the parameters of a bias, in their order."""
     return [
         (width, 2),
         (width,),
@@ -88,7 +88,7 @@ def shapes_of(width: int, heads: int) -> list:
 
 
 class FusedBias(torch.autograd.Function):
-    """See :func:`position_table`. Differentiable once.
+    """Implement :func:`position_table`. Differentiable once.
 
     Both passes save the same, by the kernels or by the modules, so that a block that is recomputed
     may change from one to the other.
@@ -148,7 +148,7 @@ def triton_kernels() -> Any:
 
 
 def is_trusted(kind: Kind) -> bool:
-    """Self-test of a kind's kernels, once; a failure is a warning, also in MMEngine's log."""
+    """Run the self-test of a kind's kernels once; a failure is a warning, in MMEngine's log too."""
     if kind not in TRUSTED:
         if kind.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
             return False
@@ -161,7 +161,7 @@ def is_trusted(kind: Kind) -> bool:
 def test(kind: Kind) -> None:
     """Put a kind into ``TRUSTED``, unless there is no memory now."""
     try:
-        # Modes, hooks, transforms and autocast of the caller end at its thread.
+        # Another thread has none of the caller's modes, hooks, transforms and autocast.
         with ThreadPoolExecutor(1) as thread:
             error = thread.submit(largest_error, kind).result()
         fault = '' if error < 1e-4 else f'it is wrong by {error:.2g} of the largest value'
@@ -176,7 +176,7 @@ def test(kind: Kind) -> None:
 
 
 def distrust(kind: Kind, fault: str) -> None:
-    """Use the kernels of a kind no more, and say why."""
+    """Stop using the kernels of a kind, with a warning that says why."""
     TRUSTED[kind] = False
     say(
         f'the kernel of the position bias does not work on {kind.device}, '
@@ -185,18 +185,19 @@ def distrust(kind: Kind, fault: str) -> None:
 
 
 def largest_error(kind: Kind) -> float:
-    """Of a small case's table and gradients, relative to their largest values; NaN if any is.
+    """Return the largest error of a small case's table and gradients; NaN if any is NaN.
 
-    It is compared in float64 on the CPU, where a backward pass does not wait for one on the GPU.
+    Errors are relative to the largest values. The reference is in float64 on the CPU, where a
+    backward pass does not wait for one on the GPU.
     """
-    with torch.device('meta'):  # without random numbers, which a user's seed may be for
+    with torch.device('meta'):  # draws no random numbers: the user's sequence stays the same
         pos = DynamicPositionBias(16 * kind.width, kind.heads, kind.residual).double()
     pos.to_empty(device='cpu')
     for norm in (pos.pos1[0], pos.pos2[0], pos.pos3[0]):
         norm.eps = kind.eps
 
     def scattered(start: int, shape: torch.Size) -> Tensor:
-        """Numbers in [-1, 1]."""
+        """Return fixed numbers in [-1, 1]."""
         count = torch.arange(start, start + shape.numel(), device='cpu')
         return (count**2 * 7919 % 65521).double().view(shape) / 32760 - 1
 

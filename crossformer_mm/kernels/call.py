@@ -1,4 +1,4 @@
-"""What a kernel may have to know of a call before it can say whether it serves."""
+"""Properties of a call that decide which kernels support it."""
 
 from typing import NamedTuple, Optional
 
@@ -9,7 +9,7 @@ from ..compat import is_compiling, is_exporting
 from ..exact import active_transform
 from ..grouping import AxisRule, fit_rule
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of native.cpp
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C++ enum DType
 SMALL = 64  # members of a group that is one block, for which the backward pass is one kernel
 
 
@@ -20,11 +20,11 @@ class Call(NamedTuple):
         device, dtype: of queries, keys and values.
         head_dim (int): channels of a head.
         dropout (float): dropout of attention weights.
-        has_lead (bool): whether the first group of an axis begins before the axis does.
-        watcher (str): see :func:`watcher`.
-        transform (str): see :func:`crossformer_mm.exact.active_transform`.
+        has_lead (bool): the first group of an axis begins before the axis does.
+        capture_mode (str): result of :func:`capture_mode`.
+        transform (str): result of :func:`crossformer_mm.exact.active_transform`.
         members (int, optional): of the largest group. None: of any, as in a graph for all sizes.
-        trains (bool): whether there may be a backward pass.
+        trains (bool): there may be a backward pass.
     """
 
     device: torch.device
@@ -32,7 +32,7 @@ class Call(NamedTuple):
     head_dim: int = 32
     dropout: float = 0.0
     has_lead: bool = False
-    watcher: str = ''
+    capture_mode: str = ''
     transform: str = ''
     members: Optional[int] = None
     trains: bool = True
@@ -41,7 +41,7 @@ class Call(NamedTuple):
     def of(
         cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, dropout: float
     ) -> 'Call':
-        capture = watcher()
+        capture = capture_mode()
         return cls(
             qkv.device,
             qkv.dtype,
@@ -56,13 +56,13 @@ class Call(NamedTuple):
 
 
 def largest_group(qkv: Tensor, rows: AxisRule, columns: AxisRule) -> int:
-    """Members of the largest group of a map (B, H, W, C)."""
+    """Count the members of the largest group of a map (B, H, W, C)."""
     return fit_rule(qkv.shape[1], rows).size * fit_rule(qkv.shape[2], columns).size
 
 
 def why_not_compiled(call: Call, head_dim: int) -> str:
-    """What is in the way of any kernel of ours for heads of at most ``head_dim``, or nothing."""
-    if call.watcher == 'exporter':
+    """Reason why a call is unsupported by compiled kernels for heads of ``head_dim``, or ''."""
+    if call.capture_mode == 'export':
         return 'an exporter cannot write it down'
     if call.transform:
         return f'it has no rule for {call.transform}'
@@ -75,13 +75,12 @@ def why_not_compiled(call: Call, head_dim: int) -> str:
     return ''
 
 
-def watcher() -> str:
-    """Who follows what is computed, to do it again later.
+def capture_mode() -> str:
+    """Active graph capture: 'export', 'compile' or ''.
 
-    Returns:
-        str: 'exporter' writes it down for other machines, which may have nothing but PyTorch's
-        own operators, or not even those; 'compiler' builds code for this process; '' is nobody.
+    An exported graph runs where this package's operators may be missing; a compiled one runs in
+    this process.
     """
     if torch.jit.is_tracing() or is_exporting():
-        return 'exporter'
-    return 'compiler' if is_compiling() else ''
+        return 'export'
+    return 'compile' if is_compiling() else ''

@@ -1,19 +1,18 @@
-"""Group attention on a GPU, forward and backward, on the map as it lies.
+"""Group attention on a GPU, forward and backward, without moving tokens.
 
-Groups are found by arithmetic, from the rules of rows and columns: no token is
-moved, no mask or matrix of all pairs is stored. What is kept for the backward
-pass is input, output and one number per position and head.
+The members of a group are located by arithmetic, from the rules of rows and columns: no mask and no
+matrix of all pairs is stored. Input, output and one number per position and head are saved for the
+backward pass.
 
 Logits, weights and all sums are in float32; weights and their gradients are
 rounded to the type of ``qkv`` to be multiplied, and float32 is multiplied as
 PyTorch multiplies matrices: in full, unless TF32 is allowed (and a head has at
-most 32 channels). Nothing is summed in an order left to chance: on one device
-the same inputs give the same bits, in both passes, whatever
-``torch.use_deterministic_algorithms`` says.
+most 32 channels). The order of all sums is fixed: on one device the same inputs give the same bits,
+in both passes, with and without ``torch.use_deterministic_algorithms``.
 
-The kernels are in :mod:`.fused_triton`, which is imported when first used:
-this package neither needs Triton nor waits for it. Where Triton's interpreter is
-on (TRITON_INTERPRET=1 in the environment), they run on the CPU, too, for tests.
+The kernels are in :mod:`.fused_triton`, which is imported at the first use: Triton is optional.
+With Triton's interpreter (TRITON_INTERPRET=1 in the environment) they also run on the CPU, for
+tests.
 """
 
 import functools
@@ -28,12 +27,12 @@ from ..grouping import AxisRule
 from .call import Call, why_not_compiled
 from .operator import map_operator
 
-HEAD_DIM = 64  # at most; of larger heads a block does not fit in a multiprocessor's registers
+HEAD_DIM = 64  # at most: a block of larger heads does not fit in a multiprocessor's registers
 
 
 def why_not(call: Call) -> str:
-    """What is in the way of this path, or nothing."""
-    # 2.4: whose Triton is the first to have all that the kernels use
+    """Reason why a call is unsupported, or ''."""
+    # The Triton of PyTorch 2.4 is the first to have all that the kernels use.
     lead = "it does not know the shifted groups of lda='shifted'" if call.has_lead else ''
     return (
         missing_torch('2.4')
@@ -45,12 +44,12 @@ def why_not(call: Call) -> str:
 
 @functools.cache
 def has_triton() -> bool:
-    """Asked by each block of each forward, and answered by a search of the disk: once."""
+    """Check for the package triton; cached, because each block of each forward asks."""
     return importlib.util.find_spec('triton') is not None
 
 
 def why_no_triton(device: torch.device) -> str:
-    """What is in the way of running Triton kernels on a device, or nothing."""
+    """Reason why Triton kernels cannot run on a device, or ''."""
     if not has_triton():
         return 'it needs the package triton, which is not installed'
     if device.type == 'cuda' and torch.cuda.is_available():
@@ -71,8 +70,8 @@ def why_no_triton(device: torch.device) -> str:
     )
 
 
-# torch.compile is to call it, not to look into it. `torch.compiler.assume_constant_result` says so
-# by the same attribute, but takes a second to import the compiler.
+# Makes torch.compile call it instead of tracing it. `torch.compiler.assume_constant_result` sets
+# the same attribute, but importing the compiler takes a second.
 vars(why_no_triton)['_dynamo_marked_constant'] = True
 
 
@@ -84,14 +83,14 @@ def triton_kernels() -> Any:
 def forward(
     qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, scale: float
 ) -> Tuple[Tensor, Tensor]:
-    """See :func:`.fused_triton.forward`."""
+    """Call :func:`.fused_triton.forward`."""
     return triton_kernels().forward(qkv, table, rows, columns, num_heads, scale)
 
 
 def backward(
     grad_out: Tensor, qkv: Tensor, table: Tensor, out: Tensor, norms: Tensor, *arguments
 ) -> Tuple[Tensor, Tensor]:
-    """See :func:`.fused_triton.backward`."""
+    """Call :func:`.fused_triton.backward`, except for a batch of no images."""
     if not qkv.numel():  # a batch of no images
         return torch.empty_like(qkv), torch.zeros_like(table)
     return triton_kernels().backward(grad_out, qkv, table, out, norms, *arguments)

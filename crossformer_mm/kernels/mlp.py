@@ -1,8 +1,7 @@
 """MLP of a block with a large hidden layer, on the CPU in float32, in chunks of rows.
 
-The hidden layer is four times as wide as the map. Chunks are small enough for the C library to
-reuse their memory, where it would map and unmap the whole layer. The layer is not stored for the
-backward pass, but recomputed.
+The hidden layer is four times as wide as the map. The C library reuses the memory of small chunks,
+but maps and unmaps that of the whole layer. The backward pass recomputes the layer.
 """
 
 from typing import List, Optional, Tuple
@@ -15,7 +14,7 @@ from .onednn import onednn_linear, onednn_suits, onednn_weight_gradients
 
 # Numbers in a chunk of the hidden layer: 16 MB, by trials. glibc maps 32 MB and more anew.
 CHUNK = 2**22
-# Numbers of a hidden layer that is no large one: those of small images, and of the last stages.
+# Numbers of the largest hidden layer that is computed at once, of small images and last stages.
 SMALL = 2**23
 
 
@@ -53,8 +52,8 @@ class ChunkedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        # Operators that have derivatives on tensors that have their history: PyTorch records
-        # them where the gradient is differentiated again.
+        # All operators are differentiable and act on tensors with a history, so that PyTorch can
+        # differentiate the gradient again.
         x, weight1, bias1, weight2 = ctx.saved_tensors
         grad_out, grads_x, sums = grad_out.contiguous(), [], [0, 0, 0, 0]
         for rows in ctx.chunks:
@@ -70,12 +69,12 @@ class ChunkedMlp(torch.autograd.Function):
 
 
 def weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gradients of the weight and the bias of ``F.linear(x, weight, bias)``."""
+    """Return the gradients of the weight and the bias of ``F.linear(x, weight, bias)``."""
     return grad.t() @ x, grad.sum(0)
 
 
 def chunks(rows: int, width: int, numbers: int) -> List[slice]:
-    """Slices that cover ``range(rows)``, of about ``numbers / width`` each."""
+    """Return slices that cover ``range(rows)``, of about ``numbers / width`` each."""
     count = max(1, -(-rows * width // numbers))
     step = max(1, -(-rows // count))
     return [slice(first, first + step) for first in range(0, rows, step)]

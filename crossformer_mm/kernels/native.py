@@ -1,9 +1,9 @@
 """Attention inside the groups of a map on the CPU, compiled when this package is installed.
 
-The kernel, ``native.cpp``, reads the members of a group where they lie in the map, adds the bias
-from the table of offsets and keeps logits and weights in registers and the first level cache,
-forward and backward. It is compiled for several instruction sets, of which the best that the
-processor has is taken; ``CROSSFORMER_MM_INSTRUCTIONS`` names another:
+The kernel reads the members of a group in place in the map, adds the bias from the table of offsets
+and keeps logits and weights in registers and the first level cache, forward and backward. It is
+compiled for several instruction sets and takes the best that the processor has;
+``CROSSFORMER_MM_INSTRUCTIONS`` specifies another:
 
 ============== ==================================================================================
 ``amx``        AVX-512 with AMX (Linux): bfloat16, of heads of 32, is multiplied in tiles
@@ -11,12 +11,12 @@ processor has is taken; ``CROSSFORMER_MM_INSTRUCTIONS`` names another:
                where that is slower, ``avx512`` is the better one
 ``avx512``     AVX-512; as below, bfloat16 and float16 are multiplied in float32
 ``avx2``       AVX2 with FMA
-``generic``    what every processor of the kind has (SSE2, NEON)
-``avx2_wide``  the very steps of ``amx`` and ``avx512bf16`` in AVX2: for tests, slow
+``generic``    the baseline of the architecture (SSE2, NEON)
+``avx2_wide``  the steps of ``amx`` and ``avx512bf16`` emulated in AVX2: for tests, slow
 ============== ==================================================================================
 
-The threads are PyTorch's own, as many as ``torch.get_num_threads()`` says; values do not depend
-on their number.
+It runs on PyTorch's own threads, ``torch.get_num_threads()`` of them; values do not depend on their
+number.
 """
 
 import ctypes
@@ -43,13 +43,13 @@ LARGEST_HEAD = 128
 
 
 def find_pool() -> int:
-    """Address of the function of PyTorch's OpenMP that runs another one on its threads, or 0.
+    """Return the address of GOMP_parallel in PyTorch's OpenMP, or 0.
 
-    A second pool of threads would wait beside the first, which costs time where both spin.
+    A second pool of threads next to PyTorch's would cost time, because both spin while they wait.
     """
     for library in sorted((Path(torch.__file__).parent / 'lib').glob('libtorch_cpu.*')):
         try:
-            # Of the libraries that this one depends on: GNU's, LLVM's or Intel's OpenMP.
+            # Found in the OpenMP that this library depends on: GNU's, LLVM's or Intel's.
             function = ctypes.CDLL(str(library)).GOMP_parallel
             return ctypes.cast(function, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
@@ -57,15 +57,15 @@ def find_pool() -> int:
     return 0
 
 
-# Of this process: the threads of GNU OpenMP do not survive a fork, and it waits for them forever.
+# The process is kept because GNU OpenMP deadlocks after fork().
 POOL, PROCESS = find_pool(), os.getpid()
 
 
 def instructions() -> str:
-    """The instruction set that is used.
+    """Return the name of the instruction set that is used.
 
     Raises:
-        ValueError: if the environment names one that this processor does not have.
+        ValueError: the environment specifies one that this processor does not have.
     """
     supported = _native.supported()
     name = os.environ.get(VARIABLE) or supported[0]
@@ -77,7 +77,7 @@ def instructions() -> str:
 
 
 def why_not(call: Call) -> str:
-    """What is in the way of this path, or nothing."""
+    """Reason why a call is unsupported, or ''."""
     if call.device.type != 'cpu':
         return f'it works on the CPU, but got tensors on {call.device}'
     return why_not_compiled(call, LARGEST_HEAD) or MISSING
@@ -86,10 +86,10 @@ def why_not(call: Call) -> str:
 def forward(
     qkv: Tensor, table: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, scale: float
 ) -> Tuple[Tensor, Tensor]:
-    """Attention of every position of a map to its group; logits and all sums are in float32.
+    """Attend from every position of a map to its group; logits and all sums are in float32.
 
     Args:
-        qkv, table, rows, columns, num_heads, scale: as of
+        qkv, table, rows, columns, num_heads, scale: those of
             :func:`crossformer_mm.kernels.map_attention`; on the CPU, ``qkv`` in one of ``DTYPES``.
 
     Returns:
@@ -98,8 +98,8 @@ def forward(
         :func:`backward`.
 
     Raises:
-        ValueError: the environment names instructions that this processor does not have, or the
-            table is too small for the groups.
+        ValueError: the environment specifies instructions that this processor does not have, or
+            the table is too small for the groups.
     """
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
     norms = qkv.new_empty(*qkv.shape[:3], num_heads, dtype=torch.float32)
@@ -118,18 +118,18 @@ def backward(
     num_heads: int,
     scale: float,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradients of what :func:`forward` takes.
+    """Return the gradients of the arguments of :func:`forward`.
 
     Args:
         grad_out (Tensor): (B, H, W, heads*d), the gradient of ``out``.
-        out, norms (Tensor): what :func:`forward` returned.
-        qkv, table, rows, columns, num_heads, scale: as there.
+        out, norms (Tensor): the results of :func:`forward`.
+        qkv, table, rows, columns, num_heads, scale: those of :func:`forward`.
 
     Returns:
         tuple[Tensor, Tensor]: the gradients of ``qkv``, in its type, and of ``table``, in float32.
 
     Raises:
-        ValueError: as there.
+        ValueError: as :func:`forward`.
     """
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_table = table.new_zeros(table.shape, dtype=torch.float32)

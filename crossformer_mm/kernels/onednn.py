@@ -1,9 +1,8 @@
-"""Linear layers on the CPU through oneDNN, where PyTorch's own leave some of the processor unused.
+"""Linear layers on the CPU through oneDNN, where it is faster than PyTorch's default.
 
-PyTorch multiplies float32 matrices on the CPU with MKL, which is Intel's and takes 512-bit
-instructions on Intel's processors alone, and copies the bias into the result first. oneDNN, which
-is in the same PyTorch and runs its convolutions, does neither, but lays the weight out in its own
-way first.
+PyTorch multiplies float32 matrices on the CPU with Intel's MKL, which uses 512-bit instructions
+only on Intel's processors, and copies the bias into the result first. oneDNN, which runs PyTorch's
+convolutions, does neither, but reorders the weight first.
 """
 
 import functools
@@ -16,28 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import is_autocast_enabled
-from .call import watcher
+from .call import capture_mode
 
 
 def is_float32_on_cpu(x: Tensor) -> bool:
-    """Whether it is multiplied in float32 on the CPU, and nobody watches how."""
+    """Check for float32 on the CPU, outside graph capture and autocast."""
     return (
         x.device.type == 'cpu'
         and x.dtype == torch.float32
-        and not watcher()
+        and not capture_mode()
         and not is_autocast_enabled('cpu')
     )
 
 
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is to multiply these.
+    """Check whether oneDNN is faster: on AVX-512 processors of other makers than Intel.
 
-    Where processors of other makers than Intel have AVX-512: two of AMD multiplied matrices at 215
-    and 400 GFLOP/s in oneDNN, 134 and 180 in MKL. One with AVX2 alone did at 184 and 178, and its
-    training step took 1.2 of the time in oneDNN; so did that of an Intel with AVX-512. There, and
-    not for few tokens in training, of which laying the weight out for three products takes too
-    long. ``torch.backends.mkldnn.flags(enabled=False)`` switches it off, as it does for
-    convolutions.
+    Two of AMD's multiplied matrices at 215 and 400 GFLOP/s in oneDNN, 134 and 180 in MKL. One with
+    AVX2 only did at 184 and 178, and its training step took 1.2 of the time in oneDNN; so did that
+    of an Intel with AVX-512. Few tokens in training take MKL: reordering the weight for three
+    products costs more than is gained. ``torch.backends.mkldnn.flags(enabled=False)`` switches
+    oneDNN off, as it does for convolutions.
     """
     tokens = x.numel() // x.shape[-1]
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
@@ -53,7 +51,7 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def is_intel() -> bool:
-    """Whether the processor is one of Intel's."""
+    """Check for a processor made by Intel."""
     try:
         return 'GenuineIntel' in Path('/proc/cpuinfo').read_text()
     except OSError:  # not Linux
@@ -74,12 +72,12 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> T
 
 
 def as_pixels(x: Tensor) -> Tensor:
-    """(tokens, channels) as a view (1, channels, 1, tokens) in the layout channels last."""
+    """View (tokens, channels) as (1, channels, 1, tokens) in the layout channels last."""
     return x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
 
 
 def onednn_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gradients of the weight and the bias of :func:`onednn_linear`."""
+    """Return the gradients of the weight and the bias of :func:`onednn_linear`."""
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         as_pixels(grad),
         as_pixels(x),

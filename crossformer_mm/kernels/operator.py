@@ -1,8 +1,8 @@
-"""A kernel for maps as a differentiable function: in eager mode, and as an operator of PyTorch's.
+"""Build a differentiable function from a kernel: for eager mode, and as an operator of PyTorch.
 
-The operator is what torch.compile, modes and transforms see as one node. Its dispatch takes longer
-than many a kernel, so plain eager mode calls the kernel's two passes from a
-``torch.autograd.Function``. Both ways run the same two passes.
+torch.compile, modes and transforms see the operator as one node. Its dispatch takes longer than
+many a kernel, so eager mode calls the kernel's two passes from a ``torch.autograd.Function``. Both
+run the same two passes.
 """
 
 from typing import Callable, List, Tuple
@@ -15,25 +15,24 @@ from torch.nn import Parameter
 from ..compat import define_operator
 from ..exact import active_transform, is_observed
 from ..grouping import AxisRule
-from .call import watcher
+from .call import capture_mode
 
 
 def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
-    """Attention with a gradient, from a kernel's two passes.
+    """Build attention with a gradient from a kernel's two passes.
 
-    A compiler does not look into it and keeps the sides of a map symbolic. Differentiable once.
+    A compiler does not trace into it and keeps the sides of a map symbolic. Differentiable once.
 
     Args:
         name (str): of the operator, ``crossformer_mm::NAME``.
-        forward (Callable): ``(qkv, table, rows, columns, num_heads, scale)``, as of
-            :func:`crossformer_mm.kernels.map_attention`, to the output and the norms
+        forward (Callable): ``(qkv, table, rows, columns, num_heads, scale)`` of
+            :func:`crossformer_mm.kernels.map_attention` to the output and the norms
             (B, H, W, heads) of the softmax, in float32.
         backward (Callable): ``(grad_out, qkv, table, out, norms, rows, columns, num_heads,
             scale)`` to the gradients of qkv and table.
 
     Returns:
-        Callable: attention without a ``path``, see
-        :func:`crossformer_mm.kernels.map_attention`.
+        Callable: :func:`crossformer_mm.kernels.map_attention` without ``path``.
     """
 
     # They take tokens, not maps: inductor cannot keep maps of symbolic sides for the backward pass.
@@ -99,8 +98,8 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
         @staticmethod
         def forward(ctx, qkv, table, *arguments):
             out, norms = forward(qkv, table, *arguments)
-            # As the operator keeps them: of a block that is recomputed in the backward pass, one
-            # of the two runs may be within a mode.
+            # Saved as the operator saves them: of a block that is recomputed in the backward pass,
+            # one of the two runs may be within a mode.
             tokens = (x.flatten(0, 2) for x in (qkv, out, norms))
             ctx.save_for_backward(table, *tokens)
             ctx.sides, ctx.arguments = qkv.shape[:3], arguments
@@ -118,7 +117,7 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
             return grads[0], grads[1].to(table.dtype), None, None, None, None
 
     def attend(qkv, table, rows, columns, num_heads, scale, dropout=0.0) -> Tensor:
-        if not watcher() and not is_intercepted(qkv, table):
+        if not capture_mode() and not is_intercepted(qkv, table):
             arguments = qkv, table, rows, columns, num_heads, scale
             if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
                 return Attention.apply(*arguments)

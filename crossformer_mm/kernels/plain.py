@@ -1,4 +1,4 @@
-"""Attention inside groups in plain PyTorch: the definition that the other paths are held to."""
+"""Attention inside groups in PyTorch: the definition that the other paths are compared with."""
 
 import operator
 from typing import Iterator, List, Tuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..grouping import AxisRule, group_map
 from ..position_bias import bias_of_pairs
-from .call import watcher
+from .call import capture_mode
 
 MOST_GROUPS = 65535  # of one call: a limit of PyTorch's memory-efficient attention on CUDA
 MOST_PAIRS = 2**27  # of one step of `gradients`, which holds five matrices of them
@@ -25,14 +25,14 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """See :func:`crossformer_mm.kernels.map_attention`; the groups of one size at a time."""
+    """Compute :func:`crossformer_mm.kernels.map_attention`, the groups of one size at a time."""
     groups, order, inverse = sort_by_group(qkv, rows, columns)
     tokens, attended = permute(qkv.flatten(1, 2), order, inverse), []
     for members, part in split_by_size(tokens, groups):
         q, k, v = heads_of_groups(part, members, 3, num_heads)
         bias = bias_of_pairs(table, *members.shape[1:]).to(qkv.dtype)[None]
         out = scaled_attention(q, k, v, bias, dropout, scale)
-        # Not len(qkv): torch.jit.trace would write it down as a number.
+        # Not len(qkv): torch.jit.trace would record it as a constant.
         attended.append(rearrange(out, '(b g) h n d -> b (g n) (h d)', b=qkv.shape[0]))
     return permute(torch.cat(attended, 1), inverse, order).view(*qkv.shape[:3], -1)
 
@@ -46,7 +46,7 @@ def gradients(
     num_heads: int,
     scale: float,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradients of :func:`attend`, without autograd.
+    """Compute the gradients of :func:`attend` without autograd.
 
     For code that runs inside an operator or in another thread during a backward pass, where
     autograd is off or would wait for that pass.
@@ -90,9 +90,9 @@ def gradients(
 def sort_by_group(
     qkv: Tensor, rows: AxisRule, columns: AxisRule
 ) -> Tuple[List[Tensor], Tensor, Tensor]:
-    """The groups of a map, its positions one group after another, and the way back."""
-    # A compiler that kept the sides symbolic here would follow every ragged group there may be
-    # (minutes); index() tells it to compile anew for each size (seconds).
+    """Return the groups of a map, the permutation that sorts positions by group, its inverse."""
+    # A compiler that kept the sides symbolic here would trace every ragged group there may be
+    # (minutes); index() makes it recompile for each size (seconds).
     height, width = map(operator.index, qkv.shape[1:3])
     groups = group_map(height, width, rows, columns, qkv.device)
     order = torch.cat([members.flatten() for members in groups])
@@ -100,12 +100,12 @@ def sort_by_group(
 
 
 def split_by_size(tokens: Tensor, groups: List[Tensor]) -> Iterator[Tuple[Tensor, Tensor]]:
-    """Tokens in the order of groups, (B, H*W, C), as those of each table of ``groups``."""
+    """Split tokens in the order of groups, (B, H*W, C), into those of each array of groups."""
     return zip(groups, tokens.split([members.numel() for members in groups], 1))
 
 
 def heads_of_groups(part: Tensor, members: Tensor, count: int, num_heads: int) -> Tensor:
-    """(B, groups*members, count*heads*d) to (count, B*groups, heads, members, d)."""
+    """Rearrange (B, groups*members, count*heads*d) to (count, B*groups, heads, members, d)."""
     return rearrange(
         part, 'b (g n) (count h d) -> count (b g) h n d', g=len(members), count=count, h=num_heads
     )
@@ -115,7 +115,7 @@ def scaled_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, scale: float
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` of any number of groups."""
-    if watcher() == 'exporter' or len(q) <= MOST_GROUPS:  # an exporter keeps the number open
+    if capture_mode() == 'export' or len(q) <= MOST_GROUPS:  # an exported graph takes any number
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     parts = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)))
     return torch.cat(
@@ -124,9 +124,9 @@ def scaled_attention(
 
 
 class Permutation(torch.autograd.Function):
-    """``x.index_select(1, order)`` with a gradient that gathers, too.
+    """Compute ``x.index_select(1, order)`` with a gradient that gathers, too.
 
-    The gradient of ``index_select`` adds with atomics on CUDA, as if an index could occur twice.
+    The gradient of ``index_select`` adds with atomics on CUDA, because an index may occur twice.
 
     Args:
         x (Tensor): (B, N, C).
@@ -156,7 +156,7 @@ class Permutation(torch.autograd.Function):
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """``x.index_select(1, order)``, see :class:`Permutation`."""
-    if x.requires_grad and torch.is_grad_enabled() and not watcher():
+    """Compute ``x.index_select(1, order)`` by :class:`Permutation` where a gradient is needed."""
+    if x.requires_grad and torch.is_grad_enabled() and not capture_mode():
         return Permutation.apply(x, order, inverse)
     return x.index_select(1, order)

@@ -1,4 +1,4 @@
-"""Self-test of the fused attention, and the plain one in its place where it does not work.
+"""Self-test of the fused attention, and the fallback to the plain path.
 
 Kernels are compiled on the user's machine, by the versions it has, for its GPU. Before a kind of
 kernels is first used, a small case of it is compared with the plain path, on that GPU; a kernel
@@ -26,13 +26,13 @@ from . import fused, plain
 from .call import SMALL, Call, largest_group
 from .operator import map_operator
 
-# Largest errors, relative to the largest exact value. float32 may be multiplied in TF32.
+# Largest errors, relative to the largest exact value. TF32 may multiply float32.
 LIMITS = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-TRIES = 3  # of a self-test that ends for want of memory
+TRIES = 3  # of a self-test that runs out of memory
 
 
 class Kind(NamedTuple):
-    """Calls that the same kernels serve."""
+    """Key of the calls that share compiled kernels."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,12 +43,12 @@ class Kind(NamedTuple):
 # Of this process: which kernels work. The values that a model computes do not depend on it.
 PASSED: Set[Tuple[Kind, bool]] = set()  # with and without the backward pass
 BROKEN: Dict[Kind, str] = {}  # and why
-FAILURES: Dict[Kind, int] = {}  # for want of memory
+FAILURES: Dict[Kind, int] = {}  # out of memory
 LOCK = threading.Lock()
 
 
 def is_trusted(call: Call) -> bool:
-    """Test the kernels of a call, or remember the result.
+    """Test the kernels of a call, or return the cached result.
 
     A failure is a warning, also in MMEngine's log.
     """
@@ -60,7 +60,7 @@ def is_trusted(call: Call) -> bool:
 def passes(
     device: torch.device, dtype: torch.dtype, head_dim: int, small: bool, trains: bool
 ) -> bool:
-    """Whether the kernels of one kind, of both passes if it ``trains``, agree with plain."""
+    """Check that the kernels of one kind agree with plain, in both passes if it ``trains``."""
     kind = Kind(device, dtype, head_dim, small)
     if (kind, trains) not in PASSED and kind not in BROKEN:
         if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
@@ -74,17 +74,17 @@ def passes(
     return (kind, trains) in PASSED and kind not in BROKEN
 
 
-# torch.compile is to call it, not to look into it. `torch.compiler.assume_constant_result` says so
-# by the same attribute, but takes a second to import the compiler.
+# Makes torch.compile call it instead of tracing it. `torch.compiler.assume_constant_result` sets
+# the same attribute, but importing the compiler takes a second.
 vars(passes)['_dynamo_marked_constant'] = True
 
 
 def test(kind: Kind, trains: bool) -> None:
-    """Put a kind into ``PASSED`` or ``BROKEN``; into neither for what may pass."""
+    """Put a kind into ``PASSED`` or ``BROKEN``; into neither if a failure may be temporary."""
     if (kind, trains) in PASSED or kind in BROKEN:  # by another thread
         return
     try:
-        # Modes, hooks, transforms and autocast of the caller end at its thread.
+        # Another thread has none of the caller's modes, hooks, transforms and autocast.
         with ThreadPoolExecutor(1) as thread:
             fault = thread.submit(find_fault, kind, trains).result()
     except (torch.cuda.OutOfMemoryError, OSError) as error:  # no memory, a full disk
@@ -117,7 +117,7 @@ def find_fault(kind: Kind, trains: bool) -> str:
     rules = (AxisRule(7, 1), AxisRule(6, 1)) if kind.small else (AxisRule(9, 2), AxisRule(8, 2))
 
     def scattered(start: int, *shape: int) -> Tensor:
-        """Numbers in [-1, 1], not of a random generator: that would change a user's."""
+        """Return fixed numbers in [-1, 1]; random ones would change the user's sequence."""
         count = torch.arange(start, start + torch.Size(shape).numel(), device=kind.device)
         return (count**2 * 7919 % 65521 / 32760 - 1).to(torch.float32).view(shape)
 
@@ -139,7 +139,7 @@ def find_fault(kind: Kind, trains: bool) -> str:
 
 
 def distrust(kind: Kind, fault: str) -> None:
-    """Use the kernels of a kind no more, and say why."""
+    """Stop using the kernels of a kind, with a warning that says why."""
     if kind not in BROKEN:
         BROKEN[kind] = fault
         size = f'at most {SMALL}' if kind.small else f'more than {SMALL}'
@@ -157,17 +157,18 @@ def say(message: str) -> None:
 
 
 def why_untrusted(call: Call) -> str:
-    """Why :func:`is_trusted` is false."""
+    """Return the reason why :func:`is_trusted` is False."""
     faults = (fault for kind, fault in BROKEN.items() if kind[:3] == call[:3])
     return next(faults, 'it could not be tested yet')
 
 
 def with_fallback(kernel: Callable, fallback: Callable, qkv_at: int) -> Callable:
-    """One pass of the kernels; where they fail now or have failed, of the plain path.
+    """Wrap one pass of the kernels to take the plain path where they fail or have failed.
 
     Args:
-        kernel, fallback (Callable): take the same, and return the same.
-        qkv_at (int): which argument is ``qkv``; the last four are rows, columns, heads and scale.
+        kernel, fallback (Callable): take and return the same.
+        qkv_at (int): position of ``qkv`` in the arguments; the last four are rows, columns, heads
+            and scale.
     """
 
     def run(*args):
@@ -187,14 +188,14 @@ def with_fallback(kernel: Callable, fallback: Callable, qkv_at: int) -> Callable
 
 
 def plain_forward(qkv, table, rows, columns, heads, scale) -> Tuple[Tensor, Tensor]:
-    """The output, and norms that :func:`plain_backward` does not read."""
+    """Compute the output, and norms that :func:`plain_backward` does not read."""
     with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
         out = plain.attend(qkv, table, rows, columns, heads, scale)
     return out, qkv.new_zeros(*qkv.shape[:3], heads, dtype=torch.float32)
 
 
 def plain_backward(grad_out, qkv, table, out, norms, *arguments) -> Tuple[Tensor, Tensor]:
-    """The gradients of ``qkv`` and ``table``, computed from these alone."""
+    """Compute the gradients of ``qkv`` and ``table`` from these only."""
     with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
         return plain.gradients(grad_out, qkv, table, *arguments)
 

@@ -41,7 +41,7 @@ def find_group(
     row_size, row_interval, column_size, column_interval,
 ):
     # fmt: on
-    """Where a group is: its map's start, then for rows and columns its tile's and its own in it."""
+    """Locate a group: start of its map, then start of its tile and offset in it, by axis."""
     column_group = group % column_groups
     row_group = group // column_groups % row_groups
     return (
@@ -60,7 +60,7 @@ def next_group(
     height, width, row_size, row_interval, column_size, column_interval,
 ):
     # fmt: on
-    """Where the group after one is, without the divisions of :func:`find_group`."""
+    """Locate the next group, without the divisions of :func:`find_group`."""
     column_rest += 1
     if (column_rest == column_interval) | (column_tile + column_rest >= width):
         column_rest = 0

@@ -83,7 +83,7 @@ def fill_strips_kernel(
 
 @triton.jit
 def start_in_strips(number, head, row_size, column_size, strip_heads, copies, pitch):
-    """Where the strips have the biases of queries (or keys): the start of a contiguous row."""
+    """Locate the biases of queries (or keys) in the strips: the start of a contiguous row."""
     row, column = split_number(number, column_size)
     row = tl.where(row < row_size, row, 0)  # members that do not exist stay within
     back = row * column_size

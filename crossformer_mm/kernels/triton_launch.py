@@ -1,4 +1,4 @@
-"""How the Triton kernels of fused attention cut their work, and how they are launched.
+"""Tiles and launches of the Triton kernels of fused attention.
 
 Imports triton.
 """
@@ -68,7 +68,7 @@ STRIP_BYTES = 2**26  # of strips to hold at a time, if one head allows
 
 
 def choose_tile(kernel: str, members: int, dtype: torch.dtype, head_dim: int) -> Tile:
-    """How a kernel cuts groups of at most so many members."""
+    """Return the tile of a kernel for groups of at most so many members."""
     if members <= SMALL and head_dim <= WIDE:
         side = block_size(members)
         warps, stages = SMALL_TILES[kernel, dtype.itemsize]
@@ -80,15 +80,15 @@ def choose_tile(kernel: str, members: int, dtype: torch.dtype, head_dim: int) ->
 
 @functools.lru_cache
 def block_size(number: int) -> int:
-    """The least side of a block that holds so many and that tensor cores take."""
+    """Return the least side of a block that holds so many and that tensor cores take."""
     return max(16, triton.next_power_of_2(number))
 
 
 class Groups(NamedTuple):
     """The groups of a batch of maps, in the kernels' order of arguments.
 
-    Rows and columns are those of the groups, see :mod:`.triton_blocks`: ``height`` is the side of
-    the map along a group's rows, ``row_stride`` the positions from one to the next.
+    Rows and columns are those of the groups (:mod:`.triton_blocks`): ``height`` is the side of the
+    map along a group's rows, ``row_stride`` the positions from one to the next.
     """
 
     groups: int
@@ -110,19 +110,19 @@ class Groups(NamedTuple):
 
     @property
     def members(self) -> int:
-        """Of the largest groups."""
+        """Members of the largest groups."""
         return self.row_size * self.column_size
 
     def is_small(self, head_dim: int) -> bool:
-        """Whether a group is one block: a program of wide heads would not have the registers."""
+        """Check whether a group is one block; wide heads would not fit in a program's registers."""
         return self.members <= SMALL and head_dim <= WIDE
 
     def count_shares(self, programs: int) -> int:
-        """Shares of the groups for programs that loop over one, each share having so many."""
+        """Count the shares into which groups are divided, each share having so many programs."""
         return min(self.groups, -(-PROGRAMS // programs))
 
     def view(self, table: Tensor) -> Tuple[int, int, int, int]:
-        """Strides of a table (heads, rows, columns), and where its first needed offset is.
+        """Return the strides of a table (heads, rows, columns) and its first needed offset.
 
         Raises:
             ValueError: the table is too small for the groups.
@@ -142,7 +142,7 @@ class Groups(NamedTuple):
 
 @functools.lru_cache(1024)
 def find_groups(batch: int, height: int, width: int, rows: AxisRule, columns: AxisRule) -> Groups:
-    """See :class:`Groups`.
+    """Build the :class:`Groups` of a batch of maps.
 
     Raises:
         ValueError: a group has too many members.
@@ -172,8 +172,8 @@ def find_groups(batch: int, height: int, width: int, rows: AxisRule, columns: Ax
     return groups
 
 
-# Compiled kernels by all that Triton compiles them for, each with the constants that it wants to
-# be given at a launch. Triton's own look-up of the same costs more than many a kernel takes.
+# Compiled kernels by all that Triton specialises them for, each with the constants that its launch
+# takes. Triton's own look-up takes longer than many a kernel.
 COMPILED: Dict[tuple, Optional[tuple]] = {}
 
 
@@ -216,10 +216,10 @@ def launch(
 
 
 def take_apart(compiled, arguments: int, constants: tuple) -> Optional[tuple]:
-    """A compiled kernel and the constants that it is to be given at a launch, or None.
+    """Return a compiled kernel and the constants that its launch takes, or None.
 
-    Since Triton 3.3 a compiled kernel is given all arguments, before that it was given none of
-    the constants. None: this Triton does it in yet another way, or its interpreter ran the kernel.
+    Since Triton 3.3 a launch takes all arguments; before, it took none of the constants. None: this
+    Triton does it in yet another way, or its interpreter ran the kernel.
     """
     signature = getattr(getattr(compiled, 'src', None), 'signature', ())
     for rest in ((), constants):
@@ -231,7 +231,7 @@ def take_apart(compiled, arguments: int, constants: tuple) -> Optional[tuple]:
 def plan(
     kernel: str, groups: Groups, dtype: torch.dtype, head_dim: int
 ) -> Tuple[Tile, Tuple[Union[int, str], ...]]:
-    """The tile of a kernel, and its constants: D, BLOCK_D, sides of the tile, PRECISION."""
+    """Return the tile of a kernel and its constants: D, BLOCK_D, sides of the tile, PRECISION."""
     tile = choose_tile(kernel, groups.members, dtype, head_dim)
     sides = tile[:1] if groups.is_small(head_dim) else tile[:2]
     precision = choose_precision(dtype, head_dim)
@@ -239,7 +239,7 @@ def plan(
 
 
 def choose_precision(dtype: torch.dtype, head_dim: int) -> str:
-    """How to multiply: float32 as PyTorch does."""
+    """Return the precision of products: that of PyTorch for float32."""
     if INTERPRETED:
         return 'interpreter'
     # Blocks of wide heads in TF32 would take more shared memory than some GPUs have.

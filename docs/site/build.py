@@ -28,7 +28,7 @@ LINK = re.compile(r'(\]\()([^)\s]+)(\))')
 API = {
     'backbone': (
         'Backbone',
-        'backbone.CrossFormer backbone.CrossFormerStage embedding block linear',
+        'backbone.CrossFormer backbone.CrossFormerStage embedding block layers',
     ),
     'attention': ('Attention', 'attention position_bias grouping kernels'),
     'checkpoint': ('Checkpoints', 'checkpoint'),

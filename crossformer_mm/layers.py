@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from .compat import autocast_dtype, is_autocast_enabled
 from .exact import is_exact
-from .kernels import watcher
+from .kernels import capture_mode
 from .kernels.mlp import SMALL, mlp
 from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return ``layer(x)``, by a faster way where it is exactly that.
+    """Return ``layer(x)``, computed faster where the result is the same.
 
     Args:
-        layer (nn.Module): ``nn.Linear``, or what a user put in its place.
+        layer (nn.Module): ``nn.Linear``, or the module by which a user replaced it.
         x (Tensor): (..., in).
 
     Returns:
@@ -39,15 +39,17 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """The type to which a layer casts its weight and bias together, or None: in training, where
-    that would need a Python autograd function, autocast does it."""
-    if x.device.type != 'cuda' or torch.is_grad_enabled() or watcher():
+    """Return the type to which a layer casts its weight and bias in one launch, or None.
+
+    None in training, too: there autocast does it, without a Python autograd function.
+    """
+    if x.device.type != 'cuda' or torch.is_grad_enabled() or capture_mode():
         return None
     return cast_dtype(x)
 
 
 def cast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """The type to which autocast casts a tensor that is multiplied, or None."""
+    """Return the type to which autocast casts the operands of a product, or None."""
     device = x.device.type
     if x.dtype == torch.float64 or device not in ('cpu', 'cuda') or not is_autocast_enabled(device):
         return None

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crossformer_mm import linear as linears
+from crossformer_mm import layers
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
-from crossformer_mm.linear import Mlp, linear
+from crossformer_mm.layers import Mlp, linear
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this PyTorch was built without oneDNN'
@@ -94,7 +94,7 @@ def test_gradients_of_gradients_of_a_linear_layer_equal_pytorchs():
 def test_a_large_hidden_layer_is_not_kept_for_the_backward_pass(monkeypatch):
     x, module = torch.randn(300, 8), Mlp(8, 32)
     for limit, kept in ((300 * 32, True), (300 * 32 - 1, False)):
-        monkeypatch.setattr(linears, 'SMALL', limit)
+        monkeypatch.setattr(layers, 'SMALL', limit)
         saved = []
 
         def keep(tensor):
@@ -152,7 +152,7 @@ def test_the_rule_takes_it_for_few_tokens_only_without_gradient(monkeypatch):
 @pytest.mark.parametrize('small', [0, 2**30])
 def test_modules_take_any_leading_sides(shape, small, monkeypatch):
     be_processor(monkeypatch)
-    monkeypatch.setattr(linears, 'SMALL', small)
+    monkeypatch.setattr(layers, 'SMALL', small)
     x, mlp, layer = torch.randn(shape), Mlp(8, 32), nn.Linear(8, 24)
     for function, module in ((mlp, mlp), (partial(linear, layer), layer)):
         out = function(x)
@@ -161,7 +161,7 @@ def test_modules_take_any_leading_sides(shape, small, monkeypatch):
 
 
 def test_dropout_sees_the_hidden_layer(monkeypatch):
-    monkeypatch.setattr(linears, 'SMALL', 0)
+    monkeypatch.setattr(layers, 'SMALL', 0)
     x, mlp = torch.randn(200, 8), Mlp(8, 32, drop_rate=0.5)
     assert (mlp.train()(x) == 0).float().mean() > 0.4
     assert not (mlp.eval()(x) == 0).any()
@@ -169,8 +169,8 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
-    monkeypatch.setattr(linears, 'joint_cast_dtype', linears.cast_dtype)
+    monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(linears.linear(layer, x), layer(x))
+        assert torch.equal(layers.linear(layer, x), layer(x))
