@@ -1,11 +1,9 @@
 'use strict';
-// What the page does. Its data, made by __init__.py beside this file, is in script elements:
-//   facts                     JSON: what is known of the model, its stages and blocks
-//   block-S-B                 base64 of zlib: the whole numbers of a block
-//   values-block-S-B          base64 of float32: of each head the factors of its axes, or for all
-//                             heads offset and matrix of the queries, then matrix of the keys
+// The page's data, which page.py writes, is in script elements:
+//   facts                     JSON: the model, its stages and blocks
+//   block-S-B                 base64 of zlib: rounded queries and keys of each head of a block
 //   colours-S, magnitude-S    base64 of zlib: the features of a stage
-// A block's attention is computed when it is pointed at.
+// Attention weights of a query are computed when it is pointed at.
 
 const facts = JSON.parse(document.getElementById('facts').textContent);
 const $ = (id) => document.getElementById(id);
@@ -74,10 +72,7 @@ function loadBlock(stage, block) {
   return loaded.get(id);
 }
 
-/**
- * Of each head {numbers, vector}: whole numbers (axes, positions), and a function from a position
- * the vector whose products with the numbers of others are its logits with them.
- */
+/** Queries and keys of each head, whole numbers (axes, positions), and the factors of the axes. */
 async function unpack(id, stage, block) {
   const bytes = await inflate(id),
     total = bytes.length / 2,
@@ -86,66 +81,22 @@ async function unpack(id, stage, block) {
     const unsigned = bytes[i] | (bytes[total + i] << 8);
     whole[i] = (unsigned >>> 1) ^ -(unsigned & 1);
   }
-  const values = floatsOf($(`values-${id}`).textContent),
-    count = stage.height * stage.width;
-  if (!Array.isArray(block.axes)) {
-    return ofInput(whole, count, stage.channels, block.heads, values);
-  }
-  let at = 0,
-    used = 0;
+  const count = stage.height * stage.width;
+  let at = 0;
   const next = (axes) => whole.subarray(at, (at += axes * count));
-  return block.axes.map((axes) => {
-    const queries = next(axes),
-      numbers = next(axes);
-    const factors = Array.from(values.subarray(used, (used += axes)));
-    const vector = (place) => factors.map((f, axis) => f * queries[axis * count + place]);
-    return { numbers, vector };
-  });
-}
-
-/** Queries and keys are computed from the same numbers; the keys' matrix goes to the query. */
-function ofInput(numbers, count, channels, heads, values) {
-  const axes = numbers.length / count,
-    size = channels / heads;
-  const offset = values.subarray(0, channels),
-    toQueries = values.subarray(channels);
-  const toKeys = values.subarray(channels + channels * axes);
-  return Array.from({ length: heads }, (_, head) => ({
-    numbers,
-    vector: (place) => {
-      const vector = new Float64Array(axes);
-      for (let row = head * size; row < (head + 1) * size; row++) {
-        let query = offset[row];
-        for (let axis = 0; axis < axes; axis++) {
-          query += toQueries[row * axes + axis] * numbers[axis * count + place];
-        }
-        for (let axis = 0; axis < axes; axis++) vector[axis] += query * toKeys[row * axes + axis];
-      }
-      return vector;
-    },
+  return block.factors.map((factors) => ({
+    factors,
+    queries: next(factors.length),
+    keys: next(factors.length),
   }));
 }
 
-// ---- Groups: as crossformer_mm/grouping.py ------------------------------------------------------
+// ---- Groups -------------------------------------------------------------------------------------
+
+const rulesOf = (stage, kind) => stage.rules[kind]; // [size, interval, lead] of rows and of columns
 
 /** Positions of an axis in the group of one of them. */
-function membersOf(position, length, [size, interval, lead]) {
-  const place = position + lead,
-    within = place % (size * interval),
-    found = [];
-  const first = place - within + (within % interval) - lead;
-  for (let i = 0; i < size; i++) {
-    const member = first + i * interval;
-    if (member >= 0 && member < length) found.push(member);
-  }
-  return found;
-}
-
-function groupsOf(length, [size, interval, lead]) {
-  if (lead) return Math.ceil((length + lead) / size);
-  const tile = size * interval;
-  return Math.floor(length / tile) * interval + Math.min(length % tile, interval);
-}
+const membersOf = (position, groups) => groups.find((group) => group.includes(position));
 
 /** A position of another group nearby, in whose middle the members of this one are not. */
 function beside(position, length, [size, interval]) {
@@ -243,31 +194,32 @@ function meanOf(arrays) {
 // ---- Attention ----------------------------------------------------------------------------------
 
 const stageFacts = () => facts.stages[state.stage];
-const rulesOf = (stage, kind) => stage.rules[kind];
 
-/** Weights of a position, head by head, over its group, row by row. */
-function attend(heads, stage, rules, table, row, column) {
-  const rows = membersOf(row, stage.height, rules[0]);
-  const columns = membersOf(column, stage.width, rules[1]);
-  const [high, wide] = rules.map(([size]) => size),
+/** Attention weights of a query, head by head, over its group, row by row. */
+function attend(heads, stage, kind, table, row, column) {
+  const [rows, columns] = [row, column].map((at, i) => membersOf(at, stage.groups[kind][i]));
+  const [high, wide] = stage.rules[kind].map(([size]) => size),
     count = stage.height * stage.width;
   const offsets = (2 * high - 1) * (2 * wide - 1),
     query = row * stage.width + column;
-  const weights = heads.map(({ numbers, vector }, h) => {
+  const rowInGroup = rows.indexOf(row),
+    columnInGroup = columns.indexOf(column);
+  const weights = heads.map(({ factors, queries, keys }, h) => {
     const logits = new Float64Array(rows.length * columns.length);
     let place = 0;
-    for (const r of rows) {
-      const line = high - 1 + (row - r) / rules[0][1];
-      for (const c of columns) {
-        const across = wide - 1 + (column - c) / rules[1][1];
+    for (let r = 0; r < rows.length; r++) {
+      const line = high - 1 + rowInGroup - r;
+      for (let c = 0; c < columns.length; c++) {
+        const across = wide - 1 + columnInGroup - c;
         logits[place++] = table[h * offsets + line * (2 * wide - 1) + across];
       }
     }
-    vector(query).forEach((part, axis) => {
+    factors.forEach((factor, axis) => {
+      const part = factor * queries[axis * count + query];
       place = 0;
       for (const r of rows) {
         const line = axis * count + r * stage.width;
-        for (const c of columns) logits[place++] += part * numbers[line + c];
+        for (const c of columns) logits[place++] += part * keys[line + c];
       }
     });
     const largest = logits.reduce((a, b) => Math.max(a, b));
@@ -301,7 +253,7 @@ async function update() {
   document.body.classList.remove('busy');
   const rules = rulesOf(stage, state.kind);
   const table = biasTable(state.stage, state.block, rules[0][0], rules[1][0]);
-  shown = attend(heads, stage, rules, table, state.row, state.column);
+  shown = attend(heads, stage, state.kind, table, state.row, state.column);
   drawAll();
 }
 
@@ -449,6 +401,7 @@ function drawGroups(context, cell, wide, high) {
   const stage = stageFacts(),
     rules = rulesOf(stage, state.kind);
   const apart = Math.min(...rules.map((rule) => rule[1]));
+  const groups = stage.groups[state.kind];
   const other = [
     beside(state.row, stage.height, rules[0]),
     beside(state.column, stage.width, rules[1]),
@@ -460,8 +413,8 @@ function drawGroups(context, cell, wide, high) {
     .forEach(([[row, column], colour]) => {
       context.fillStyle = colour;
       context.globalAlpha = 0.8;
-      for (const r of membersOf(row, stage.height, rules[0])) {
-        for (const c of membersOf(column, stage.width, rules[1])) {
+      for (const r of membersOf(row, groups[0])) {
+        for (const c of membersOf(column, groups[1])) {
           drawMember(context, r, c, cell, apart / 2);
         }
       }
@@ -581,7 +534,8 @@ function drawLegend(largest) {
         : '');
   } else if (groups) {
     const rules = rulesOf(stage, state.kind);
-    const count = groupsOf(stage.height, rules[0]) * groupsOf(stage.width, rules[1]);
+    const [{ length: down }, { length: across }] = stage.groups[state.kind],
+      count = down * across;
     $('legend-low').textContent = '';
     $('legend-high').replaceChildren(
       ...GROUP_COLOURS.slice(0, 2).flatMap((colour, i) => [
