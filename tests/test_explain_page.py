@@ -46,7 +46,7 @@ def make(tmp_path_factory):
         captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
         scene = Scene(backbone, picture, captured, (60, 40), None)
         path = tmp_path_factory.mktemp('page') / 'page.html'
-        names = dict(model='small', image='</script><b>photo</b>.png')
+        names = dict(model='small', image='</script><b>photo</b>.png', caption='<i>toy</i>')
         written = write_page(path, scene, names, limit)
         return backbone, captured, path, written
 
@@ -136,8 +136,8 @@ def check_shown(page):
     weights = expected(page, now['stage'], now['block'], now['kind'], position, now['head'])
     np.testing.assert_allclose(shown(page, weights.shape), weights, rtol=0, atol=EXACT)
     said = re.fullmatch(
-        r'Row (\d+), column (\d+)(?: \(held\))? attends to (\d+) positions \((.*)\): most to row '
-        r'(\d+), column (\d+), ([\d.e-]+) %; an equal share is [\d.]+ %\.',
+        r'Row (\d+), column (\d+)(?: \(held\))? attends to (\d+) positions \((.*)\); largest weight: '
+        r'row (\d+), column (\d+), ([\d.e-]+)\s%; uniform weights would be [\d.]+\s%\.',
         text(page, 'readout'),
     )
     row, column, count, head, best_row, best_column, share = said.groups()
@@ -206,11 +206,13 @@ def test_a_held_position_lets_others_be_read(page):
     assert state(page)['held'] and text(page, 'readout').startswith('Row 5, column 6 (held)')
     inside = tuple(np.argwhere(np.isfinite(weights))[3])
     page.browser.mouse('Moved', *place_of(page, *inside))
-    said = re.fullmatch(r'Row (\d+), column (\d+) gets ([\d.e-]+) %\.', text(page, 'probe'))
+    said = re.fullmatch(
+        r'Row (\d+), column (\d+) has the weight ([\d.e-]+)\s%\.', text(page, 'probe')
+    )
     assert (int(said[1]), int(said[2])) == inside
     assert float(said[3]) / 100 == pytest.approx(weights[inside], abs=EXACT)
     page.browser.mouse('Moved', *place_of(page, 6, 6))
-    assert text(page, 'probe') == 'Row 6, column 6 is not in its group.'
+    assert text(page, 'probe') == 'Row 6, column 6 is not in its group: no weight.'
     assert (state(page)['row'], state(page)['column']) == (5, 6)
     page.browser.click(*place_of(page, 6, 6))
     assert not state(page)['held'] and (state(page)['row'], state(page)['column']) == (6, 6)
@@ -318,6 +320,7 @@ def test_the_page_is_whole_in_itself(page):
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|fetch\(', content)
     assert content.count('<b>photo') == 0  # names are text, whatever is in them
     assert '</script><b>photo</b>.png' in text(page, 'about')
+    assert text(page, 'caption') == '<i>toy</i>'
     assert page.browser.evaluate('document.title').endswith('</script><b>photo</b>.png')
 
 

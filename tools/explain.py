@@ -54,6 +54,7 @@ def parse_args():
     parser.add_argument('image', help='image file')
     parser.add_argument('--out', metavar='DIR', help='folder for the pictures')
     parser.add_argument('--html', metavar='FILE', help='write an interactive HTML page')
+    parser.add_argument('--caption', metavar='TEXT', help='text below the title of the page')
     parser.add_argument(
         '--max-mb',
         type=float,
@@ -101,8 +102,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--out: '{args.out}' is not a folder.")
     if args.html and Path(args.html).is_dir():
         raise UserError(f"--html: '{args.html}' is a folder; name a file.")
-    if args.max_mb is not None and not args.html:
-        raise UserError('--max-mb is of the page that --html writes.')
+    for option, given in (('--max-mb', args.max_mb), ('--caption', args.caption)):
+        if given is not None and not args.html:
+            raise UserError(f'{option} is of the page that --html writes.')
     if args.max_mb is not None and not args.max_mb > 0:
         raise UserError(f'--max-mb must be above 0, got {args.max_mb}.')
 
@@ -155,7 +157,9 @@ def main():
     if args.html:
         from crossformer_mm.explain.page import write_page
 
-        names = dict(model=Path(args.config).stem, image=Path(args.image).name)
+        names = dict(
+            model=Path(args.config).stem, image=Path(args.image).name, caption=args.caption
+        )
         written = write_page(Path(args.html), scene, names, int((args.max_mb or MAX_MB) * 1e6))
         print(
             f'{args.html}: {written.bytes / 1e6:.2f} MB; its attention weights are off by '

@@ -312,7 +312,7 @@ function percent(share) {
   const value = share * 100;
   return `${
     value >= 9.95 ? value.toFixed(1) : value >= 0.0995 ? value.toFixed(2) : value.toPrecision(2)
-  } %`;
+  }\u00a0%`;
 }
 
 const signed = (value, digits) => (value < 0 ? '\u2212' : '+') + Math.abs(value).toFixed(digits);
@@ -323,7 +323,7 @@ const headName = () => (state.head === null ? 'mean of all heads' : `head ${stat
 // ---- The image ----------------------------------------------------------------------------------
 
 const photo = new Image();
-let faded = null; // the image in dark grey
+let faded = null; // the image in light grey
 
 function fade() {
   const canvas = document.createElement('canvas');
@@ -332,7 +332,7 @@ function fade() {
   context.drawImage(photo, 0, 0);
   const pixels = context.getImageData(0, 0, facts.width, facts.height);
   for (let i = 0, d = pixels.data; i < d.length; i += 4) {
-    d[i] = d[i + 1] = d[i + 2] = 22 + 0.42 * (0.3 * d[i] + 0.59 * d[i + 1] + 0.11 * d[i + 2]);
+    d[i] = d[i + 1] = d[i + 2] = 130 + 0.42 * (0.3 * d[i] + 0.59 * d[i + 1] + 0.11 * d[i + 2]);
   }
   context.putImageData(pixels, 0, 0);
   return canvas;
@@ -358,7 +358,8 @@ function drawImage() {
   const { context, wide, high } = prepared($('image')),
     cell = cellSize();
   context.imageSmoothingEnabled = true;
-  context.drawImage(state.view === 'features' ? photo : faded, 0, 0, wide, high);
+  context.drawImage(!shown || state.view === 'features' ? photo : faded, 0, 0, wide, high);
+  if (!shown) return; // the photo, until a block is unpacked
   if (state.view === 'features') drawFeatureOver(context, cell);
   else if (state.view === 'groups') drawGroups(context, cell, wide, high);
   else drawAttention(context, cell);
@@ -370,8 +371,11 @@ function drawImage() {
 const asDiscs = (cell, apart) => apart > 1 && cell < 8;
 
 function drawMember(context, row, column, cell, apart) {
+  // Large ones leave the image visible between them.
+  const inset = cell < 12 ? 0 : 0.14 * cell,
+    side = inset ? cell - 2 * inset : cell + 0.3;
   context.beginPath();
-  if (!asDiscs(cell, apart)) context.rect(column * cell, row * cell, cell + 0.3, cell + 0.3);
+  if (!asDiscs(cell, apart)) context.rect(column * cell + inset, row * cell + inset, side, side);
   else
     context.arc(
       (column + 0.5) * cell,
@@ -391,7 +395,7 @@ function drawAttention(context, cell) {
   for (const row of shown.rows) {
     for (const column of shown.columns) {
       const value = weights[place++] / largest;
-      context.fillStyle = css(inferno(value), 0.55 + 0.4 * value);
+      context.fillStyle = css(inferno(value));
       drawMember(context, row, column, cell, apart);
     }
   }
@@ -498,8 +502,8 @@ function drawTexts() {
   ];
   $('readout').textContent =
     `Row ${state.row}, column ${state.column}${state.held ? ' (held)' : ''} ` +
-    `attends to ${weights.length} positions (${headName()}): most to row ${most[0]}, ` +
-    `column ${most[1]}, ${percent(largest)}; an equal share is ${percent(1 / weights.length)}.`;
+    `attends to ${weights.length} positions (${headName()}); largest weight: row ${most[0]}, ` +
+    `column ${most[1]}, ${percent(largest)}; uniform weights would be ${percent(1 / weights.length)}.`;
   drawProbe();
   drawLegend(largest);
   drawMost(weights);
@@ -512,8 +516,8 @@ function drawProbe() {
       weight = weightOf(row, column);
     text =
       `Row ${row}, column ${column} ` +
-      (weight === null ? 'is not in its group.' : `gets ${percent(weight)}.`);
-  } else if (state.held) text = 'Held. Point at another position to read its share.';
+      (weight === null ? 'is not in its group: no weight.' : `has the weight ${percent(weight)}.`);
+  } else if (state.held) text = 'Held. Point at a key to read its attention weight.';
   $('probe').textContent = text;
 }
 
@@ -525,13 +529,14 @@ function drawLegend(largest) {
   bar.style.display = groups ? 'none' : '';
   if (state.view === 'attention') {
     bar.style.background = gradient(inferno);
-    $('legend-low').textContent = '0 %';
+    $('legend-low').textContent = '0\u00a0%';
     $('legend-high').textContent = percent(largest);
     $('legend-unit').textContent =
-      'share of attention' +
+      'attention weight' +
       (asDiscs(cellSize(), rulesOf(stage, state.kind)[0][1])
         ? ' (positions are drawn larger)'
-        : '');
+        : '') +
+      '; light grey: not in the group';
   } else if (groups) {
     const rules = rulesOf(stage, state.kind);
     const [{ length: down }, { length: across }] = stage.groups[state.kind],
@@ -540,7 +545,7 @@ function drawLegend(largest) {
     $('legend-high').replaceChildren(
       ...GROUP_COLOURS.slice(0, 2).flatMap((colour, i) => [
         swatch(colour),
-        i ? 'and others: groups beside it' : 'the group of the framed position',
+        i ? 'and others: groups next to it' : 'the group of the query',
       ]),
     );
     const cut = [stage.height, stage.width].some((side, i) => rules[i][0] * rules[i][1] < side);
@@ -558,7 +563,7 @@ function drawLegend(largest) {
     bar.style.display = 'none';
     $('legend-low').textContent = $('legend-high').textContent = '';
     $('legend-unit').textContent =
-      `main directions of ${stage.channels} channels: like colours, ` + 'like features';
+      `first three principal components of ${stage.channels} channels as RGB`;
   }
 }
 
@@ -610,12 +615,14 @@ function drawHeads() {
       }),
     );
   }
+  const maps = [shown.mean, ...shown.weights],
+    maxima = maps.map((weights) => weights.reduce((a, b) => Math.max(a, b))),
+    scale = Math.max(...maxima);
   Array.from(box.children).forEach((button, i) => {
-    const weights = i ? shown.weights[i - 1] : shown.mean,
-      [canvas, label] = button.children;
-    const largest = weights.reduce((a, b) => Math.max(a, b));
+    const [canvas, label] = button.children,
+      largest = maxima[i];
     paint(canvas, shown.columns.length, shown.rows.length, (place) =>
-      inferno(weights[place] / largest),
+      inferno(maps[i][place] / scale),
     );
     const name = i ? `${i - 1}` : 'mean';
     label.textContent = `${name}\n${percent(largest)}`;
@@ -859,9 +866,9 @@ function drawFeatures() {
 function showFeatures() {
   $('features-says').textContent =
     state.feature === 'colours'
-      ? 'What each stage hands on: its three main directions as red, green and blue, so that ' +
-        'like colours mean like features.'
-      : 'How strong the features of each stage are: the root mean square of their channels.';
+      ? 'Output of each stage: the first three principal components as RGB. Similar colours are ' +
+        'similar features.'
+      : 'Output of each stage: the root mean square of its channels.';
   $('features').replaceChildren(
     ...facts.stages.map((stage, i) => {
       const figure = document.createElement('figure'),
@@ -923,14 +930,13 @@ function drawControls() {
   $('image').classList.toggle('held', state.held);
   const groups = stage.groupSize;
   $('bias-says').textContent =
-    `What the offset of a query from a key adds to their logit (block ` +
-    `${state.block + 1} of stage ${state.stage + 1}, ${headName()})` +
+    `Added to the logit of a query and a key, by their offset (block ${state.block + 1} of ` +
+    `stage ${state.stage + 1}, ${headName()})` +
     (stage.blocks[state.block].bias.kind === 'none'
-      ? ': nothing, this model has no such bias.'
-      : ', for any group size' +
-        (state.size > groups
-          ? `; the white line frames the offsets in groups of ${groups} \u00d7 ${groups}, as configured.`
-          : '.'));
+      ? ': 0, this model has no position bias.'
+      : state.size > groups
+        ? `. White line: offsets in groups of ${groups} \u00d7 ${groups}, as configured.`
+        : '.');
 }
 
 const before = new Map();
@@ -1078,8 +1084,9 @@ function setUp() {
   $('about').textContent =
     `${facts.image} (${width} \u00d7 ${height} pixels as the model gets it), ` +
     `${facts.model}, long distance by \u201c${stages[0].definition}\u201d`;
+  $('caption').textContent = facts.caption || '';
   $('image').style.aspectRatio = `${width} / ${height}`;
-  $('image').style.maxWidth = `calc(max(100vh - 300px, 280px) * ${width / height})`;
+  $('image').style.maxWidth = `calc(max(100vh - 372px, 280px) * ${width / height})`;
   $('size').max = facts.largestGroup;
   $('bias-bar').style.background = gradient(viridis);
   choice(
@@ -1096,17 +1103,17 @@ function setUp() {
   choice(
     'feature-kinds',
     [
-      ['colours', 'Main directions'],
-      ['magnitude', 'Strength'],
+      ['colours', 'PCA'],
+      ['magnitude', 'Magnitude'],
     ],
     (feature) => select({ feature }),
   );
   $('block').addEventListener('change', () => select({ block: Number($('block').value) }));
   $('precision').textContent =
-    'Attention is computed by this page from queries, keys and position ' +
-    'bias of the model, which are rounded to keep it small: a share is off by about ' +
-    `${Number((facts.usual * 100).toPrecision(1))} % of its value; the largest difference found was ` +
-    `${percent(facts.worst).replace(' %', '')} percentage points.`;
+    "This page computes attention weights from the model's queries, keys and position bias. " +
+    'Queries and keys are rounded to keep the page small: a weight is off by about ' +
+    `${Number((facts.usual * 100).toPrecision(1))} % of its value; the largest difference found ` +
+    `was ${percent(facts.worst).replace('\u00a0%', '')} percentage points.`;
   const dark = window.matchMedia('(prefers-color-scheme: dark)');
   setTheme(dark.matches ? 'dark' : 'light');
   dark.addEventListener('change', () => setTheme(dark.matches ? 'dark' : 'light'));
@@ -1149,6 +1156,8 @@ async function start() {
   photo.src = facts.jpeg;
   await photo.decode();
   faded = fade();
+  drawImage();
+  await new Promise(requestAnimationFrame); // the photo is seen before a block is unpacked
   // The stage with most blocks has learnt most of what is worth seeing; its first at long distance.
   const counts = facts.stages.map((stage) => stage.blocks.length);
   const stage = counts.lastIndexOf(Math.max(...counts)),

@@ -15,7 +15,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -305,13 +305,13 @@ def page_data(scene: Scene, limit: int) -> Tuple[dict, Dict[str, str]]:
     return facts, {**texts, **block_texts}
 
 
-def write_page(path: Path, scene: Scene, names: Dict[str, str], limit: int) -> PageReport:
+def write_page(path: Path, scene: Scene, names: Dict[str, Optional[str]], limit: int) -> PageReport:
     """Write the page.
 
     Args:
         path: the file.
         scene (Scene): the image and the backbone.
-        names: ``model`` and ``image`` in the page's title and text.
+        names: ``model`` and ``image``, which the page's text names, and ``caption``, more text.
         limit (int): bytes of the page.
 
     Raises:
