@@ -249,6 +249,10 @@ test_dataloader = dict(dataset=dict(pipeline=[
                 '--max-mb is of the page that --html writes.',
             ),
             (
+                lambda out: ['--out', out, '--caption', 'a'],
+                '--caption is of the page that --html writes.',
+            ),
+            (
                 lambda out: ['--html', out / 'a', '--max-mb', 0],
                 '--max-mb must be above 0, got 0.0.',
             ),

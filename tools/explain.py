@@ -163,7 +163,7 @@ def main():
         written = write_page(Path(args.html), scene, names, int((args.max_mb or MAX_MB) * 1e6))
         print(
             f'{args.html}: {written.bytes / 1e6:.2f} MB; its attention weights are off by '
-            f'{written.usual:.1%} of their value (root mean square), and by at most '
+            f'{written.usual * 100:.2g}% of their value (root mean square), and by at most '
             f'{written.worst * 100:.2g} percentage points, where compared'
         )
 

@@ -1,4 +1,4 @@
-"""Write a scene as one self-contained HTML page: page.html, page.css and page.js with the data.
+"""Write a scene as one self-contained HTML page: page.html with style, scripts and data in it.
 
 The page computes attention weights in the browser: those of one block at 800 x 1216 would be
 60800 x 950 numbers for each head. Its data has queries, keys and position bias of each block. The
@@ -28,7 +28,7 @@ from ..grouping import group_axis, is_small
 from ..position_bias import DynamicPositionBias, NoPositionBias
 from .capture import BlockCapture, Scene, attention_weights, group_rules, principal_colours
 
-HERE = Path(__file__).resolve().parent
+SCRIPTS = ('model.js', 'view.js', 'surface.js', 'page.js')  # page.js last: it starts
 # Root mean square errors of a logit, which are relative errors of a weight, from 0.001 to 1. Finer
 # ones are not worth the bytes; coarser ones show nothing.
 ERRORS = [0.001 * 2 ** (n / 4) for n in range(40)]
@@ -230,7 +230,7 @@ def levels(values: np.ndarray) -> Tuple[str, List[float]]:
 
 
 def page_data(scene: Scene, limit: int) -> Tuple[dict, Dict[str, str]]:
-    """Return the data that page.js reads: facts for JSON, and texts by name.
+    """Return the data of model.js: facts for JSON, and texts by name.
 
     Args:
         scene (Scene): the image and the backbone.
@@ -328,9 +328,11 @@ def write_page(path: Path, scene: Scene, names: Dict[str, Optional[str]], limit:
         head=scene.head,
         jpeg='data:image/jpeg;base64,' + base64.b64encode(jpeg).decode(),
     )
-    page, style, script = (
-        (HERE / f'page.{kind}').read_text(encoding='utf-8') for kind in ('html', 'css', 'js')
+    page, style, *scripts = (
+        Path(__file__).with_name(name).read_text(encoding='utf-8')
+        for name in ('page.html', 'page.css', *SCRIPTS)
     )
+    script = '\n'.join(scripts)
     taken = sum(map(len, (page, style, script, about['jpeg']))) + 20_000
     facts, texts = page_data(scene, limit - taken)
     # In a script element only "</" and "<!--" mean anything, and JSON may write "<" in another way.
