@@ -26,20 +26,15 @@ from pathlib import Path
 from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm.checkpoint import load_backbone
-from crossformer_mm.engine.command_line import (
-    DENSE,
-    check_file,
-    innermost,
-    kind_of,
-    load_config,
-    run,
-)
-from crossformer_mm.engine.option_checks import add_cfg_options
-from crossformer_mm.engine.pictures import as_picture
+from crossformer_mm.cli import add_cfg_options, run
+from crossformer_mm.config_parts import innermost, kind_of
+from crossformer_mm.engine.config import DENSE, load_config
+from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
 from crossformer_mm.explain.capture import Scene, capture
 from crossformer_mm.explain.image import load_image, normalize
 from crossformer_mm.files import check_writable
+from crossformer_mm.pictures import as_picture
 
 MAX_MB = 15  # of a page by default
 
