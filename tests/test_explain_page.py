@@ -275,6 +275,31 @@ def test_bright_positions_are_those_of_large_weight(page):
     assert brightness.ravel()[order[0]] > 550
 
 
+def test_heads_are_maps_of_square_positions_on_one_scale(page):
+    select(page, stage=0, block=1, row=13, column=20)
+    heads = page.browser.evaluate(
+        "Array.from(document.querySelectorAll('#heads canvas')).map((canvas) => [canvas.width, "
+        "canvas.height, canvas.clientWidth, canvas.clientHeight, Array.from(canvas.getContext('2d')"
+        '.getImageData(0, 0, canvas.width, canvas.height).data)])'
+    )
+    maps = [
+        expected(page, 0, 1, 'interval', (13, 20), head) for head in (None, *range(len(heads) - 1))
+    ]
+    scale = np.nanmax(maps)
+    for (width, height, shown_width, shown_height, pixels), weights in zip(heads, maps):
+        assert shown_width / shown_height == pytest.approx(width / height, rel=0.05)
+        brightness = np.reshape(pixels, (-1, 4))[:, :3].sum(1)
+        # The largest weight of all heads has the brightest colour, 0xfcffa4.
+        assert (brightness.max() > 660) == (np.nanmax(weights) > 0.99 * scale)
+
+
+def test_positions_outside_the_group_are_grey_and_never_black(page):
+    select(page, stage=1, block=1, row=4, column=6)
+    colours = middles(page)
+    inside = np.isfinite(expected(page, 1, 1, 'interval', (4, 6), None))[:-1, :-1]
+    assert (np.ptp(colours[~inside], axis=-1) == 0).all() and colours[~inside].min() >= 128
+
+
 @pytest.mark.parametrize('stage, block, head', [(0, 1, 0), (1, 0, None), (1, 1, 3)])
 def test_bias_is_that_of_the_network_for_any_group(page, stage, block, head):
     select(page, stage=stage, block=block, head=head, size=3)
@@ -378,7 +403,15 @@ def test_the_demo_among_the_docs_works_and_is_small(browser):
     assert '--html docs/explain_demo.html' in (ROOT / 'docs/how_it_works.md').read_text('utf-8')
     browser.size(1280, 900)
     browser.open(path)
-    assert sum(browser.evaluate('explain.attention()')['weights']) == pytest.approx(1, abs=1e-5)
+    assert 'Toy model' in browser.evaluate("document.getElementById('caption').textContent")
+    found = browser.evaluate('explain.attention()')
+    weights = np.reshape(found['weights'], (len(found['rows']), -1))
+    rows = np.array(found['rows'])
+    # The upper disk is in rows 4 to 8, the lower one in rows 9 to 15.
+    assert weights[rows <= 8].sum() > 0.2 and weights[rows > 8].sum() > 0.2
+    bottom = browser.evaluate("document.getElementById('image').getBoundingClientRect().bottom")
+    answer = browser.evaluate("document.getElementById('readout').getBoundingClientRect().bottom")
+    assert answer < bottom < 900
     assert not browser.problems
 
 
