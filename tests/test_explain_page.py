@@ -130,7 +130,7 @@ def shown(page, shape):
 
 
 def check_shown(page):
-    """What is shown now, in numbers and in the sentence below the image, against Python."""
+    """Compare what is shown now, in numbers and in the text above the image, with Python."""
     now = state(page)
     position = (now['row'], now['column'])
     weights = expected(page, now['stage'], now['block'], now['kind'], position, now['head'])

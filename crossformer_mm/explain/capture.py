@@ -1,6 +1,6 @@
 """Capture what a backbone computes for an image, and recompute attention weights.
 
-Attention kernels never store the weights. :func:`attention_weights` computes those of one group
+Attention kernels never store the weights. :func:`attention_weights` computes those of one query
 from the captured input of a block.
 """
 
@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..grouping import AxisRule, Rules, group_map, stage_rules
-from ..position_bias import bias_of_pairs
+from ..position_bias import bias_windows
 
 
 class BlockCapture(NamedTuple):
@@ -133,18 +133,16 @@ def group_rules(layer: nn.Module, height: int, width: int) -> Dict[str, Rules]:
 
 
 class AttentionWeights(NamedTuple):
-    """Attention inside one group of N members.
+    """Attention of one query to the N members of its group.
 
     Args:
         members (Tensor): (N,) tokens, row * W + column.
-        query (int): index of the chosen token among the members.
-        weights (Tensor): (heads, N, N), queries before keys.
+        weights (Tensor): (heads, N).
         values (Tensor): (heads, N, d).
-        bias (Tensor): (heads, N, N) position bias (logit).
+        bias (Tensor): (heads, N) position bias (logit).
     """
 
     members: Tensor
-    query: int
     weights: Tensor
     values: Tensor
     bias: Tensor
@@ -152,12 +150,12 @@ class AttentionWeights(NamedTuple):
 
 @torch.no_grad()
 def attention_weights(attention: nn.Module, block: BlockCapture, token: int) -> AttentionWeights:
-    """Compute the attention weights of a token's group.
+    """Compute the attention weights of a query.
 
     Args:
         attention (GroupAttention): the block's.
         block (BlockCapture): its capture.
-        token (int): row * W + column of a position.
+        token (int): row * W + column of the query.
     """
     x, rows, columns = block.x, block.rows, block.columns
     for table in group_map(*x.shape[1:3], rows, columns):
@@ -165,7 +163,6 @@ def attention_weights(attention: nn.Module, block: BlockCapture, token: int) -> 
         if len(at):
             group, row, column = at[0].tolist()
             break
-    height, width = table.shape[1:]
     members = table[group].flatten()
     q, k, v = rearrange(
         attention.qkv(x.flatten(0, 2)[members]),
@@ -173,9 +170,11 @@ def attention_weights(attention: nn.Module, block: BlockCapture, token: int) -> 
         three=3,
         h=attention.num_heads,
     )
-    bias = bias_of_pairs(attention.pos(rows.size, columns.size), height, width)
-    weights = (q @ k.mT * attention.scale + bias).softmax(-1)
-    return AttentionWeights(members, row * width + column, weights, v, bias)
+    query = q[:, row * table.shape[2] + column, :, None]
+    offsets = bias_windows(attention.pos(rows.size, columns.size), *table.shape[1:])
+    bias = offsets[:, row, column].flip(1, 2).flatten(1)
+    weights = ((k @ query)[..., 0] * attention.scale + bias).softmax(-1)
+    return AttentionWeights(members, weights, v, bias)
 
 
 def attention_map(
@@ -184,9 +183,8 @@ def attention_map(
     """Return (H, W) the attention weights of a query (row, column); NaN outside its group."""
     _, height, width, _ = block.x.shape
     found = attention_weights(attention, block, query[0] * width + query[1])
-    row = found.weights[:, found.query]
     weights = np.full(height * width, np.nan)
-    weights[found.members] = row.mean(0) if head is None else row[head]
+    weights[found.members] = found.weights.mean(0) if head is None else found.weights[head]
     return weights.reshape(height, width)
 
 

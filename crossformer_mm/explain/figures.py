@@ -371,14 +371,14 @@ def draw_embedding(figure, scene: Scene) -> None:
     )
 
 
-# Name, function, width and height in inches for a square image.
+# Name, function, width, height of titles and fixed parts, height of square images; in inches.
 PICTURES = (
-    ('groups', draw_groups, 9, 7),
-    ('attention', draw_attention, 9, 5),
-    ('features', draw_features, 11, 2.8),
-    ('position_bias', draw_bias, 9, 7),
-    ('position_bias_sizes', draw_bias_surfaces, 9, 3.4),
-    ('embedding', draw_embedding, 10, 3.8),
+    ('groups', draw_groups, 9, 1.2, 5.8),
+    ('attention', draw_attention, 9, 1, 4),
+    ('features', draw_features, 11, 0.95, 2.15),
+    ('position_bias', draw_bias, 9, 7, 0),
+    ('position_bias_sizes', draw_bias_surfaces, 9, 3.4, 0),
+    ('embedding', draw_embedding, 10, 3.8, 0),
 )
 
 
@@ -410,14 +410,11 @@ def save(draw: Callable, scene: Scene, width: float, height: float, path: Path) 
 def write_pictures(scene: Scene, out: Path) -> Iterator[Path]:
     """Write all pictures to a folder, which is made, and yield the path of each."""
     height, width = scene.picture.shape[:2]
+    shape = min(max(height / width, 0.5), 1.5)
     out.mkdir(parents=True, exist_ok=True)
-    drawings = [
-        # These consist of images.
-        (name, draw, wide, high * min(max(height / width, 0.5), 1.5))
-        if draw in (draw_groups, draw_attention, draw_features)
-        else (name, draw, wide, high)
-        for name, draw, wide, high in PICTURES
-    ]
-    for name, draw, wide, high in [*drawings, ('contact_sheet', draw_contact_sheet, 16, 13)]:
-        save(draw, scene, wide, high, out / f'{name}.png')
+    for name, draw, wide, fixed, high in (
+        *PICTURES,
+        ('contact_sheet', draw_contact_sheet, 16, 13, 0),
+    ):
+        save(draw, scene, wide, fixed + high * shape, out / f'{name}.png')
         yield out / f'{name}.png'

@@ -215,10 +215,9 @@ def weight_errors(
     for token in random.integers(height * width, size=CHECKED).tolist():
         exact = attention_weights(attention, block, token)
         logits = torch.from_numpy(np.stack([head.logits(token, exact.members) for head in heads]))
-        weights = exact.weights[:, exact.query]
-        difference = weights - (logits + exact.bias[:, exact.query]).softmax(-1)
+        difference = exact.weights - (logits + exact.bias).softmax(-1)
         worst = max(worst, difference.abs().max().item())
-        relative += (difference**2 / weights.clamp(min=1e-30)).sum(-1).tolist()
+        relative += (difference**2 / exact.weights.clamp(min=1e-30)).sum(-1).tolist()
     return worst, relative
 
 
