@@ -1,8 +1,7 @@
-"""The page of tools/explain.py in a browser: what it shows is what the model computes."""
+"""The page of tools/explain.py in a browser shows what the model computes."""
 
 import json
 import re
-import runpy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,9 @@ import torch
 from torch import nn
 
 from crossformer_mm import CrossFormer
-from crossformer_mm.explain_page import write_page
+from crossformer_mm.errors import UserError
+from crossformer_mm.explain.capture import Capture, Scene, attention_map, capture
+from crossformer_mm.explain.page import write_page
 from crossformer_mm.grouping import stage_rules
 
 from . import chromium
@@ -27,17 +28,12 @@ EXACT = 0.003  # of a weight; logits are rounded by 0.001 on average
 class Opened(NamedTuple):
     browser: chromium.Chromium
     backbone: nn.Module
-    seen: NamedTuple
+    captured: Capture
     path: Path
 
 
 @pytest.fixture(scope='module')
-def tool():
-    return runpy.run_path(str(ROOT / 'tools/explain.py'))
-
-
-@pytest.fixture(scope='module')
-def make(tool, tmp_path_factory):
+def make(tmp_path_factory):
     """Writes the page of a small backbone; returns what Opened has."""
 
     def build(limit=10_000_000, **options):
@@ -47,13 +43,12 @@ def make(tool, tmp_path_factory):
             for parameter in backbone.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         picture = np.random.default_rng(0).random((HEIGHT, WIDTH, 3))
-        seen = tool['look'](backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
-        scene = tool['Scene'](backbone, picture, seen, (60, 40), None)
-        colours = [tool['principal_colours'](feature) for feature in seen.features]
+        captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
+        scene = Scene(backbone, picture, captured, (60, 40), None)
         path = tmp_path_factory.mktemp('page') / 'page.html'
-        names = dict(model='small', image='</script><b>photo</b>.png')
-        written = write_page(path, scene, colours, names, limit)
-        return backbone, seen, path, written
+        names = dict(model='small', image='</script><b>photo</b>.png', caption='<i>toy</i>')
+        written = write_page(path, scene, names, limit)
+        return backbone, captured, path, written
 
     return build
 
@@ -70,10 +65,10 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(make, browser):
-    backbone, seen, path, _ = make()
+    backbone, captured, path, _ = make()
     browser.size(1280, 900)
     browser.open(path)
-    yield Opened(browser, backbone, seen, path)
+    yield Opened(browser, backbone, captured, path)
     assert not browser.problems
 
 
@@ -112,16 +107,16 @@ def place_of(page, row, column):
     return box[0] + (column + 0.12) * side, box[1] + (row + 0.12) * side
 
 
-def expected(page, tool, stage, block, kind, position, head):
+def expected(page, stage, block, kind, position, head):
     """(H, W) weights by the functions that make the pictures; NaN outside of the group."""
     layer = page.backbone.layers[stage]
-    attended = page.seen.blocks[stage][block]
+    attended = page.captured.blocks[stage][block]
     _, height, width, _ = attended.x.shape
     lda = layer.lda if kind == 'short' else kind
     both = stage_rules(height, width, layer.group_size, layer.interval, lda)
     rows, columns = both[int(kind != 'short')]
     attended = attended._replace(rows=rows, columns=columns)
-    return tool['attention_map'](attended, layer.blocks[block].attn, position, head)
+    return attention_map(attended, layer.blocks[block].attn, position, head)
 
 
 def shown(page, shape):
@@ -134,15 +129,15 @@ def shown(page, shape):
     return weights
 
 
-def check_shown(page, tool):
-    """What is shown now, in numbers and in the sentence below the image, against Python."""
+def check_shown(page):
+    """Compare what is shown now, in numbers and in the text above the image, with Python."""
     now = state(page)
     position = (now['row'], now['column'])
-    weights = expected(page, tool, now['stage'], now['block'], now['kind'], position, now['head'])
+    weights = expected(page, now['stage'], now['block'], now['kind'], position, now['head'])
     np.testing.assert_allclose(shown(page, weights.shape), weights, rtol=0, atol=EXACT)
     said = re.fullmatch(
-        r'Row (\d+), column (\d+)(?: \(held\))? attends to (\d+) positions \((.*)\): most to row '
-        r'(\d+), column (\d+), ([\d.e-]+) %; an equal share is [\d.]+ %\.',
+        r'Row (\d+), column (\d+)(?: \(held\))? attends to (\d+) positions \((.*)\); largest weight: '
+        r'row (\d+), column (\d+), ([\d.e-]+)\s%; uniform weights would be [\d.]+\s%\.',
         text(page, 'readout'),
     )
     row, column, count, head, best_row, best_column, share = said.groups()
@@ -169,32 +164,24 @@ def check_shown(page, tool):
     ],
 )
 def test_pointing_shows_the_attention_that_python_computes(
-    page, tool, stage, block, kind, head, position
+    page, stage, block, kind, head, position
 ):
     select(page, stage=stage, block=block, kind=kind, head=head)
     page.browser.mouse('Moved', *place_of(page, *position))
     now = state(page)
     assert (now['row'], now['column']) == position
-    check_shown(page, tool)
+    check_shown(page)
 
 
-def test_both_ways_to_round_a_block_are_tried(page):
-    known = json.loads(page.browser.evaluate("document.getElementById('facts').textContent"))
-    shared = [
-        isinstance(block['axes'], int) for stage in known['stages'] for block in stage['blocks']
-    ]
-    assert len(shared) == 6 and any(shared) and not all(shared)
-
-
-def test_kinds_of_groups_differ_here(page, tool):
+def test_kinds_of_groups_differ_here(page):
     maps = [
-        np.isfinite(expected(page, tool, 0, 1, kind, (13, 20), 0))
+        np.isfinite(expected(page, 0, 1, kind, (13, 20), 0))
         for kind in ('short', 'interval', 'block')
     ]
     assert len({found.tobytes() for found in maps}) == 3
 
 
-def test_keys_move_the_position_and_choose_the_stage(page, tool):
+def test_keys_move_the_position_and_choose_the_stage(page):
     steps = [
         ('ArrowDown', False, (4, 4)),
         ('ArrowRight', False, (4, 5)),
@@ -207,29 +194,31 @@ def test_keys_move_the_position_and_choose_the_stage(page, tool):
     for key, shift, position in steps:
         page.browser.press(key, shift)
         assert (state(page)['row'], state(page)['column']) == position, key
-        check_shown(page, tool)
+        check_shown(page)
     page.browser.press('1')
     assert (state(page)['stage'], state(page)['row'], state(page)['column']) == (0, 13, 17)
-    check_shown(page, tool)
+    check_shown(page)
 
 
-def test_a_held_position_lets_others_be_read(page, tool):
+def test_a_held_position_lets_others_be_read(page):
     page.browser.click(*place_of(page, 5, 6))
-    weights = check_shown(page, tool)
+    weights = check_shown(page)
     assert state(page)['held'] and text(page, 'readout').startswith('Row 5, column 6 (held)')
     inside = tuple(np.argwhere(np.isfinite(weights))[3])
     page.browser.mouse('Moved', *place_of(page, *inside))
-    said = re.fullmatch(r'Row (\d+), column (\d+) gets ([\d.e-]+) %\.', text(page, 'probe'))
+    said = re.fullmatch(
+        r'Row (\d+), column (\d+) has the weight ([\d.e-]+)\s%\.', text(page, 'probe')
+    )
     assert (int(said[1]), int(said[2])) == inside
     assert float(said[3]) / 100 == pytest.approx(weights[inside], abs=EXACT)
     page.browser.mouse('Moved', *place_of(page, 6, 6))
-    assert text(page, 'probe') == 'Row 6, column 6 is not in its group.'
+    assert text(page, 'probe') == 'Row 6, column 6 is not in its group: no weight.'
     assert (state(page)['row'], state(page)['column']) == (5, 6)
     page.browser.click(*place_of(page, 6, 6))
     assert not state(page)['held'] and (state(page)['row'], state(page)['column']) == (6, 6)
 
 
-def test_controls_choose_what_is_shown(page, tool):
+def test_controls_choose_what_is_shown(page):
     def click(expression):
         page.browser.evaluate(f'{expression}.click()')
         page.browser.evaluate('explain.select({})')
@@ -240,7 +229,7 @@ def test_controls_choose_what_is_shown(page, tool):
     click("document.querySelectorAll('#heads button')[2]")
     now = state(page)
     assert (now['stage'], now['kind'], now['head']) == (1, 'block', 1)
-    check_shown(page, tool)
+    check_shown(page)
     assert 'In the model this block has the groups of' in text(page, 'note')
     page.browser.evaluate(
         "const box = document.getElementById('block'); box.value = 0; "
@@ -249,12 +238,12 @@ def test_controls_choose_what_is_shown(page, tool):
     page.browser.evaluate('explain.select({})')
     assert (state(page)['block'], state(page)['kind']) == (0, 'short')
     assert 'These are the groups that this block has' in text(page, 'note')
-    check_shown(page, tool)
+    check_shown(page)
 
 
 def middles(page):
     """(H, W, 3) the colours of the canvas in the middle of each position."""
-    _, height, width, _ = page.seen.blocks[state(page)['stage']][0].x.shape
+    _, height, width, _ = page.captured.blocks[state(page)['stage']][0].x.shape
     stride = 4 * 2 ** state(page)['stage']
     pixels = page.browser.evaluate(
         "(() => { const canvas = document.getElementById('image'), out = []; "
@@ -269,21 +258,46 @@ def middles(page):
 
 
 @pytest.mark.parametrize('kind', ['short', 'interval', 'block'])
-def test_groups_are_drawn_where_they_lie(page, tool, kind):
+def test_groups_are_drawn_where_they_lie(page, kind):
     select(page, stage=0, block=1, kind=kind, view='groups', row=13, column=20)
     red, green, blue = np.moveaxis(middles(page), -1, 0)
     yellow = (red > 180) & (green > 175) & (blue < 100)
-    weights = expected(page, tool, 0, 1, kind, (13, 20), None)
+    weights = expected(page, 0, 1, kind, (13, 20), None)
     np.testing.assert_array_equal(yellow, np.isfinite(weights)[:-1, :-1])
 
 
-def test_bright_positions_are_those_of_large_weight(page, tool):
+def test_bright_positions_are_those_of_large_weight(page):
     select(page, stage=1, block=1, row=4, column=6, head=1)
-    weights = expected(page, tool, 1, 1, 'interval', (4, 6), 1)[:-1, :-1]
+    weights = expected(page, 1, 1, 'interval', (4, 6), 1)[:-1, :-1]
     brightness = middles(page).sum(-1)
     order = np.argsort(np.where(np.isfinite(weights), weights, -1).ravel())[::-1][:4]
     assert (np.diff(brightness.ravel()[order]) <= 3).all()
     assert brightness.ravel()[order[0]] > 550
+
+
+def test_heads_are_maps_of_square_positions_on_one_scale(page):
+    select(page, stage=0, block=1, row=13, column=20)
+    heads = page.browser.evaluate(
+        "Array.from(document.querySelectorAll('#heads canvas')).map((canvas) => [canvas.width, "
+        "canvas.height, canvas.clientWidth, canvas.clientHeight, Array.from(canvas.getContext('2d')"
+        '.getImageData(0, 0, canvas.width, canvas.height).data)])'
+    )
+    maps = [
+        expected(page, 0, 1, 'interval', (13, 20), head) for head in (None, *range(len(heads) - 1))
+    ]
+    scale = np.nanmax(maps)
+    for (width, height, shown_width, shown_height, pixels), weights in zip(heads, maps):
+        assert shown_width / shown_height == pytest.approx(width / height, rel=0.05)
+        brightness = np.reshape(pixels, (-1, 4))[:, :3].sum(1)
+        # The largest weight of all heads has the brightest colour, 0xfcffa4.
+        assert (brightness.max() > 660) == (np.nanmax(weights) > 0.99 * scale)
+
+
+def test_positions_outside_the_group_are_grey_and_never_black(page):
+    select(page, stage=1, block=1, row=4, column=6)
+    colours = middles(page)
+    inside = np.isfinite(expected(page, 1, 1, 'interval', (4, 6), None))[:-1, :-1]
+    assert (np.ptp(colours[~inside], axis=-1) == 0).all() and colours[~inside].min() >= 128
 
 
 @pytest.mark.parametrize('stage, block, head', [(0, 1, 0), (1, 0, None), (1, 1, 3)])
@@ -317,7 +331,7 @@ def test_the_surface_turns(page):
 
 def test_features_are_those_of_the_stage(page):
     select(page, stage=1, view='features', feature='magnitude', row=7, column=9)
-    strength = page.seen.features[1].square().mean(0).sqrt().numpy()
+    strength = page.captured.features[1].square().mean(0).sqrt().numpy()
     here = float(text(page, 'legend-unit').split('here ')[1])
     assert here == pytest.approx(strength[7, 9], abs=float(np.ptp(strength)) / 255 + 0.005)
     assert float(text(page, 'legend-low')) == pytest.approx(strength.min(), rel=0.01)
@@ -331,19 +345,20 @@ def test_the_page_is_whole_in_itself(page):
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|fetch\(', content)
     assert content.count('<b>photo') == 0  # names are text, whatever is in them
     assert '</script><b>photo</b>.png' in text(page, 'about')
+    assert text(page, 'caption') == '<i>toy</i>'
     assert page.browser.evaluate('document.title').endswith('</script><b>photo</b>.png')
 
 
-def test_a_phone_has_room_for_it_and_a_finger_chooses(page, tool):
+def test_a_phone_has_room_for_it_and_a_finger_chooses(page):
     page.browser.size(360, 740, mobile=True)
     try:
         assert page.browser.evaluate('document.documentElement.scrollWidth') <= 360
         page.browser.touch(place_of(page, 8, 11))
         assert (state(page)['row'], state(page)['column']) == (8, 11)
-        check_shown(page, tool)
+        check_shown(page)
         page.browser.touch(*(place_of(page, 4, column) for column in (2, 5, 9)))
         assert (state(page)['row'], state(page)['column']) == (4, 9)
-        check_shown(page, tool)
+        check_shown(page)
         small = page.browser.evaluate(
             "Array.from(document.querySelectorAll('#look .choice label')).map((label) => "
             'label.getBoundingClientRect()).filter((box) => box.width < 32 || box.height < 32).length'
@@ -361,18 +376,18 @@ def test_a_phone_has_room_for_it_and_a_finger_chooses(page, tool):
         dict(position_bias='none', qkv_bias=False, lda='none'),
     ],
 )
-def test_other_backbones(make, browser, tool, options):
-    backbone, seen, path, _ = make(**options)
+def test_other_backbones(make, browser, options):
+    backbone, captured, path, _ = make(**options)
     browser.size(1280, 900)
     browser.open(path, '#stage=2&head=3&view=groups&row=5&column=999')  # the map has 17
-    opened = Opened(browser, backbone, seen, path)
+    opened = Opened(browser, backbone, captured, path)
     now = state(opened)
     assert (now['stage'], now['head'], now['view'], now['row']) == (1, 3, 'groups', 5)
     assert now['column'] == 60 // 8
     for kind in browser.evaluate('Object.keys(document.querySelectorAll("#kinds input"))'):
         browser.evaluate(f'document.querySelectorAll("#kinds input")[{kind}].click()')
         select(opened, row=5, column=8, head=1)
-        check_shown(opened, tool)
+        check_shown(opened)
     select(opened, size=5)
     now = state(opened)
     with torch.no_grad():
@@ -382,24 +397,31 @@ def test_other_backbones(make, browser, tool, options):
     assert not browser.problems
 
 
-def test_the_page_among_the_documents_is_of_these_sources():
-    """Made by the command in docs/how_it_works.md."""
+def test_the_demo_among_the_docs_works_and_is_small(browser):
     path = ROOT / 'docs/explain_demo.html'
-    content = path.read_text(encoding='utf-8')
-    for kind in ('css', 'js'):
-        source = (ROOT / f'crossformer_mm/explain_page/page.{kind}').read_text(encoding='utf-8')
-        assert source in content, f'page.{kind} has changed: write {path} again'
     assert path.stat().st_size < 3_000_000
     assert '--html docs/explain_demo.html' in (ROOT / 'docs/how_it_works.md').read_text('utf-8')
+    browser.size(1280, 900)
+    browser.open(path)
+    assert 'Toy model' in browser.evaluate("document.getElementById('caption').textContent")
+    found = browser.evaluate('explain.attention()')
+    weights = np.reshape(found['weights'], (len(found['rows']), -1))
+    rows = np.array(found['rows'])
+    # The upper disk is in rows 4 to 8, the lower one in rows 9 to 15.
+    assert weights[rows <= 8].sum() > 0.2 and weights[rows > 8].sum() > 0.2
+    bottom = browser.evaluate("document.getElementById('image').getBoundingClientRect().bottom")
+    answer = browser.evaluate("document.getElementById('readout').getBoundingClientRect().bottom")
+    assert answer < bottom < 900
+    assert not browser.problems
 
 
 def test_a_smaller_page_is_less_exact_and_says_so(make):
     _, _, _, exact = make()
-    _, _, path, rough = make(limit=exact['bytes'] - 60_000)
-    assert path.stat().st_size == rough['bytes'] <= exact['bytes'] - 60_000
-    assert rough['worst'] > exact['worst'] and rough['usual'] > 2 * exact['usual']
-    assert exact['usual'] < 1.5 * exact['error'] == 0.0015
+    _, _, path, rough = make(limit=exact.bytes - 60_000)
+    assert path.stat().st_size == rough.bytes <= exact.bytes - 60_000
+    assert rough.worst > exact.worst and rough.usual > 2 * exact.usual
+    assert exact.usual < 1.5 * exact.error == 0.0015
     known = re.search(r'id="facts">(.*?)</script>', path.read_text(encoding='utf-8'))
-    assert json.loads(known[1])['worst'] == rough['worst']
-    with pytest.raises(ValueError, match='the page takes more, however'):
+    assert json.loads(known[1])['worst'] == rough.worst
+    with pytest.raises(UserError, match='the page takes more, however'):
         make(limit=100_000)

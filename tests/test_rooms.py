@@ -30,7 +30,6 @@ ROOM_OF = {
     **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
     **dict.fromkeys(('class_names', 'config_parts', 'pictures', 'mmcv_ops'), 'base'),
     **{room: room for room in ('kernels', 'engine', 'export', 'explain', 'sweep', 'cli')},
-    'explain_page': 'explain',
 }
 # They run where PyTorch is not installed.
 WITHOUT_PYTORCH = ('tools/run_onnx.py', 'examples/service.py')

@@ -1,0 +1,399 @@
+// The page's state, its controls and its start.
+
+const KINDS = {
+  short: 'Short',
+  interval: 'Long: interval',
+  block: 'Long: block',
+  shifted: 'Shifted',
+};
+const VIEWS = { attention: 'Attention', groups: 'Groups', features: 'Features' };
+
+const state = {
+  stage: 0,
+  block: 0,
+  kind: 'short',
+  head: null,
+  row: 0,
+  column: 0,
+  held: false, // the query stays when the pointer moves
+  probe: null, // [row, column] of the key that is pointed at then
+  view: 'attention',
+  feature: 'colours',
+  size: 7,
+  yaw: -0.6,
+  pitch: 0.62,
+  offset: [0, 0],
+};
+
+const stageFacts = () => facts.stages[state.stage];
+
+/** The bias of the chosen head, or the mean of all, for groups of size x size. */
+function shownBias(size) {
+  const table = biasTable(state.stage, state.block, size, size);
+  const heads = stageFacts().blocks[state.block].heads,
+    offsets = (2 * size - 1) ** 2;
+  if (state.head !== null) {
+    return table.subarray(state.head * offsets, (state.head + 1) * offsets);
+  }
+  return meanOf(
+    Array.from({ length: heads }, (_, h) => table.subarray(h * offsets, (h + 1) * offsets)),
+  );
+}
+
+let shown = null; // the attention weights of the query
+
+const shownWeights = () => (state.head === null ? shown.mean : shown.weights[state.head]);
+
+function weightOf(row, column) {
+  const r = shown.rows.indexOf(row),
+    c = shown.columns.indexOf(column);
+  return r < 0 || c < 0 ? null : shownWeights()[r * shown.columns.length + c];
+}
+
+let asked = 0;
+
+/** Compute what the state asks for, and draw it all. */
+async function update() {
+  const number = ++asked,
+    stage = stageFacts(),
+    late = setTimeout(() => document.body.classList.add('busy'), 120);
+  const heads = await loadBlock(state.stage, state.block);
+  clearTimeout(late);
+  if (number !== asked) return; // the state has changed
+  document.body.classList.remove('busy');
+  const rules = rulesOf(stage, state.kind);
+  const table = biasTable(state.stage, state.block, rules[0][0], rules[1][0]);
+  shown = attend(heads, stage, state.kind, table, state.row, state.column);
+  drawAll();
+}
+
+/** Change the state as far as it is possible, and show it. */
+function select(change) {
+  const before = stageFacts(),
+    old = [state.row, state.column];
+  Object.assign(state, change);
+  const stage = stageFacts();
+  if ('stage' in change && stage !== before) {
+    // the same place of the image, a block like it
+    if (!('row' in change)) state.row = Math.floor(((old[0] + 0.5) * before.stride) / stage.stride);
+    if (!('column' in change)) {
+      state.column = Math.floor(((old[1] + 0.5) * before.stride) / stage.stride);
+    }
+    if (!('block' in change)) state.block = Math.min(state.block, stage.blocks.length - 1);
+    state.probe = null;
+  }
+  state.block = Math.min(state.block, stage.blocks.length - 1);
+  if (('stage' in change || 'block' in change) && !('kind' in change)) state.kind = ownKind();
+  if (state.head !== null && state.head >= stage.blocks[state.block].heads) state.head = null;
+  state.row = Math.max(0, Math.min(state.row, stage.height - 1));
+  state.column = Math.max(0, Math.min(state.column, stage.width - 1));
+  state.size = Math.max(2, Math.min(state.size, facts.largestGroup));
+  state.offset = state.offset.map((o) => Math.max(1 - state.size, Math.min(o, state.size - 1)));
+  return update();
+}
+
+/** The kind of groups that the chosen block itself has. */
+function ownKind() {
+  const stage = stageFacts();
+  if (stage.blocks[state.block].kind === 'short') return 'short';
+  return stage.definition in stage.rules ? stage.definition : 'short';
+}
+
+// ---- Controls -----------------------------------------------------------------------------------
+
+function choice(id, entries, choose) {
+  $(id)
+    .querySelector('.choice')
+    .replaceChildren(
+      ...entries.map(([value, name]) => {
+        const label = document.createElement('label'),
+          input = document.createElement('input');
+        const text = document.createElement('span');
+        [input.type, input.name, input.value, text.textContent] = ['radio', id, value, name];
+        input.addEventListener('change', () => choose(value));
+        label.append(input, text);
+        return label;
+      }),
+    );
+}
+
+function check(id, value) {
+  for (const input of $(id).querySelectorAll('input'))
+    input.checked = input.value === String(value);
+}
+
+function drawControls() {
+  const stage = stageFacts();
+  check('stages', state.stage);
+  check('views', state.view);
+  check('feature-kinds', state.feature);
+  check('kinds', state.kind);
+  if (changed('blocks', state.stage)) {
+    $('block').replaceChildren(
+      ...stage.blocks.map(
+        (block, i) =>
+          new Option(`${i + 1}: ${block.kind === 'short' || stage.small ? 'short' : 'long'}`, i),
+      ),
+    );
+  }
+  $('block').value = state.block;
+  $('image').classList.toggle('held', state.held);
+  const groups = stage.groupSize;
+  $('bias-says').textContent =
+    `Added to the logit of a query and a key, by their offset (block ${state.block + 1} of ` +
+    `stage ${state.stage + 1}, ${headName()})` +
+    (stage.blocks[state.block].bias.kind === 'none'
+      ? ': 0, this model has no position bias.'
+      : state.size > groups
+        ? `. White line: offsets in groups of ${groups} \u00d7 ${groups}, as configured.`
+        : '.');
+}
+
+const before = new Map();
+
+/** Tell if values differ from the last ones of this name. */
+function changed(name, ...values) {
+  const now = JSON.stringify(values),
+    same = before.get(name) === now;
+  before.set(name, now);
+  return !same;
+}
+
+function drawAll() {
+  const { stage, block, head, size, offset } = state;
+  drawControls();
+  drawTexts();
+  drawImage();
+  drawHeads();
+  if (changed('surface', stage, block, head, size, offset)) drawSurface();
+  drawFeatures();
+}
+
+const waiting = new Map();
+
+/** Call a function before the next frame; a later call of the same name replaces it. */
+function later(name, action) {
+  if (!waiting.size) {
+    requestAnimationFrame(() => {
+      const actions = Array.from(waiting.values());
+      waiting.clear();
+      for (const each of actions) each();
+    });
+  }
+  waiting.set(name, action);
+}
+
+/** Row and column that an event points at. */
+function pointedAt(event) {
+  const box = $('image').getBoundingClientRect(),
+    stage = stageFacts();
+  const along = (at, start, length, pixels, count) =>
+    Math.max(0, Math.min(count - 1, Math.floor((((at - start) / length) * pixels) / stage.stride)));
+  return [
+    along(event.clientY, box.top, box.height, facts.height, stage.height),
+    along(event.clientX, box.left, box.width, facts.width, stage.width),
+  ];
+}
+
+function listenToImage() {
+  const canvas = $('image');
+  let pointed = null;
+  canvas.addEventListener('pointermove', (event) => {
+    pointed = pointedAt(event);
+    later('point', () => {
+      const [row, column] = pointed;
+      if (state.held && event.pointerType === 'mouse') {
+        state.probe = [row, column];
+        drawProbe();
+        drawImage();
+      } else if (row !== state.row || column !== state.column) select({ row, column });
+    });
+  });
+  canvas.addEventListener('pointerleave', () => {
+    state.probe = null;
+    if (shown) drawProbe();
+  });
+  canvas.addEventListener('pointerdown', (event) => {
+    const [row, column] = pointedAt(event);
+    if (event.pointerType !== 'mouse') select({ row, column, held: false, probe: null });
+    else if (state.held) select({ row, column, held: false, probe: null });
+    else select({ row, column, held: true });
+  });
+  canvas.addEventListener('keydown', (event) => {
+    const stage = stageFacts(),
+      rules = rulesOf(stage, state.kind);
+    const step = !event.shiftKey ? [1, 1] : rules.map((rule) => (rule[1] > 1 ? rule[1] : 5));
+    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
+      event.key
+    ];
+    if (move) {
+      select({ row: state.row + move[0] * step[0], column: state.column + move[1] * step[1] });
+    } else if (event.key === 'Home') {
+      select({ row: Math.floor(stage.height / 2), column: Math.floor(stage.width / 2) });
+    } else if (event.key === 'Enter' || event.key === ' ') {
+      select({ held: !state.held, probe: null });
+    } else if (event.key >= '1' && event.key <= String(facts.stages.length)) {
+      select({ stage: Number(event.key) - 1 });
+    } else return;
+    event.preventDefault();
+  });
+}
+
+function listenToSurface() {
+  const canvas = $('surface');
+  let from = null;
+  const turn = (yaw, pitch) => {
+    state.yaw = (state.yaw + yaw) % (2 * Math.PI);
+    state.pitch = Math.max(0.1, Math.min(Math.PI / 2, state.pitch + pitch));
+    later('surface', drawSurface);
+  };
+  canvas.addEventListener('pointerdown', (event) => {
+    from = [event.clientX, event.clientY];
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener('pointermove', (event) => {
+    if (from) {
+      turn((from[0] - event.clientX) / 110, (event.clientY - from[1]) / 140);
+      from = [event.clientX, event.clientY];
+    } else {
+      const box = canvas.getBoundingClientRect();
+      state.offset = offsetAt(event.clientX - box.left, event.clientY - box.top);
+      later('surface', drawSurface);
+    }
+  });
+  for (const end of ['pointerup', 'pointercancel'])
+    canvas.addEventListener(end, () => (from = null));
+  canvas.addEventListener('keydown', (event) => {
+    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
+      event.key
+    ];
+    if (!move) return;
+    event.preventDefault();
+    if (event.shiftKey) select({ offset: state.offset.map((o, i) => o + move[i]) });
+    else turn(-move[1] * 0.12, move[0] * 0.1);
+  });
+  $('size').addEventListener('input', (event) => select({ size: Number(event.target.value) }));
+  $('above').addEventListener('click', () => {
+    const above = state.pitch > 1.5;
+    [state.yaw, state.pitch] = above ? [-0.6, 0.62] : [0, Math.PI / 2];
+    $('above').textContent = above ? 'From above' : 'From the side';
+    drawSurface();
+  });
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  $('theme').textContent = theme === 'dark' ? 'Light' : 'Dark';
+  $('theme').setAttribute('aria-label', `Use ${theme === 'dark' ? 'light' : 'dark'} colours`);
+  if (shown) drawSurface();
+}
+
+function setUp() {
+  const { height, width } = facts,
+    stages = facts.stages;
+  $('about').textContent =
+    `${facts.image} (${width} \u00d7 ${height} pixels as the model gets it), ` +
+    `${facts.model}, long distance by \u201c${stages[0].definition}\u201d`;
+  $('caption').textContent = facts.caption || '';
+  $('image').style.aspectRatio = `${width} / ${height}`;
+  $('image').style.maxWidth = `calc(max(100vh - 372px, 280px) * ${width / height})`;
+  $('size').max = facts.largestGroup;
+  $('bias-bar').style.background = gradient(viridis);
+  choice(
+    'stages',
+    stages.map((_, i) => [i, String(i + 1)]),
+    (stage) => select({ stage }),
+  );
+  choice(
+    'kinds',
+    Object.keys(stages[0].rules).map((kind) => [kind, KINDS[kind]]),
+    (kind) => select({ kind }),
+  );
+  choice('views', Object.entries(VIEWS), (view) => select({ view }));
+  choice(
+    'feature-kinds',
+    [
+      ['colours', 'PCA'],
+      ['magnitude', 'Magnitude'],
+    ],
+    (feature) => select({ feature }),
+  );
+  $('block').addEventListener('change', () => select({ block: Number($('block').value) }));
+  $('precision').textContent =
+    "This page computes attention weights from the model's queries, keys and position bias. " +
+    'Queries and keys are rounded to keep the page small: a weight is off by about ' +
+    `${Number((facts.usual * 100).toPrecision(1))} % of its value; the largest difference found ` +
+    `was ${percent(facts.worst).replace('\u00a0%', '')} percentage points.`;
+  const dark = window.matchMedia('(prefers-color-scheme: dark)');
+  setTheme(dark.matches ? 'dark' : 'light');
+  dark.addEventListener('change', () => setTheme(dark.matches ? 'dark' : 'light'));
+  $('theme').addEventListener('click', () =>
+    setTheme(document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark'),
+  );
+  listenToImage();
+  listenToSurface();
+  new ResizeObserver(() => later('all', () => shown && (drawImage(), drawSurface()))).observe(
+    document.body,
+  );
+}
+
+/** Read the state in a link, page.html#stage=1&block=2&view=groups, counted as the page shows it. */
+function fromAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1)),
+    change = {};
+  const take = (name, fits, value) => {
+    const text = asked.get(name);
+    if (text !== null && fits(text)) change[name] = value(text);
+  };
+  const whole = (low, high) => (text) => /^\d+$/.test(text) && +text >= low && +text <= high;
+  take('stage', whole(1, facts.stages.length), (text) => text - 1);
+  const stage = facts.stages[change.stage ?? state.stage];
+  take('block', whole(1, stage.blocks.length), (text) => text - 1);
+  take('kind', (text) => text in stage.rules, String);
+  take('view', (text) => text in VIEWS, String);
+  take('head', whole(0, stage.blocks[change.block ?? 0].heads - 1), Number);
+  take('row', whole(0, stage.height - 1), Number);
+  take('column', whole(0, stage.width - 1), Number);
+  return change;
+}
+
+async function start() {
+  if (!('DecompressionStream' in window)) {
+    $('readout').textContent = 'This page needs a browser of 2023 or newer.';
+    return;
+  }
+  setUp();
+  photo.src = facts.jpeg;
+  await photo.decode();
+  faded = fade();
+  drawImage();
+  await new Promise(requestAnimationFrame); // the photo is seen before a block is unpacked
+  // Opens at the first long-distance block of the stage with most blocks.
+  const counts = facts.stages.map((stage) => stage.blocks.length);
+  const stage = counts.lastIndexOf(Math.max(...counts)),
+    { stride, blocks } = facts.stages[stage];
+  await select({
+    stage,
+    block: Math.min(1, blocks.length - 1),
+    head: facts.head,
+    size: facts.stages[stage].groupSize,
+    row: Math.floor(facts.position[1] / stride),
+    column: Math.floor(facts.position[0] / stride),
+  });
+  await select(fromAddress());
+  document.body.dataset.ready = Math.round(performance.now());
+  await loadFeatures();
+}
+
+// For scripts and tests: choose, and read what is shown.
+window.explain = {
+  ready: start(),
+  select,
+  state: () => ({ ...state }),
+  attention: () => ({
+    rows: shown.rows,
+    columns: shown.columns,
+    weights: Array.from(shownWeights()),
+  }),
+  bias: () => Array.from(shownBias(state.size)),
+};

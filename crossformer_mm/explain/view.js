@@ -1,0 +1,437 @@
+// Drawing: the image, the texts and panels around it, the features.
+
+// Colour maps of Matplotlib (CC0), of which equal steps look equally large.
+const INFERNO =
+  '000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f ' +
+  'fca50a fac62d f2e661 fcffa4';
+const VIRIDIS =
+  '440154 481a6c 472f7d 414487 39568c 31688e 2a788e 23888e 1f988b 22a884 35b779 54c568 ' +
+  '7ad151 a5db36 d2e21b fde725';
+const inferno = colourMap(INFERNO),
+  viridis = colourMap(VIRIDIS);
+// Groups of the query and of three neighbours: Okabe and Ito's colours, which colour-blind people
+// tell apart.
+const GROUP_COLOURS = ['#f0e442', '#56b4e9', '#e69f00', '#009e73'];
+
+// ---- Colours, numbers ---------------------------------------------------------------------------
+
+function colourMap(text) {
+  const stops = text
+    .split(' ')
+    .map((hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  const colours = Array.from({ length: 256 }, (_, level) => {
+    const place = (level / 255) * (stops.length - 1),
+      low = Math.min(Math.floor(place), stops.length - 2);
+    return stops[low].map((v, i) => Math.round(v + (place - low) * (stops[low + 1][i] - v)));
+  });
+  return (value) => colours[Math.round(Math.max(0, Math.min(1, value || 0)) * 255)];
+}
+
+const css = ([r, g, b], alpha = 1) => `rgba(${r},${g},${b},${alpha})`;
+const gradient = (map) =>
+  `linear-gradient(90deg, ${[0, 0.2, 0.4, 0.6, 0.8, 1].map((v) => css(map(v))).join()})`;
+const themed = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+
+function percent(share) {
+  const value = share * 100;
+  return `${
+    value >= 9.95 ? value.toFixed(1) : value >= 0.0995 ? value.toFixed(2) : value.toPrecision(2)
+  }\u00a0%`;
+}
+
+const signed = (value, digits) => (value < 0 ? '\u2212' : '+') + Math.abs(value).toFixed(digits);
+const ordinal = (n) =>
+  `${n}${n % 100 > 10 && n % 100 < 14 ? 'th' : { 1: 'st', 2: 'nd', 3: 'rd' }[n % 10] || 'th'}`;
+const headName = () => (state.head === null ? 'mean of all heads' : `head ${state.head}`);
+
+// ---- The image ----------------------------------------------------------------------------------
+
+const photo = new Image();
+let faded = null; // the image in light grey
+
+function fade() {
+  const canvas = document.createElement('canvas');
+  [canvas.width, canvas.height] = [facts.width, facts.height];
+  const context = canvas.getContext('2d');
+  context.drawImage(photo, 0, 0);
+  const pixels = context.getImageData(0, 0, facts.width, facts.height);
+  for (let i = 0, d = pixels.data; i < d.length; i += 4) {
+    d[i] = d[i + 1] = d[i + 2] = 130 + 0.42 * (0.3 * d[i] + 0.59 * d[i + 1] + 0.11 * d[i + 2]);
+  }
+  context.putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+/** A canvas as sharp as the screen; drawn on in pixels of the page. */
+function prepared(canvas, height) {
+  const box = canvas.getBoundingClientRect(),
+    ratio = window.devicePixelRatio || 1;
+  const wide = box.width,
+    high = height || box.height;
+  [canvas.width, canvas.height] = [Math.round(wide * ratio), Math.round(high * ratio)];
+  const context = canvas.getContext('2d');
+  context.setTransform(canvas.width / wide, 0, 0, canvas.height / high, 0, 0);
+  return { context, wide, high };
+}
+
+/** A side of a position on the page. */
+const cellSize = () =>
+  (stageFacts().stride * $('image').getBoundingClientRect().width) / facts.width;
+
+function drawImage() {
+  const { context, wide, high } = prepared($('image')),
+    cell = cellSize();
+  context.imageSmoothingEnabled = true;
+  context.drawImage(!shown || state.view === 'features' ? photo : faded, 0, 0, wide, high);
+  if (!shown) return; // the photo, until a block is unpacked
+  if (state.view === 'features') drawFeatureOver(context, cell);
+  else if (state.view === 'groups') drawGroups(context, cell, wide, high);
+  else drawAttention(context, cell);
+  frame(context, state.row, state.column, cell, '#ffffff');
+  if (state.held && state.probe) frame(context, ...state.probe, cell, '#7df9ff');
+}
+
+/** Small members of early stages, which are apart, are drawn as larger discs. */
+const asDiscs = (cell, apart) => apart > 1 && cell < 8;
+
+function drawMember(context, row, column, cell, apart) {
+  // Large ones leave the image visible between them.
+  const inset = cell < 12 ? 0 : 0.14 * cell,
+    side = inset ? cell - 2 * inset : cell + 0.3;
+  context.beginPath();
+  if (!asDiscs(cell, apart)) context.rect(column * cell + inset, row * cell + inset, side, side);
+  else
+    context.arc(
+      (column + 0.5) * cell,
+      (row + 0.5) * cell,
+      Math.max(apart * 0.45 * cell, 1.2),
+      0,
+      7,
+    );
+  context.fill();
+}
+
+function drawAttention(context, cell) {
+  const weights = shownWeights(),
+    largest = weights.reduce((a, b) => Math.max(a, b));
+  const apart = Math.min(...rulesOf(stageFacts(), state.kind).map((rule) => rule[1]));
+  let place = 0;
+  for (const row of shown.rows) {
+    for (const column of shown.columns) {
+      const value = weights[place++] / largest;
+      context.fillStyle = css(inferno(value));
+      drawMember(context, row, column, cell, apart);
+    }
+  }
+}
+
+function drawGroups(context, cell, wide, high) {
+  const stage = stageFacts(),
+    rules = rulesOf(stage, state.kind);
+  const apart = Math.min(...rules.map((rule) => rule[1]));
+  const groups = stage.groups[state.kind];
+  const other = [
+    beside(state.row, stage.height, rules[0]),
+    beside(state.column, stage.width, rules[1]),
+  ];
+  const four = [[state.row, state.column], [state.row, other[1]], [other[0], state.column], other];
+  four
+    .map((place, i) => [place, GROUP_COLOURS[i]])
+    .reverse()
+    .forEach(([[row, column], colour]) => {
+      context.fillStyle = colour;
+      context.globalAlpha = 0.8;
+      for (const r of membersOf(row, groups[0])) {
+        for (const c of membersOf(column, groups[1])) {
+          drawMember(context, r, c, cell, apart / 2);
+        }
+      }
+    });
+  context.globalAlpha = 1;
+  context.strokeStyle = 'rgba(255,255,255,0.55)';
+  context.lineWidth = 1;
+  context.beginPath();
+  const [[size, interval, lead], [size2, interval2, lead2]] = rules;
+  for (let r = size * interval - lead; r < stage.height; r += size * interval) {
+    context.moveTo(0, r * cell);
+    context.lineTo(wide, r * cell);
+  }
+  for (let c = size2 * interval2 - lead2; c < stage.width; c += size2 * interval2) {
+    context.moveTo(c * cell, 0);
+    context.lineTo(c * cell, high);
+  }
+  context.stroke();
+}
+
+function drawFeatureOver(context, cell) {
+  const map = features[state.stage] && features[state.stage][state.feature];
+  if (!map) return;
+  context.imageSmoothingEnabled = false;
+  context.drawImage(map, 0, 0, map.width * cell, map.height * cell);
+}
+
+/** Outline a position, so that it is seen however small it is. */
+function frame(context, row, column, cell, colour) {
+  const side = Math.max(cell, 9),
+    x = (column + 0.5) * cell - side / 2;
+  const y = (row + 0.5) * cell - side / 2;
+  for (const [line, style] of [
+    [4, '#000000'],
+    [2, colour],
+  ]) {
+    context.lineWidth = line;
+    context.strokeStyle = style;
+    context.strokeRect(x, y, side, side);
+  }
+}
+
+// ---- Texts and panels ---------------------------------------------------------------------------
+
+function describeGroups() {
+  const stage = stageFacts(),
+    rules = rulesOf(stage, state.kind);
+  const sides = [Math.min(rules[0][0], stage.height), Math.min(rules[1][0], stage.width)];
+  const interval = rules[0][1],
+    apart = interval > 1 ? `, every ${ordinal(interval)}` : '';
+  return `groups of up to ${sides[0]} \u00d7 ${sides[1]} positions${apart}`;
+}
+
+function drawTexts() {
+  const stage = stageFacts(),
+    own = ownKind(),
+    weights = shownWeights();
+  const note = $('note');
+  note.textContent = '';
+  const place = document.createElement('b');
+  place.textContent =
+    `${stage.height} \u00d7 ${stage.width} positions, ` +
+    `${stage.stride} \u00d7 ${stage.stride} pixels each; ${describeGroups()}. `;
+  note.append(place);
+  const same = JSON.stringify(stage.rules[own]) === JSON.stringify(stage.rules[state.kind]);
+  if (stage.small) note.append('The map is small: every block attends at short distance.');
+  else if (state.kind === own)
+    note.append('These are the groups that this block has in the model.');
+  else if (same) note.append('On this map these are the groups that this block has in the model.');
+  else {
+    note.append(
+      `In the model this block has the groups of \u201c${KINDS[own]}\u201d; shown is what ` +
+        'its queries, keys and bias give in these.',
+    );
+  }
+  const largest = weights.reduce((a, b) => Math.max(a, b)),
+    at = weights.indexOf(largest);
+  const most = [
+    shown.rows[Math.floor(at / shown.columns.length)],
+    shown.columns[at % shown.columns.length],
+  ];
+  $('readout').textContent =
+    `Row ${state.row}, column ${state.column}${state.held ? ' (held)' : ''} ` +
+    `attends to ${weights.length} positions (${headName()}); largest weight: row ${most[0]}, ` +
+    `column ${most[1]}, ${percent(largest)}; uniform weights would be ${percent(1 / weights.length)}.`;
+  drawProbe();
+  drawLegend(largest);
+  drawMost(weights);
+}
+
+function drawProbe() {
+  let text = '';
+  if (state.held && state.probe) {
+    const [row, column] = state.probe,
+      weight = weightOf(row, column);
+    text =
+      `Row ${row}, column ${column} ` +
+      (weight === null ? 'is not in its group: no weight.' : `has the weight ${percent(weight)}.`);
+  } else if (state.held) text = 'Held. Point at a key to read its attention weight.';
+  $('probe').textContent = text;
+}
+
+function drawLegend(largest) {
+  const groups = state.view === 'groups',
+    stage = stageFacts();
+  const bar = $('legend-bar');
+  bar.hidden = groups;
+  bar.style.display = groups ? 'none' : '';
+  if (state.view === 'attention') {
+    bar.style.background = gradient(inferno);
+    $('legend-low').textContent = '0\u00a0%';
+    $('legend-high').textContent = percent(largest);
+    $('legend-unit').textContent =
+      'attention weight' +
+      (asDiscs(cellSize(), rulesOf(stage, state.kind)[0][1])
+        ? ' (positions are drawn larger)'
+        : '') +
+      '; grey: not in the group';
+  } else if (groups) {
+    const rules = rulesOf(stage, state.kind);
+    const [{ length: down }, { length: across }] = stage.groups[state.kind],
+      count = down * across;
+    $('legend-low').textContent = '';
+    $('legend-high').replaceChildren(
+      ...GROUP_COLOURS.slice(0, 2).flatMap((colour, i) => [
+        swatch(colour),
+        i ? 'and others: groups next to it' : 'the group of the query',
+      ]),
+    );
+    const cut = [stage.height, stage.width].some((side, i) => rules[i][0] * rules[i][1] < side);
+    $('legend-unit').textContent =
+      `${count} group${count > 1 ? 's' : ''} in all` + (cut ? '; no group crosses a line' : '');
+  } else if (state.feature === 'magnitude') {
+    bar.style.background = gradient(viridis);
+    [$('legend-low').textContent, $('legend-high').textContent] = stage.magnitude.map((value) =>
+      value.toPrecision(3),
+    );
+    $('legend-unit').textContent =
+      'root mean square of the channels; here ' +
+      magnitudeAt(state.row, state.column).toPrecision(3);
+  } else {
+    bar.style.display = 'none';
+    $('legend-low').textContent = $('legend-high').textContent = '';
+    $('legend-unit').textContent =
+      `first three principal components of ${stage.channels} channels as RGB`;
+  }
+}
+
+function swatch(colour) {
+  const dot = document.createElement('span');
+  dot.className = 'swatch';
+  dot.style.background = colour;
+  return dot;
+}
+
+function drawMost(weights) {
+  const order = Array.from(weights.keys())
+    .sort((a, b) => weights[b] - weights[a])
+    .slice(0, 5);
+  $('most').replaceChildren(
+    ...order.map((i) => {
+      const row = shown.rows[Math.floor(i / shown.columns.length)];
+      const column = shown.columns[i % shown.columns.length];
+      const away = [row - state.row, column - state.column];
+      const line = document.createElement('tr'),
+        bar = document.createElement('i');
+      bar.style.width = `${(weights[i] / weights[order[0]]) * 100}%`;
+      const texts = [
+        `${row}, ${column}`,
+        away[0] || away[1] ? away.map((a) => signed(a, 0)).join(', ') : 'itself',
+        percent(weights[i]),
+      ];
+      for (const text of [...texts, bar]) {
+        const data = document.createElement('td');
+        data.append(text);
+        line.append(data);
+      }
+      return line;
+    }),
+  );
+}
+
+function drawHeads() {
+  const { heads } = stageFacts().blocks[state.block],
+    box = $('heads');
+  if (box.children.length !== heads + 1) {
+    box.replaceChildren(
+      ...Array.from({ length: heads + 1 }, (_, i) => {
+        const button = document.createElement('button');
+        button.type = 'button';
+        button.append(document.createElement('canvas'), document.createElement('span'));
+        button.addEventListener('click', () => select({ head: i ? i - 1 : null }));
+        return button;
+      }),
+    );
+  }
+  const maps = [shown.mean, ...shown.weights],
+    maxima = maps.map((weights) => weights.reduce((a, b) => Math.max(a, b))),
+    scale = Math.max(...maxima);
+  Array.from(box.children).forEach((button, i) => {
+    const [canvas, label] = button.children,
+      largest = maxima[i];
+    paint(canvas, shown.columns.length, shown.rows.length, (place) =>
+      inferno(maps[i][place] / scale),
+    );
+    const name = i ? `${i - 1}` : 'mean';
+    label.textContent = `${name}\n${percent(largest)}`;
+    button.setAttribute(
+      'aria-label',
+      `${i ? `Head ${name}` : 'Mean of all heads'}, at most ` + percent(largest),
+    );
+    button.setAttribute('aria-pressed', String((i ? i - 1 : null) === state.head));
+  });
+}
+
+/** One pixel for each value. */
+function paint(canvas, width, height, colour) {
+  [canvas.width, canvas.height] = [width, height];
+  const context = canvas.getContext('2d'),
+    pixels = context.createImageData(width, height);
+  const data = new Uint32Array(pixels.data.buffer);
+  for (let i = 0; i < width * height; i++) {
+    const [red, green, blue] = colour(i);
+    data[i] = 0xff000000 | (blue << 16) | (green << 8) | red;
+  }
+  context.putImageData(pixels, 0, 0);
+}
+
+// ---- Features -----------------------------------------------------------------------------------
+
+const features = []; // of each stage {colours, magnitude}: canvases, and `levels`
+
+async function loadFeatures() {
+  await Promise.all(
+    facts.stages.map(async (stage, i) => {
+      const [rgb, levels] = await Promise.all([inflate(`colours-${i}`), inflate(`magnitude-${i}`)]);
+      features[i] = { levels };
+      for (const kind of ['colours', 'magnitude']) {
+        const canvas = (features[i][kind] = document.createElement('canvas'));
+        paint(
+          canvas,
+          stage.width,
+          stage.height,
+          kind === 'colours'
+            ? (place) => rgb.subarray(3 * place, 3 * place + 3)
+            : (place) => viridis(levels[place] / 255),
+        );
+      }
+    }),
+  );
+  drawFeatures();
+}
+
+function magnitudeAt(row, column) {
+  const stage = stageFacts(),
+    [low, high] = stage.magnitude;
+  return low + (features[state.stage].levels[row * stage.width + column] / 255) * (high - low);
+}
+
+function drawFeatures() {
+  if (features.filter(Boolean).length < facts.stages.length) return;
+  if (changed('features', state.feature)) showFeatures();
+  Array.from($('features').querySelectorAll('button')).forEach((button, i) =>
+    button.setAttribute('aria-pressed', String(state.view === 'features' && state.stage === i)),
+  );
+}
+
+function showFeatures() {
+  $('features-says').textContent =
+    state.feature === 'colours'
+      ? 'Output of each stage: the first three principal components as RGB. Similar colours are ' +
+        'similar features.'
+      : 'Output of each stage: the root mean square of its channels.';
+  $('features').replaceChildren(
+    ...facts.stages.map((stage, i) => {
+      const figure = document.createElement('figure'),
+        button = document.createElement('button');
+      button.type = 'button';
+      button.append(features[i][state.feature]);
+      button.setAttribute('aria-label', `Features of stage ${i + 1} over the image`);
+      button.addEventListener('click', () => select({ stage: i, view: 'features' }));
+      const caption = document.createElement('figcaption');
+      caption.textContent =
+        `Stage ${i + 1}: ${stage.channels} ch.` +
+        (state.feature === 'magnitude'
+          ? ` ${stage.magnitude.map((value) => value.toPrecision(2)).join(' to ')}`
+          : '');
+      figure.append(button, caption);
+      return figure;
+    }),
+  );
+}
