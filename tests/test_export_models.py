@@ -13,10 +13,11 @@ from crossformer_mm.compat import EXPORT, missing_torch
 if missing_torch(EXPORT):
     pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
 pytest.importorskip('mmdet')
-from crossformer_mm.export import export_any_size, operators  # noqa: E402
+from crossformer_mm.export import export_any_size  # noqa: E402
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402
 from crossformer_mm.export.models import UnknownModel, WholeDetector  # noqa: E402
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
+from crossformer_mm.export.operators.resize_image import resize_image  # noqa: E402
 
 from .test_export_tool import ROOT, no_traces  # noqa: E402, F401
 from .tool_process import load_script  # noqa: E402
@@ -163,7 +164,7 @@ def test_images_are_resized_in_a_file_as_opencv_does(kind, rule):
 
     class Module(torch.nn.Module):
         def forward(self, image):
-            return operators.resize_image(image, *rule)
+            return resize_image(image, *rule)
 
     example = torch.zeros(2, 3, 170, 203, dtype=kind)
     open_sides = dict(image={0: 'batch', 2: 'height', 3: 'width'})

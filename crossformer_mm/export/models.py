@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import operators
+from .operators.nms import nms
+from .operators.resize import resize
+from .operators.resize_image import resize_image
+from .operators.roi_features import roi_features
 
 Outputs = Dict[str, Tensor]
 
@@ -78,14 +81,14 @@ class Boxes(NamedTuple):
     labels: Tensor
     raw: Tensor
 
-    def suppressed(self, nms: dict, keep: int) -> Tensor:
+    def suppressed(self, cfg: dict, keep: int) -> Tensor:
         """Non-maximum suppression; (keep,) indices, best first, -1 where there are no more."""
         boxes = self.boxes
-        if not nms.get('class_agnostic', False):
+        if not cfg.get('class_agnostic', False):
             # As mmcv.ops.batched_nms, which moves boxes of different labels apart.
             largest = torch.where(self.scores[:, None] > 0, boxes, 0.0).max()
             boxes = boxes + (self.labels.float() * (largest + 1))[:, None]
-        return operators.nms(boxes, self.scores, float(nms['iou_threshold']), keep)
+        return nms(boxes, self.scores, float(cfg['iou_threshold']), keep)
 
 
 def check_nms(cfg: dict, name: str) -> None:
@@ -229,7 +232,7 @@ class RoiFeatures(nn.Module):
         sides = rois[:, 2:] - rois[:, :2]
         scale = torch.sqrt(sides[:, 0] * sides[:, 1]) / self.finest_scale + 1e-6
         levels = torch.stack([scale >= 2.0**level for level in range(1, len(self.scales))] or [])
-        return operators.roi_features(
+        return roi_features(
             list(features[: len(self.scales)]),
             rois,
             levels.sum(0),
@@ -339,7 +342,7 @@ class Resize(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         if self.rule is None:
             return image
-        return operators.resize_image(image, *map(self.rule.get, ('height', 'width', 'keep_ratio')))
+        return resize_image(image, *map(self.rule.get, ('height', 'width', 'keep_ratio')))
 
 
 class WholeDetector(nn.Module):
@@ -432,7 +435,7 @@ class WholeSegmentor(nn.Module):
         logits = F.interpolate(
             self.model(image, mode='tensor'), image.shape[2:], mode='bilinear', align_corners=align
         )
-        return operators.resize(logits[:, :, : sides[0], : sides[1]], size, align)
+        return resize(logits[:, :, : sides[0], : sides[1]], size, align)
 
     def forward(self, image: Tensor, size: Optional[Tensor] = None) -> Outputs:
         logits = self.logits(image, size)
