@@ -82,8 +82,8 @@ def _(qkv, table, rows, columns, num_heads, scale):
 MASK_VALUE = -1e9  # of padding keys; the largest number of float32 would overflow
 
 
-# One more channel, 1 in every query, adds MASK_VALUE to the logits of padding keys: adding it to all
-# logits would take as long as their softmax. The Loop takes one row of groups at a time
+# One more channel, 1 in every query, adds MASK_VALUE to the logits of padding keys: adding it to
+# all logits would take as long as their softmax. The Loop takes one row of groups at a time
 # (OpenVINO's Scan cannot read values from outside its body).
 # Shapes in comments: B images, H x W the map, R x S groups of r x c members, h heads of d channels.
 MAP_ATTENTION = """
