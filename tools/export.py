@@ -28,9 +28,10 @@ from pathlib import Path
 
 import torch
 
+from crossformer_mm.cli import add_cfg_options, run
 from crossformer_mm.compat import EXPORT, missing_torch
-from crossformer_mm.engine.command_line import check_file, load_config, replace_data_root, run
-from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.engine.config import load_config, replace_data_root
+from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
 
 

@@ -24,8 +24,9 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 
-from crossformer_mm.engine.command_line import DENSE, check_file, load_config, run, sentences_for
-from crossformer_mm.engine.option_checks import add_cfg_options
+from crossformer_mm.cli import add_cfg_options, exit_on, run
+from crossformer_mm.engine.config import DENSE, load_config
+from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
 from crossformer_mm.prediction import build_predictor, predict_files, sources_of
 from crossformer_mm.without_torch.files import find_files
@@ -112,7 +113,7 @@ def main():
     MMLogger.get_current_instance().addFilter(
         lambda record: not record.getMessage().startswith('Failed to search registry with scope')
     )
-    with sentences_for(ValueError, FileNotFoundError):
+    with exit_on(ValueError, FileNotFoundError):
         predictor = build_predictor(cfg, args.config, args.checkpoint, device)
     results = predict_files(
         predictor,

@@ -110,7 +110,7 @@ def describe(
 ) -> dict:
     """Return the metadata of the file."""
     if options.what != 'model':
-        return metadata.of_network(cfg, options.what)
+        return metadata.of_network(cfg, str(options.what))
     described = metadata.of_whole_model(
         cfg, options.config, options.checkpoint, content, outputs, options.resize_inside
     )

@@ -13,11 +13,14 @@ Outputs = Dict[str, Tensor]
 class Network(nn.Module):
     """Wrapper of a model that returns its outputs by their names."""
 
-    any_size: dict = {}  # replacements of modules, such as those of any_size_upsampling
-
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+
+    @property
+    def any_size(self) -> dict:
+        """Replacements of modules that fix sizes."""
+        return {}
 
 
 class Backbone(Network):

@@ -94,7 +94,7 @@ def predict_files(
                         samples = inferencer.forward(
                             inferencer.collate_fn([image.inputs for image in batch])
                         )
-                except OutOfMemoryError:
+                except OutOfMemoryError:  # type: ignore[misc]
                     raise UserError(
                         f"--batch-size: {len(batch)} images like '{batch[0].entry['file_name']}' "
                         f'do not fit into the memory of {device}.'

@@ -77,7 +77,7 @@ class Pictures:
     def add(self, image: Image, sample) -> str:
         """Draw and write a prediction; return the reason if that is not possible, or ''."""
         if image.source is self.source and self.video is None:
-            return ''
+            return ''  # the video cannot be written
         try:
             (rgb,) = self.draw([np.ascontiguousarray(image.pixels[..., ::-1])], [sample])
         except Exception as error:
@@ -91,7 +91,7 @@ class Pictures:
                 self.finish_video()
                 self.source = image.source
                 self.video = Video(path, mp4_fps(image.source.fps), drawn.shape[1::-1])
-            self.video.add(drawn)
+            self.video.add(drawn)  # type: ignore[union-attr]
         except OSError as error:
             return f"'{path}' could not be written: {said(error)}"
         return ''

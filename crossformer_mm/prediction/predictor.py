@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
 from ..class_names import names_and_colours, recorded
 from ..config_parts import innermost, kind_of
-from ..engine.command_line import let_draw
+from ..engine.config import ensure_visualizer
 from ..errors import UserError
 from .sources import Pipeline
 
@@ -52,7 +52,7 @@ def build_predictor(cfg: Config, config: str, checkpoint: str, device: torch.dev
             f"config '{config}': its test pipeline must begin with LoadImageFromFile, found "
             f"'{pipeline[0].type}'."
         )
-    let_draw(cfg).vis_backends = None  # pictures are written here
+    ensure_visualizer(cfg).vis_backends = None  # pictures are written here
     inferencer = Inferencer(cfg, device=str(device), scope=cfg.default_scope)
     content = read_checkpoint(checkpoint)
     try:

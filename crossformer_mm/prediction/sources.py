@@ -10,8 +10,8 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.utils import ProgressBar
 
-from ..engine.pictures import as_picture
 from ..errors import UserError
+from ..pictures import as_picture
 from ..without_torch.files import VIDEOS, is_cut_short, unique_names
 
 

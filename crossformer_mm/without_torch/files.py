@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import UserError, said
 
+# Suffixes of files that OpenCV reads.
 IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 

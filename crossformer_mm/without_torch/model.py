@@ -3,7 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import cv2
 import numpy as np
@@ -230,7 +230,7 @@ def start_openvino(file: str, threads: int):
     except ImportError:
         raise ModelError('--provider openvino needs the package openvino.') from None
     core = openvino.Core()
-    options = {'INFERENCE_PRECISION_HINT': 'f32'}
+    options: Dict[str, Any] = {'INFERENCE_PRECISION_HINT': 'f32'}
     if threads:
         options['INFERENCE_NUM_THREADS'] = threads
     try:

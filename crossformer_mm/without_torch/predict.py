@@ -44,7 +44,7 @@ def predict_files(
             raise UserError('masks in COCO format need the package pycocotools.') from None
     ids = Ids(ann_file, about['classes'], 1 if detection else about['first_value'])
     names = unique_names([file.absolute() for file in files])
-    numbers = ids.annotated(files, files) or range(1, len(files) + 1)
+    numbers = ids.annotated(files, list(map(str, files))) or range(1, len(files) + 1)
     seconds = 0.0
     results = Results(out, ids)
     for kind in kinds_of(model):
