@@ -395,6 +395,30 @@ print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine', 'crossformer_
     assert done.stdout.strip() == "['boxes', 'labels', 'scores'] []", done.stderr
 
 
+@pytest.mark.parametrize(
+    'tool, folder',
+    [
+        ('run_onnx.py', '.'),
+        ('tools/run_onnx.py', 'crossformer_mm'),
+        ('site-packages/crossformer_mm/.mim/tools/run_onnx.py', 'site-packages/crossformer_mm'),
+    ],
+    ids=['copied', 'in the repository', 'installed'],
+)
+def test_the_command_finds_its_modules_wherever_it_is(tmp_path, tool, folder):
+    (tmp_path / tool).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / 'tools/run_onnx.py', tmp_path / tool)
+    shutil.copytree(ROOT / 'crossformer_mm/without_torch', tmp_path / folder / 'without_torch')
+    done = subprocess.run(
+        [sys.executable, tmp_path / tool, 'none.onnx', __file__],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': ''},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: model: file 'none.onnx' does not exist."
+
+
 def answers_differ(one: dict, other: dict) -> bool:
     return len(one['scores']) != len(other['scores']) or not np.allclose(
         one['scores'], other['scores'], atol=1e-3
