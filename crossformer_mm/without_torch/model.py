@@ -138,11 +138,11 @@ class Model:
             factor = min(fixed[0] / height, fixed[1] / width)
             size = int(width * factor), int(height * factor)
         elif 'edge' in rule:
-            lie = dict(short=width < height, long=width > height, width=True, height=False)
+            sets_width = dict(short=width < height, long=width > height, width=True, height=False)
             side = rule['size']
             size = (
                 (side, int(side * height / width))
-                if lie[rule['edge']]
+                if sets_width[rule['edge']]
                 else (int(side * width / height), side)
             )
         elif rule['keep_ratio']:

@@ -46,7 +46,7 @@ API = {
     'export': (
         'Export',
         'export.any_size export.fixed_size export.models export.operators export.onnx_file '
-        'export.metadata',
+        'export.metadata without_torch.model',
     ),
 }
 
