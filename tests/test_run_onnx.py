@@ -312,6 +312,7 @@ def test_scores_of_a_classifier_are_those_of_mmpretrain(photos, tmp_path):
     assert run('run_onnx', file, *files, '--out', tmp_path / 'out') == 1
     listed = json.loads((tmp_path / 'out/images.json').read_text())
     assert [one['file_name'] for one in listed['skipped']] == ['none.jpg']
+    init_default_scope('mmpretrain')  # the tools begin without one
     pipeline, results = Compose(cfg.test_dataloader.dataset.pipeline), []
     for image in listed['images']:
         packed = pipeline(dict(img_path=str(photos / image['file_name']), gt_label=0))
