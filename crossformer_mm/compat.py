@@ -18,6 +18,8 @@ from typing import Any, Callable, Iterator, List, Optional
 import torch
 from torch import Tensor
 
+from .without_torch.files import is_cut_short  # noqa: F401
+
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 
@@ -344,20 +346,3 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
         return Unpickler(file, **options).load()
 
     return SimpleNamespace(Unpickler=Unpickler, load=load, __name__='plain_pickle')
-
-
-# OpenCV 4.12: None for a JPEG that is cut short; before, an image that is grey where data ends. ---
-
-
-def is_cut_short(data: bytes) -> bool:
-    """Check whether the bytes of an image are a JPEG that ends before its end marker."""
-    if not data.startswith(b'\xff\xd8'):
-        return False
-    place = 2
-    # A preview in the head has an end marker of its own: to the first scan, from part to part.
-    while data[place : place + 1] == b'\xff' and data[place + 1 : place + 2] != b'\xda':
-        if data[place + 1 : place + 2] == b'\xff':  # filling
-            place += 1
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], 'big')
-    return b'\xff\xd9' not in data[place:]

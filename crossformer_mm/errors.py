@@ -6,12 +6,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Iterator
 
-
-class UserError(ValueError):
-    """A mistake of the user's: which option or file, what was wrong, what is allowed.
-
-    Commands print only the message and end with status 2.
-    """
+from .without_torch.errors import UserError, said  # noqa: F401
 
 
 class ConfigError(UserError):
@@ -27,11 +22,6 @@ class DataError(UserError):
 
     def __init__(self, text: str):
         super().__init__(text.strip().splitlines()[-1].split(f'{__name__}.DataError: ')[-1])
-
-
-def said(error: BaseException) -> str:
-    """An error of a library as part of a message."""
-    return ' '.join(f'{type(error).__name__}: {error}'.split()).rstrip('.')
 
 
 # Code of others that reads what a user gives: an error that it raises is about what was given.

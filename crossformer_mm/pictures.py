@@ -1,45 +1,13 @@
-"""Pictures of predictions: names that no two images share, and images of any type in colour."""
+"""Images of data sets, of any type, as pictures that can be drawn on."""
 
-from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Tuple
 
 import cv2
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 
-from .errors import said
-from .files import atomic_write
-
-
-def unique_names(paths: Sequence[Path]) -> List[Tuple[str, str]]:
-    """Name files by their paths below the folder that all of them share.
-
-    Args:
-        paths: of the files, absolute and no two alike.
-
-    Returns:
-        list: for each file this path, and the same without a suffix; with it where another file
-        would have the same name.
-    """
-    depth = min(shared_depth(path.parts, paths[0].parts) for path in paths) if paths else 0
-    names = [Path(*path.parts[depth:]) for path in paths]
-    taken = Counter([*names, *(name.with_suffix('') for name in names if name.suffix)])
-    return [
-        (
-            name.as_posix(),
-            (name if taken[name.with_suffix('')] > 1 else name.with_suffix('')).as_posix(),
-        )
-        for name in names
-    ]
-
-
-def shared_depth(one: Sequence[str], other: Sequence[str]) -> int:
-    """Count the folders that two paths have in common."""
-    pairs = zip(one[:-1], other[:-1])
-    return next(
-        (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)) - 1
-    )
+from .without_torch.files import unique_names, write_image, write_labels  # noqa: F401
 
 
 def names_in(dataset) -> Dict[str, Tuple[str, str]]:
@@ -77,20 +45,3 @@ def as_picture(pixels: np.ndarray) -> np.ndarray:
         if pixels.min() < 0 or pixels.max() > 255 or pixels.max() <= 1:
             pixels = cv2.normalize(pixels, None, 0, 255, cv2.NORM_MINMAX)
     return np.ascontiguousarray(pixels, np.uint8)
-
-
-def write_image(path: Path, image: np.ndarray) -> str:
-    """Write an image file; the reason if that is not possible, or nothing."""
-    try:
-        encoded, data = cv2.imencode(path.suffix, image)
-        if not encoded:
-            raise cv2.error(f'OpenCV cannot encode {image.shape[1]} x {image.shape[0]} pixels')
-        atomic_write(path, data.tobytes())
-    except (OSError, cv2.error) as error:
-        return f"'{path}' could not be written: {said(error)}"
-    return ''
-
-
-def write_labels(path: Path, labels: np.ndarray) -> str:
-    """Write a label map (H, W) as PNG; the reason if that is not possible, or nothing."""
-    return write_image(path, labels.astype(np.uint8 if labels.max() < 256 else np.uint16))

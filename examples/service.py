@@ -1,17 +1,18 @@
-"""A service that answers each image with what is in it, in JSON, without PyTorch.
+"""HTTP service that returns predictions for an image as JSON, without PyTorch.
 
     pip install fastapi uvicorn python-multipart onnxruntime opencv-python-headless
     MODEL=model.onnx uvicorn service:app --port 8000
     curl -F image=@photo.jpg localhost:8000/predict
 
-``MODEL`` is a file of tools/export.py; tools/run_onnx.py has to lie beside this one.
+``MODEL`` is a file of tools/export.py; the folder crossformer_mm/without_torch has to be copied
+beside this file.
 """
 
 import os
 
 import numpy as np
 from fastapi import FastAPI, HTTPException, UploadFile
-from run_onnx import Model, best_classes
+from without_torch.model import Model, best_classes
 
 app = FastAPI()
 model = Model(os.environ['MODEL'], os.environ.get('PROVIDER', 'cpu'))
@@ -19,11 +20,11 @@ model = Model(os.environ['MODEL'], os.environ.get('PROVIDER', 'cpu'))
 
 @app.get('/about')
 def about() -> dict:
-    """Classes, thresholds, version: what the file says of itself."""
+    """Return the metadata of the file: classes, thresholds, version."""
     return model.about
 
 
-@app.post('/predict')  # not async: predictions of several requests share the threads of the server
+@app.post('/predict')  # not async: the server's threads run several requests at once
 def predict(image: UploadFile) -> dict:
     pixels = model.decode(image.file.read())
     if pixels is None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from crossformer_mm import compat
 from crossformer_mm.checkpoint import SAFE_GLOBALS, CheckpointError, read_checkpoint
-from crossformer_mm.compat import define_operator, is_cut_short, missing_torch, schema_of
+from crossformer_mm.compat import define_operator, missing_torch, schema_of
+from crossformer_mm.without_torch.files import is_cut_short
 
 
 def test_schema_is_that_of_the_annotations():

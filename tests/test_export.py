@@ -1,4 +1,4 @@
-"""What PyTorch's compilers and exporters make of the backbone."""
+"""The backbone in PyTorch's compilers and exporters."""
 
 import logging
 import warnings
@@ -101,7 +101,7 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
     ids=['short', 'long'],
 )
 def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers(depth, sizes):
-    """Where groups have to be lined up in the graph."""
+    """The graph has to line up the groups."""
     backbone = tiny(dict(TINY, depths=(depth,)), attention_path='plain').double()
     image_shapes = []
 
@@ -140,7 +140,7 @@ def test_compiled_code_gives_the_same_features():
 @COMPILED
 @needs_torch('2.13', 'an inductor that compiles these gradients (not yet 2.6 and 2.8)')
 def test_compiled_code_gives_the_same_gradients():
-    """What is kept for the backward pass has sides that are symbols, too."""
+    """Tensors that are kept for the backward pass have symbolic sides, too."""
     backbone = tiny(dict(TINY, depths=(1,)), patch_sizes=(4,))
     compiled = torch.compile(backbone, fullgraph=True, dynamic=True)
     image = torch.randn(1, 3, 24, 33)

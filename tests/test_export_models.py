@@ -13,15 +13,14 @@ from crossformer_mm.compat import EXPORT, missing_torch
 if missing_torch(EXPORT):
     pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
 pytest.importorskip('mmdet')
-from crossformer_mm.export import export_any_size, operators  # noqa: E402
+from crossformer_mm.export import export_any_size  # noqa: E402
 from crossformer_mm.export.fixed_size import export_fixed_size, exportable_for  # noqa: E402
 from crossformer_mm.export.models import UnknownModel, WholeDetector  # noqa: E402
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
+from crossformer_mm.export.operators.resize_image import resize_image  # noqa: E402
+from crossformer_mm.without_torch.model import paste  # noqa: E402
 
-from .test_export_tool import ROOT, no_traces  # noqa: E402, F401
-from .tool_process import load_script  # noqa: E402
-
-paste = load_script(ROOT / 'tools/run_onnx.py').paste
+from .test_export_tool import no_traces  # noqa: E402, F401
 
 STRIDES = [4, 8]
 ANCHORS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1)
@@ -82,8 +81,10 @@ def of_mmdet(model: torch.nn.Module, image: torch.Tensor):
 
 
 def in_onnx_runtime(module: WholeDetector, image: torch.Tensor) -> dict:
-    """What its file returns. Of one size, which is faster to write: what is around the backbone is
-    the same in a file of any size, of which there are tests in test_run_onnx.py."""
+    """Return the results of its file of one size, which is faster to write.
+
+    Around the backbone, a file of any size is the same; test_run_onnx.py has tests of those.
+    """
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     names = list(module(image))
@@ -163,7 +164,7 @@ def test_images_are_resized_in_a_file_as_opencv_does(kind, rule):
 
     class Module(torch.nn.Module):
         def forward(self, image):
-            return operators.resize_image(image, *rule)
+            return resize_image(image, *rule)
 
     example = torch.zeros(2, 3, 170, 203, dtype=kind)
     open_sides = dict(image={0: 'batch', 2: 'height', 3: 'width'})

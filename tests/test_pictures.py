@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 from mmengine.dataset import BaseDataset, ConcatDataset
 
-from crossformer_mm.pictures import as_picture, names_in, picture_in, unique_names
-
-from .tool_process import load_script
-
-ROOT = Path(__file__).resolve().parent.parent
+from crossformer_mm.pictures import as_picture, names_in, picture_in
+from crossformer_mm.without_torch.files import unique_names
 
 
 @pytest.mark.parametrize(
@@ -30,9 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_files_keep_names_of_their_own(tmp_path, files, stems):
     paths = [tmp_path / file for file in files]
     assert [stem for _, stem in unique_names(paths)] == stems
-    if files:
-        run_onnx = load_script(ROOT / 'tools/run_onnx.py')
-        assert run_onnx.names_of(paths) == unique_names(paths)
 
 
 def write_pictures(folder: Path, *names: str) -> list:

@@ -14,8 +14,12 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from crossformer_mm.prediction import sources_of
+from crossformer_mm.prediction.output import Video, mp4_fps
+from crossformer_mm.without_torch.files import find_files
+
 from .test_tools import DETECTOR, ROOT, SEGMENTOR, sentence
-from .tool_process import leave_libraries_uncollected, load_script, run_as_main
+from .tool_process import leave_libraries_uncollected, run_as_main
 from .trainings import ONE_STAGE, make_data, write_config
 
 CLASSES = ('disk', 'square', 'triangle', 'star')
@@ -38,7 +42,7 @@ def run_here(folder: Path, tool: str, *arguments) -> int:
 
 
 def predict(capfd, *arguments, expect=0, tool='predict.py') -> str:
-    """What a tool prints that ends with a status."""
+    """Run a tool that ends with a status; return its output."""
     status = run_here(ROOT, tool, *arguments)
     out = ''.join(capfd.readouterr())
     assert status == expect, out[-3000:]
@@ -490,7 +494,7 @@ def test_images_of_other_channels_are_drawn_as_they_are(capfd, shapes, quick, tm
 
 
 def test_videos_of_any_rate_and_size_cost_no_results(capfd, shapes, quick, tmp_path):
-    """Of a rate that MP4 takes rounded, of too many pixels a side for MPEG-4, and an image."""
+    """A rate that MP4 takes rounded, too many pixels a side for MPEG-4, and an image."""
     photos, out = tmp_path / 'photos', tmp_path / 'out'
     photos.mkdir()
     image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
@@ -518,9 +522,8 @@ def test_videos_of_any_rate_and_size_cost_no_results(capfd, shapes, quick, tmp_p
     'fps', [0, -1, float('nan'), float('inf'), 1e-5, 0.04, 29.97, 211.222, 655.354, 6553.55, 9e4]
 )
 def test_rates_are_those_that_mp4_can_hold(tmp_path, fps):
-    tool = load_script(ROOT / 'tools/predict.py')
-    rate, file = tool.mp4_fps(fps), tmp_path / 'x.mp4'
-    video = tool.Video(file, rate, (32, 16))
+    rate, file = mp4_fps(fps), tmp_path / 'x.mp4'
+    video = Video(file, rate, (32, 16))
     video.add(np.zeros((16, 32, 3), np.uint8))
     video.add(np.zeros((8, 8, 3), np.uint8))  # of a video that changes its size
     video.finish(keep=True)
@@ -600,12 +603,11 @@ def test_images_of_one_name_in_several_folders_keep_their_own(capfd, shapes, qui
     said = predict(capfd, *quick(), tmp_path / 'photos', *options, expect=2)
     assert "'cam1/frame.png' and 'cam2/frame.png' are one image in it" in said
 
-    tool = load_script(ROOT / 'tools/predict.py')
     (tmp_path / 'photos/clip').mkdir()
     (tmp_path / 'photos/clip/000001.png').write_bytes(b'')
     write_video(tmp_path / 'photos/clip.avi', 5, [image])
-    files = tool.find_files([str(tmp_path / 'photos')], out)
-    stems = {source.name: source.stem for source in tool.sources_of(files, out)}
+    files = find_files([str(tmp_path / 'photos')], out, videos=True)
+    stems = {source.name: source.stem for source in sources_of(files, out)}
     assert stems['clip.avi'] == 'clip.avi' and stems['clip/000001.png'] == 'clip/000001'
 
 

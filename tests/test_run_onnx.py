@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,11 +20,15 @@ import torch
 from matplotlib import cbook
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.visualization import Visualizer
 from PIL import Image
 from pycocotools import mask as rle
 
 from crossformer_mm.compat import EXPORT, missing_torch
+from crossformer_mm.errors import UserError
+from crossformer_mm.without_torch.files import find_files
+from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
+from crossformer_mm.without_torch.predict import predict_files
+from crossformer_mm.without_torch.results import Ids
 
 if missing_torch(EXPORT):
     pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
@@ -31,7 +36,7 @@ pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
 from .test_export_tool import BACKBONE, ROOT  # noqa: E402
-from .tool_process import load_script  # noqa: E402
+from .tool_process import run_as_main  # noqa: E402
 from .trainings import make_data  # noqa: E402
 
 PIPELINE = """
@@ -98,7 +103,7 @@ CLASSES = dict(retinanet='abcd', mask_rcnn='abcd', segmentor='abcde')
 
 @pytest.fixture(scope='module', autouse=True)
 def no_traces():
-    """Of each step of an export PyTorch writes a long record, if anything listens: pytest does."""
+    """Turn off the long record that PyTorch writes of exports while pytest captures logs."""
     from torch._logging._internal import trace_log
 
     handlers, trace_log.handlers = trace_log.handlers, []
@@ -122,7 +127,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def spread(model: torch.nn.Module) -> None:
-    """Let the scores of random weights reach from below thresholds to near 1."""
+    """Change random weights so that scores reach from below thresholds to near 1."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -165,11 +170,9 @@ class Exported:
 def run(tool: str, *arguments) -> int:
     """A tool in this process; its exit status."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, 'argv', [tool, *map(str, arguments)])
-        for kind in (Visualizer, *Visualizer.__subclasses__()):
-            kind._instance_dict.clear()  # a new process would have none
+        patch.chdir(ROOT)
         try:
-            load_script(ROOT / f'tools/{tool}.py').main()
+            run_as_main(ROOT / f'tools/{tool}.py', *arguments)
         except SystemExit as stopped:
             return stopped.code or 0
     return 0
@@ -291,7 +294,7 @@ def test_label_maps_of_a_photo_are_those_of_predict(exported, tmp_path):
 
 
 def test_scores_of_a_classifier_are_those_of_mmpretrain(photos, tmp_path):
-    """Of its own pipeline, which resizes by Pillow and crops; and of a batch."""
+    """With its own pipeline, which resizes by Pillow and crops; and with a batch."""
     pytest.importorskip('mmpretrain')
     from mmengine.dataset import Compose, pseudo_collate
 
@@ -309,6 +312,7 @@ def test_scores_of_a_classifier_are_those_of_mmpretrain(photos, tmp_path):
     assert run('run_onnx', file, *files, '--out', tmp_path / 'out') == 1
     listed = json.loads((tmp_path / 'out/images.json').read_text())
     assert [one['file_name'] for one in listed['skipped']] == ['none.jpg']
+    init_default_scope('mmpretrain')  # the tools begin without one
     pipeline, results = Compose(cfg.test_dataloader.dataset.pipeline), []
     for image in listed['images']:
         packed = pipeline(dict(img_path=str(photos / image['file_name']), gt_label=0))
@@ -366,15 +370,54 @@ def test_the_file_says_all_that_a_user_needs(exported):
     assert found['segmentor']['first_value'] == 1 and found['retinanet']['task'] == 'boxes'
 
 
-def test_nothing_of_pytorch_is_imported(exported, photos, tmp_path):
+def copy_to_server(folder: Path, *files: str) -> None:
+    """Copy what the page on deployment says."""
+    shutil.copytree(ROOT / 'crossformer_mm/without_torch', folder / 'without_torch')
+    for file in files:
+        shutil.copy(ROOT / file, folder)
+
+
+def test_a_copy_runs_without_the_repository_and_imports_nothing_of_pytorch(
+    exported, photos, tmp_path
+):
+    copy_to_server(tmp_path, 'tools/run_onnx.py')
+    (tmp_path / 'a.png').write_bytes((photos / 'a.png').read_bytes())
+    command = ['run_onnx.py', str(exported('retinanet').file), 'a.png']
+    alone = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ''})
+    subprocess.run([sys.executable, *command], check=True, **alone)
+    assert (tmp_path / 'predictions/pictures/a.jpg').is_file()
     code = f"""
 import sys, cv2
-sys.path.insert(0, {str(ROOT / 'tools')!r})
+sys.path.insert(0, {str(tmp_path)!r})
 from run_onnx import Model
 found = Model({str(exported('retinanet').file)!r})(cv2.imread({str(photos / 'a.png')!r}))
-print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine') if one in sys.modules])"""
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine', 'crossformer_mm') if one in sys.modules])"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **alone)
     assert done.stdout.strip() == "['boxes', 'labels', 'scores'] []", done.stderr
+
+
+@pytest.mark.parametrize(
+    'tool, folder',
+    [
+        ('run_onnx.py', '.'),
+        ('tools/run_onnx.py', 'crossformer_mm'),
+        ('site-packages/crossformer_mm/.mim/tools/run_onnx.py', 'site-packages/crossformer_mm'),
+    ],
+    ids=['copied', 'in the repository', 'installed'],
+)
+def test_the_command_finds_its_modules_wherever_it_is(tmp_path, tool, folder):
+    (tmp_path / tool).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / 'tools/run_onnx.py', tmp_path / tool)
+    shutil.copytree(ROOT / 'crossformer_mm/without_torch', tmp_path / folder / 'without_torch')
+    done = subprocess.run(
+        [sys.executable, tmp_path / tool, 'none.onnx', __file__],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': ''},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: model: file 'none.onnx' does not exist."
 
 
 def answers_differ(one: dict, other: dict) -> bool:
@@ -387,7 +430,7 @@ def answers_differ(one: dict, other: dict) -> bool:
 def test_each_thread_gets_the_answer_of_its_image(exported, photos, provider):
     if provider == 'openvino':
         pytest.importorskip('openvino')
-    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('retinanet').file, provider, 1)
+    model = Model(exported('retinanet').file, provider, 1)
     images = [cv2.imread(str(photos / f'{name}.png')) for name in 'abef']
     alone = [model(image) for image in images]
     assert all(answers_differ(alone[0], other) for other in alone[1:])
@@ -422,8 +465,7 @@ def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
         compile_model=lambda *arguments: Compiled(),
     )
     monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=lambda: core))
-    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
-    _, _, compute, _ = run_onnx.start_openvino('model.onnx', 'openvino', 1)
+    _, _, compute, _ = start_openvino('model.onnx', 1)
     with ThreadPoolExecutor(4) as threads:
         answers = threads.map(lambda number: compute(dict(image=np.array(number))), range(4))
     assert [int(answer[0]) for answer in answers] == [0, 1, 2, 3]
@@ -448,9 +490,8 @@ def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
     ids=str,
 )
 def test_a_model_takes_colour_images_of_8_bits_only(exported, image, found):
-    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
-    model = run_onnx.Model(exported('retinanet').file)
-    with pytest.raises(run_onnx.ModelError) as raised:
+    model = Model(exported('retinanet').file)
+    with pytest.raises(ModelError) as raised:
         model(image)
     said = str(raised.value)
     assert said.startswith('image: it must be an array of uint8 (height, width, 3)')
@@ -458,7 +499,7 @@ def test_a_model_takes_colour_images_of_8_bits_only(exported, image, found):
 
 
 def test_a_model_takes_views_and_arrays_that_are_read_only(exported, photos):
-    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('retinanet').file)
+    model = Model(exported('retinanet').file)
     image = cv2.imread(str(photos / 'a.png'))
     wanted = model(image)
     view = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
@@ -490,7 +531,7 @@ def test_images_are_loaded_as_the_test_pipeline_does(exported, tmp_path):
     assert_same_boxes(theirs, ours)
     (listed,) = json.loads((tmp_path / 'onnx/images.json').read_text())['images']
     assert (listed['height'], listed['width']) == (60, 80) and len(ours) > 5
-    model = load_script(ROOT / 'tools/run_onnx.py').Model(file)
+    model = Model(file)
     assert model.about['load'] == dict(color_type='color_ignore_orientation', to_float32=True)
     assert 'float' in model.inputs['image']
 
@@ -511,7 +552,7 @@ def test_the_check_of_an_export_begins_with_image_files(exported, option, wrong,
     cfg = Config.fromfile(exported('retinanet').config)
     init_default_scope('mmdet')
     module = WholeDetector(MODELS.build(cfg.model).eval())
-    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('retinanet').file)
+    model = Model(exported('retinanet').file)
     pipeline = cfg.test_dataloader.dataset.pipeline
     check_from_files(module, pipeline, model)
     pipeline[0][option] = wrong
@@ -537,8 +578,7 @@ def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(exported, photos
 
 
 def test_an_error_keeps_what_was_predicted_before(exported, photos, tmp_path, monkeypatch):
-    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
-    predict, calls = run_onnx.Model.__call__, []
+    predict, calls = Model.__call__, []
 
     def fail_at_third(model, image):
         calls.append(image)
@@ -546,24 +586,21 @@ def test_an_error_keeps_what_was_predicted_before(exported, photos, tmp_path, mo
             raise RuntimeError('a fault of the runtime')
         return predict(model, image)
 
-    monkeypatch.setattr(run_onnx.Model, '__call__', fail_at_third)
-    arguments = [exported('retinanet').file, photos, '--out', tmp_path]
-    monkeypatch.setattr(sys, 'argv', ['run_onnx.py', *map(str, arguments)])
+    model = Model(exported('retinanet').file)
+    monkeypatch.setattr(Model, '__call__', fail_at_third)
     with pytest.raises(RuntimeError, match='a fault of the runtime'):
-        run_onnx.main()
+        predict_files(model, find_files([str(photos)], tmp_path), tmp_path, None, 0.3)
     listed = json.loads((tmp_path / 'images.json').read_text())
     assert [one['file_name'] for one in listed['images']] == ['a.png', 'b.png']
     assert json.loads((tmp_path / 'results.bbox.json').read_text())
 
 
-def test_annotations_name_images_by_the_end_of_their_paths(tmp_path, capfd):
-    run_onnx = load_script(ROOT / 'tools/run_onnx.py')
-
+def test_annotations_name_images_by_the_end_of_their_paths(tmp_path):
     def ids_of(*listed: str, files=('cam0/frame.png', 'cam1/frame.png')):
         known = [dict(id=number, file_name=name) for number, name in enumerate(listed, start=7)]
         (tmp_path / 'known.json').write_text(json.dumps(dict(images=known, categories=[])))
-        ids = run_onnx.Ids(str(tmp_path / 'known.json'), [], 1)
-        return ids.of([tmp_path / file for file in files])
+        ids = Ids(str(tmp_path / 'known.json'), [])
+        return ids.annotated([tmp_path / file for file in files], files)
 
     assert ids_of('cam0/frame.png', 'cam1/frame.png') == [7, 8]
     assert ids_of('cam0/frame.png', 'cam1/frame.png', files=['cam1/frame.png']) == [8]
@@ -572,13 +609,12 @@ def test_annotations_name_images_by_the_end_of_their_paths(tmp_path, capfd):
         (['frame.png', 'frame.png'], "lists the image 'frame.png' more than once"),
         (['cam0/frame.png'], 'names no image'),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match=said):
             ids_of(*listed)
-        assert said in capfd.readouterr().err
 
 
 def test_an_image_without_objects_has_no_boxes(exported):
-    model = load_script(ROOT / 'tools/run_onnx.py').Model(exported('mask_rcnn').file)
+    model = Model(exported('mask_rcnn').file)
     run_before = model.run
 
     def of_no_size(given):  # no anchor reaches into an image of one pixel far enough
@@ -601,7 +637,7 @@ def test_a_file_of_one_size_in_int8(exported, photos, tmp_path, capfd):
     printed = capfd.readouterr().out
     assert re.search(r'int8: AP \d\.\d{3} before, \d\.\d{3} after \([+-]\d\.\d{3}\), on 2', printed)
     assert '1 x 64 x 96: relative difference' in printed
-    model = load_script(ROOT / 'tools/run_onnx.py').Model(file)
+    model = Model(file)
     found = model(cv2.imread(str(photos / 'e.png')))  # 30 x 400, made smaller and filled up
     assert model.about['fixed_shape'] == [64, 96] and set(found) == {'boxes', 'scores', 'labels'}
     assert (found['boxes'] >= 0).all() and (found['boxes'] <= [400, 30, 400, 30]).all()
@@ -677,8 +713,8 @@ def test_smaller_weights_return_almost_the_same(exported, photos, tmp_path, how,
     small.write_bytes(file.read_bytes())
     getattr(smaller, how)(small)
     assert small.stat().st_size < most * file.stat().st_size  # of a small model, much is no weight
-    tool, image = load_script(ROOT / 'tools/run_onnx.py'), cv2.imread(str(photos / 'f.png'))
-    labels = [tool.Model(path)(image)['labels'] for path in (file, small)]
+    image = cv2.imread(str(photos / 'f.png'))
+    labels = [Model(path)(image)['labels'] for path in (file, small)]
     assert 0.9 < (labels[0] == labels[1]).mean()
 
 
@@ -702,8 +738,8 @@ def test_openvino_returns_the_same(exported, tmp_path):
             assert_same_boxes([one for one in theirs if one['image_id'] == 1], ours)
 
 
-def test_the_service_answers_over_http(exported, photos):
-    """In a process of its own, as its page says, with a real port."""
+def test_the_service_answers_over_http(exported, photos, tmp_path):
+    """In a process of its own, from copied files, with a real port."""
     for package in ('fastapi', 'uvicorn', 'httpx', 'python_multipart'):
         pytest.importorskip(package)
     import httpx
@@ -711,10 +747,11 @@ def test_the_service_answers_over_http(exported, photos):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    paths = os.pathsep.join([str(ROOT / 'tools'), str(ROOT / 'examples')])
+    copy_to_server(tmp_path, 'examples/service.py')
     server = subprocess.Popen(
         [sys.executable, '-m', 'uvicorn', 'service:app', '--port', str(port)],
-        env={**os.environ, 'PYTHONPATH': paths, 'MODEL': str(exported('mask_rcnn').file)},
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': '', 'MODEL': str(exported('mask_rcnn').file)},
         stderr=subprocess.PIPE,
         text=True,
     )

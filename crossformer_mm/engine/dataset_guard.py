@@ -13,8 +13,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
-from ..compat import is_cut_short
 from ..errors import DataError, said
+from ..without_torch.files import IMAGES, is_cut_short
 from .coco_checks import check_metrics
 from .dataset_access import backend_of, files_of, leaves, source_of
 from .dataset_checks import (
@@ -30,8 +30,6 @@ from .randomness import restart_workers
 from .runner_access import built_loop
 
 MAX_SKIPPED_IN_A_ROW = 20  # bad images, after which the fault must lie elsewhere
-# Suffixes that OpenCV reads; files with others are only checked for being readable.
-IMAGES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 # Before 4.12 it silently fills the missing part of a truncated JPEG with grey.
 OPENCV_DETECTS_TRUNCATION = tuple(map(int, cv2.__version__.split('.')[:2])) >= (4, 12)
 

@@ -1,7 +1,7 @@
 """A model as one graph that runs without PyTorch, for images of any size or of one.
 
     model = exportable(backbone)                    # or a whole detector or segmentor
-    program = export_any_size(model, channels=3)    # torch.export.ExportedProgram
+    program = export_any_size(model)                # torch.export.ExportedProgram
     torch.onnx.export(program, f='backbone.onnx')
 
 ``any_size``: the backbone with the image's size left open; ``operators``: what PyTorch's exporter

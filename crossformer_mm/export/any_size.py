@@ -1,4 +1,4 @@
-"""The same function with the image's size left open, for exporters.
+"""The model's function with the image's size left open, for exporters.
 
 The groups of a map depend on its sides, down to how many kinds of ragged groups there are, so an
 exporter that writes down what one image does would write down groups for that one size. Here the
@@ -9,11 +9,10 @@ same result.
 """
 
 import copy
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Callable, Mapping, Sequence, Tuple, Type
 
 import torch
 import torch.fx.experimental._config as symbolic_shapes
-from einops import rearrange
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -21,56 +20,9 @@ from ..attention import GroupAttention
 from ..backbone import CrossFormerStage
 from ..grouping import half_lead
 from ..position_bias import DynamicPositionBias
-from . import operators
-
-
-class PaddedAxis(NamedTuple):
-    """The groups of one axis as one table, in place of an :class:`.grouping.AxisRule`.
-
-    Args:
-        positions (Tensor): (groups, members), each of ``range(length)``.
-        real (Tensor): (groups, members), False where a position is mere filling.
-        inverse (Tensor): (length,) where in the flat ``positions`` each position stands.
-        offset (Tensor): (members * members,) query - key of each pair, counted from the smallest.
-    """
-
-    positions: Tensor
-    real: Tensor
-    inverse: Tensor
-    offset: Tensor
-
-    @property
-    def size(self) -> int:
-        """Members of a group."""
-        return self.positions.shape[1]
-
-
-def fit_rule(length: int, size: Tensor, interval: Tensor, lead=None) -> Tuple[Tensor, Tensor]:
-    """As :func:`crossformer_mm.grouping.fit_rule`, size and interval, without an ``if``: a learnt
-    table of biases is resized to what a group really has."""
-    interval = interval.clamp(max=length)
-    return torch.minimum(size, (length + interval - 1) // interval), interval
-
-
-def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, device) -> PaddedAxis:
-    """Cut an axis into groups of ``size`` members that are ``interval`` apart (0-d tensors), the
-    first tile of which begins ``lead`` positions before the axis."""
-    size, interval = fit_rule(length, size, interval)
-    tile = size * interval
-    tiles = (length + lead + tile - 1) // tile
-    # item() makes a size of its own, of which an exporter assumes nothing; one that it could
-    # compute from the image's sides it would compare with 1, and remember the answer.
-    groups, members = (tiles * interval).item(), size.item()
-    group = torch.arange(groups, device=device)
-    first = group // interval * tile + group % interval
-    table = first[:, None] + torch.arange(members, device=device) * interval - lead
-    position = torch.arange(length, device=device) + lead
-    place = position % tile
-    inverse = (position // tile * interval + place % interval) * members + place // interval
-    member = torch.arange(members, device=device)
-    offset = (member[:, None] - member + members - 1).flatten()
-    return PaddedAxis(table.clamp(0, length - 1), (table >= 0) & (table < length), inverse, offset)
-
+from .operators.map_attention import map_attention, padded_attention
+from .operators.offsets import offsets
+from .operators.padded_axis import PaddedAxis, fit_rule, padded_axis
 
 PaddedRules = Tuple[PaddedAxis, PaddedAxis]  # of rows and columns
 
@@ -84,7 +36,7 @@ def padded_rules(
     device,
     cut: Callable = padded_axis,
 ) -> Tuple[PaddedRules, PaddedRules]:
-    """Short and long distance; the rules of :mod:`crossformer_mm.grouping` without an ``if``."""
+    """Repeat the rules of :mod:`crossformer_mm.grouping`, short and long, without an ``if``."""
     sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)]
     shorter, longer = torch.minimum(*sides), torch.maximum(*sides)
     small = shorter <= group_size
@@ -110,7 +62,7 @@ def padded_rules(
 
 
 class AnySizeStage(CrossFormerStage):
-    """Its blocks get a :class:`PaddedAxis` in place of an AxisRule."""
+    """Stage whose blocks get a :class:`PaddedAxis` instead of an AxisRule."""
 
     cut: Callable = staticmethod(padded_axis)
 
@@ -120,71 +72,19 @@ class AnySizeStage(CrossFormerStage):
         return padded_rules(height, width, *rule, x.device, self.cut)
 
 
-def padded_attention(
-    qkv: Tensor,
-    table: Tensor,
-    rows: PaddedAxis,
-    columns: PaddedAxis,
-    num_heads: int,
-    scale: float,
-    dropout: float = 0.0,
-    path: Optional[str] = None,
-) -> Tensor:
-    """As the papers write it, with a mask; stores the weights of all groups.
-
-    Args:
-        rows, columns (PaddedAxis): the groups.
-        dropout: not looked at; an exported model is in evaluation mode.
-        path: not looked at; this is the only way to export.
-        others: as of :func:`crossformer_mm.kernels.map_attention`.
-    """
-    height, width = rows.size, columns.size
-    members = select(qkv, rows.positions.flatten(), columns.positions.flatten())
-    q, k, v = rearrange(
-        members,
-        'b (gr r) (gc c) (three h d) -> three b (gr gc) h (r c) d',
-        r=height,
-        c=width,
-        three=3,
-        h=num_heads,
-    )
-    bias = rearrange(
-        select(table, rows.offset, columns.offset),
-        'h (rq rk) (cq ck) -> h (rq cq) (rk ck)',
-        rq=height,
-        cq=width,
-    )
-    real = rearrange(
-        rows.real[:, None, :, None] & columns.real[:, None], 'gr gc r c -> (gr gc) 1 1 (r c)'
-    )
-    logits = q * scale @ k.transpose(-1, -2) + bias
-    # Not -inf: a group may be nothing but filling, and is thrown away, but not as NaN.
-    logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
-    out = rearrange(
-        logits.softmax(-1) @ v,
-        'b (gr gc) h (r c) d -> b (gr r) (gc c) (h d)',
-        gc=columns.positions.shape[0],
-        r=height,
-    )
-    return select(out, rows.inverse, columns.inverse)
-
-
-def select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Take and order the rows and columns, dimensions 1 and 2, of a map."""
-    return x.index_select(1, rows).index_select(2, columns)
-
-
 class AnySizeAttention(GroupAttention):
-    """See :func:`padded_attention`."""
+    """Attention by :func:`padded_attention`."""
 
-    attend = staticmethod(padded_attention)  # type: ignore[assignment]
-
-
-# The same by operators of ours, for ONNX
+    @staticmethod
+    def attend(  # type: ignore[override]
+        qkv: Tensor, table: Tensor, rows: PaddedAxis, columns: PaddedAxis, *settings
+    ) -> Tensor:
+        # Dropout does nothing in evaluation mode, and there is one path for exporters.
+        return padded_attention(qkv, table, rows, columns, *settings[:2])
 
 
 class OperatorStage(AnySizeStage):
-    """Its blocks get what :func:`.operators.offsets` takes."""
+    """Stage for ONNX: its blocks get the rules that operators take, as tensors."""
 
     @staticmethod
     def cut(length: int, *rule: Tensor, device) -> Tensor:
@@ -192,19 +92,19 @@ class OperatorStage(AnySizeStage):
 
 
 class OperatorAttention(GroupAttention):
-    """See :func:`.operators.map_attention`."""
+    """Attention for ONNX, by the operators of :mod:`.operators`."""
 
     def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         qkv = self.qkv(x)
         if isinstance(self.pos, DynamicPositionBias):
-            table = self.pos.mlp(operators.offsets(qkv, rows, columns))
+            table = self.pos.mlp(offsets(qkv, rows, columns))
         else:
             sizes = (
-                fit_rule(side, *rule.unbind())[0].item()
+                fit_rule(side, *rule.unbind()[:2])[0].item()
                 for side, rule in zip(x.shape[1:3], (rows, columns))
             )
             table = self.pos(*sizes, x.device).flatten(1).t()
-        out = operators.map_attention(qkv, table, rows, columns, self.num_heads, float(self.scale))
+        out = map_attention(qkv, table, rows, columns, self.num_heads, float(self.scale))
         return self.proj(out)
 
 
@@ -239,14 +139,14 @@ ANY_SIZE = {
 def exportable(
     model: nn.Module, more: Mapping[Type, Type] = {}, by_operators: bool = False
 ) -> nn.Module:
-    """A copy in evaluation mode that computes the same in a way that keeps sizes symbolic.
+    """Copy a model in eval mode, so that it computes the same and keeps sizes symbolic.
 
     Args:
         model (nn.Module): a CrossFormer, or a model around one.
         more (Mapping[type, type]): classes of modules in the model whose forward fixes sizes, and
-            what takes the place of each: a subclass with another forward.
-        by_operators (bool): compute attention by those of :mod:`.operators`, for
-            :func:`.onnx_file.to_onnx`, in place of PyTorch's own.
+            their replacements: subclasses with another forward.
+        by_operators (bool): compute attention by the operators of :mod:`.operators`, for
+            :func:`.onnx_file.to_onnx`, instead of PyTorch's own.
     """
     classes = {**ANY_SIZE, **more}
     if by_operators:
@@ -259,18 +159,17 @@ def exportable(
 
 
 def export_any_size(
-    model: nn.Module, channels: int = 3, any_batch: bool = True, inputs: Sequence[Tensor] = ()
+    model: nn.Module, any_batch: bool = True, inputs: Sequence[Tensor] = ()
 ) -> ExportedProgram:
-    """``torch.export`` of a module that takes images of any sides.
+    """Export a module that takes images of any sides, by ``torch.export``.
 
     Args:
         model (nn.Module): of :func:`exportable`.
-        channels (int): of an image.
         any_batch (bool): take batches of any size; otherwise of one image.
-        inputs (Sequence[Tensor]): what to trace with in place of normalised images: images, and
-            what else the module takes, whose shapes are fixed.
+        inputs (Sequence[Tensor]): example inputs: images, and the module's other inputs, whose
+            shapes are fixed (default: random images of 3 channels).
     """
-    image, *rest = inputs or [torch.randn(2 if any_batch else 1, channels, 170, 203)]
+    image, *rest = inputs or [torch.randn(2 if any_batch else 1, 3, 170, 203)]
     open_sides = {axis: Dim.DYNAMIC for axis in ((0, 2, 3) if any_batch else (2, 3))}
     # Or the program would refuse images of few pixels: those with a side that is 1 in some stage.
     with symbolic_shapes.patch(backed_size_oblivious=True), torch.no_grad():

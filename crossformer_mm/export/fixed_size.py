@@ -1,11 +1,11 @@
-"""The same function for images of one size: no masks and no arithmetic on sizes.
+"""The model's function for images of one size: no masks and no arithmetic on sizes.
 
 The groups are those of :mod:`crossformer_mm.grouping`, written down: where each token goes, and the
 biases of all offsets, of which a runtime makes those of pairs when it loads the file.
 """
 
 import copy
-from typing import Mapping, Sequence, Type
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from ..attention import GroupAttention
 from ..backbone import CrossFormerStage
 from ..grouping import group_map
-from . import operators
+from .operators.fixed_attention import fixed_attention
 
 MAP, SHORT, LONG = range(3)  # orders of the tokens: row by row, or group by group
 
@@ -41,7 +41,7 @@ class FixedSizeStage(CrossFormerStage):
             block.attn.fix(*(axis.size for axis in rules[index % 2]))
 
     def move(self, tokens: Tensor, before: int, after: int) -> Tensor:
-        """From one order to another."""
+        """Reorder tokens."""
         move = getattr(self, f'move_{before}_{after}', None)
         return tokens if move is None else tokens.index_select(0, move)
 
@@ -58,8 +58,10 @@ class FixedSizeStage(CrossFormerStage):
 
 
 class FixedSizeAttention(GroupAttention):
-    """See :func:`.operators.fixed_attention`. Queries, keys and values have a linear layer each: to
-    cut them out of one matrix would be to copy it."""
+    """Attention by :func:`.operators.fixed_attention.fixed_attention`.
+
+    Queries, keys and values have a linear layer each: slicing one matrix would copy it.
+    """
 
     def fix(self, height: int, width: int) -> None:
         """Compute the biases of the offsets in groups of this size."""
@@ -77,23 +79,18 @@ class FixedSizeAttention(GroupAttention):
     ) -> Tensor:
         q, k, v = (linear(tokens) for linear in self.qkv)
         return self.proj(
-            operators.fixed_attention(
-                q, k, v, self.table, segments, self.num_heads, float(self.scale)
-            )
+            fixed_attention(q, k, v, self.table, segments, self.num_heads, float(self.scale))
         )
 
 
-def exportable_for(
-    model: nn.Module, inputs: Sequence[Tensor], more: Mapping[Type, Type] = {}
-) -> nn.Module:
-    """A copy in evaluation mode for images of one size, by operators of :mod:`.operators`.
+def exportable_for(model: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+    """Copy a model in eval mode for images of one size, by operators of :mod:`.operators`.
 
     Args:
         model (nn.Module): a CrossFormer, or a model around one.
         inputs (Sequence[Tensor]): what the model takes, of this size; one image.
-        more (Mapping[type, type]): as of :func:`.any_size.exportable`.
     """
-    classes = {GroupAttention: FixedSizeAttention, CrossFormerStage: FixedSizeStage, **more}
+    classes = {GroupAttention: FixedSizeAttention, CrossFormerStage: FixedSizeStage}
     model = copy.deepcopy(model)
     model.eval()  # which returns nothing in backbones of MMDetection
     stages = [module for module in model.modules() if type(module) is CrossFormerStage]
@@ -113,6 +110,6 @@ def exportable_for(
 
 
 def export_fixed_size(model: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """``torch.export`` of a module of :func:`exportable_for`, for these inputs' shapes."""
+    """Export a module of :func:`exportable_for` for these inputs' shapes, by ``torch.export``."""
     with torch.no_grad():
         return torch.export.export(model, tuple(inputs))

@@ -1,4 +1,4 @@
-"""Check of an exported file from image files on: what the network is given must be the same."""
+"""Check that a file and its config prepare image files in the same way."""
 
 import tempfile
 from pathlib import Path
@@ -11,22 +11,19 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import TRANSFORMS
 from torch import nn
 
+from .compare import Differs
 from .metadata import is_of_annotations
 
 TOLERANCE = 1e-5  # of the largest normalised value
 
 
-class Differs(ValueError):
-    """A file does not compute what PyTorch does; the message is a sentence."""
-
-
 def check_from_files(module: nn.Module, pipeline: Sequence[dict], model) -> None:
-    """Compare what a file is given of images with what the library gives its model of them.
+    """Compare the prepared images of a file with those of its config's test pipeline.
 
     Args:
         module: the whole model that was exported.
         pipeline: the test pipeline of its config.
-        model: a ``Model`` of tools/run_onnx.py, with the exported file.
+        model: :class:`.without_torch.model.Model` of the exported file.
 
     Raises:
         Differs: they differ.
@@ -51,7 +48,7 @@ def check_from_files(module: nn.Module, pipeline: Sequence[dict], model) -> None
 
 
 def must_be_equal(theirs, ours, what: str, tolerance: float = 0) -> None:
-    """Raise Differs if arrays have other shapes or values; the tolerance is of the largest."""
+    """Raise Differs if shapes or values differ; the tolerance is relative to the largest value."""
     theirs, ours = (np.asarray(values, np.float32) for values in (theirs, ours))
     if theirs.shape != ours.shape:
         raise Differs(f'the test pipeline makes {theirs.shape} of {what}, the file {ours.shape}')
@@ -61,7 +58,7 @@ def must_be_equal(theirs, ours, what: str, tolerance: float = 0) -> None:
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Files of the kinds that readers of images treat in different ways."""
+    """Write images in formats that readers treat differently, and yield the files."""
     from PIL import Image
 
     coarse = np.random.default_rng(0).integers(256, size=(9, 7, 4), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What an exported file says of itself: all that its user has to know to run it."""
+"""Metadata of an exported file: everything that is needed to run it."""
 
 import hashlib
 import json
@@ -11,11 +11,12 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS
 
-from ..engine.class_names import names_and_colours
-from ..engine.command_line import innermost, kind_of
+from ..class_names import names_and_colours
+from ..config_parts import innermost, kind_of
+from ..errors import UserError
 from ..version import __version__
 
-# Of each output of a whole model, by the library it is of; {} is its size.
+# Outputs of whole models, by library; {} is their size.
 OUTPUTS = dict(
     mmdet=dict(
         boxes='(n, 4) float32: left, top, right, bottom in pixels of the image that was given, '
@@ -37,7 +38,7 @@ COLOUR_TYPES = ('color', 'color_ignore_orientation')
 
 
 def of_network(cfg: Config, what: str) -> Dict[str, str]:
-    """Of a file that takes normalised images."""
+    """Describe a file that takes normalised images."""
     known = cfg.model.get('data_preprocessor') or {}
     channels = channels_of(cfg)
     order = 'RGB ' if known.get('bgr_to_rgb') or known.get('to_rgb') else 'BGR '
@@ -60,23 +61,26 @@ def of_whole_model(
     outputs: List[str],
     resize_inside: bool = False,
 ) -> Dict[str, str]:
-    """Of a file that takes images as they are.
+    """Describe a file that takes images as they are.
 
     Args:
         cfg (Config): of the model and its data.
         config: its file.
-        checkpoint: the file of the weights, if there is one.
-        content: what is in it.
+        checkpoint: file of the weights, if there is one.
+        content: the checkpoint.
         outputs: names of the file's outputs.
-        resize_inside: whether the file resizes images.
+        resize_inside: the file resizes images.
 
     Returns:
-        dict: JSON texts, all of them, so that one reader serves all.
+        dict: JSON texts.
     """
     scope = cfg.default_scope
     detection = scope == 'mmdet'
     dataset = test_dataset(cfg)
-    built = DATASETS.build({**dataset, 'lazy_init': True}) if dataset else None
+    try:
+        built = DATASETS.build({**dataset, 'lazy_init': True}) if dataset else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     prepared = preparation(dataset.get('pipeline') or ())
     rule = prepared.pop('resize')
     steps = ' and '.join(['resize', *(name for name in prepared if name != 'load')])
@@ -118,24 +122,24 @@ def of_whole_model(
 
 
 def channels_of(cfg: Config) -> int:
-    """Channels of the images that the backbone of a config takes."""
+    """Return the number of channels of a backbone's images."""
     return (cfg.model.get('backbone') or {}).get('in_channels', 3)
 
 
 def test_dataset(cfg: Config) -> dict:
-    """The data set that a model is tested on, without what is around it; empty if none is named."""
+    """Return the config of the test data set, without wrappers; empty if there is none."""
     return innermost(cfg.test_dataloader.dataset) if cfg.get('test_dataloader') else {}
 
 
 def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
-    """What to do with an image before it is given to the file.
+    """Read from a test pipeline how images are prepared.
 
     Returns:
-        dict: ``load``, the options of its decoding, ``resize``, a rule or None for nothing, and,
-        where there is one, ``crop``, height and width of what is cut out of the middle.
+        dict: ``load``, options of decoding; ``resize``, a rule or None; and, if images are cropped
+        around their centre, ``crop``, its height and width.
 
     Raises:
-        ValueError: a test pipeline that does something else; the message is a sentence.
+        UserError: the test pipeline does something else.
     """
     load = loading(pipeline[0]) if pipeline else dict(color_type='color', to_float32=False)
     found: Dict[str, Any] = dict(load=load, resize=None)
@@ -156,7 +160,7 @@ def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
             size = step['crop_size']
             found['crop'] = [size] * 2 if np.isscalar(size) else list(size)[::-1]
         elif not (kind.startswith('Pack') or is_of_annotations(step)):
-            raise ValueError(
+            raise UserError(
                 'the test pipeline may load an image, resize it once to a scale, crop the middle, '
                 f'load annotations and pack, found {kind}'
             )
@@ -164,39 +168,42 @@ def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
 
 
 def is_of_annotations(step: dict) -> bool:
-    """Whether a step of a pipeline loads annotations, which an image to predict on has none of."""
+    """Check whether a step of a pipeline loads annotations."""
     kind = kind_of(step)
     return kind.startswith('Load') and 'Annotation' in kind
 
 
 def loading(step: dict) -> Dict[str, Any]:
-    """How a test pipeline decodes an image file, by its first step.
+    """Read from the first step of a test pipeline how it decodes image files.
 
     Returns:
         dict: ``color_type``, one of COLOUR_TYPES, and ``to_float32``.
 
     Raises:
-        ValueError: tools/run_onnx.py cannot decode it so; the message is a sentence.
+        UserError: tools/run_onnx.py cannot decode them so.
     """
     if kind_of(step) != 'LoadImageFromFile':
-        raise ValueError(
+        raise UserError(
             'the test pipeline must begin with LoadImageFromFile, which an exported file can be '
             f'told of, found {kind_of(step)}'
         )
-    built = TRANSFORMS.build(step)
+    try:
+        built = TRANSFORMS.build(step)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if type(built) is not LoadImageFromFile:
-        raise ValueError(
+        raise UserError(
             'the test pipeline must begin with the LoadImageFromFile of MMCV, found that of '
             f'{type(built).__module__}'
         )
     backend = built.imdecode_backend or mmcv.image.io.imread_backend
     if backend != 'cv2':
-        raise ValueError(
+        raise UserError(
             "LoadImageFromFile.imdecode_backend must be 'cv2', by which tools/run_onnx.py decodes "
             f"images, got '{backend}'"
         )
     if built.color_type not in COLOUR_TYPES:
-        raise ValueError(
+        raise UserError(
             'LoadImageFromFile.color_type of a whole model must be '
             f"{' or '.join(map(repr, COLOUR_TYPES))}, got '{built.color_type}'; --what head "
             'exports a model for normalised images of any kind'
@@ -205,17 +212,17 @@ def loading(step: dict) -> Dict[str, Any]:
 
 
 def rule_for_inside(cfg: Config) -> dict:
-    """How a file resizes images itself.
+    """Return the rule by which a file resizes images itself.
 
     Raises:
-        ValueError: it cannot; the message is a sentence.
+        UserError: it cannot.
     """
     prepared = preparation(test_dataset(cfg).get('pipeline') or ())
     rule = prepared['resize']
     known = rule and 'edge' not in rule and rule['backend'] == 'cv2'
     whole = not prepared['load']['to_float32']
     if not known or rule['interpolation'] != 'bilinear' or 'crop' in prepared or not whole:
-        raise ValueError(
+        raise UserError(
             "--resize-inside takes a test pipeline with a bilinear Resize by 'cv2' of images in 8 "
             f'bits and no crop, found {prepared}'
         )

@@ -1,10 +1,10 @@
-"""Whole models as modules that take an image as it is and return what a user wants of it.
+"""Whole models as modules, from an image as it is to boxes, masks, labels or scores.
 
-What MMDetection and MMSegmentation do around a network depends on how many boxes there are, step by
-step. Here are the same steps for exporters: every list of boxes has its largest length, filled up
-with boxes of no score, until the last step takes those that are left.
+The steps of MMDetection and MMSegmentation around a network depend on the number of boxes. Here are
+the same steps for exporters: each list of boxes has its maximum length, padded with boxes of no
+score, until the last step drops the padding.
 
-A model that these steps are not those of is refused with an :class:`.UnknownModel`.
+Models with other steps are not supported: an :class:`.UnknownModel` is raised.
 """
 
 from typing import Dict, List, NamedTuple, Optional, Sequence
@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import operators
+from ..errors import UserError
+from .operators.nms import nms
+from .operators.resize import resize
+from .operators.resize_image import resize_image
+from .operators.roi_features import roi_features
 
 Outputs = Dict[str, Tensor]
 
 
-class UnknownModel(ValueError):
-    """A model, or a setting of it, that cannot be exported whole; the message is a sentence."""
+class UnknownModel(UserError):
+    """A model, or a setting of it, that cannot be exported whole; the message is a clause."""
 
 
 def need(fits: bool, sentence: str) -> None:
@@ -28,7 +32,7 @@ def need(fits: bool, sentence: str) -> None:
 
 
 class Preprocessor(nn.Module):
-    """RGB values from 0 to 255, (B, 3, H, W) of any type, to what the network takes.
+    """Normalise and pad RGB values from 0 to 255, (B, 3, H, W) of any type.
 
     Args:
         model (nn.Module): of MMDetection, MMSegmentation or MMPretrain, with a data_preprocessor.
@@ -48,7 +52,7 @@ class Preprocessor(nn.Module):
 
     @property
     def fill(self) -> List[int]:
-        """RGB values that become 0, or almost, with which an image can be made larger."""
+        """RGB values to pad images with: about 0 when normalised."""
         mean = self.mean.flatten().round().int().tolist()
         return mean if self.rgb else mean[::-1]
 
@@ -64,11 +68,11 @@ class Preprocessor(nn.Module):
 
 
 class Boxes(NamedTuple):
-    """Boxes of one image, some of which are mere filling.
+    """Boxes of one image, some of which are padding.
 
     Args:
         boxes (Tensor): (n, 4) as left, top, right, bottom.
-        scores (Tensor): (n,), not above 0 where there is no box.
+        scores (Tensor): (n,), at most 0 for padding.
         labels (Tensor): (n,) whole numbers; boxes of different ones do not suppress each other.
         raw (Tensor): (n,) scores before any threshold, best first on each level.
     """
@@ -78,14 +82,14 @@ class Boxes(NamedTuple):
     labels: Tensor
     raw: Tensor
 
-    def suppressed(self, nms: dict, keep: int) -> Tensor:
-        """Non-maximum suppression; (keep,) indices, best first, -1 where there are no more."""
+    def suppressed(self, cfg: dict, keep: int) -> Tensor:
+        """Apply non-maximum suppression; (keep,) indices, best first, then -1."""
         boxes = self.boxes
-        if not nms.get('class_agnostic', False):
+        if not cfg.get('class_agnostic', False):
             # As mmcv.ops.batched_nms, which moves boxes of different labels apart.
             largest = torch.where(self.scores[:, None] > 0, boxes, 0.0).max()
             boxes = boxes + (self.labels.float() * (largest + 1))[:, None]
-        return operators.nms(boxes, self.scores, float(nms['iou_threshold']), keep)
+        return nms(boxes, self.scores, float(cfg['iou_threshold']), keep)
 
 
 def check_nms(cfg: dict, name: str) -> None:
@@ -100,25 +104,25 @@ def check_nms(cfg: dict, name: str) -> None:
 
 
 def corners(height: int, width: int) -> Tensor:
-    """(4,) the largest coordinates of a box in an image."""
+    """Return the largest coordinates (4,) of a box in an image."""
     sides = [torch.scalar_tensor(side, dtype=torch.float32) for side in (width, height)]
     return torch.stack([*sides, *sides])
 
 
 def inside(boxes: Tensor, limit: Tensor, coder: nn.Module) -> Tensor:
-    """Clipped to the image, if the coder of boxes is one that does."""
+    """Clip boxes to the image, if their coder does."""
     return torch.minimum(boxes.clamp(min=0), limit) if coder.clip_border else boxes
 
 
 def large_enough(boxes: Tensor, cfg: dict) -> Tensor:
     least = cfg.get('min_bbox_size', -1)
     sides = boxes[:, 2:] - boxes[:, :2]
-    # Below 0 nothing is asked for; what came in as filling has no score in any case.
+    # Below 0 all boxes are large enough; padding has no score in any case.
     return (sides > least).all(1) if least >= 0 else torch.ones_like(boxes[:, 0], dtype=torch.bool)
 
 
 class DenseHead(nn.Module):
-    """From features to the candidates of a head that has boxes at every position.
+    """Candidates of a dense head, from features.
 
     Args:
         head (nn.Module): RPNHead, RetinaHead, FCOSHead, ATSSHead or GFLHead.
@@ -148,7 +152,7 @@ class DenseHead(nn.Module):
                 self.register_buffer(f'anchors{level}', anchors.detach().clone())
 
     def forward(self, features: Sequence[Tensor], limit: Tensor) -> Boxes:
-        """(1, C, h, w) of each level; ``limit`` as of :func:`corners`."""
+        """Decode features (1, C, h, w) of all levels; ``limit`` is that of :func:`corners`."""
         outs = self.head(features)
         factors = outs[2] if len(outs) > 2 else [None] * len(outs[0])
         levels = [
@@ -169,7 +173,7 @@ class DenseHead(nn.Module):
         # The best pairs of prior and class are pairs of the priors with the best classes.
         best = F.pad(logits.amax(1), (0, most), value=float('-inf'))
         best, prior = best.topk(most)
-        prior = prior.clamp(max=logits.shape[0] - 1)  # of what only fills up
+        prior = prior.clamp(max=logits.shape[0] - 1)  # padding
         pairs = torch.where((best > float('-inf'))[:, None], logits[prior], float('-inf'))
         scores, pair = pairs.flatten().topk(most)
         prior, label = prior[pair // self.classes], pair % self.classes
@@ -199,7 +203,7 @@ class DenseHead(nn.Module):
 
 
 def flat(level: Tensor, channels: int) -> Tensor:
-    """(1, priors * channels, h, w) to (h * w * priors, channels)."""
+    """Reorder (1, priors * channels, h, w) to (h * w * priors, channels)."""
     return level[0].permute(1, 2, 0).reshape(-1, channels)
 
 
@@ -225,11 +229,11 @@ class RoiFeatures(nn.Module):
         self.layer = layers[0]
 
     def forward(self, features: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """Features (1, C, h, w), rois (n, 4), to (n, C, height, width)."""
+        """Extract (n, C, height, width) from features (1, C, h, w) for rois (n, 4)."""
         sides = rois[:, 2:] - rois[:, :2]
         scale = torch.sqrt(sides[:, 0] * sides[:, 1]) / self.finest_scale + 1e-6
         levels = torch.stack([scale >= 2.0**level for level in range(1, len(self.scales))] or [])
-        return operators.roi_features(
+        return roi_features(
             list(features[: len(self.scales)]),
             rois,
             levels.sum(0),
@@ -241,7 +245,7 @@ class RoiFeatures(nn.Module):
 
 
 class RoiHead(nn.Module):
-    """The second stage: classes, boxes and masks of proposals.
+    """Second stage: classes, boxes and masks of proposals.
 
     Args:
         head (nn.Module): StandardRoIHead or CascadeRoIHead.
@@ -281,7 +285,7 @@ class RoiHead(nn.Module):
                 )
 
     def forward(self, features: Sequence[Tensor], rois: Tensor, there: Tensor, limit: Tensor):
-        """Proposals (n, 4) and which of them are no filling, to the Boxes of all classes."""
+        """Return the Boxes of all classes for proposals (n, 4); ``there`` is False for padding."""
         total: Tensor = 0.0
         for stage, (head, extractor) in enumerate(zip(self.bbox_heads, self.extractors)):
             logits, deltas = head(extractor(features, rois))
@@ -305,8 +309,8 @@ class RoiHead(nn.Module):
         return Boxes(boxes, scores, labels, scores)
 
     def masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
-        """(n, 4) and (n,) to (n, height, width), from 0 to 1, to be stretched over the boxes."""
-        # One more, for not all runtimes convolve nothing.
+        """Return masks (n, height, width), from 0 to 1, to be stretched over boxes (n, 4)."""
+        # One extra region: not all runtimes convolve empty tensors.
         rois = torch.cat([boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]), boxes])
         labels = torch.cat([labels.new_zeros(1), labels])
         total: Tensor = 0.0
@@ -326,7 +330,7 @@ def as_list(module: nn.Module) -> nn.ModuleList:
 
 
 class Resize(nn.Module):
-    """What the test pipeline's Resize does to images, to the bit; float32 in any case.
+    """The test pipeline's Resize, to the bit; returns float32 after resizing.
 
     Args:
         rule (dict, optional): of :func:`.metadata.rule_for_inside`; None: nothing is resized.
@@ -339,19 +343,19 @@ class Resize(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         if self.rule is None:
             return image
-        return operators.resize_image(image, *map(self.rule.get, ('height', 'width', 'keep_ratio')))
+        return resize_image(image, *map(self.rule.get, ('height', 'width', 'keep_ratio')))
 
 
 class WholeDetector(nn.Module):
-    """An RGB image (1, 3, H, W) to boxes (n, 4) in its pixels, scores, labels and, if the model has
-    any, masks (n, height, width) to be stretched over the boxes.
+    """Detector from an RGB image (1, 3, H, W) to boxes (n, 4) in its pixels, scores and labels.
 
-    Beside these ``candidate_scores``: those of the dense head before any threshold, by which two
-    computations can be compared where there is no box.
+    If the model has masks, it also returns masks (n, height, width) to be stretched over the boxes.
+    ``candidate_scores`` are those of the dense head before any threshold: they can be compared
+    where there is no box.
 
     Args:
         model (nn.Module): of MMDetection.
-        resize (dict, optional): as of :class:`.Resize`.
+        resize (dict, optional): rule of :class:`.Resize`.
     """
 
     any_size: dict = {}
@@ -398,14 +402,16 @@ class WholeDetector(nn.Module):
 
 
 class WholeSegmentor(nn.Module):
-    """RGB images (B, 3, H, W) and a size (2,), height and width, to labels (B, height, width) or
-    logits (B, classes, height, width) of that size, which is the images' before resizing.
+    """Segmentor from RGB images (B, 3, H, W) and a size (2,), height and width, to labels.
+
+    The size is that of the images before resizing. Labels (B, height, width), or logits
+    (B, classes, height, width), have that size.
 
     Args:
         model (nn.Module): of MMSegmentation.
-        logits: return these in place of labels.
-        resize (dict, optional): as of :class:`.Resize`; with one there is no size to be given, for
-            it is the images' own.
+        logits: return logits instead of labels.
+        resize (dict, optional): rule of :class:`.Resize`; the size is then the images' own, and
+            not an input.
     """
 
     def __init__(self, model: nn.Module, logits: bool, resize: Optional[dict] = None):
@@ -432,7 +438,7 @@ class WholeSegmentor(nn.Module):
         logits = F.interpolate(
             self.model(image, mode='tensor'), image.shape[2:], mode='bilinear', align_corners=align
         )
-        return operators.resize(logits[:, :, : sides[0], : sides[1]], size, align)
+        return resize(logits[:, :, : sides[0], : sides[1]], size, align)
 
     def forward(self, image: Tensor, size: Optional[Tensor] = None) -> Outputs:
         logits = self.logits(image, size)
@@ -445,7 +451,7 @@ class WholeSegmentor(nn.Module):
 
 
 class WholeClassifier(nn.Module):
-    """RGB images (B, 3, H, W) to the scores of classes (B, classes), which sum up to 1.
+    """Classifier from RGB images (B, 3, H, W) to scores (B, classes) that sum up to 1.
 
     Args:
         model (nn.Module): of MMPretrain.
@@ -469,7 +475,7 @@ class WholeClassifier(nn.Module):
 
 
 def any_size_upsampling(model: nn.Module) -> dict:
-    """Modules of MMSegmentation that make sides plain numbers, and what takes their place."""
+    """Return the modules of MMSegmentation that fix sizes, with their replacements."""
     from mmseg.models.utils import Upsample
 
     class AnySizeUpsample(Upsample):  # in the head of Semantic FPN

@@ -1,4 +1,4 @@
-"""An exported program as an ONNX file of standard operators, with what a runtime has to know."""
+"""Exported programs as ONNX files of standard operators, with metadata for the runtime."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ def to_onnx(
         program (ExportedProgram): of :func:`.any_size.export_any_size`.
         inputs: names of the inputs, and of each the names of its open dimensions by their number.
         outputs: names of the outputs.
-        metadata: what the file says of itself, as texts.
+        metadata: of the file, as texts.
 
     Returns:
         onnx.ModelProto: with one graph of standard operators and no functions.
@@ -41,8 +41,8 @@ def to_onnx(
         verbose=False,
         optimize=False,  # which compares each operator with hundreds of patterns
         custom_translation_table={
-            operator: translation(function, used)
-            for operator, function in operators.TRANSLATIONS.items()
+            operator: translation(to_onnx, used)
+            for operator, to_onnx in operators.TRANSLATIONS.items()
         },
     )
     proto = exported.model_proto
@@ -50,7 +50,7 @@ def to_onnx(
     if used:
         opset = next(one.version for one in proto.opset_import if not one.domain)
         imports = f'["" : {opset}, "{operators.DOMAIN}" : 1]'
-        for text in {**dict.fromkeys(operators.function_texts()), **dict.fromkeys(used.values())}:
+        for text in dict.fromkeys([*operators.HELPERS, *used.values()]):
             proto.functions.append(
                 onnx.parser.parse_function(
                     f'<opset_import: {imports}, domain: "{operators.DOMAIN}">{text}'
@@ -66,7 +66,7 @@ def to_onnx(
 
 
 def simplify(proto):
-    """Compute what is constant, and leave out what is there twice or not used."""
+    """Fold constants, and remove duplicates and unused nodes."""
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
@@ -86,7 +86,7 @@ def simplify(proto):
 
 
 def leave_out(proto, outputs: Iterable[str]) -> None:
-    """Take outputs away, in place."""
+    """Remove outputs, in place."""
     for output in [output for output in proto.graph.output if output.name in set(outputs)]:
         proto.graph.output.remove(output)
 
@@ -97,32 +97,31 @@ def write_onnx(proto, path: Path) -> None:
     onnx.save(proto, path)
 
 
-def translation(function: Callable, used: Dict[str, str]) -> Callable:
-    """What the exporter calls for one of our operators; notes the functions it is made of."""
+def translation(to_onnx: Callable, used: Dict[str, str]) -> Callable:
+    """Return the exporter's function for one operator; it notes the ONNX functions that it calls.
+
+    Args:
+        to_onnx: of a module of :mod:`.operators`.
+        used: texts of the functions that were called, by their names; added to.
+    """
     from onnxscript import values
 
     domain = values.Opset(operators.DOMAIN, 1)
-    texts = {text.split()[0]: text for text in operators.function_texts()}
 
-    def call(name: str, inputs: Sequence, **attributes):
-        if name == 'OrderOfRois':
-            levels = attributes.pop('levels')
-            name = f'{name}{levels}'
-            texts[name] = operators.order_of_rois(levels)
-        if '(' in name:  # the function itself
-            texts[name.split()[0]] = name
-            name = name.split()[0]
-        used[name] = texts[name]
+    def call(text: str, inputs: Sequence, **attributes):
+        name = text.split()[0]
+        used[name] = text
         return values.Op(domain, name, schema_of(name, attributes))(*inputs, **attributes)
 
+    # The exporter reads the signature, so that it has to be one of any arguments.
     def translate(*args):
-        return function(call, *args)
+        return to_onnx(call, *args)
 
     return translate
 
 
 def schema_of(name: str, attributes: Mapping[str, object]):
-    """A schema that takes any number of tensors of any types."""
+    """Make a schema that takes any number of tensors of any types."""
     from onnx.defs import OpSchema
 
     kinds = {
@@ -147,7 +146,7 @@ def schema_of(name: str, attributes: Mapping[str, object]):
 
 
 def name_dimensions(proto, inputs: Mapping[str, Mapping[int, str]]) -> None:
-    """Call the open dimensions of inputs by their names, wherever they are found."""
+    """Rename the open dimensions of inputs, wherever they occur."""
     symbols = {}
     for value in proto.graph.input:
         for axis, name in inputs[value.name].items():
@@ -162,7 +161,7 @@ def name_dimensions(proto, inputs: Mapping[str, Mapping[int, str]]) -> None:
 
 
 def count_operators(proto) -> Counter:
-    """How often each operator occurs, those in loops once."""
+    """Count each operator; those in loops count once."""
     import onnx
 
     found: Counter = Counter()

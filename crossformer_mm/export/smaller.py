@@ -1,7 +1,7 @@
-"""Smaller files, and what they cost: the metric of both on the data of a config."""
+"""Smaller weights in ONNX files, and the metric before and after."""
 
 from pathlib import Path
-from typing import Any, Callable, Optional, Tuple
+from typing import Callable, Tuple
 
 import numpy as np
 import torch
@@ -9,20 +9,20 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS
 
-from ..engine.command_line import innermost
+from ..config_parts import innermost
+from ..errors import UserError
 
-MOST_IMAGES = 100  # of the test data, the first of them; more take long and change little
+MAX_IMAGES = 100  # first images of the test data; more take long and change little
 
 
 def to_int8(file: Path) -> None:
-    """Replace the weights of linear layers by whole numbers, and quantise what they are multiplied
-    with while it is computed."""
+    """Store the weights of linear layers as int8, with dynamic quantisation of activations."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     proto = onnx.load(file)
-    said = proto.metadata_props  # which the quantiser leaves out
-    # It turns weights, and does not expect that their shapes are here.
+    metadata = proto.metadata_props  # dropped by the quantiser
+    # The quantiser transposes weights, and fails if their shapes are given.
     del proto.graph.value_info[:]
     onnx.save(proto, file)
     quantize_dynamic(
@@ -35,12 +35,12 @@ def to_int8(file: Path) -> None:
     )
     proto = onnx.load(file)
     del proto.metadata_props[:]
-    proto.metadata_props.extend(said)
+    proto.metadata_props.extend(metadata)
     onnx.save(proto, file)
 
 
 def to_float16(file: Path) -> None:
-    """Keep weights as float16; a runtime turns them back when it loads the file."""
+    """Store weights as float16; a runtime converts them to float32 when it loads the file."""
     import onnx
 
     proto = onnx.load(file)
@@ -59,30 +59,38 @@ def to_float16(file: Path) -> None:
     onnx.save(proto, file)
 
 
-def test_data(cfg: Config) -> Tuple[Optional[Any], str]:
-    """The test data of a config, and, if there are none, why."""
-    if not cfg.get('test_dataloader'):
-        return None, 'the config has no test_dataloader'
-    try:
-        data = DATASETS.build({**innermost(cfg.test_dataloader.dataset), 'test_mode': True})
-        data.full_init()
-    except (OSError, ValueError) as error:
-        return None, f'the test data of the config cannot be read: {error}'
-    return data, ''
+def test_data(cfg: Config):
+    """Load the test data of a config.
+
+    Raises:
+        UserError: there are none.
+    """
+    reason = 'the config has no test_dataloader'
+    if cfg.get('test_dataloader'):
+        try:
+            data = DATASETS.build({**innermost(cfg.test_dataloader.dataset), 'test_mode': True})
+            data.full_init()
+            return data
+        except (OSError, ValueError) as error:
+            reason = f'the test data of the config cannot be read: {error}'
+    raise UserError(
+        f'--int8 and --float16 print what they cost, but {reason}; name its folder with '
+        '--data-root.'
+    )
 
 
 def metric_of(scope: str, data, predict: Callable) -> Tuple[str, float]:
-    """The metric of a library of OpenMMLab, by that library, on the first images.
+    """Compute a library's own metric on the first images.
 
     Args:
         scope: default_scope of the config.
         data: its test data.
-        predict: takes the bytes of an image file, returns what tools/run_onnx.py's Model does.
+        predict: function of the bytes of an image file that returns the results of a Model.
 
     Returns:
-        tuple: its name and its value, from 0 to 1; AP is of masks if there are any.
+        tuple: its name and its value, from 0 to 1; if there are masks, AP is that of masks.
     """
-    images = [data.get_data_info(index) for index in range(min(len(data), MOST_IMAGES))]
+    images = [data.get_data_info(index) for index in range(min(len(data), MAX_IMAGES))]
     metric, sample_of = METRICS_OF[scope](data, images)
     for info in images:
         found = predict(Path(info['img_path']).read_bytes())
@@ -96,7 +104,7 @@ def metric_of(scope: str, data, predict: Callable) -> Tuple[str, float]:
     ):
         if key in values:
             return name, factor * float(values[key])
-    return 'AP', 0.0  # what CocoMetric says nothing of, for nothing was found
+    return 'AP', 0.0  # CocoMetric returns nothing if there are no results
 
 
 def of_boxes(data, images) -> Tuple[BaseMetric, Callable]:

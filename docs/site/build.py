@@ -45,7 +45,8 @@ API = {
     'hooks': ('Hooks and FLOPs', 'hooks flops classification'),
     'export': (
         'Export',
-        'export.any_size export.fixed_size export.models export.onnx_file export.metadata',
+        'export.any_size export.fixed_size export.models export.operators export.onnx_file '
+        'export.metadata without_torch.model',
     ),
 }
 

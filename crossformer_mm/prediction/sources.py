@@ -1,0 +1,195 @@
+"""Images and videos to predict on: names, loading, and batches."""
+
+import sys
+from pathlib import Path
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.dataset import Compose
+from mmengine.utils import ProgressBar
+
+from ..errors import UserError
+from ..pictures import as_picture
+from ..without_torch.files import VIDEOS, is_cut_short, unique_names
+
+
+class Source(NamedTuple):
+    """File to predict on.
+
+    Args:
+        path: of the file.
+        name: its path below the folder that all files share; for images.json.
+        stem: unique name, without a suffix, of the files that are written for it.
+        frames: number of images in it, by its header, but at least 1.
+        fps: frames per second of a video, by its header; None: it is an image.
+    """
+
+    path: Path
+    name: str
+    stem: str
+    frames: int
+    fps: Optional[float]
+
+
+class Image(NamedTuple):
+    """One image, or frame of a video, ready for the model."""
+
+    source: Source
+    entry: dict  # what images.json says of it
+    pixels: np.ndarray  # (H, W, 3) uint8, BGR, to be drawn on
+    inputs: dict  # what the test pipeline made of it
+
+
+def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
+    """Name files and read the headers of videos.
+
+    Raises:
+        UserError: a file would be overwritten.
+    """
+    named = unique_names([file.absolute() for file in files])
+    folders = {parent.as_posix() for name, _ in named for parent in Path(name).parents}
+    sources = []
+    for file, (name, stem) in zip(files, named):
+        frames, fps = 1, None
+        if file.suffix.lower() in VIDEOS:
+            video = mmcv.VideoReader(str(file))
+            frames, fps = max(video.frame_cnt, 1), video.fps
+            if stem in folders:  # label maps of a video get a folder of this name
+                stem = name
+        sources.append(Source(file, name, stem, frames, fps))
+        for written in (picture_path(out, sources[-1]), label_path(out, stem)):
+            if written.absolute() == file.absolute():
+                raise UserError(
+                    f"--out: what is predicted of '{file}' would replace it; name another folder."
+                )
+    return sources
+
+
+def picture_path(out: Path, source: Source) -> Path:
+    return out / 'pictures' / f'{source.stem}.{"jpg" if source.fps is None else "mp4"}'
+
+
+def label_path(out: Path, stem: str) -> Path:
+    return out / 'labels' / f'{stem}.png'
+
+
+class Pipeline:
+    """Inferencer's pipeline in two parts: errors of the first, loading, are an image's fault."""
+
+    def __init__(self, pipeline: Compose, grey: bool):
+        self.load, *steps = pipeline.transforms
+        self.steps = Compose(steps)
+        self.grey = grey  # images are loaded as grey ones
+
+    def load_frame(self, frame: np.ndarray) -> dict:
+        """Load a frame of a video, (H, W, 3) BGR, as an image file is loaded."""
+        return self.load(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) if self.grey else frame)
+
+    def prepare(self, source: Source, entry: dict, loaded: dict) -> Image:
+        """Prepare a loaded image for the model; name the image if that fails."""
+        pixels = loaded['img']
+        entry.update(height=pixels.shape[0], width=pixels.shape[1])
+        try:
+            inputs = self.steps({**loaded, 'img_id': entry['id']})
+        except Exception:
+            print(
+                f"'{entry['file_name']}' can be read, but the config's test pipeline could not "
+                'prepare it:',
+                file=sys.stderr,
+            )
+            raise
+        return Image(source, entry, as_picture(pixels), inputs)
+
+
+def images_of(
+    sources: Sequence[Source],
+    numbers: Optional[Sequence[int]],
+    pipeline: Pipeline,
+    channels: int,
+    progress: ProgressBar,
+    skip: Callable[[str, str], None],
+) -> Iterator[Image]:
+    """Yield the images that can be read and have the model's number of channels.
+
+    Args:
+        sources: the files.
+        numbers: an id for each file, none of which is a video; None: images are counted.
+        pipeline: loads and prepares them.
+        channels: of the model.
+        progress: is updated for images that are not yielded.
+        skip: is called with the name of each other file, and the reason.
+    """
+    next_id = 1
+
+    def fits(image: Image) -> bool:
+        given = image.inputs['inputs'].shape[0]
+        if given != channels:
+            skip(
+                image.source.name,
+                f'it has {given} channels as the test pipeline loads it, and the model takes '
+                f'{channels}',
+            )
+        return given == channels
+
+    for index, source in enumerate(sources):
+        if source.fps is None:
+            try:
+                if is_cut_short(source.path.read_bytes()):
+                    raise EOFError
+                loaded = pipeline.load(str(source.path))
+            except OSError as error:
+                skip(source.name, f'it could not be opened: {error.strerror or error}')
+                progress.update()
+            except Exception:  # broken bytes fail in any way in a decoder
+                skip(source.name, 'it is cut short or no image that OpenCV reads')
+                progress.update()
+            else:
+                number = next_id if numbers is None else numbers[index]
+                entry = dict(id=number, file_name=source.name)
+                image = pipeline.prepare(source, entry, loaded)
+                if fits(image):
+                    yield image
+                else:
+                    progress.update()
+            next_id += 1
+            continue
+        read, fit = 0, True
+        for frame in mmcv.VideoReader(str(source.path)):
+            entry = dict(id=next_id + read, file_name=f'{source.name}#{read + 1}', frame=read + 1)
+            image = pipeline.prepare(source, entry, pipeline.load_frame(frame))
+            fit = fits(image)
+            if not fit:
+                progress.update(source.frames - read)
+                break
+            yield image
+            read += 1
+        # The length in the header of a video may be an estimate from its duration.
+        if fit and (read < 0.98 * source.frames or not read):
+            skip(
+                source.name,
+                f'its frames from {read + 1} on could not be read'
+                if read
+                else 'it is no video that OpenCV reads',
+            )
+            progress.update(source.frames - read)
+        next_id += max(source.frames, read)
+
+
+def batches(images: Iterator[Image], size: int) -> Iterator[List[Image]]:
+    """Group consecutive images of one prepared shape, at most ``size`` at a time.
+
+    Images of different shapes would be padded to a common one, which changes what a
+    detector finds in them; segmentors refuse it.
+    """
+    batch: List[Image] = []
+    for image in images:
+        if batch and (
+            len(batch) == size or image.inputs['inputs'].shape != batch[0].inputs['inputs'].shape
+        ):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch

@@ -1,0 +1,143 @@
+"""Results of predictions: ids, COCO's format, and the files of a folder of results."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+
+from .errors import UserError
+from .files import write_whole
+
+
+class Ids:
+    """Ids of images and of categories: counted, or those of COCO annotations.
+
+    Args:
+        ann_file: of the annotations; None: ids are counted.
+        classes: names of the categories.
+        first: id of the first category if they are counted.
+
+    Raises:
+        UserError: the annotations cannot be used.
+    """
+
+    def __init__(self, ann_file: Optional[str], classes: Sequence[str], first: int = 1):
+        self.images: Optional[dict] = None
+        self.classes = classes
+        self.categories = list(range(first, first + len(classes)))
+        if not ann_file:
+            return
+        try:
+            known = json.loads(Path(ann_file).read_text(encoding='utf-8'))
+            listed = [image['file_name'] for image in known['images']]
+            self.images = dict(zip(listed, [image['id'] for image in known['images']]))
+            by_name = {category['name']: category['id'] for category in known['categories']}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--ann-file: '{ann_file}' is no file of COCO annotations.") from None
+        if len(self.images) < len(listed):
+            twice = Counter(listed).most_common(1)[0][0]
+            raise UserError(f"--ann-file: '{ann_file}' lists the image '{twice}' more than once.")
+        unknown = [name for name in classes if name not in by_name]
+        if unknown:
+            raise UserError(
+                f"--ann-file: '{ann_file}' has no category '{unknown[0]}', which the model has."
+            )
+        self.categories = [by_name[name] for name in classes]
+
+    def annotated(self, files: Sequence[Path], names: Sequence[str]) -> Optional[List[int]]:
+        """Look up images by as much of the end of their paths as the annotations have.
+
+        Args:
+            files: of the images.
+            names: of the images, for error messages.
+
+        Returns:
+            list: an id for each; None without annotations.
+
+        Raises:
+            UserError: an image is not annotated, or two are one image in the annotations.
+        """
+        if self.images is None:
+            return None
+        found: Dict[int, str] = {}
+        for file, name in zip(files, names):
+            parts = file.absolute().parts
+            ends = ('/'.join(parts[start:]) for start in range(len(parts)))
+            known = [self.images[end] for end in ends if end in self.images]
+            if not known:
+                raise UserError(f"--ann-file: it names no image '{name}'.")
+            if known[0] in found:
+                raise UserError(
+                    f"--ann-file: '{found[known[0]]}' and '{name}' are one image in it."
+                )
+            found[known[0]] = name
+        return list(found)
+
+
+class Results:
+    """Files of a folder of results: images.json and results.KIND.json.
+
+    As a context it writes them at the end, also after an error, so that the results of the images
+    before it are kept.
+
+    Args:
+        out: the folder. Results of an earlier run are removed from it.
+        ids: of the categories.
+    """
+
+    def __init__(self, out: Path, ids: Ids):
+        self.out, self.ids = out, ids
+        self.kinds: Dict[str, List[dict]] = {}
+        self.images: List[dict] = []
+        self.skipped: List[dict] = []
+        for name in ('images', 'results.bbox', 'results.segm', 'results.classes'):
+            (out / f'{name}.json').unlink(missing_ok=True)
+
+    def add(self, kind: str, found: List[dict]) -> None:
+        """Add results of a kind, such as bbox, in COCO's format."""
+        self.kinds.setdefault(kind, []).extend(found)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note a file, or a frame, that could not be read or written, if there is a reason."""
+        if reason:
+            self.skipped.append(dict(file_name=name, reason=reason))
+
+    def __enter__(self) -> 'Results':
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            return
+        for name, found in self.kinds.items():
+            write_whole(self.out / f'results.{name}.json', json.dumps(found).encode())
+        categories = [
+            dict(id=id_, name=name) for id_, name in zip(self.ids.categories, self.ids.classes)
+        ]
+        listed = dict(images=self.images, categories=categories, skipped=self.skipped)
+        write_whole(self.out / 'images.json', json.dumps(listed, indent=1).encode())
+
+
+def in_coco_format(found: dict, image: int, categories: Sequence[int]) -> Dict[str, List[dict]]:
+    """Convert a detector's results to COCO's format, boxes and, if there are any, masks."""
+    alike = [
+        dict(image_id=image, category_id=categories[label], score=score)
+        for label, score in zip(found['labels'], found['scores'].tolist())
+    ]
+    boxes = found['boxes'].tolist()
+    results = dict(
+        bbox=[
+            {**one, 'bbox': [left, top, right - left, bottom - top]}
+            for one, (left, top, right, bottom) in zip(alike, boxes)
+        ]
+    )
+    if 'masks' in found:
+        from pycocotools import mask as coco
+
+        results['segm'] = []
+        for one, mask in zip(alike, found['masks']):
+            encoded = coco.encode(np.asfortranarray(mask, np.uint8))
+            one['segmentation'] = dict(size=encoded['size'], counts=encoded['counts'].decode())
+            results['segm'].append(one)
+    return results
