@@ -18,8 +18,6 @@ from typing import Any, Callable, Iterator, List, Optional
 import torch
 from torch import Tensor
 
-from .without_torch.files import is_cut_short  # noqa: F401
-
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 
 

@@ -19,8 +19,9 @@ from .compat import autocast_dtype, is_autocast_enabled
 from .errors import UserError
 from .grouping import AxisRule, group_map
 from .kernels import Call, describe_path
-from .pictures import names_in, picture_in, write_labels
+from .pictures import names_in, picture_in
 from .position_bias import bias_windows
+from .without_torch.files import write_labels
 
 
 @HOOKS.register_module()

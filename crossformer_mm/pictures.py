@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 
-from .without_torch.files import unique_names, write_image, write_labels  # noqa: F401
+from .without_torch.files import unique_names
 
 
 def names_in(dataset) -> Dict[str, Tuple[str, str]]:

@@ -9,8 +9,8 @@ import torch
 from mmengine.registry import TRANSFORMS
 from torch import Tensor
 
-from ..compat import is_cut_short
 from ..errors import UserError
+from ..without_torch.files import is_cut_short
 
 
 def load_image(
