@@ -14,7 +14,7 @@ none                nothing
 Every bias is called with the sides of a group and returns the bias of each offset.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,10 @@ class DynamicPositionBias(BaseModule):
             says (or in the parameters' own type); entry ``[:, i, j]`` is for
             query - key = (i - (height-1), j - (width-1)), in members.
         """
-        # Some layers have no weight that is a tensor once they are quantised.
-        weight = next(weight for weight in self.parameters() if weight.is_floating_point())
+        # By name: FSDP's weights are no parameters during a forward.
+        weight: Any = self.pos_proj.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():  # quantised
+            weight = self.pos1[0].weight
         device = weight.device if device is None else device
         rows = torch.arange(1 - height, height, device=device, dtype=weight.dtype)
         columns = torch.arange(1 - width, width, device=device, dtype=weight.dtype)

@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 # Files that take a minute or more, the longest first: `--dist loadfile` gives each to one process,
 # and a long one that begins last leaves the other processes idle.
 LONG = ('commands', 'fused', 'zoo_runs', 'export', 'export_tool', 'packaging', 'tools', 'model_zoo')
-LONG += ('backbone', 'pretraining', 'ranks', 'resume', 'explain_page', 'soak', 'bad_data')
+LONG += ('backbone', 'pretraining', 'ranks', 'resume', 'explain_page', 'soak', 'dataset_checks')
 
 
 def pytest_collection_modifyitems(items):

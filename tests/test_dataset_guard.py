@@ -1,12 +1,10 @@
-"""Data sets in wrappers, pipelines that hooks switch, files behind a backend: all as they are with
-MMDetection's own tool, and with what is wrong said of the right file."""
+"""Data sets in wrappers, pipelines that hooks switch and files behind a backend work as with
+MMDetection's own tool, and an error names the right file."""
 
 import json
-import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +13,8 @@ from mmengine.config import Config
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, HOOKS, TRANSFORMS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
-from torch import nn
 
 from .test_predict import predict as run_tool
 from .trainings import ONE_STAGE, make_data, write_config
@@ -287,72 +284,6 @@ def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(
 
 
 # Numbers of classes
-
-
-class Head(nn.Module):
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.num_classes = num_classes
-
-
-def compare(scope: str, heads: dict, **meta):
-    """Compare heads with these numbers of classes with a data set of four; the warning."""
-    from crossformer_mm.engine.num_classes import check_number_of_classes
-
-    model = nn.ModuleDict({name: Head(count) for name, count in heads.items()})
-    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=tuple('abcd'), **meta)))
-    runner = SimpleNamespace(
-        model=model,
-        train_dataloader=loader,
-        logger=logging.getLogger('mmengine'),
-        default_scope=DefaultScope.get_instance(f'classes of {scope}', scope_name=scope),
-    )
-    return check_number_of_classes(runner, 'train')
-
-
-@pytest.mark.parametrize(
-    'scope, heads',
-    [
-        ('mmdet', dict(rpn_head=1, bbox_head=4)),  # of FCOS as a region proposal network
-        ('mmdet', dict(bbox_head=256, language_model=4)),  # of GLIP: words
-        ('mmseg', dict(decode_head=4, auxiliary_head=2)),  # of STDC: borders
-    ],
-)
-def test_heads_may_tell_something_else_apart(scope, heads):
-    assert compare(scope, heads) is None
-
-
-def test_heads_of_a_panoptic_model_share_the_classes():
-    assert compare('mmdet', dict(bbox_head=3, semantic_head=1), thing_classes=tuple('abc')) is None
-
-
-@pytest.mark.parametrize('scope, head', [('mmdet', 'bbox_head'), ('mmseg', 'decode_head')])
-def test_a_head_with_too_few_classes_is_named(scope, head):
-    from crossformer_mm.errors import ConfigError
-
-    with pytest.raises(ConfigError) as refused:
-        compare(scope, {head: 3})
-    assert str(refused.value).startswith(
-        f'model.{head}.num_classes = 3 is too small for the 4 classes of the data set'
-    )
-
-
-@pytest.mark.parametrize(
-    'scope, heads',
-    [
-        ('mmdet', dict(bbox_head=80)),
-        ('mmdet', dict(bbox_head=80, mask_head=81)),
-        ('mmseg', dict(decode_head=150)),
-        ('mmseg', dict(decode_head=150, auxiliary_head=151)),
-        ('mmseg', dict(decode_head=4, auxiliary_head=151)),
-        ('mmpretrain', dict(head=1000)),
-    ],
-)
-def test_heads_with_too_many_classes_are_named_with_both_numbers(scope, heads):
-    said = compare(scope, heads)
-    for name, count in heads.items():
-        assert (f'model.{name}.num_classes = {count}' in said) == (count != 4)
-    assert 'more than the 4 classes of the data set, a to d' in said
 
 
 def test_a_detector_with_too_many_classes_is_trained_evaluated_and_predicts(
