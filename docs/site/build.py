@@ -52,7 +52,7 @@ API = {
 
 
 def place_of(file: Path) -> Path:
-    """Where a file of the repository lies below PAGES."""
+    """Return the path below PAGES of a file of the repository."""
     name = file.relative_to(ROOT).as_posix()
     if name in TOP:
         return Path(TOP[name])
