@@ -123,7 +123,7 @@ struct Arena {
 typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
 
 #ifdef __x86_64__
-Work work_avx2_wide;  // in native_wide.cpp
+Work work_avx2_wide;  // in avx2_wide.cpp
 #endif
 
 }  // namespace native

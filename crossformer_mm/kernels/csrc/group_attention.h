@@ -1,5 +1,5 @@
-// The kernel of native.cpp, included there once for each instruction set, in a namespace that has
-// LANES, ROWS, vec, ints, halves, and where these macros are defined:
+// Attention inside the groups of a map, forward and backward. Included once for each instruction set,
+// in a namespace that has LANES, ROWS, vec, ints, halves, and where these macros are defined:
 //     HAS_LARGER  larger
 //     HAS_POWERS  above_whole, times_power: x - floor(x) and y * 2^floor(x), infinite if too large
 //     HAS_PAIRS   round_bf16, round_both, side_by_side, dot_pairs: numbers in bfloat16, of one vector
@@ -7,27 +7,26 @@
 //     HAS_TILES   begin_tiles, end_tiles, and the macros ZERO_TILE, LOAD_TILE, STORE_TILE,
 //                 ADD_PRODUCT: eight registers of LANES rows of LANES words of such pairs, or sums
 //     EMULATED    both of these in other instructions, which are here
-//     OTHERS      what does the work that tiles are not for
+//     OTHERS      the function for heads and types that tiles do not support
 //
-// A task is one head of some groups. Keys and values of a group are packed once. Then BLOCK queries
-// at a time meet KEYS keys at a time: a product of matrices gives their logits, which become
-// weights and are multiplied with the values, all in the first level cache. The backward pass
-// computes the weights again, from the logarithms of the sums of exponentials.
+// A task is one head of some groups. Keys and values of a group are packed once. Products of BLOCK
+// queries and KEYS keys give logits, which become weights (P) and are multiplied with the values, all
+// in the first level cache. The backward pass recomputes the weights from the logarithms of the sums of
+// exponentials; DS are the gradients of the logits.
 //
-// Weights are 2^(logit - top). A top of 0 mostly does: floats are as exact far from 1 as near it. Where
-// the sum of a query's weights is too large or too small for that, the block is computed again: tops
-// are the largest logits so far then, and what is summed up before is lessened with them.
+// Softmax without max subtraction; rows outside 2^±64 are redone with it: weights are 2^logit, or
+// 2^(logit - row_max), where row_max is the largest logit so far and earlier sums are rescaled to it.
 //
-// Queries are taken column by column of the group: the biases of all queries of one column are one
-// strip of the table, of which each query reads a run as long as the group. The gradient of the
-// table is summed in strips, too.
+// Queries are processed column by column of the group: the biases of all queries of one column are one
+// strip of the table, of which each query reads a run as long as the group. The gradient of the table
+// is summed in strips, too.
 //
-// Products are of words of 32 bits: of floats or, with PAIRS, of two numbers in bfloat16 each,
-// which are multiplied and added up at once. With TILES they are, too, but of whole tiles: ROWS rows
-// of words by as many words of TILE columns. Rows have to lie there as they are multiplied, so that
-// the gradients of keys and values are summed with their channels as the rows.
+// The operands of products are words of 32 bits: floats or, with PAIRS, two numbers in bfloat16, whose
+// products are added at once. TILES multiply whole tiles of such pairs: ROWS rows of words by as many
+// words of TILE columns. They cannot transpose a row, so the gradients of keys and values are summed
+// with channels as rows.
 
-#ifdef EMULATED  // for tests: its speed is worth no minutes of compiling
+#ifdef EMULATED  // for tests: not unrolled, to compile faster
 #pragma push_macro("UNROLL")
 #undef UNROLL
 #define UNROLL
@@ -48,358 +47,12 @@ constexpr int64_t KEYS = 192;
 static_assert(KEYS % TILE == 0 && KEYS % ROWS == 0, "whole tiles");
 enum Product { FLOATS, PAIRS_OF_HALVES, TILES_OF_PAIRS };
 enum Digits { OF_FLOATS, ROUGH, OF_BFLOAT16 };
-enum Result { LOGITS, WEIGHTS, WEIGHTS_TWICE, SLOPES };  // of a tile
+enum Result { LOGITS, P, P_AND_P_PAIRS, DS };  // of a tile
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-INLINE vec load(const float *from) {
-  vec x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-INLINE void store(float *to, vec x) { std::memcpy(to, &x, sizeof x); }
-
-INLINE void store_halves(float *to, int64_t at, halves x) {
-  std::memcpy(reinterpret_cast<char *>(to) + 2 * at, &x, sizeof x);
-}
-
-INLINE vec all(float x) { return x - vec{}; }
-
-#ifndef HAS_LARGER  // y, if one of them is not a number
-INLINE vec larger(vec x, vec y) { return x > y ? x : y; }
-INLINE vec smaller(vec x, vec y) { return x < y ? x : y; }
-#endif
-
-INLINE vec lanes() {
-  vec x;
-  for (int lane = 0; lane < LANES; lane++) x[lane] = lane;
-  return x;
-}
-
-// The first `left` lanes of x, and elsewhere y.
-INLINE vec first_lanes(int64_t left, vec x, vec y) {
-  return lanes() < all(static_cast<float>(left)) ? x : y;
-}
-
-INLINE float largest_of(vec x) {
-  quad parts[LANES / 4];
-  std::memcpy(parts, &x, sizeof x);
-  for (int i = 1; i < LANES / 4; i++) parts[0] = parts[0] > parts[i] ? parts[0] : parts[i];
-  const float a = parts[0][0] > parts[0][1] ? parts[0][0] : parts[0][1];
-  const float b = parts[0][2] > parts[0][3] ? parts[0][2] : parts[0][3];
-  return a > b ? a : b;
-}
-
-INLINE float sum_of(vec x) {
-  quad parts[LANES / 4];
-  std::memcpy(parts, &x, sizeof x);
-  for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
-  return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
-}
-
-template <int TERMS> INLINE vec polynomial(vec x, const float (&factors)[TERMS]) {
-  vec y = all(factors[0]);
-  UNROLL for (int i = 1; i < TERMS; i++) y = y * x + all(factors[i]);
-  return y;
-}
-
-// Words of two numbers in bfloat16, the lower and the upper half.
-INLINE vec words_of(halves x, halves y) {
-  return (vec)(__builtin_convertvector(x, ints) | (__builtin_convertvector(y, ints) << 16));
-}
-
-// The same of floats that are such numbers, none negative.
-INLINE vec words_of(vec x, vec y) { return (vec)((ints)x >> 16 | (ints)y); }
-
-#if !HAS_PAIRS || defined(EMULATED)
-INLINE halves round_bf16(vec x) {  // to the nearest, to even between two
-  const ints bits = (ints)x, rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
-  return __builtin_convertvector(x == x ? rounded : ints{} + 0x7fc0, halves);
-}
-
-INLINE vec round_both(vec x, vec y) {
-  const halves parts[2] = {round_bf16(x), round_bf16(y)};
-  vec both;
-  std::memcpy(&both, parts, sizeof both);
-  return both;
-}
-
-INLINE vec side_by_side(vec both) {
-  halves parts[2];
-  std::memcpy(parts, &both, sizeof both);
-  return words_of(parts[0], parts[1]);
-}
-#endif
-
-// 2^x to 2e-7 of itself, or ROUGHly to 1e-4, or that rounded to bfloat16; 0 far below 2^-126, and
-// infinite from 2^128 on. It is 2 to the power of a whole number times the polynomial of least relative
-// error for the rest.
-template <Digits DIGITS = OF_FLOATS> INLINE vec exp2(vec x) {
-#if HAS_POWERS
-  const vec rest = above_whole(x);  // from 0 to 1
-  // Half of bfloat16's last digit, for numbers from 1 to 2, before what is behind it is cut off.
-  constexpr float half = DIGITS == OF_BFLOAT16 ? 0x1p-8f : 0;
-  const vec y = DIGITS == OF_FLOATS
-                    ? polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f, 2.4015362e-1f,
-                                        6.9315307e-1f, 9.9999993e-1f})
-                    : polynomial(rest, {7.802428e-2f, 2.2606712e-1f, 6.9583376e-1f,
-                                        9.9992517e-1f + half});
-  const vec power = times_power(y, x);
-  return DIGITS == OF_BFLOAT16 ? (vec)((ints)power & -0x10000) : power;
-#else
-  // The nearest whole number, which is rounded to, and moved to where a float has its exponent, by
-  // adding a number so large that what is behind the point is lost.
-  const vec magic = all(12582912.f + 127.f);
-  x = smaller(all(128.f), larger(all(-127.f), x));
-  const vec shifted = x + magic, rest = x - (shifted - magic);  // from -1/2 to 1/2
-  const vec y = DIGITS == OF_FLOATS
-                    ? polynomial(rest, {1.3276459e-3f, 9.6755396e-3f, 5.5507133e-2f, 2.402212e-1f,
-                                        6.9314697e-1f, 1.0000001f})
-                    : polynomial(rest, {5.5171498e-2f, 2.4261084e-1f, 6.9326099e-1f, 9.9992809e-1f});
-  const vec power = y * (vec)((ints)shifted << 23);
-  if (DIGITS != OF_BFLOAT16) return power;
-  return (vec)(__builtin_convertvector(round_bf16(power), ints) << 16);
-#endif
-}
-
-// The logarithm to base 2 of a normal float, to 5e-8; of what is not finite, not a number. It is that
-// of a power of 2 and the polynomial of least error for a number from sqrt(1/2) to sqrt(2).
-INLINE vec log2(vec x) {
-  const ints power = ((ints)x - 0x3f3504f3) >> 23;
-  const vec rest = (vec)((ints)x - (power << 23)) - all(1);
-  const vec y = polynomial(rest, {0.12614846f, -0.20742103f, 0.21566986f, -0.23892035f, 0.28791833f,
-                                  -0.36070484f, 0.4809106f, -0.72134733f, 1.442695f});
-  return y * rest + __builtin_convertvector(power, vec) + (x - x);
-}
-
-#ifdef EMULATED
-INLINE vec dot_pairs(vec x, vec y, vec sum) {
-  const ints a = (ints)x, b = (ints)y, high = ints{} - 0x10000;
-  return (vec)(a & high) * (vec)(b & high) + ((vec)(a << 16) * (vec)(b << 16) + sum);
-}
-#endif
-
-// Numbers of a row in memory, of whatever type, to floats and back.
-
-INLINE vec from_bits(DType dtype, halves bits) {
-  const ints wide = __builtin_convertvector(bits, ints);
-  if (dtype == BFLOAT16) return (vec)(wide << 16);
-  const vec finite = (vec)((wide & 0x7fff) << 13) * all(5.1922969e33f);  // 2^112
-  const ints special = (wide & 0x7c00) == 0x7c00;
-  return (vec)((ints)finite | (special & 0x7f800000) | ((wide & 0x8000) << 16));
-}
-
-INLINE halves to_bits(DType dtype, vec x) {
-  if (dtype == BFLOAT16) return round_bf16(x);
-  const ints bits = (ints)x, size = bits & 0x7fffffff;
-  const ints normal = (size + (0xfff - (112 << 23)) + ((size >> 13) & 1)) >> 13;
-  const ints tiny = (ints)((vec)size + all(0.5f)) - 0x3f000000;
-  const ints above = size > 0x7f800000 ? ints{} + 0x7e00 : ints{} + 0x7c00;
-  ints result = size < 0x38800000 ? tiny : normal;
-  result = size >= 0x47800000 ? above : result;
-  return __builtin_convertvector(result | ((bits >> 16) & 0x8000), halves);
-}
-
-INLINE vec load_numbers(DType dtype, const char *from, int64_t left) {
-  if (dtype == FLOAT32) {
-    vec x{};
-    std::memcpy(&x, from, left < LANES ? left * 4 : sizeof x);
-    return x;
-  }
-  halves bits{};
-  std::memcpy(&bits, from, left < LANES ? left * 2 : sizeof bits);
-  return from_bits(dtype, bits);
-}
-
-INLINE void store_numbers(DType dtype, char *to, vec x, int64_t left) {
-  if (dtype == FLOAT32) {
-    std::memcpy(to, &x, left < LANES ? left * 4 : sizeof x);
-    return;
-  }
-  const halves bits = to_bits(dtype, x);
-  std::memcpy(to, &bits, left < LANES ? left * 2 : sizeof bits);
-}
-
-template <Product HOW> INLINE vec add_product(vec x, vec y, vec sum) {
-#if HAS_PAIRS
-  if constexpr (HOW != FLOATS) return dot_pairs(x, y, sum);
-#endif
-  return x * y + sum;
-}
-
-#ifdef EMULATED
-thread_local vec tiles[8][LANES];
-INLINE void begin_tiles() {}
-INLINE void end_tiles() {}
-
-NOINLINE void load_tile(int tile, const float *from, int64_t step) {
-  for (int i = 0; i < LANES; i++) tiles[tile][i] = load(from + i * step);
-}
-
-NOINLINE void store_tile(int tile, float *to, int64_t step) {
-  for (int i = 0; i < LANES; i++) store(to + i * step, tiles[tile][i]);
-}
-
-NOINLINE void add_product(int c, int a, int b) {
-  for (int i = 0; i < LANES; i++)
-    for (int k = 0; k < LANES; k++)
-      tiles[c][i] = dot_pairs(all(tiles[a][i][k]), tiles[b][k], tiles[c][i]);
-}
-
-#define ZERO_TILE(tile) std::memset(tiles[tile], 0, sizeof tiles[tile])
-#define LOAD_TILE load_tile
-#define STORE_TILE store_tile
-#define ADD_PRODUCT add_product
-#endif
-
-#if HAS_TILES
-// Sums of products, and where they are in memory: the tiles 0 and 1, and below 2 and 3.
-template <int COLUMNS> INLINE void begin_sums(const float *c, int64_t c_step, bool is_first) {
-  if (is_first) {
-    ZERO_TILE(0);
-    ZERO_TILE(2);
-    if (COLUMNS > 1) ZERO_TILE(1);
-    if (COLUMNS > 1) ZERO_TILE(3);
-  } else {
-    LOAD_TILE(0, c, c_step);
-    LOAD_TILE(2, c + LANES * c_step, c_step);
-    if (COLUMNS > 1) LOAD_TILE(1, c + LANES, c_step);
-    if (COLUMNS > 1) LOAD_TILE(3, c + LANES * c_step + LANES, c_step);
-  }
-}
-
-template <int COLUMNS> INLINE void end_sums(float *c, int64_t c_step) {
-  STORE_TILE(0, c, c_step);
-  STORE_TILE(2, c + LANES * c_step, c_step);
-  if (COLUMNS > 1) STORE_TILE(1, c + LANES, c_step);
-  if (COLUMNS > 1) STORE_TILE(3, c + LANES * c_step + LANES, c_step);
-}
-
-// For LANES words of depth: a is in the tiles 4 and below 5, columns of b in 6.
-template <int COLUMNS>
-INLINE void add_to_sums(const float *a, int64_t row, const float *b, int64_t b_step) {
-  LOAD_TILE(4, a, row);
-  LOAD_TILE(6, b, b_step);
-  ADD_PRODUCT(0, 4, 6);
-  LOAD_TILE(5, a + LANES * row, row);
-  ADD_PRODUCT(2, 5, 6);
-  if (COLUMNS == 1) return;
-  LOAD_TILE(6, b + LANES, b_step);
-  ADD_PRODUCT(1, 4, 6);
-  ADD_PRODUCT(3, 5, 6);
-}
-
-// c[i*c_step + j] = c[...] * !is_first + sum of a[i*row + k] * b[k*b_step + j], for ROWS rows and
-// COLUMNS registers of columns.
-template <int COLUMNS>
-INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row, const float *b,
-                           int64_t b_step, int64_t depth, bool is_first) {
-  asm volatile("" ::: "memory");  // GCC does not know that tiles are read from memory
-  begin_sums<COLUMNS>(c, c_step, is_first);
-  for (int64_t k = 0; k < depth; k += LANES)
-    add_to_sums<COLUMNS>(a + k, row, b + k * b_step, b_step);
-  end_sums<COLUMNS>(c, c_step);
-}
-
-// Products of ROWS rows of a and TILE columns of b of LANES words each, beside sums in tiles.
-INLINE void multiply_beside(float *c, const float *a, const float *b) {
-  LOAD_TILE(4, a, LANES);
-  LOAD_TILE(5, a + LANES * LANES, LANES);
-  for (int64_t j = 0; j < TILE; j += LANES) {
-    LOAD_TILE(6, b + j, TILE);
-    ZERO_TILE(7);
-    ADD_PRODUCT(7, 4, 6);
-    STORE_TILE(7, c + j, TILE);
-    ZERO_TILE(7);
-    ADD_PRODUCT(7, 5, 6);
-    STORE_TILE(7, c + LANES * TILE + j, TILE);
-  }
-}
-#endif
-
-// sums[i] += a[i*row + k*step] * b[k*b_step...] for all k; where it is the first, sums are taken for
-// zeros.
-template <Product HOW, int COLUMNS>
-INLINE void multiply(vec (&sums)[ROWS][COLUMNS], const float *a, int64_t row, int64_t step,
-                     const float *b, int64_t b_step, int64_t depth, bool is_first) {
-#if HAS_TILES
-  if constexpr (HOW == TILES_OF_PAIRS)
-    return multiply_tiles<COLUMNS>(reinterpret_cast<float *>(sums), COLUMNS * LANES, a, row, b,
-                                   b_step, depth, is_first);
-#endif
-  if (is_first)
-    UNROLL for (int i = 0; i < ROWS; i++)
-      UNROLL for (int j = 0; j < COLUMNS; j++) sums[i][j] = vec{};
-  for (int64_t k = 0; k < depth; k++, a += step, b += b_step) {
-    vec right[COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++) right[j] = load(b + j * LANES);
-    UNROLL for (int i = 0; i < ROWS; i++) {
-      const vec left = all(a[i * row]);
-      UNROLL for (int j = 0; j < COLUMNS; j++)
-        sums[i][j] = add_product<HOW>(left, right[j], sums[i][j]);
-    }
-  }
-}
-
-// c[i*c_step + j] = c[i*c_step + j] * factors[i] + sum of a[i*row + k*step] * b[k*b_step + j], for
-// ROWS rows and COLUMNS registers of columns. Where a block is the first, c is taken for zeros.
-template <Product HOW, int COLUMNS>
-NOINLINE void multiply_block(const float *a, int64_t row, int64_t step, const float *b,
-                             int64_t b_step, int64_t depth, float *c, int64_t c_step,
-                             const float *factors, bool is_first) {
-#if HAS_TILES
-  if constexpr (HOW == TILES_OF_PAIRS) {
-    if (factors)
-      for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLUMNS; j++) {
-          float *at = c + i * c_step + j * LANES;
-          store(at, load(at) * all(factors[i]));
-        }
-    return multiply_tiles<COLUMNS>(c, c_step, a, row, b, b_step, depth, is_first);
-  }
-#endif
-  vec sums[ROWS][COLUMNS];
-  UNROLL for (int i = 0; i < ROWS; i++)
-    UNROLL for (int j = 0; j < COLUMNS; j++) {
-      sums[i][j] = is_first ? vec{} : load(c + i * c_step + j * LANES);
-      if (factors) sums[i][j] *= all(factors[i]);
-    }
-  multiply<HOW, COLUMNS>(sums, a, row, step, b, b_step, depth, false);
-  UNROLL for (int i = 0; i < ROWS; i++)
-    UNROLL for (int j = 0; j < COLUMNS; j++) store(c + i * c_step + j * LANES, sums[i][j]);
-}
-
-// Of `count` columns, of which those up to a whole register are there.
-template <Product HOW>
-INLINE void multiply_columns(const float *a, int64_t row, int64_t step, const float *b,
-                             int64_t b_step, int64_t depth, float *c, int64_t c_step, int64_t count,
-                             const float *factors, bool is_first) {
-  for (int64_t j = 0; j < count; j += TILE)
-    if (count - j > LANES)
-      multiply_block<HOW, 2>(a, row, step, b + j, b_step, depth, c + j, c_step, factors, is_first);
-    else
-      multiply_block<HOW, 1>(a, row, step, b + j, b_step, depth, c + j, c_step, factors, is_first);
-}
-
-// Rows of `words` words to panels (rows / TILE, words, TILE); both in whole tiles and fours.
-void transpose(const float *rows, int64_t count, int64_t words, float *panels) {
-  for (int64_t row = 0; row < count; row += 4) {
-    const float *from = rows + row * words;
-    float *to = panels + row / TILE * TILE * words + row % TILE;
-    for (int64_t word = 0; word < words; word += 4) {
-      quad a, b, c, d;
-      std::memcpy(&a, from + word, 16);
-      std::memcpy(&b, from + words + word, 16);
-      std::memcpy(&c, from + 2 * words + word, 16);
-      std::memcpy(&d, from + 3 * words + word, 16);
-      const quad ab = SHUFFLE(a, b, 0, 4, 1, 5), cd = SHUFFLE(c, d, 0, 4, 1, 5);
-      const quad AB = SHUFFLE(a, b, 2, 6, 3, 7), CD = SHUFFLE(c, d, 2, 6, 3, 7);
-      const quad columns[4] = {SHUFFLE(ab, cd, 0, 1, 4, 5), SHUFFLE(ab, cd, 2, 3, 6, 7),
-                               SHUFFLE(AB, CD, 0, 1, 4, 5), SHUFFLE(AB, CD, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; i++) std::memcpy(to + (word + i) * TILE, &columns[i], 16);
-    }
-  }
-}
+#include "vectors.h"
+#include "tiles.h"
+#include "products.h"
 
 // D: the number of channels of a head, or 0 for any.
 template <Product HOW, int D> struct Kernel {
@@ -409,12 +62,16 @@ template <Product HOW, int D> struct Kernel {
   const Call &call;
   // Of a group, its rows of numbers one after another (with PAIRS in bfloat16); panels of keys and
   // values; keys and values as words of a channel.
-  float *raw = nullptr, *key_panels = nullptr, *value_panels = nullptr, *keys = nullptr, *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
+  float *raw = nullptr, *key_panels = nullptr, *value_panels = nullptr, *keys = nullptr,
+        *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
   // Of a block of queries: words along channels, and (PAIRS) along queries; results.
-  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr, *attended = nullptr, *tops = nullptr, *totals = nullptr, *factors = nullptr;
+  float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr,
+        *attended = nullptr, *row_max = nullptr, *totals = nullptr, *factors = nullptr;
   // Logits that become weights, their gradients; (PAIRS) the words of both.
-  float *weights = nullptr, *weight_pairs = nullptr, *slopes = nullptr, *slope_words = nullptr, *slope_pairs = nullptr;
-  float *flipped = nullptr, *grad_flipped = nullptr, *strips = nullptr, *grad_strips = nullptr;  // the head's table, and its strips
+  float *weights = nullptr, *weight_pairs = nullptr, *ds = nullptr, *ds_words = nullptr,
+        *ds_pairs = nullptr;
+  // The head's table, and its strips.
+  float *flipped = nullptr, *grad_flipped = nullptr, *strips = nullptr, *grad_strips = nullptr;
   int64_t *tokens = nullptr, *next_tokens = nullptr;  // of the group's members, row by row
   const float *bias[BLOCK];
   float *grad_bias[BLOCK];
@@ -461,11 +118,11 @@ template <Product HOW, int D> struct Kernel {
     values = arena.take(room);
     queries = arena.take(block);
     attended = arena.take(block);
-    tops = arena.take(BLOCK);
+    row_max = arena.take(BLOCK);
     totals = arena.take(BLOCK * LANES);
     factors = arena.take(BLOCK);
     weights = arena.take(BLOCK * KEYS);
-    slope_words = arena.take(PAIRS ? BLOCK * KEYS / 2 : 0);
+    ds_words = arena.take(PAIRS ? BLOCK * KEYS / 2 : 0);
     flipped = arena.take((2 * call.largest_rows - 1) * across() + LANES);
     int64_t strip_room = 0;
     for (const Run &rows : call.rows)
@@ -483,10 +140,10 @@ template <Product HOW, int D> struct Kernel {
     grads = arena.take(block);
     query_pairs = PAIRS ? arena.take(block) : queries;
     grad_pairs = PAIRS ? arena.take(block) : grads;
-    slopes = PAIRS ? weights : arena.take(BLOCK * KEYS);
+    ds = PAIRS ? weights : arena.take(BLOCK * KEYS);
     weight_pairs = PAIRS ? arena.take(BLOCK * KEYS / 2) : weights;
-    slope_pairs = PAIRS ? arena.take(BLOCK * KEYS / 2) : slopes;
-    if (!PAIRS) slope_words = slopes;
+    ds_pairs = PAIRS ? arena.take(BLOCK * KEYS / 2) : ds;
+    if (!PAIRS) ds_words = ds;
     grad_strips = arena.take(strip_room);
   }
 
@@ -710,22 +367,22 @@ template <Product HOW, int D> struct Kernel {
 
   // What follows is of a tile: of ROWS queries and COLUMNS registers of keys.
 
-  // Products of queries and keys or, for slopes, of gradients and values.
+  // Products of queries and keys or, for ds, of gradients and values.
   template <int COLUMNS, Result RESULT>
   INLINE void multiply_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) const {
-    constexpr bool HAS_BIAS = RESULT != SLOPES && !PAIRS;  // for which queries are scaled
+    constexpr bool HAS_BIAS = RESULT != DS && !PAIRS;  // for which queries are scaled
     if (HAS_BIAS)
       UNROLL for (int i = 0; i < ROWS; i++)
         UNROLL for (int j = 0; j < COLUMNS; j++)
           x[i][j] = load(bias[i0 + i] + first + key + j * LANES);
-    multiply<HOW, COLUMNS>(x, (RESULT == SLOPES ? grads : queries) + i0 * words(), words(), 1,
-                           (RESULT == SLOPES ? value_panels : key_panels) + (first + key) * words(),
+    multiply<HOW, COLUMNS>(x, (RESULT == DS ? grads : queries) + i0 * words(), words(), 1,
+                           (RESULT == DS ? value_panels : key_panels) + (first + key) * words(),
                            TILE, depth(dim()), !HAS_BIAS);
   }
 
-  // Logits, times log2(e), or weights: in the forward pass, with tops of 0, for products, with their
-  // sums by lane, in the backward pass with the pairs of two rows. What is behind the last of `count`
-  // keys has no weight.
+  // Logits, times log2(e), or weights: in the forward pass (without row_max) as operands of products,
+  // with their sums by lane; in the backward pass with the pairs of two rows. Keys after the last of
+  // `count` have no weight.
   template <int COLUMNS, Result RESULT>
   INLINE void give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
                                 int64_t count) {
@@ -744,7 +401,7 @@ template <Product HOW, int D> struct Kernel {
     float *const total = totals + i0 * LANES, *const to = weights, *const words = given();
     const int64_t queries_left = queries_here - i0, at_bias = first + key, at = i0 * KEYS + key;
     UNROLL for (int i = 0; i < ROWS; i += 2) {
-      if (RESULT == WEIGHTS && i >= queries_left) return;
+      if (RESULT == P && i >= queries_left) return;
       vec y[2][COLUMNS];
       UNROLL for (int row = 0; row < 2; row++) {
         const float *const here = biases[i + row] + at_bias;
@@ -752,13 +409,13 @@ template <Product HOW, int D> struct Kernel {
           vec &one = y[row][j] = x[i + row][j];
           if (PAIRS) one = one * scale + load(here + j * LANES);
           if (RESULT == LOGITS) continue;
-          if (RESULT == WEIGHTS) one = weight(one);
-          else one = exp2<PAIRS ? ROUGH : OF_FLOATS>(one - all(tops[i0 + i + row]));
+          if (RESULT == P) one = weight(one);
+          else one = exp2<PAIRS ? ROUGH : OF_FLOATS>(one - all(row_max[i0 + i + row]));
           if (!IS_WHOLE) one = first_lanes(count - key - j * LANES, one, vec{});
         }
       }
       UNROLL for (int row = 0; row < 2; row++) {
-        if (RESULT == WEIGHTS) {
+        if (RESULT == P) {
           const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
           float *sum = total + (i + row) * LANES;
           store(sum, load(sum) + (y[row][0] + second));
@@ -768,7 +425,7 @@ template <Product HOW, int D> struct Kernel {
             store(to + at + (i + row) * KEYS + j * LANES, y[row][j]);
         }
       }
-      if constexpr (PAIRS && RESULT == WEIGHTS_TWICE)
+      if constexpr (PAIRS && RESULT == P_AND_P_PAIRS)
         UNROLL for (int j = 0; j < COLUMNS; j++)
           store(weight_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
                 side_by_side(round_both(y[0][j], y[1][j])));
@@ -779,7 +436,7 @@ template <Product HOW, int D> struct Kernel {
   static INLINE vec weight(vec logit) { return exp2<PAIRS ? OF_BFLOAT16 : OF_FLOATS>(logit); }
 
   // Weights as they are multiplied with the values.
-  INLINE float *given() const { return PAIRS ? slope_words : weights; }
+  INLINE float *given() const { return PAIRS ? ds_words : weights; }
 
   // Of TILE keys or, if they are the last, LANES. With TILES those are a pair that are LANES apart.
   static INLINE void give_weights(float *to, int64_t at, vec first, vec second) {
@@ -793,7 +450,7 @@ template <Product HOW, int D> struct Kernel {
 
   // Gradients of logits: weight * (gradient of the weight - their mean).
   template <int COLUMNS>
-  INLINE void give_slopes_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) {
+  INLINE void give_ds_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) {
     UNROLL for (int i = 0; i < ROWS; i += 2) {
       const int64_t at = (i0 + i) * KEYS + key;
       vec y[2][COLUMNS];
@@ -804,7 +461,7 @@ template <Product HOW, int D> struct Kernel {
           const int64_t here = at + row * KEYS + j * LANES;
           y[row][j] = load(weights + here) * (x[i + row][j] - mean);
           store(to + j * LANES, load(to + j * LANES) + y[row][j]);
-          if constexpr (!PAIRS) store(slopes + here, y[row][j]);
+          if constexpr (!PAIRS) store(ds + here, y[row][j]);
         }
       }
       if constexpr (PAIRS)
@@ -812,9 +469,9 @@ template <Product HOW, int D> struct Kernel {
           const vec both = round_both(y[0][j], y[1][j]);
           halves rows[2];
           std::memcpy(rows, &both, sizeof both);
-          store_halves(slope_words, at + j * LANES, rows[0]);
-          store_halves(slope_words, at + KEYS + j * LANES, rows[1]);
-          store(slope_pairs + (i0 + i) / 2 * KEYS + key + j * LANES, side_by_side(both));
+          store_halves(ds_words, at + j * LANES, rows[0]);
+          store_halves(ds_words, at + KEYS + j * LANES, rows[1]);
+          store(ds_pairs + (i0 + i) / 2 * KEYS + key + j * LANES, side_by_side(both));
         }
     }
   }
@@ -822,7 +479,7 @@ template <Product HOW, int D> struct Kernel {
   template <int COLUMNS, Result RESULT>
   INLINE void give_tile(vec (&x)[ROWS][COLUMNS], int64_t i, int64_t first, int64_t key,
                         int64_t count) {
-    if constexpr (RESULT == SLOPES) give_slopes_tile<COLUMNS>(x, i, first, key);
+    if constexpr (RESULT == DS) give_ds_tile<COLUMNS>(x, i, first, key);
     else give_weights_tile<COLUMNS, RESULT>(x, i, first, key, count);
   }
 
@@ -856,64 +513,63 @@ template <Product HOW, int D> struct Kernel {
   }
 
   // The largest logit of a query.
-  INLINE float top_of(int64_t i, int64_t many) {
+  INLINE float largest_logit(int64_t i, int64_t many) {
     float *row = weights + i * KEYS;
-    vec top0 = all(-INFINITY), top1 = top0;
+    vec max0 = all(-INFINITY), max1 = max0;
     if (many % LANES) {
       float *at = row + many / LANES * LANES;
-      store(at, first_lanes(many % LANES, load(at), top0));  // no weight behind the last
+      store(at, first_lanes(many % LANES, load(at), max0));  // no weight behind the last
     }
     int64_t key = 0;
     for (; key + LANES < many; key += TILE) {
-      top0 = larger(load(row + key), top0);
-      top1 = larger(load(row + key + LANES), top1);
+      max0 = larger(load(row + key), max0);
+      max1 = larger(load(row + key + LANES), max1);
     }
-    if (key < many) top0 = larger(load(row + key), top0);
-    return largest_of(larger(top0, top1));
+    if (key < many) max0 = larger(load(row + key), max0);
+    return largest_of(larger(max0, max1));
   }
 
-  // Raises `tops` to the largest logits of those before and these. The factors are what sums up to
-  // here are to be multiplied with. A row does not wait for the result of another.
-  INLINE void raise_tops(int64_t many) {
+  // Updates `row_max` with these logits. `factors` rescale earlier sums to it. No row waits for the result
+  // of another.
+  INLINE void update_row_max(int64_t many) {
     for (int64_t i = 0; i < queries_here; i++) {
-      const float before = tops[i], top = top_of(i, many);
-      tops[i] = top > before ? top : before;
-      factors[i] = before - tops[i];
+      const float before = row_max[i], largest = largest_logit(i, many);
+      row_max[i] = largest > before ? largest : before;
+      factors[i] = before - row_max[i];
     }
     for (int64_t i = 0; i < queries_here; i += LANES) store(factors + i, exp2(load(factors + i)));
   }
 
   // Logits of a query to weights; returns their sums by lane.
   INLINE vec weigh_row(int64_t i, int64_t many) {
-    const vec top = all(tops[i]);
+    const vec shift = all(row_max[i]);
     vec sum0{}, sum1{};
     int64_t at = i * KEYS, key = 0;
     for (; key + LANES < many; key += TILE, at += TILE) {
-      const vec x0 = weight(load(weights + at) - top);
-      const vec x1 = weight(load(weights + at + LANES) - top);
+      const vec x0 = weight(load(weights + at) - shift);
+      const vec x1 = weight(load(weights + at + LANES) - shift);
       give_weights(given(), at, x0, x1);
       sum0 += x0, sum1 += x1;
     }
     if (key < many) {
-      const vec x = weight(load(weights + at) - top);
+      const vec x = weight(load(weights + at) - shift);
       give_weights(given(), at, x, vec{});
       sum0 += x;
     }
     return sum0 + sum1;
   }
 
-  // What the queries of a block attend to, and sums of their weights by lane, with tops of 0 or, if it
-  // RAISES them, of the largest logits.
-  template <bool RAISES> NOINLINE void attend() {
-    for (int64_t i = 0; i < query_rows; i++) tops[i] = RAISES ? -INFINITY : 0;
+  // Weighted sums of values for the queries of a block, and sums of their weights by lane.
+  template <bool SUBTRACTS_MAX> NOINLINE void attend() {
+    for (int64_t i = 0; i < query_rows; i++) row_max[i] = SUBTRACTS_MAX ? -INFINITY : 0;
     std::memset(totals, 0, query_rows * LANES * 4);
-    if constexpr (TILES && !RAISES) return attend_in_turn();
+    if constexpr (TILES && !SUBTRACTS_MAX) return attend_in_turn();
     for (int64_t key = 0; key < members; key += KEYS) {
       const int64_t many = members - key < KEYS ? members - key : KEYS;
       prefetch(queries_here * key / members, queries_here * (key + many) / members, false);
-      tiles<RAISES ? LOGITS : WEIGHTS>(key, many);
-      if (RAISES) {
-        raise_tops(many);
+      tiles<SUBTRACTS_MAX ? LOGITS : P>(key, many);
+      if (SUBTRACTS_MAX) {
+        update_row_max(many);
         for (int64_t i = 0; i < queries_here; i++) {
           float *total = totals + i * LANES;
           store(total, load(total) * all(factors[i]) + weigh_row(i, many));
@@ -923,7 +579,7 @@ template <Product HOW, int D> struct Kernel {
         multiply_columns<HOW>(given() + i * depth(KEYS), depth(KEYS), 1,
                               values + depth(key) * wide(), wide(), depth(in_tiles(many)),
                               attended + i * wide(), wide(), wide(),
-                              RAISES && key > 0 ? factors + i : nullptr, key == 0);
+                              SUBTRACTS_MAX && key > 0 ? factors + i : nullptr, key == 0);
     }
   }
 
@@ -953,7 +609,7 @@ template <Product HOW, int D> struct Kernel {
       }
       if (n > 1) {
         if (last.key == 0) begin_sums<2>(nullptr, 0, true);
-        add_to_sums<2>(slope_words + (last.query * KEYS + n % 2 * TILE) / 2, KEYS / 2,
+        add_to_sums<2>(ds_words + (last.query * KEYS + n % 2 * TILE) / 2, KEYS / 2,
                        values + last.key / 2 * wide(), wide());
         if (last.key + TILE >= members) end_sums<2>(attended + last.query * wide(), wide());
         last.go_on(members);
@@ -961,7 +617,7 @@ template <Product HOW, int D> struct Kernel {
       asm volatile("" ::: "memory");
       if (n > 0 && n <= number) {
         const int64_t at = (n - 1) % 2 * TILE;
-        give_weights_tile<2, WEIGHTS>(logits[(n - 1) % 2], here.query, here.key - at, at,
+        give_weights_tile<2, P>(logits[(n - 1) % 2], here.query, here.key - at, at,
                                       members - here.key + at);
         here.go_on(members);
       }
@@ -969,8 +625,8 @@ template <Product HOW, int D> struct Kernel {
 #endif
   }
 
-  // Sums of weights of a block's queries, instead of those by lane. Returns whether all are such that
-  // floats are exact for tops of 0, for values up to 2^63, too.
+  // Adds the sums of weights by lane up. Returns whether floats are exact without max subtraction, for
+  // values up to 2^63.
   INLINE bool add_lanes() {
     bool fits = true;
     for (int64_t i = 0; i < queries_here; i++) {
@@ -980,12 +636,12 @@ template <Product HOW, int D> struct Kernel {
     return fits;
   }
 
-  // What the queries of a block attend to, and the logarithms of their sums of exponentials.
+  // Writes the output of a block's queries and the logarithms of their sums of exponentials.
   INLINE void give_block() const {
     for (int64_t i = 0; i < queries_here; i += LANES) {
       const vec total = load(totals + i);
       store(factors + i, all(1) / total);
-      store(totals + i, (load(tops + i) + log2(total)) * all(LN_2));
+      store(totals + i, (load(row_max + i) + log2(total)) * all(LN_2));
     }
     const auto rows = rows_in(call.out, head, 0, 1);
     float *norms = call.norms + head;
@@ -1019,7 +675,7 @@ template <Product HOW, int D> struct Kernel {
   }
 
   // Sums over the queries of a block for `many` keys from `key` on: of their weights by `grad_pairs`
-  // or of their slopes by `query_pairs`, (members, channels) or (channels, padded).
+  // or of their ds by `query_pairs`, (members, channels) or (channels, padded).
   INLINE void add_gradients(float *sums, const float *pairs, const float *of_keys, int64_t key,
                             int64_t many, int64_t count, int64_t padded, bool is_first) const {
     if (TILES)
@@ -1053,21 +709,21 @@ template <Product HOW, int D> struct Kernel {
                  load_numbers(dtype(), grad + from, dim() - c);
         }
         totals[i] = sum_of(sum);
-        tops[i] = call.norms[token * call.heads + head] * LOG2_E;
+        row_max[i] = call.norms[token * call.heads + head] * LOG2_E;
       }
       std::memset(grads + count * words(), 0, (rows - count) * words() * 4);
-      for (int64_t i = count; i < rows; i++) totals[i] = 0, tops[i] = INFINITY;  // weights of 0
+      for (int64_t i = count; i < rows; i++) totals[i] = 0, row_max[i] = INFINITY;  // weights of 0
       if (PAIRS) pair_rows(queries, rows, query_pairs), pair_rows(grads, rows, grad_pairs);
 
       for (int64_t key = 0; key < members; key += KEYS) {
         const int64_t many = members - key < KEYS ? members - key : KEYS;
-        tiles<WEIGHTS_TWICE>(key, many);
+        tiles<P_AND_P_PAIRS>(key, many);
         prefetch(count * key / members, count * (key + many) / members, true);
-        tiles<SLOPES>(key, many);
+        tiles<DS>(key, many);
         add_gradients(grad_values, grad_pairs, weight_pairs, key, many, count, padded, first == 0);
-        add_gradients(grad_keys, query_pairs, slope_pairs, key, many, count, padded, first == 0);
+        add_gradients(grad_keys, query_pairs, ds_pairs, key, many, count, padded, first == 0);
         for (int64_t i = 0; i < rows; i += ROWS)
-          multiply_columns<HOW>(slope_words + i * depth(KEYS), depth(KEYS), 1,
+          multiply_columns<HOW>(ds_words + i * depth(KEYS), depth(KEYS), 1,
                                 keys + depth(key) * wide(), wide(), depth(in_tiles(many)),
                                 attended + i * wide(), wide(), wide(), nullptr, key == 0);
       }
