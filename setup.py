@@ -21,7 +21,7 @@ NO_EXTENSION = 'CROSSFORMER_MM_NO_EXTENSION'
 CSRC = 'crossformer_mm/kernels/csrc'
 kernel = Extension(
     'crossformer_mm.kernels._native',
-    [f'{CSRC}/binding.cpp', f'{CSRC}/avx2_wide.cpp'],
+    sorted(glob(f'{CSRC}/*.cpp')),
     optional=True,
     depends=sorted(glob(f'{CSRC}/*.h')),
     define_macros=[('Py_LIMITED_API', '0x03090000')],

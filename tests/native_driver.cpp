@@ -3,7 +3,7 @@
 //
 //     g++ -std=c++17 -O1 -ffp-contract=fast -pthread native_driver.cpp
 #include "../crossformer_mm/kernels/csrc/avx2_wide.cpp"
-#include "../crossformer_mm/kernels/csrc/dispatch.h"
+#include "../crossformer_mm/kernels/csrc/dispatch.cpp"
 
 #include <cstdio>
 

@@ -3,19 +3,27 @@
 
 #include "dispatch.h"
 
+using namespace native;
+
 namespace {
 
-PyObject *py_attend(PyObject *, PyObject *args) {
+// Takes its arguments by name.
+PyObject *py_attend(PyObject *, PyObject *positional, PyObject *named) {
+  static const char *names[] = {
+      "instructions", "pool", "threads", "dtype", "qkv", "table", "out", "norms", "batch",
+      "height", "width", "heads", "dim", "table_rows", "table_columns", "rows", "columns", "scale",
+      "grad_out", "grad_qkv", "grad_table", nullptr};
   const char *name;
-  unsigned long long pool, qkv, table, out, norms, grad_out, grad_qkv, grad_table;
+  unsigned long long pool, qkv, table, out, norms, grad_out = 0, grad_qkv = 0, grad_table = 0;
   int threads, dtype;
   long long batch, height, width, heads, dim, table_rows, table_columns;
   long long row[3], column[3];
   float scale;
-  if (!PyArg_ParseTuple(args, "sKiiKKKKKKKLLLLLLL(LLL)(LLL)f", &name, &pool, &threads, &dtype, &qkv,
-                        &table, &out, &norms, &grad_out, &grad_qkv, &grad_table, &batch, &height,
-                        &width, &heads, &dim, &table_rows, &table_columns, &row[0], &row[1],
-                        &row[2], &column[0], &column[1], &column[2], &scale))
+  if (!PyArg_ParseTupleAndKeywords(
+          positional, named, "sKiiKKKKLLLLLLL(LLL)(LLL)f|KKK", const_cast<char **>(names), &name,
+          &pool, &threads, &dtype, &qkv, &table, &out, &norms, &batch, &height, &width, &heads,
+          &dim, &table_rows, &table_columns, &row[0], &row[1], &row[2], &column[0], &column[1],
+          &column[2], &scale, &grad_out, &grad_qkv, &grad_table))
     return nullptr;
   Work *work = nullptr;
   for (const InstructionSet &set : instruction_sets())
@@ -46,10 +54,11 @@ PyObject *py_supported(PyObject *, PyObject *) {
 }
 
 PyMethodDef methods[] = {
-    {"attend", py_attend, METH_VARARGS,
-     "attend(instructions, pool, threads, dtype, qkv, table, out, norms, grad_out, grad_qkv,\n"
-     "grad_table, batch, height, width, heads, dim, table_rows, table_columns, rows, columns,\n"
-     "scale): with addresses of contiguous arrays; those of gradients are 0 in the forward pass."},
+    {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_attend)),
+     METH_VARARGS | METH_KEYWORDS,
+     "attend(instructions, pool, threads, dtype, qkv, table, out, norms, batch, height, width,\n"
+     "heads, dim, table_rows, table_columns, rows, columns, scale, grad_out=0, grad_qkv=0,\n"
+     "grad_table=0): arrays are addresses of contiguous numbers; with gradients: backward pass."},
     {"supported", py_supported, METH_NOARGS,
      "Names of the instruction sets that this processor has, best first."},
     {nullptr, nullptr, 0, nullptr}};

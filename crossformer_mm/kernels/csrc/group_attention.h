@@ -365,73 +365,6 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // What follows is of a tile: of ROWS queries and COLUMNS registers of keys.
-
-  // Products of queries and keys or, for ds, of gradients and values.
-  template <int COLUMNS, Result RESULT>
-  INLINE void multiply_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) const {
-    constexpr bool HAS_BIAS = RESULT != DS && !PAIRS;  // for which queries are scaled
-    if (HAS_BIAS)
-      UNROLL for (int i = 0; i < ROWS; i++)
-        UNROLL for (int j = 0; j < COLUMNS; j++)
-          x[i][j] = load(bias[i0 + i] + first + key + j * LANES);
-    multiply<HOW, COLUMNS>(x, (RESULT == DS ? grads : queries) + i0 * words(), words(), 1,
-                           (RESULT == DS ? value_panels : key_panels) + (first + key) * words(),
-                           TILE, depth(dim()), !HAS_BIAS);
-  }
-
-  // Logits, times log2(e), or weights: in the forward pass (without row_max) as operands of products,
-  // with their sums by lane; in the backward pass with the pairs of two rows. Keys after the last of
-  // `count` have no weight.
-  template <int COLUMNS, Result RESULT>
-  INLINE void give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
-                                int64_t count) {
-    if (RESULT == LOGITS || count - key >= COLUMNS * LANES)
-      give_weights_rows<COLUMNS, RESULT, true>(x, i0, first, key, count);
-    else
-      give_weights_rows<COLUMNS, RESULT, false>(x, i0, first, key, count);
-  }
-
-  // Addresses are taken first, so that no compiler takes them again after each number it stores.
-  template <int COLUMNS, Result RESULT, bool IS_WHOLE>
-  INLINE void give_weights_rows(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
-                                int64_t count) {
-    const vec scale = all(call.scale * LOG2_E);
-    const float *const *const biases = bias + i0;
-    float *const total = totals + i0 * LANES, *const to = weights, *const words = given();
-    const int64_t queries_left = queries_here - i0, at_bias = first + key, at = i0 * KEYS + key;
-    UNROLL for (int i = 0; i < ROWS; i += 2) {
-      if (RESULT == P && i >= queries_left) return;
-      vec y[2][COLUMNS];
-      UNROLL for (int row = 0; row < 2; row++) {
-        const float *const here = biases[i + row] + at_bias;
-        UNROLL for (int j = 0; j < COLUMNS; j++) {
-          vec &one = y[row][j] = x[i + row][j];
-          if (PAIRS) one = one * scale + load(here + j * LANES);
-          if (RESULT == LOGITS) continue;
-          if (RESULT == P) one = weight(one);
-          else one = exp2<PAIRS ? ROUGH : OF_FLOATS>(one - all(row_max[i0 + i + row]));
-          if (!IS_WHOLE) one = first_lanes(count - key - j * LANES, one, vec{});
-        }
-      }
-      UNROLL for (int row = 0; row < 2; row++) {
-        if (RESULT == P) {
-          const vec second = COLUMNS > 1 ? y[row][COLUMNS - 1] : vec{};
-          float *sum = total + (i + row) * LANES;
-          store(sum, load(sum) + (y[row][0] + second));
-          give_weights(words, at + (i + row) * KEYS, y[row][0], second);
-        } else {
-          UNROLL for (int j = 0; j < COLUMNS; j++)
-            store(to + at + (i + row) * KEYS + j * LANES, y[row][j]);
-        }
-      }
-      if constexpr (PAIRS && RESULT == P_AND_P_PAIRS)
-        UNROLL for (int j = 0; j < COLUMNS; j++)
-          store(weight_pairs + (i0 + i) / 2 * KEYS + key + j * LANES,
-                side_by_side(round_both(y[0][j], y[1][j])));
-    }
-  }
-
   // Of a logit. Sums are of what is multiplied with the values, so that one key has all the weight.
   static INLINE vec weight(vec logit) { return exp2<PAIRS ? OF_BFLOAT16 : OF_FLOATS>(logit); }
 
@@ -448,141 +381,6 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // Gradients of logits: weight * (gradient of the weight - their mean).
-  template <int COLUMNS>
-  INLINE void give_ds_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) {
-    UNROLL for (int i = 0; i < ROWS; i += 2) {
-      const int64_t at = (i0 + i) * KEYS + key;
-      vec y[2][COLUMNS];
-      UNROLL for (int row = 0; row < 2; row++) {
-        float *to = grad_bias[i0 + i + row] + first + key;
-        const vec mean = all(totals[i0 + i + row]);
-        UNROLL for (int j = 0; j < COLUMNS; j++) {
-          const int64_t here = at + row * KEYS + j * LANES;
-          y[row][j] = load(weights + here) * (x[i + row][j] - mean);
-          store(to + j * LANES, load(to + j * LANES) + y[row][j]);
-          if constexpr (!PAIRS) store(ds + here, y[row][j]);
-        }
-      }
-      if constexpr (PAIRS)
-        UNROLL for (int j = 0; j < COLUMNS; j++) {
-          const vec both = round_both(y[0][j], y[1][j]);
-          halves rows[2];
-          std::memcpy(rows, &both, sizeof both);
-          store_halves(ds_words, at + j * LANES, rows[0]);
-          store_halves(ds_words, at + KEYS + j * LANES, rows[1]);
-          store(ds_pairs + (i0 + i) / 2 * KEYS + key + j * LANES, side_by_side(both));
-        }
-    }
-  }
-
-  template <int COLUMNS, Result RESULT>
-  INLINE void give_tile(vec (&x)[ROWS][COLUMNS], int64_t i, int64_t first, int64_t key,
-                        int64_t count) {
-    if constexpr (RESULT == DS) give_ds_tile<COLUMNS>(x, i, first, key);
-    else give_weights_tile<COLUMNS, RESULT>(x, i, first, key, count);
-  }
-
-  // In a function of its own: all registers are for the sums.
-  template <int COLUMNS, Result RESULT>
-  NOINLINE void tile(int64_t i, int64_t first, int64_t key, int64_t count) {
-    vec x[ROWS][COLUMNS];
-    multiply_tile<COLUMNS, RESULT>(x, i, first, key);
-    give_tile<COLUMNS, RESULT>(x, i, first, key, count);
-  }
-
-  // Of the `count` keys from `first` on.
-  template <Result RESULT> INLINE void tiles(int64_t first, int64_t count) {
-    if constexpr (TILES) return tiles_in_turn<RESULT>(first, count);
-    for (int64_t key = 0; key < count; key += TILE)
-      for (int64_t i = 0; i < query_rows; i += ROWS)
-        count - key > LANES ? tile<2, RESULT>(i, first, key, count)
-                            : tile<1, RESULT>(i, first, key, count);
-  }
-
-  // Tiles are multiplied beside what is done with the one before.
-  template <Result RESULT> NOINLINE void tiles_in_turn(int64_t first, int64_t count) {
-    vec x[2][ROWS][2];
-    const int64_t down = query_rows / ROWS, number = (count + TILE - 1) / TILE * down;
-    for (int64_t n = 0; n <= number; n++) {
-      const int64_t last = n - 1;
-      if (n < number) multiply_tile<2, RESULT>(x[n % 2], n % down * ROWS, first, n / down * TILE);
-      if (n > 0)
-        give_tile<2, RESULT>(x[last % 2], last % down * ROWS, first, last / down * TILE, count);
-    }
-  }
-
-  // The largest logit of a query.
-  INLINE float largest_logit(int64_t i, int64_t many) {
-    float *row = weights + i * KEYS;
-    vec max0 = all(-INFINITY), max1 = max0;
-    if (many % LANES) {
-      float *at = row + many / LANES * LANES;
-      store(at, first_lanes(many % LANES, load(at), max0));  // no weight behind the last
-    }
-    int64_t key = 0;
-    for (; key + LANES < many; key += TILE) {
-      max0 = larger(load(row + key), max0);
-      max1 = larger(load(row + key + LANES), max1);
-    }
-    if (key < many) max0 = larger(load(row + key), max0);
-    return largest_of(larger(max0, max1));
-  }
-
-  // Updates `row_max` with these logits. `factors` rescale earlier sums to it. No row waits for the result
-  // of another.
-  INLINE void update_row_max(int64_t many) {
-    for (int64_t i = 0; i < queries_here; i++) {
-      const float before = row_max[i], largest = largest_logit(i, many);
-      row_max[i] = largest > before ? largest : before;
-      factors[i] = before - row_max[i];
-    }
-    for (int64_t i = 0; i < queries_here; i += LANES) store(factors + i, exp2(load(factors + i)));
-  }
-
-  // Logits of a query to weights; returns their sums by lane.
-  INLINE vec weigh_row(int64_t i, int64_t many) {
-    const vec shift = all(row_max[i]);
-    vec sum0{}, sum1{};
-    int64_t at = i * KEYS, key = 0;
-    for (; key + LANES < many; key += TILE, at += TILE) {
-      const vec x0 = weight(load(weights + at) - shift);
-      const vec x1 = weight(load(weights + at + LANES) - shift);
-      give_weights(given(), at, x0, x1);
-      sum0 += x0, sum1 += x1;
-    }
-    if (key < many) {
-      const vec x = weight(load(weights + at) - shift);
-      give_weights(given(), at, x, vec{});
-      sum0 += x;
-    }
-    return sum0 + sum1;
-  }
-
-  // Weighted sums of values for the queries of a block, and sums of their weights by lane.
-  template <bool SUBTRACTS_MAX> NOINLINE void attend() {
-    for (int64_t i = 0; i < query_rows; i++) row_max[i] = SUBTRACTS_MAX ? -INFINITY : 0;
-    std::memset(totals, 0, query_rows * LANES * 4);
-    if constexpr (TILES && !SUBTRACTS_MAX) return attend_in_turn();
-    for (int64_t key = 0; key < members; key += KEYS) {
-      const int64_t many = members - key < KEYS ? members - key : KEYS;
-      prefetch(queries_here * key / members, queries_here * (key + many) / members, false);
-      tiles<SUBTRACTS_MAX ? LOGITS : P>(key, many);
-      if (SUBTRACTS_MAX) {
-        update_row_max(many);
-        for (int64_t i = 0; i < queries_here; i++) {
-          float *total = totals + i * LANES;
-          store(total, load(total) * all(factors[i]) + weigh_row(i, many));
-        }
-      }
-      for (int64_t i = 0; i < query_rows; i += ROWS)
-        multiply_columns<HOW>(given() + i * depth(KEYS), depth(KEYS), 1,
-                              values + depth(key) * wide(), wide(), depth(in_tiles(many)),
-                              attended + i * wide(), wide(), wide(),
-                              SUBTRACTS_MAX && key > 0 ? factors + i : nullptr, key == 0);
-    }
-  }
-
   struct Place {  // of a tile of logits
     int64_t query, key;
     INLINE void go_on(int64_t members) {
@@ -591,216 +389,47 @@ template <Product HOW, int D> struct Kernel {
     }
   };
 
-  // The same a tile at a time: the next one of logits is multiplied beside the weights of this one and
-  // what is attended with those of the last, whose sums stay in tiles from the first key to the last.
-  INLINE void attend_in_turn() {
-#if HAS_TILES
-    vec logits[2][ROWS][2];
-    const int64_t number = query_rows / ROWS * ((members + TILE - 1) / TILE);
-    const int64_t share = queries_here / number + 1;
-    Place next{}, here{}, last{};
-    for (int64_t n = 0; n < number + 2; n++) {
-      prefetch(n * share, (n + 1) * share, false);
-      asm volatile("" ::: "memory");  // see multiply_tiles
-      if (n < number) {
-        multiply_beside(reinterpret_cast<float *>(logits[n % 2]), queries + next.query * words(),
-                        key_panels + next.key * words());
-        next.go_on(members);
-      }
-      if (n > 1) {
-        if (last.key == 0) begin_sums<2>(nullptr, 0, true);
-        add_to_sums<2>(ds_words + (last.query * KEYS + n % 2 * TILE) / 2, KEYS / 2,
-                       values + last.key / 2 * wide(), wide());
-        if (last.key + TILE >= members) end_sums<2>(attended + last.query * wide(), wide());
-        last.go_on(members);
-      }
-      asm volatile("" ::: "memory");
-      if (n > 0 && n <= number) {
-        const int64_t at = (n - 1) % 2 * TILE;
-        give_weights_tile<2, P>(logits[(n - 1) % 2], here.query, here.key - at, at,
-                                      members - here.key + at);
-        here.go_on(members);
-      }
-    }
-#endif
-  }
-
-  // Adds the sums of weights by lane up. Returns whether floats are exact without max subtraction, for
-  // values up to 2^63.
-  INLINE bool add_lanes() {
-    bool fits = true;
-    for (int64_t i = 0; i < queries_here; i++) {
-      const float total = totals[i] = sum_of(load(totals + i * LANES));
-      fits = fits && total > 0x1p-64f && total < 0x1p64f;
-    }
-    return fits;
-  }
-
-  // Writes the output of a block's queries and the logarithms of their sums of exponentials.
-  INLINE void give_block() const {
-    for (int64_t i = 0; i < queries_here; i += LANES) {
-      const vec total = load(totals + i);
-      store(factors + i, all(1) / total);
-      store(totals + i, (load(row_max + i) + log2(total)) * all(LN_2));
-    }
-    const auto rows = rows_in(call.out, head, 0, 1);
-    float *norms = call.norms + head;
-    for (int64_t i = 0; i < queries_here; i++) {
-      give_row(attended + i * wide(), factors[i], rows[query_tokens[i]]);
-      norms[query_tokens[i] * call.heads] = totals[i];
-    }
-  }
-
-  void forward() {
-    const int64_t padded = take_rows(1, raw);
-    transpose(raw, padded, words(), key_panels);
-    take_rows(2, PAIRS ? raw : values);
-    if (PAIRS) interleave(raw, padded, values, TILES ? LANES : 1);  // see give_weights
-    for (int64_t first = 0; first < members; first += BLOCK) {
-      start_block(first, false);
-      take_queries();
-      attend<false>();
-      if (!add_lanes()) {
-        attend<true>();
-        add_lanes();
-      }
-      give_block();
-    }
-  }
-
-  // A block of queries or of their gradients, as pairs of rows, for `add_gradients`.
-  INLINE void pair_rows(const float *rows, int64_t count, float *to) const {
-    interleave(rows, count, TILES ? raw : to);
-    if (TILES) transpose(raw, count / 2, wide(), to);
-  }
-
-  // Sums over the queries of a block for `many` keys from `key` on: of their weights by `grad_pairs`
-  // or of their ds by `query_pairs`, (members, channels) or (channels, padded).
-  INLINE void add_gradients(float *sums, const float *pairs, const float *of_keys, int64_t key,
-                            int64_t many, int64_t count, int64_t padded, bool is_first) const {
-    if (TILES)
-      return multiply_columns<HOW>(pairs, TILE, 1, of_keys, KEYS, depth(in_tiles(count)),
-                                   sums + key, padded, many, nullptr, is_first);
-    for (int64_t k = 0; k < many; k += ROWS)
-      multiply_columns<HOW>(of_keys + k, 1, KEYS, pairs, wide(), depth(count),
-                            sums + (key + k) * wide(), wide(), wide(), nullptr, is_first);
-  }
-
-  void backward() {
-    const int64_t padded = take_rows(2, raw);
-    transpose(raw, padded, words(), value_panels);
-    take_rows(1, raw);
-    transpose(raw, padded, words(), key_panels);
-    if (PAIRS) interleave(raw, padded, keys);
-    for (int64_t first = 0; first < members; first += BLOCK) {
-      start_block(first, true);
-      const int64_t count = queries_here, rows = query_rows;
-      take_queries();
-      const auto outs = rows_in(call.out, head, 0, 1);
-      const auto grad_outs = rows_in(call.grad_out, head, 0, 1);
-      for (int64_t i = 0; i < count; i++) {
-        const int64_t token = query_tokens[i];
-        const char *out = outs[token], *grad = grad_outs[token];
-        take_row(grad, grads + i * words());
-        vec sum{};
-        for (int64_t c = 0; c < dim(); c += LANES) {
-          const int64_t from = c * size_of(dtype());
-          sum += load_numbers(dtype(), out + from, dim() - c) *
-                 load_numbers(dtype(), grad + from, dim() - c);
-        }
-        totals[i] = sum_of(sum);
-        row_max[i] = call.norms[token * call.heads + head] * LOG2_E;
-      }
-      std::memset(grads + count * words(), 0, (rows - count) * words() * 4);
-      for (int64_t i = count; i < rows; i++) totals[i] = 0, row_max[i] = INFINITY;  // weights of 0
-      if (PAIRS) pair_rows(queries, rows, query_pairs), pair_rows(grads, rows, grad_pairs);
-
-      for (int64_t key = 0; key < members; key += KEYS) {
-        const int64_t many = members - key < KEYS ? members - key : KEYS;
-        tiles<P_AND_P_PAIRS>(key, many);
-        prefetch(count * key / members, count * (key + many) / members, true);
-        tiles<DS>(key, many);
-        add_gradients(grad_values, grad_pairs, weight_pairs, key, many, count, padded, first == 0);
-        add_gradients(grad_keys, query_pairs, ds_pairs, key, many, count, padded, first == 0);
-        for (int64_t i = 0; i < rows; i += ROWS)
-          multiply_columns<HOW>(ds_words + i * depth(KEYS), depth(KEYS), 1,
-                                keys + depth(key) * wide(), wide(), depth(in_tiles(many)),
-                                attended + i * wide(), wide(), wide(), nullptr, key == 0);
-      }
-      const auto grad_queries = rows_in(call.grad_qkv, head, 0, 3);
-      for (int64_t i = 0; i < count; i++)
-        give_row(attended + i * wide(), call.scale, grad_queries[query_tokens[i]]);
-    }
-    if (TILES) {  // from channels as rows
-      transpose(grad_keys, wide(), padded, raw);
-      std::swap(grad_keys, raw);
-      transpose(grad_values, wide(), padded, raw);
-      std::swap(grad_values, raw);
-    }
-    const auto of_keys = rows_in(call.grad_qkv, head, 1, 3);
-    const auto of_values = rows_in(call.grad_qkv, head, 2, 3);
-    for (int64_t m = 0; m < members; m++) {
-      give_row(grad_keys + m * wide(), PAIRS ? call.scale : LN_2, of_keys[tokens[m]]);
-      give_row(grad_values + m * wide(), 1, of_values[tokens[m]]);
-    }
-  }
-
   int64_t first_group(int64_t task) const {
     return task / call.heads * call.groups() / call.chunks;
   }
 
-  // One head of the groups of one chunk; the next task is that of this thread.
-  void run(int64_t task, int64_t next, bool is_backward) {
-    head = task % call.heads;
-    flip_table();
-    stripped = Strips{};
-    if (is_backward) {
-      grad_flipped = call.grad_parts + task * call.part;
-      std::memset(grad_flipped, 0, call.part * 4);
-    }
-    const int64_t end = first_group(task + call.heads);
-    for (int64_t group = first_group(task); group < end; group++) {
-      if (group + 1 < end) start_group(group, group + 1, head);
-      else start_group(group, next < call.tasks() ? first_group(next) : -1, next % call.heads);
-      is_backward ? backward() : forward();
-    }
-    if (is_backward) change_strips(Strips{}, true);
-  }
+  // In softmax.h, of a tile of ROWS queries and COLUMNS registers of keys, and of a block
+  template <int COLUMNS, Result RESULT>
+  INLINE void multiply_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) const;
+  template <int COLUMNS, Result RESULT>
+  INLINE void give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
+      int64_t count);
+  template <int COLUMNS, Result RESULT, bool IS_WHOLE>
+  INLINE void give_weights_rows(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key,
+      int64_t count);
+  template <int COLUMNS>
+  INLINE void give_ds_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key);
+  template <int COLUMNS, Result RESULT>
+  INLINE void give_tile(vec (&x)[ROWS][COLUMNS], int64_t i, int64_t first, int64_t key,
+      int64_t count);
+  template <int COLUMNS, Result RESULT>
+  NOINLINE void tile(int64_t i, int64_t first, int64_t key, int64_t count);
+  template <Result RESULT> INLINE void tiles(int64_t first, int64_t count);
+  template <Result RESULT> NOINLINE void tiles_in_turn(int64_t first, int64_t count);
+  INLINE float largest_logit(int64_t i, int64_t many);
+  INLINE void update_row_max(int64_t many);
+  INLINE vec weigh_row(int64_t i, int64_t many);
+  template <bool SUBTRACTS_MAX> NOINLINE void attend();
+  INLINE void attend_in_turn();
+  INLINE bool add_lanes();
+
+  // In passes.h
+  INLINE void give_block() const;
+  inline void forward();
+  INLINE void pair_rows(const float *rows, int64_t count, float *to) const;
+  INLINE void add_gradients(float *sums, const float *pairs, const float *of_keys, int64_t key,
+      int64_t many, int64_t count, int64_t padded, bool is_first) const;
+  inline void backward();
+  inline void run(int64_t task, int64_t next, bool is_backward);
 };
 
-template <Product HOW, int D> void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
-  Kernel<HOW, D> kernel(call, arena, call.grad_out);
-  if (!next) return;  // it was only about the size of the arena
-#if HAS_TILES
-  if (HOW == TILES_OF_PAIRS) begin_tiles();
-#endif
-  // The next turn is taken beforehand, to ask for its rows.
-  for (int64_t task = next->fetch_add(call.in_turn), following; task < call.tasks(); task = following) {
-    following = next->fetch_add(call.in_turn);
-    const int64_t end = std::min(task + call.in_turn, call.tasks());
-    for (; task < end; task++)
-      kernel.run(task, task + 1 < end ? task + 1 : following, call.grad_out);
-  }
-#if HAS_TILES
-  if (HOW == TILES_OF_PAIRS) end_tiles();
-#endif
-}
-
-void work(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
-  const bool halves = call.dtype == BFLOAT16;
-#if HAS_TILES
-  if (halves && call.dim == ROWS) return work<TILES_OF_PAIRS, ROWS>(call, arena, next);
-#endif
-#ifdef OTHERS
-  OTHERS(call, arena, next);
-#else
-  constexpr Product HALVES = HAS_PAIRS ? PAIRS_OF_HALVES : FLOATS;
-  if (call.dim == 32)
-    halves ? work<HALVES, 32>(call, arena, next) : work<FLOATS, 32>(call, arena, next);
-  else
-    halves ? work<HALVES, 0>(call, arena, next) : work<FLOATS, 0>(call, arena, next);
-#endif
-}
+#include "softmax.h"
+#include "passes.h"
 
 #ifdef EMULATED
 #pragma pop_macro("UNROLL")

@@ -1,7 +1,8 @@
-// The kernel compiled for each instruction set, and those that this processor has.
+// The kernel, compiled for each instruction set, and the sets that this processor has. A part of
+// dispatch.cpp.
 #pragma once
 
-#include "common.h"
+#include "dispatch.h"
 
 using namespace native;
 
@@ -110,12 +111,6 @@ constexpr int ROWS = 6;
 #include "group_attention.h"
 }  // namespace generic
 
-struct InstructionSet {
-  const char *name;
-  Work *work;
-  bool supported;
-};
-
 #ifdef WITH_AMX
 // The tiles' state is so large that Linux gives it to those processes alone that ask for it.
 bool may_use_amx() {
@@ -151,11 +146,6 @@ std::vector<InstructionSet> find_instruction_sets() {
 #else
   return {{"generic", generic::work, true}};
 #endif
-}
-
-const std::vector<InstructionSet> &instruction_sets() {
-  static const std::vector<InstructionSet> sets = find_instruction_sets();
-  return sets;
 }
 
 }  // namespace
