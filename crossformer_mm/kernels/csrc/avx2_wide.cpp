@@ -1,5 +1,5 @@
-// The instructions of AVX512_BF16 and AMX in those of AVX2, to be tested on any processor. An object
-// of its own, which takes as long to compile as all the rest, at the same time.
+// AVX512_BF16 and AMX emulated in AVX2, to be tested on any processor. An object of its own, because it
+// takes as long to compile as all the rest.
 #include "common.h"
 
 #ifdef __x86_64__

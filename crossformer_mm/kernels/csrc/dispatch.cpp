@@ -13,8 +13,7 @@ struct Team {
   std::atomic<int64_t> next{0}, members{0};
 };
 
-// Weights below 2^-126 are zeros to the processor while one of these lives: those that are not
-// normal floats take it a hundred times as long.
+// Flushes weights below 2^-126 to zero while it lives: subnormal floats are a hundred times as slow.
 struct FlushedToZero {
 #ifdef __x86_64__
   const unsigned before = _mm_getcsr();
@@ -42,7 +41,7 @@ void run_on(Pool *pool, int threads, Team &team) {
   for (std::thread &other : others) other.join();
 }
 
-// The parts of the table's gradient, in one order, and each offset where it belongs.
+// Sums the parts of the table's gradient in a fixed order, each offset in its place.
 void add_parts(const Call &call) {
   const int64_t rows = 2 * call.largest_rows - 1, across = 2 * call.largest_columns - 1;
   const int64_t size = call.table_rows * call.table_columns;
@@ -76,14 +75,14 @@ const std::vector<InstructionSet> &native::instruction_sets() {
 bool native::attend(Call &call, Work *work, Pool *pool, int threads) {
   call.largest_rows = longest(call.rows);
   call.largest_columns = longest(call.columns);
-  // Enough tasks for many threads and an even end, few enough parts of the table's gradient.
+  // Enough tasks to balance many threads, few enough parts of the table's gradient.
   constexpr int64_t TASKS = 256;
   call.chunks = std::min(call.groups(), (TASKS + call.heads - 1) / call.heads);
   call.part = (2 * call.largest_rows - 1) * (2 * call.largest_columns - 1);
   threads = static_cast<int>(std::min<int64_t>(threads, call.tasks()));
   if (threads < 1) return true;
-  // Other heads of the same groups lie beside in memory, and are brought near with them: a thread
-  // takes some in turn, but has turns enough for an even end.
+  // Heads of the same groups are adjacent in memory and share cache lines: a thread takes several in
+  // turn, but few enough to balance the threads.
   constexpr int64_t TURNS = 32;
   call.in_turn = std::clamp<int64_t>(call.tasks() / (TURNS * threads), 1, call.heads);
 

@@ -1,12 +1,12 @@
 // Attention inside the groups of a map, forward and backward. Included once for each instruction set,
 // in a namespace that has LANES, ROWS, vec, ints, halves, and where these macros are defined:
 //     HAS_LARGER  larger
-//     HAS_POWERS  above_whole, times_power: x - floor(x) and y * 2^floor(x), infinite if too large
+//     HAS_POWERS  above_whole, times_power: x - floor(x) and y * 2^floor(x), infinity on overflow
 //     HAS_PAIRS   round_bf16, round_both, side_by_side, dot_pairs: numbers in bfloat16, of one vector
 //                 or two, and words of both; products of two numbers at once
 //     HAS_TILES   begin_tiles, end_tiles, and the macros ZERO_TILE, LOAD_TILE, STORE_TILE,
 //                 ADD_PRODUCT: eight registers of LANES rows of LANES words of such pairs, or sums
-//     EMULATED    both of these in other instructions, which are here
+//     EMULATED    PAIRS and TILES are emulated by the headers below
 //     OTHERS      the function for heads and types that tiles do not support
 //
 // A task is one head of some groups. Keys and values of a group are packed once. Products of BLOCK
@@ -60,14 +60,14 @@ template <Product HOW, int D> struct Kernel {
   static_assert(!TILES || (D == ROWS && TILE == ROWS && BLOCK / 2 <= TILE), "whole tiles");
 
   const Call &call;
-  // Of a group, its rows of numbers one after another (with PAIRS in bfloat16); panels of keys and
-  // values; keys and values as words of a channel.
+  // A group: its rows of numbers one after another (with PAIRS in bfloat16); panels of keys and values;
+  // keys and values as words of a channel.
   float *raw = nullptr, *key_panels = nullptr, *value_panels = nullptr, *keys = nullptr,
         *values = nullptr, *grad_keys = nullptr, *grad_values = nullptr;
-  // Of a block of queries: words along channels, and (PAIRS) along queries; results.
+  // A block of queries: words along channels, and (PAIRS) along queries; results.
   float *queries = nullptr, *query_pairs = nullptr, *grads = nullptr, *grad_pairs = nullptr,
         *attended = nullptr, *row_max = nullptr, *totals = nullptr, *factors = nullptr;
-  // Logits that become weights, their gradients; (PAIRS) the words of both.
+  // Logits, overwritten by weights, and their gradients; (PAIRS) the words of both.
   float *weights = nullptr, *weight_pairs = nullptr, *ds = nullptr, *ds_words = nullptr,
         *ds_pairs = nullptr;
   // The head's table, and its strips.
@@ -77,7 +77,7 @@ template <Product HOW, int D> struct Kernel {
   float *grad_bias[BLOCK];
   int64_t query_tokens[BLOCK];
 
-  // Of which columns of a group, of how many rows and columns, the strips are.
+  // The columns of a group that have strips, and the group's sides.
   struct Strips {
     int64_t first = 0, last = -1, rows = 1, columns = 1;
     INLINE bool has(int64_t column) const { return first <= column && column <= last; }
@@ -87,17 +87,17 @@ template <Product HOW, int D> struct Kernel {
     }
   } stripped;
 
-  // Of the group at hand
+  // The current group.
   int64_t group_rows, group_columns, members, next_members = 0, next_head;
 
-  // Of the block at hand: its head, its queries, and these with what fills up their last tile
+  // The current block: its head, its queries, and their number padded to whole tiles.
   int64_t head, first_query = 0, queries_here = 0, query_rows;
 
   INLINE int64_t dim() const { return D ? D : call.dim; }
   INLINE int64_t wide() const { return (dim() + LANES - 1) / LANES * LANES; }
   INLINE int64_t words() const { return PAIRS ? wide() / 2 : wide(); }  // of a row
   static INLINE int64_t depth(int64_t numbers) { return PAIRS ? (numbers + 1) / 2 : numbers; }
-  // A number of keys or queries as products take it: behind the last, weights are zeros.
+  // A number of keys or queries padded for products; weights of the padding are zeros.
   static INLINE int64_t in_tiles(int64_t count) {
     return TILES ? (count + TILE - 1) / TILE * TILE : count;
   }
@@ -157,13 +157,13 @@ template <Product HOW, int D> struct Kernel {
     INLINE Byte *operator[](int64_t token) const { return first + token * step; }
   };
 
-  // Those of `part` of `parts` (q, k, v: 0, 1, 2 of 3).
+  // Rows of `part` of `parts` (q, k, v: 0, 1, 2 of 3).
   template <typename Byte>
   INLINE Rows<Byte> rows_in(Byte *array, int64_t head, int part, int parts) const {
     return {array + (part * call.heads + head) * row_size(), parts * call.heads * row_size()};
   }
 
-  // A row of numbers from memory to words along channels, filled up with zeros.
+  // Converts a row of numbers in memory to words along channels, padded with zeros.
   INLINE void take_row(const char *from, float *to) const {
     if (PAIRS) {
       for (int64_t c = 0; c < wide(); c += LANES) {
@@ -196,7 +196,7 @@ template <Product HOW, int D> struct Kernel {
       store_numbers(DTYPE, to + c * size_of(DTYPE), load(from + c) * all(factor), dim() - c);
   }
 
-  // Words of two rows in bfloat16 that are so far apart, a channel of both side by side.
+  // Interleaves rows in bfloat16 that are `apart` rows apart: a word has one channel of both.
   INLINE void interleave(const float *rows, int64_t count, float *to, int64_t apart = 1) const {
     const uint16_t *from = reinterpret_cast<const uint16_t *>(rows);
     for (int64_t row = 0; row < count; row += row % apart + 1 < apart ? 1 : apart + 1)
@@ -208,8 +208,8 @@ template <Product HOW, int D> struct Kernel {
       }
   }
 
-  // The queries of a block, filled up with zeros; without PAIRS, in which they would be rounded, times
-  // what their logits are scaled with.
+  // Loads the queries of a block, padded with zeros. Without PAIRS they are multiplied with the scale of
+  // the logits; with PAIRS that would round them.
   INLINE void take_queries() const {
     const auto rows = rows_in(call.qkv, head, 0, 3);
     const vec factor = all(call.scale * LOG2_E);
@@ -222,7 +222,7 @@ template <Product HOW, int D> struct Kernel {
     std::memset(queries + queries_here * words(), 0, (query_rows - queries_here) * words() * 4);
   }
 
-  // Rows of keys (part 1) or values (2) of the group to `to`; returns how many with the padding.
+  // Loads rows of keys (part 1) or values (2) of the group; returns their number with the padding.
   int64_t take_rows(int part, float *to) const {
     const auto rows = rows_in(call.qkv, head, part, 3);
     for (int64_t m = 0; m < members; m++) take_row(rows[tokens[m]], to + m * words());
@@ -237,7 +237,7 @@ template <Product HOW, int D> struct Kernel {
 
   const Run &columns_of(int64_t group) const { return call.columns[group % call.columns.size()]; }
 
-  // Tokens of a group's members, row by row, to `to`.
+  // Writes the tokens of a group's members, row by row, to `to`.
   void list_tokens(int64_t group, int64_t *to) const {
     const Run &rows = rows_of(group), &columns = columns_of(group);
     const int64_t image = group / (call.rows.size() * call.columns.size());
@@ -247,7 +247,7 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // Make the next group the one at hand, and this one of a head the next; none if -1.
+  // Makes `group` the current group and `next`, of `head`, the next one; none if -1.
   void start_group(int64_t group, int64_t next, int64_t head) {
     if (next_members == 0) list_tokens(group, next_tokens);
     std::swap(tokens, next_tokens);
@@ -259,8 +259,8 @@ template <Product HOW, int D> struct Kernel {
     list_tokens(next, next_tokens);
   }
 
-  // Rows are far apart in memory, which no processor foresees: ask for those of the next group and
-  // those that results go to, those from `i` to `end` of a block at a time.
+  // Prefetches rows of the next group and of the results, from `i` to `end` of a block: they are too far
+  // apart in memory for the hardware's prefetcher.
   INLINE void prefetch(int64_t i, int64_t end, bool backward) const {
     const auto results =
         backward ? rows_in(call.grad_qkv, head, 0, 3) : rows_in(call.out, head, 0, 1);
@@ -286,7 +286,7 @@ template <Product HOW, int D> struct Kernel {
       __builtin_prefetch(row + byte, WRITE, 2);
   }
 
-  // The offsets of key - query, for products with log2(e) at once.
+  // Writes the head's table by offsets key - query, times log2(e).
   void flip_table() {
     const int64_t rows = 2 * call.largest_rows - 1;
     const float *middle = call.table + (head * call.table_rows + call.table_rows / 2) *
@@ -299,7 +299,7 @@ template <Product HOW, int D> struct Kernel {
     for (int64_t i = 0; i < LANES; i++) flipped[rows * across() + i] = 0;
   }
 
-  // Where the strip of a column begins, and, in the table, its offsets to the first column of keys.
+  // Index of a column's strip; index in the table of its offsets to the first column of keys.
   static INLINE int64_t place(const Strips &of, int64_t column) {
     return column % most_strips(of.rows, of.columns) * strip_size(of.rows, of.columns);
   }
@@ -308,7 +308,7 @@ template <Product HOW, int D> struct Kernel {
     return (call.largest_rows - of.rows) * across() + call.largest_columns - 1 - column;
   }
 
-  // Tokens and biases of the queries from `first` on. Mostly the biases are those of the block before.
+  // Sets tokens and biases of the queries from `first` on. Most blocks keep those of the last block.
   void start_block(int64_t first, bool backward) {
     const int64_t count = std::min(members - first, BLOCK), column = first / group_rows;
     const Strips of{column, (first + count - 1) / group_rows, group_rows, group_columns};
@@ -320,7 +320,7 @@ template <Product HOW, int D> struct Kernel {
       for (; row < group_rows && i < count; row++, i++) query_tokens[i] = from[row * group_columns];
   }
 
-  // A tile beyond the last query repeats that one.
+  // The padding of the last tile repeats the last query.
   void start_biases(const Strips &of, bool backward) {
     change_strips(of, backward);
     int64_t row = first_query % group_rows, column = of.first;
@@ -333,7 +333,7 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // What the block before has had, too, stays: all of a group of one block that is like the last.
+  // Strips of the last block are kept: all of them for a group of one block with the same sides.
   void change_strips(const Strips &of, bool backward) {
     const Strips &before = stripped;
     if (backward)
@@ -354,7 +354,7 @@ template <Product HOW, int D> struct Kernel {
       std::memset(grad_strips + place(of, column), 0, strip_size(of.rows, of.columns) * 4);
   }
 
-  // Add the gradients of a strip up in that of the table.
+  // Adds the gradient of a strip to that of the table.
   void end_strip(const Strips &of, int64_t column) {
     float *to = grad_flipped + offset(of, column);
     const float *from = grad_strips + place(of, column);
@@ -365,13 +365,13 @@ template <Product HOW, int D> struct Kernel {
     }
   }
 
-  // Of a logit. Sums are of what is multiplied with the values, so that one key has all the weight.
+  // Weight of a logit, rounded as its operand is: sums of rounded weights give a single key weight 1.
   static INLINE vec weight(vec logit) { return exp2<PAIRS ? OF_BFLOAT16 : OF_FLOATS>(logit); }
 
-  // Weights as they are multiplied with the values.
+  // Weights as operands of products with the values.
   INLINE float *given() const { return PAIRS ? ds_words : weights; }
 
-  // Of TILE keys or, if they are the last, LANES. With TILES those are a pair that are LANES apart.
+  // Stores weights of TILE keys or, at the end, LANES. With TILES a pair is LANES keys apart.
   static INLINE void give_weights(float *to, int64_t at, vec first, vec second) {
     if constexpr (PAIRS) {
       store(to + at / 2, TILES ? words_of(first, second) : round_both(first, second));
@@ -393,7 +393,7 @@ template <Product HOW, int D> struct Kernel {
     return task / call.heads * call.groups() / call.chunks;
   }
 
-  // In softmax.h, of a tile of ROWS queries and COLUMNS registers of keys, and of a block
+  // In softmax.h. A tile has ROWS queries and COLUMNS registers of keys.
   template <int COLUMNS, Result RESULT>
   INLINE void multiply_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first, int64_t key) const;
   template <int COLUMNS, Result RESULT>
@@ -418,7 +418,7 @@ template <Product HOW, int D> struct Kernel {
   INLINE void attend_in_turn();
   INLINE bool add_lanes();
 
-  // In passes.h
+  // In passes.h.
   INLINE void give_block() const;
   inline void forward();
   INLINE void pair_rows(const float *rows, int64_t count, float *to) const;

@@ -8,8 +8,8 @@ using namespace native;
 
 namespace {
 
-// What an instruction set has besides vectors is defined before the kernel is included, which
-// undefines it.
+// The macros of an instruction set are defined before group_attention.h is included, which undefines
+// them.
 
 #ifdef __x86_64__
 
@@ -112,7 +112,7 @@ constexpr int ROWS = 6;
 }  // namespace generic
 
 #ifdef WITH_AMX
-// The tiles' state is so large that Linux gives it to those processes alone that ask for it.
+// The state of the tiles is large: Linux allocates it only for processes that ask for it.
 bool may_use_amx() {
   unsigned a, b, c, d;
   constexpr unsigned TILES = 1u << 24, BFLOAT16_IN_TILES = 1u << 22;
@@ -123,7 +123,7 @@ bool may_use_amx() {
 }
 #endif
 
-// Best first. The last is that of AMX and AVX512_BF16 in other instructions, to be tested without.
+// Best first. The last emulates AMX and AVX512_BF16, for tests.
 std::vector<InstructionSet> find_instruction_sets() {
 #ifdef __x86_64__
   __builtin_cpu_init();
@@ -137,7 +137,7 @@ std::vector<InstructionSet> find_instruction_sets() {
                                       {"avx2", avx2::work, avx2},
                                       {"generic", generic::work, true},
                                       {"avx2_wide", work_avx2_wide, avx2}};
-  // Intel's take longer for pairs of bfloat16 than for the same numbers as floats.
+  // Intel's processors are slower with pairs of bfloat16 than with the same numbers as floats.
   if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
 #ifdef WITH_AMX
   sets.insert(sets.begin(), {"amx", amx::work, bf16 && may_use_amx()});

@@ -35,15 +35,15 @@ void Kernel<HOW, D>::forward() {
   }
 }
 
-// A block of queries or of their gradients, as pairs of rows, for `add_gradients`.
+// Writes a block of queries or of their gradients as pairs of rows, for `add_gradients`.
 template <Product HOW, int D>
 void Kernel<HOW, D>::pair_rows(const float *rows, int64_t count, float *to) const {
   interleave(rows, count, TILES ? raw : to);
   if (TILES) transpose(raw, count / 2, wide(), to);
 }
 
-// Sums over the queries of a block for `many` keys from `key` on: of their weights by `grad_pairs`
-// or of their ds by `query_pairs`, (members, channels) or (channels, padded).
+// Adds, for `many` keys from `key` on, the products of weights and `grad_pairs` or of DS and
+// `query_pairs` over the queries of a block: (members, channels) or, with TILES, (channels, padded).
 template <Product HOW, int D>
 void Kernel<HOW, D>::add_gradients(float *sums, const float *pairs, const float *of_keys,
     int64_t key, int64_t many, int64_t count, int64_t padded, bool is_first) const {
@@ -115,7 +115,7 @@ void Kernel<HOW, D>::backward() {
   }
 }
 
-// One head of the groups of one chunk; the next task is that of this thread.
+// Runs a task: one head of the groups of one chunk. `next` is this thread's next task.
 template <Product HOW, int D>
 void Kernel<HOW, D>::run(int64_t task, int64_t next, bool is_backward) {
   head = task % call.heads;
@@ -140,7 +140,7 @@ template <Product HOW, int D> void work(const Call &call, Arena &arena, std::ato
 #if HAS_TILES
   if (HOW == TILES_OF_PAIRS) begin_tiles();
 #endif
-  // The next turn is taken beforehand, to ask for its rows.
+  // The next turn is taken in advance, to prefetch its rows.
   for (int64_t task = next->fetch_add(call.in_turn), following; task < call.tasks(); task = following) {
     following = next->fetch_add(call.in_turn);
     const int64_t end = std::min(task + call.in_turn, call.tasks());

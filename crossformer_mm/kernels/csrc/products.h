@@ -1,7 +1,7 @@
 // Products of matrices, and the transposition that they need.
 // A part of group_attention.h, which includes it once for each instruction set.
 
-// sums[i] += a[i*row + k*step] * b[k*b_step...] for all k; where it is the first, sums are taken for
+// sums[i] += a[i*row + k*step] * b[k*b_step...] for all k; if `is_first`, sums are taken for
 // zeros.
 template <Product HOW, int COLUMNS>
 INLINE void multiply(vec (&sums)[ROWS][COLUMNS], const float *a, int64_t row, int64_t step,
@@ -26,7 +26,7 @@ INLINE void multiply(vec (&sums)[ROWS][COLUMNS], const float *a, int64_t row, in
 }
 
 // c[i*c_step + j] = c[i*c_step + j] * factors[i] + sum of a[i*row + k*step] * b[k*b_step + j], for
-// ROWS rows and COLUMNS registers of columns. Where a block is the first, c is taken for zeros.
+// ROWS rows and COLUMNS registers of columns. If `is_first`, c is taken for zeros.
 template <Product HOW, int COLUMNS>
 NOINLINE void multiply_block(const float *a, int64_t row, int64_t step, const float *b,
                              int64_t b_step, int64_t depth, float *c, int64_t c_step,
@@ -53,7 +53,7 @@ NOINLINE void multiply_block(const float *a, int64_t row, int64_t step, const fl
     UNROLL for (int j = 0; j < COLUMNS; j++) store(c + i * c_step + j * LANES, sums[i][j]);
 }
 
-// Of `count` columns, of which those up to a whole register are there.
+// The same for `count` columns, padded to whole registers.
 template <Product HOW>
 INLINE void multiply_columns(const float *a, int64_t row, int64_t step, const float *b,
                              int64_t b_step, int64_t depth, float *c, int64_t c_step, int64_t count,
@@ -65,7 +65,7 @@ INLINE void multiply_columns(const float *a, int64_t row, int64_t step, const fl
       multiply_block<HOW, 1>(a, row, step, b + j, b_step, depth, c + j, c_step, factors, is_first);
 }
 
-// Rows of `words` words to panels (rows / TILE, words, TILE); both in whole tiles and fours.
+// Transposes rows of `words` words to panels (rows / TILE, words, TILE); both in whole tiles and fours.
 void transpose(const float *rows, int64_t count, int64_t words, float *panels) {
   for (int64_t row = 0; row < count; row += 4) {
     const float *from = rows + row * words;

@@ -1,7 +1,7 @@
-// Logits of tiles, their softmax and its gradient, what a block attends to. A part of
+// Logits of tiles, their softmax and its gradient, the output of a block. A part of
 // group_attention.h, which includes it once for each instruction set.
 
-// Products of queries and keys or, for ds, of gradients and values.
+// Products of queries and keys or, for DS, of gradients and values.
 template <Product HOW, int D>
 template <int COLUMNS, Result RESULT>
 void Kernel<HOW, D>::multiply_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first,
@@ -29,7 +29,7 @@ void Kernel<HOW, D>::give_weights_tile(vec (&x)[ROWS][COLUMNS], int64_t i0, int6
     give_weights_rows<COLUMNS, RESULT, false>(x, i0, first, key, count);
 }
 
-// Addresses are taken first, so that no compiler takes them again after each number it stores.
+// Addresses are taken first: a compiler would reload them after each store.
 template <Product HOW, int D>
 template <int COLUMNS, Result RESULT, bool IS_WHOLE>
 void Kernel<HOW, D>::give_weights_rows(vec (&x)[ROWS][COLUMNS], int64_t i0, int64_t first,
@@ -107,7 +107,7 @@ void Kernel<HOW, D>::give_tile(vec (&x)[ROWS][COLUMNS], int64_t i, int64_t first
   else give_weights_tile<COLUMNS, RESULT>(x, i, first, key, count);
 }
 
-// In a function of its own: all registers are for the sums.
+// Not inlined, so that the sums have all registers.
 template <Product HOW, int D>
 template <int COLUMNS, Result RESULT>
 void Kernel<HOW, D>::tile(int64_t i, int64_t first, int64_t key, int64_t count) {
@@ -116,7 +116,7 @@ void Kernel<HOW, D>::tile(int64_t i, int64_t first, int64_t key, int64_t count) 
   give_tile<COLUMNS, RESULT>(x, i, first, key, count);
 }
 
-// Of the `count` keys from `first` on.
+// Tiles of the `count` keys from `first` on.
 template <Product HOW, int D>
 template <Result RESULT>
 void Kernel<HOW, D>::tiles(int64_t first, int64_t count) {
@@ -127,7 +127,7 @@ void Kernel<HOW, D>::tiles(int64_t first, int64_t count) {
                           : tile<1, RESULT>(i, first, key, count);
 }
 
-// Tiles are multiplied beside what is done with the one before.
+// The product of a tile overlaps with the softmax of the one before.
 template <Product HOW, int D>
 template <Result RESULT>
 void Kernel<HOW, D>::tiles_in_turn(int64_t first, int64_t count) {
@@ -159,8 +159,7 @@ float Kernel<HOW, D>::largest_logit(int64_t i, int64_t many) {
   return largest_of(larger(max0, max1));
 }
 
-// Updates `row_max` with these logits. `factors` rescale earlier sums to it. No row waits for the result
-// of another.
+// Updates `row_max` with these logits; `factors` rescale earlier sums to it. Rows are independent.
 template <Product HOW, int D>
 void Kernel<HOW, D>::update_row_max(int64_t many) {
   for (int64_t i = 0; i < queries_here; i++) {
@@ -171,7 +170,7 @@ void Kernel<HOW, D>::update_row_max(int64_t many) {
   for (int64_t i = 0; i < queries_here; i += LANES) store(factors + i, exp2(load(factors + i)));
 }
 
-// Logits of a query to weights; returns their sums by lane.
+// Turns the logits of a query into weights; returns their sums by lane.
 template <Product HOW, int D>
 vec Kernel<HOW, D>::weigh_row(int64_t i, int64_t many) {
   const vec shift = all(row_max[i]);
@@ -217,8 +216,8 @@ void Kernel<HOW, D>::attend() {
   }
 }
 
-// The same a tile at a time: the next one of logits is multiplied beside the weights of this one and
-// what is attended with those of the last, whose sums stay in tiles from the first key to the last.
+// The same, a tile at a time: the product of the next logits overlaps with the weights of this tile and
+// the product of the last weights with values, whose sums stay in tiles from the first key to the last.
 template <Product HOW, int D>
 void Kernel<HOW, D>::attend_in_turn() {
 #if HAS_TILES
@@ -252,7 +251,7 @@ void Kernel<HOW, D>::attend_in_turn() {
 #endif
 }
 
-// Adds the sums of weights by lane up. Returns whether floats are exact without max subtraction, for
+// Reduces the sums of weights over lanes. Returns whether floats are exact without max subtraction, for
 // values up to 2^63.
 template <Product HOW, int D>
 bool Kernel<HOW, D>::add_lanes() {

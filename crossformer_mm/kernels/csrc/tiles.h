@@ -27,7 +27,7 @@ NOINLINE void add_product(int c, int a, int b) {
 #endif
 
 #if HAS_TILES
-// Sums of products, and where they are in memory: the tiles 0 and 1, and below 2 and 3.
+// Sums of products are in the tiles 0 and 1 and, below, 2 and 3; `c` is their place in memory.
 template <int COLUMNS> INLINE void begin_sums(const float *c, int64_t c_step, bool is_first) {
   if (is_first) {
     ZERO_TILE(0);
@@ -49,7 +49,7 @@ template <int COLUMNS> INLINE void end_sums(float *c, int64_t c_step) {
   if (COLUMNS > 1) STORE_TILE(3, c + LANES * c_step + LANES, c_step);
 }
 
-// For LANES words of depth: a is in the tiles 4 and below 5, columns of b in 6.
+// Adds the products of LANES words of depth: a is in the tiles 4 and, below, 5, columns of b in 6.
 template <int COLUMNS>
 INLINE void add_to_sums(const float *a, int64_t row, const float *b, int64_t b_step) {
   LOAD_TILE(4, a, row);
@@ -75,7 +75,7 @@ INLINE void multiply_tiles(float *c, int64_t c_step, const float *a, int64_t row
   end_sums<COLUMNS>(c, c_step);
 }
 
-// Products of ROWS rows of a and TILE columns of b of LANES words each, beside sums in tiles.
+// Products of ROWS rows of a and TILE columns of b of LANES words each; sums in tiles stay.
 INLINE void multiply_beside(float *c, const float *a, const float *b) {
   LOAD_TILE(4, a, LANES);
   LOAD_TILE(5, a + LANES * LANES, LANES);

@@ -26,7 +26,7 @@ INLINE vec lanes() {
   return x;
 }
 
-// The first `left` lanes of x, and elsewhere y.
+// The first `left` lanes of x, the others of y.
 INLINE vec first_lanes(int64_t left, vec x, vec y) {
   return lanes() < all(static_cast<float>(left)) ? x : y;
 }
@@ -81,13 +81,13 @@ INLINE vec side_by_side(vec both) {
 }
 #endif
 
-// 2^x to 2e-7 of itself, or ROUGHly to 1e-4, or that rounded to bfloat16; 0 far below 2^-126, and
-// infinite from 2^128 on. It is 2 to the power of a whole number times the polynomial of least relative
-// error for the rest.
+// 2^x with a relative error of 2e-7, or 1e-4 if ROUGH, or that rounded to bfloat16; 0 far below 2^-126,
+// infinity from 2^128 on. A power of 2 with an integer exponent times the minimax polynomial (relative
+// error) of the rest.
 template <Digits DIGITS = OF_FLOATS> INLINE vec exp2(vec x) {
 #if HAS_POWERS
   const vec rest = above_whole(x);  // from 0 to 1
-  // Half of bfloat16's last digit, for numbers from 1 to 2, before what is behind it is cut off.
+  // Half of bfloat16's last digit, for numbers from 1 to 2: rounds, because the rest is cut off.
   constexpr float half = DIGITS == OF_BFLOAT16 ? 0x1p-8f : 0;
   const vec y = DIGITS == OF_FLOATS
                     ? polynomial(rest, {1.8775748e-3f, 8.9893424e-3f, 5.5826318e-2f, 2.4015362e-1f,
@@ -97,8 +97,8 @@ template <Digits DIGITS = OF_FLOATS> INLINE vec exp2(vec x) {
   const vec power = times_power(y, x);
   return DIGITS == OF_BFLOAT16 ? (vec)((ints)power & -0x10000) : power;
 #else
-  // The nearest whole number, which is rounded to, and moved to where a float has its exponent, by
-  // adding a number so large that what is behind the point is lost.
+  // Adding a number so large that the fraction is lost rounds to the nearest integer, in the bits that
+  // are shifted to a float's exponent.
   const vec magic = all(12582912.f + 127.f);
   x = smaller(all(128.f), larger(all(-127.f), x));
   const vec shifted = x + magic, rest = x - (shifted - magic);  // from -1/2 to 1/2
@@ -112,8 +112,8 @@ template <Digits DIGITS = OF_FLOATS> INLINE vec exp2(vec x) {
 #endif
 }
 
-// The logarithm to base 2 of a normal float, to 5e-8; of what is not finite, not a number. It is that
-// of a power of 2 and the polynomial of least error for a number from sqrt(1/2) to sqrt(2).
+// log2 of a normal float with an error of 5e-8; NaN if it is not finite. An exponent plus the minimax
+// polynomial for a number from sqrt(1/2) to sqrt(2).
 INLINE vec log2(vec x) {
   const ints power = ((ints)x - 0x3f3504f3) >> 23;
   const vec rest = (vec)((ints)x - (power << 23)) - all(1);
@@ -129,7 +129,7 @@ INLINE vec dot_pairs(vec x, vec y, vec sum) {
 }
 #endif
 
-// Numbers of a row in memory, of whatever type, to floats and back.
+// Conversions between numbers in memory, of any type, and floats.
 
 INLINE vec from_bits(DType dtype, halves bits) {
   const ints wide = __builtin_convertvector(bits, ints);
