@@ -19,7 +19,7 @@ READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
 # What each environment depends on besides its own requirements.
-SOURCES := pyproject.toml setup.py $(wildcard crossformer_mm/kernels/*.cpp crossformer_mm/kernels/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard crossformer_mm/kernels/csrc/*)
 COMPILED_SOURCES := requirements/build.txt requirements/torchvision.txt $(SOURCES)
 
 COMPILED := .venv-compiled

@@ -4,6 +4,7 @@
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,11 +18,12 @@ NO_EXTENSION = 'CROSSFORMER_MM_NO_EXTENSION'
 # Attention on the CPU. Where there is no compiler the package is installed without it, and
 # PyTorch does its work. It takes addresses of arrays and nothing of PyTorch or of one Python, so
 # that it fits every version of both.
+CSRC = 'crossformer_mm/kernels/csrc'
 kernel = Extension(
     'crossformer_mm.kernels._native',
-    ['crossformer_mm/kernels/native.cpp', 'crossformer_mm/kernels/native_wide.cpp'],
+    sorted(glob(f'{CSRC}/*.cpp')),
     optional=True,
-    depends=['crossformer_mm/kernels/native_common.h', 'crossformer_mm/kernels/native_kernel.h'],
+    depends=sorted(glob(f'{CSRC}/*.h')),
     define_macros=[('Py_LIMITED_API', '0x03090000')],
     py_limited_api=True,
 )

@@ -1,9 +1,9 @@
-// Holds native.cpp against sums in double, without Python: for sanitizers, other compilers and
-// other processors. Every instruction set that there is, cases of all kinds, several threads.
+// Compares the kernel with sums in double, without Python: for sanitizers, other compilers and other
+// processors. Every supported instruction set, cases of all kinds, several threads.
 //
-//     g++ -DWITHOUT_PYTHON -std=c++17 -O1 -ffp-contract=fast -pthread native_driver.cpp
-#include "../crossformer_mm/kernels/native.cpp"
-#include "../crossformer_mm/kernels/native_wide.cpp"
+//     g++ -std=c++17 -O1 -ffp-contract=fast -pthread native_driver.cpp
+#include "../crossformer_mm/kernels/csrc/avx2_wide.cpp"
+#include "../crossformer_mm/kernels/csrc/dispatch.cpp"
 
 #include <cstdio>
 

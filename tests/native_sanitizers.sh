@@ -10,7 +10,7 @@ source=$(dirname "$0")/native_driver.cpp
 check() {  # name, how to run what comes out, compiler and its options
   echo "== $1"
   command -v "$3" >/dev/null || { echo "no $3: left out"; return; }
-  "${@:3}" -DWITHOUT_PYTHON -std=c++17 -ffp-contract=fast -pthread "$source" -o "$folder/driver"
+  "${@:3}" -std=c++17 -ffp-contract=fast -pthread "$source" -o "$folder/driver"
   $2 "$folder/driver"
 }
 

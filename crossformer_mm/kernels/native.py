@@ -150,25 +150,27 @@ def call_kernel(
             f'a table of {table.shape[1]} x {table.shape[2]} offsets is too small for '
             f'groups of {rows.size} x {columns.size} members'
         )
-    tensors = [  # what is written to is contiguous already
-        tensor if tensor is None else tensor.contiguous()
-        for tensor in (qkv, table.float(), out, norms, grad_out, grad_qkv, grad_table)
-    ]
+    arrays = dict(qkv=qkv, table=table.float(), out=out, norms=norms)
+    if grad_out is not None:
+        arrays.update(grad_out=grad_out, grad_qkv=grad_qkv, grad_table=grad_table)
+    # What is written to is contiguous already.
+    arrays = {name: array.contiguous() for name, array in arrays.items()}
     _native.attend(
-        instructions(),
-        POOL if os.getpid() == PROCESS else 0,
-        torch.get_num_threads(),
-        DTYPES.index(qkv.dtype),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        batch,
-        height,
-        width,
-        heads,
-        out.shape[3] // heads,
-        *table.shape[1:],
-        tuple(rows),
-        tuple(columns),
-        scale,
+        instructions=instructions(),
+        pool=POOL if os.getpid() == PROCESS else 0,
+        threads=torch.get_num_threads(),
+        dtype=DTYPES.index(qkv.dtype),
+        batch=batch,
+        height=height,
+        width=width,
+        heads=heads,
+        dim=out.shape[3] // heads,
+        table_rows=table.shape[1],
+        table_columns=table.shape[2],
+        rows=tuple(rows),
+        columns=tuple(columns),
+        scale=scale,
+        **{name: array.data_ptr() for name, array in arrays.items()},
     )
 
 

@@ -1,4 +1,4 @@
-// What the objects of the kernel share: compiler directives, and the call that they work on.
+// Shared by all objects of the kernel: compiler directives, and the call.
 #pragma once
 
 #include <algorithm>
@@ -99,7 +99,7 @@ struct Call {
   float *grad_table;
   std::vector<Run> rows, columns;
 
-  // The work is cut up in the same way however many threads there are, so that sums are, too.
+  // The partition does not depend on the number of threads, so that sums do not, either.
   int64_t largest_rows, largest_columns, chunks, part;
   float *grad_parts;  // (chunks, heads, part): the table's gradient, flipped
   int64_t in_turn;    // how many tasks a thread takes at once
@@ -108,7 +108,7 @@ struct Call {
   int64_t tasks() const { return heads * chunks; }
 };
 
-// Hands out pieces of memory, or only counts them.
+// Allocates pieces of memory, or only counts them.
 struct Arena {
   float *memory;
   int64_t taken = 0;
@@ -123,7 +123,7 @@ struct Arena {
 typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
 
 #ifdef __x86_64__
-Work work_avx2_wide;  // in native_wide.cpp
+Work work_avx2_wide;  // in avx2_wide.cpp
 #endif
 
 }  // namespace native

@@ -1,6 +1,6 @@
-// The instructions of AVX512_BF16 and AMX in those of AVX2, to be tested on any processor. An object
-// of its own, which takes as long to compile as all the rest, at the same time.
-#include "native_common.h"
+// AVX512_BF16 and AMX emulated in AVX2, to be tested on any processor. An object of its own, because it
+// takes as long to compile as all the rest.
+#include "common.h"
 
 #ifdef __x86_64__
 
@@ -15,7 +15,7 @@ constexpr int ROWS = 32;
 #define HAS_PAIRS true
 #define HAS_TILES true
 #define EMULATED
-#include "native_kernel.h"
+#include "group_attention.h"
 }  // namespace avx2_wide
 END_TARGET
 
