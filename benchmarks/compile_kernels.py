@@ -57,7 +57,7 @@ def compile_all(dtype: torch.dtype, head_dim: int, capability: int) -> Dict[str,
 
 
 def run_tool(name: str, cubin: bytes, *options: str) -> str:
-    """What a tool of CUDA's that Triton brings along prints of a compiled kernel."""
+    """Run a CUDA tool that Triton carries on a compiled kernel and return its output."""
     tool = Path(triton.__file__).parent / 'backends/nvidia/bin' / name
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(cubin)

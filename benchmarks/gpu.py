@@ -148,7 +148,7 @@ def fill(kind) -> dict:
 
 
 def run_compile(log) -> None:
-    """Of blocks of 64 by the self-test, of smaller ones by the cases of ``check``."""
+    """Compile blocks of 64 by the self-test, smaller ones by the cases of ``check``."""
     types = list(itertools.product(DTYPES, (HEAD_DIM, 64, 16)))
     tasks = {f'{t} {small=}': (fill, ((*t, small),)) for t in types for small in (True, False)}
     for (dtype, dim), side in itertools.product(types, (4, 5)):

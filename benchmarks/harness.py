@@ -50,7 +50,7 @@ def peer(function):
 
 
 def within(errors, limit: float) -> bool:
-    """Whether all errors are numbers below the limit: NaN is not."""
+    """Return True if all errors are numbers below the limit; NaN is not."""
     return all(error <= limit for error in errors)
 
 

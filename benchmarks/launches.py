@@ -57,7 +57,7 @@ class Launches(TorchDispatchMode):
 
 @contextmanager
 def as_on_cuda(launches: Launches) -> Iterator[None]:
-    """Let CrossFormer and autocast do on the CPU what they do on a GPU, but run no kernel."""
+    """Make CrossFormer and autocast act on the CPU as on a GPU, without running a kernel."""
 
     class Attention(torch.autograd.Function):
         @staticmethod

@@ -10,7 +10,7 @@ from crossformer_mm.kernels import triton_launch
 
 
 class StandInDriver:
-    """What Triton asks of a driver.
+    """Answers to what Triton asks of a driver.
 
     Args:
         capability (int): of the GPU, such as 90.
@@ -40,6 +40,6 @@ class StandInDriver:
 
 
 def pretend(capability: int) -> None:
-    """Let Triton believe that tensors on the CPU are on a GPU of this capability."""
+    """Present tensors on the CPU to Triton as tensors on a GPU of this capability."""
     driver.set_active(StandInDriver(capability))
     triton_launch.COMPILED.clear()

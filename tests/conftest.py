@@ -1,4 +1,4 @@
-"""What the tests share: small backbones and fixed seeds."""
+"""Shared fixtures: small backbones and fixed seeds."""
 
 import os
 

@@ -18,7 +18,7 @@ def needs_torch(release: str, what: str):
 
 
 def float16_on_cpu_lacks() -> str:
-    """What this PyTorch cannot do in float16 on the CPU, or nothing."""
+    """Name what this PyTorch cannot do in float16 on the CPU, or ''."""
     try:
         torch.nn.functional.conv2d(*torch.ones(2, 1, 1, 1, 1, dtype=torch.float16))
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What the backbone promises: its options, shapes and values."""
+"""Promises of the backbone: its options, shapes and values."""
 
 import copy
 import pickle

@@ -41,7 +41,7 @@ def build(channels=64, heads=2, residual=False):
 
 @pytest.fixture
 def kernel_runs(monkeypatch):
-    """How often the kernel of the forward pass ran."""
+    """Record the runs of the forward kernel."""
     runs, forward = [], bias_triton.forward
 
     def counted(*args):

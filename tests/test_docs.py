@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a reader to type works.
+"""Commands in README.md and docs/ work.
 
 Every command is checked: its program and files exist, its arguments parse, the settings that it
 replaces are in the config. Those of the worked examples run, on small data and models.
@@ -74,7 +74,7 @@ def examples(tmp_path) -> Path:
 
 
 def arguments_of(monkeypatch, tool: str, words: List[str]):
-    """What a tool makes of its arguments; it ends the test where it does not take them."""
+    """Parse a tool's arguments; the test ends where the tool refuses them."""
     monkeypatch.setattr(sys, 'argv', [tool, *words])
     return runpy.run_path(str(ROOT / tool))['parse_args']()
 
@@ -201,7 +201,7 @@ def test_config_builds_a_model(block, tmp_path, monkeypatch):
 
 
 def anchor(heading: str) -> str:
-    """What a link to a heading ends in."""
+    """Return the anchor of a heading."""
     return re.sub(r'[^\w -]', '', heading.lstrip('# ').lower()).replace(' ', '-')
 
 

@@ -452,7 +452,7 @@ def test_groups_beyond_what_numbers_are_exact_for_are_refused():
 
 
 def run_without_interpreter(tmp_path, *command: str) -> str:
-    """What a Python command prints for which Triton compiles, into a cache of its own."""
+    """Run a Python command for which Triton compiles, into a cache of its own; return its output."""
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     folder = Path(__file__).parents[1]
     path = os.pathsep.join([str(folder), str(folder / 'benchmarks')])
@@ -468,7 +468,7 @@ def run_without_interpreter(tmp_path, *command: str) -> str:
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
-    """What the interpreter does not check: shapes of blocks, types, registers, shared memory."""
+    """Check what the interpreter does not: shapes of blocks, types, registers, shared memory."""
     options = '--dtypes fp16 --head-dims 32 --archs 90'.split()
     table = run_without_interpreter(tmp_path, 'benchmarks/compile_kernels.py', *options)
     rows = {line.split(' | ')[0][2:]: line[:-2].split(' | ')[5:] for line in table.splitlines()[1:]}
@@ -518,7 +518,7 @@ print(len(compiled))
 
 
 def test_kernels_are_compiled_for_types_not_for_sizes(tmp_path):
-    """Of 1,000 sizes: eight kernels, of which two have three sides of a block."""
+    """1,000 sizes take eight kernels, two of them in three block sizes."""
     assert int(run_without_interpreter(tmp_path, '-c', COUNT_COMPILATIONS)) <= 12
 
 
@@ -531,7 +531,7 @@ def test_older_releases_of_triton_pipeline_nothing(monkeypatch):
 
 
 class StandInKernel:
-    """As a JITFunction, compiled for what it is given; keeps a record of its launches.
+    """Stand-in for a JITFunction, which records its compilations and launches.
 
     Args:
         takes_constants (bool): whether a compiled kernel wants them at its launch; None: nobody
@@ -622,7 +622,7 @@ def test_package_does_not_import_triton():
 
 
 def test_rules_of_both_definitions_reach_the_kernels():
-    """What the backbone asks for at detection size is within the limits."""
+    """Groups at detection size are within the limits."""
     for lda in ('interval', 'block'):
         for side, interval in ((200, 8), (100, 4), (50, 2), (25, 1)):
             width = -(-side * 1333 // 800)
@@ -632,7 +632,7 @@ def test_rules_of_both_definitions_reach_the_kernels():
 
 
 def test_compiler_makes_one_graph_for_images_of_many_sizes():
-    """Where no token is moved, sides stay symbolic: only a map too small for G is another case."""
+    """Sides stay symbolic where no token moves; only a map too small for G is another case."""
     backbone = (
         CrossFormer(
             dict(embed_dims=16, depths=(2,), num_heads=(1,)),

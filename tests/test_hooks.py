@@ -1,4 +1,4 @@
-"""What the hooks log is so, and training does not notice them."""
+"""Hooks log true values and do not change training."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ TINY = dict(embed_dims=16, depths=(1, 2, 3, 2), num_heads=(1, 2, 2, 4))
 
 
 def logits_by_definition(attention, x, rows, columns):
-    """Of every group of a map, pair by pair: (group of positions) -> (heads, N, N)."""
+    """Return logits by group of a map, pair by pair: (group of positions) -> (heads, N, N)."""
     found = {}
     (size_r, step_r, _), (size_c, step_c, _) = rows, columns
     for r in range(x.shape[1]):

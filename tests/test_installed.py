@@ -1,4 +1,4 @@
-"""Where something is missing or too old, importing the package says so in one sentence."""
+"""Importing the package names a missing or too old requirement in one message."""
 
 import importlib.util
 import re

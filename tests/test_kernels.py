@@ -175,7 +175,7 @@ def test_a_trace_of_one_image_serves_batches():
 
 
 def test_plain_splits_what_is_too_much_for_one_call(monkeypatch):
-    """As many groups as a map of 3840x2160 in a batch of 8 has end in an error on CUDA."""
+    """CUDA fails on as many groups as a map of 3840x2160 in a batch of 8 has."""
     inputs, sizes = random_inputs((2, 7, 9), *RULE, 2, 4), []
     expected = values_and_gradients(*inputs, *RULE, 2, 0.3, path='plain')
     attend = torch.nn.functional.scaled_dot_product_attention

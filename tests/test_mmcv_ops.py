@@ -35,7 +35,7 @@ from mmcv import ops  # noqa: E402
 
 @contextmanager
 def operators(module):
-    """Let mmcv's Python call the operators of a module."""
+    """Make mmcv's Python code call the operators of a module."""
     users = [m for name, m in sys.modules.items() if name.startswith('mmcv.ops.')]
     users = [m for m in users if hasattr(m, 'ext_module')]
     before = [m.ext_module for m in users]

@@ -252,7 +252,7 @@ def test_pytorchs_own_threads_are_used():
 @pytest.mark.skipif(sys.platform == 'win32', reason='has no fork')
 @pytest.mark.parametrize('threads', [1, 2])
 def test_processes_that_fork_can_use_it_too(threads):
-    """As the workers of a data loader do, with PyTorch's threads already running."""
+    """Fork as a data loader does, with PyTorch's threads already running."""
     program = f'''
 import os, sys, torch
 from crossformer_mm.grouping import AxisRule

@@ -122,7 +122,7 @@ def of_a_step(base: Base, data: Path, work: Path) -> Config:
 
 
 def rooted(part, data: str) -> None:
-    """Let every path below data/ be one of the generated files."""
+    """Point every path below data/ to the generated files."""
     for key, value in list(part.items() if isinstance(part, dict) else enumerate(part)):
         if isinstance(value, str) and value.startswith('data/'):
             part[key] = data + value[len('data/') :]
@@ -133,7 +133,7 @@ def rooted(part, data: str) -> None:
 
 
 def steps(cfg: Config, count: int) -> None:
-    """Let a training end after some iterations, or epochs, of which each has one."""
+    """Shorten a training to some iterations, or epochs of one iteration."""
     length = 'max_iters' if 'max_iters' in cfg.train_cfg else 'max_epochs'
     cfg.train_cfg[length] = count
     cfg.train_cfg.pop('dynamic_intervals', None)

@@ -177,7 +177,7 @@ def check_training(model: torch.nn.Module, batch: dict) -> None:
 
 
 def predict(model: torch.nn.Module, batch: dict) -> list:
-    """Of one image after the other, as MMSegmentation does."""
+    """Evaluate one image after the other, as MMSegmentation does."""
     model.eval()
     samples = []
     for image, sample in zip(batch['inputs'], batch['data_samples']):

@@ -313,7 +313,7 @@ def stubs(tmp_path_factory) -> Dict[str, Path]:
 
 @pytest.fixture(scope='module', params=FAMILIES)
 def users_environment(request, stubs, tmp_path_factory):
-    """What a user of a family has, and a pip for it: ``family, pip``."""
+    """Packages of a user of a family, and a pip for them: ``family, pip``."""
     folder = tmp_path_factory.mktemp(request.param) / 'venv'
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder], check=True)
     python = folder / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
@@ -466,7 +466,7 @@ def checkout(tmp_path_factory, sdist, wheel) -> Path:
 
 
 def would_install(checkout: Path, *words) -> str:
-    """What pip says to an install in a checkout, without an index."""
+    """Install in a checkout without an index and return pip's output."""
     done = subprocess.run(
         [*PIP, 'install', '--dry-run', '--ignore-installed', '--no-index', *words],
         cwd=checkout,

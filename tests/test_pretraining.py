@@ -196,7 +196,7 @@ def as_theirs(state: dict) -> dict:
 
 
 def check_scores(kept: Path, config: Path, state: dict) -> None:
-    """See that tools/test.py kept the scores that these weights give."""
+    """Check that tools/test.py kept the scores that these weights give."""
     cfg = Config.fromfile(config)
     init_default_scope('mmpretrain')
     samples = pickle.loads(kept.read_bytes())
@@ -214,7 +214,7 @@ def check_scores(kept: Path, config: Path, state: dict) -> None:
 
 
 def released_file(config: Path, buffers, classes: int = 3) -> dict:
-    """As the authors' main.py saves it, with a norm and a linear layer that matter."""
+    """A file as the authors' main.py saves it, with a norm and a linear layer that matter."""
     torch.manual_seed(0)
     cfg = Config.fromfile(config)
     backbone = CrossFormer(**{k: v for k, v in cfg.model.backbone.items() if k != 'type'})
@@ -327,7 +327,7 @@ class TestReleasedFiles:
 
 
 class TestDetectionFromIt:
-    """What goes into model.backbone.init_cfg.checkpoint."""
+    """Values of model.backbone.init_cfg.checkpoint."""
 
     @pytest.mark.parametrize('file', ['epoch_3.pth', 'NAME.pth', 'NAME.safetensors'])
     def test_a_detector_starts_from_the_averaged_weights(self, trained, tmp_path, capfd, file):

@@ -1,4 +1,4 @@
-"""What README.md and the tables of docs/ say is so, and the Chinese pages give the same facts."""
+"""README.md and the tables of docs/ are true, and the Chinese pages give the same facts."""
 
 import inspect
 import io
@@ -162,7 +162,7 @@ def test_readme_is_short_enough_to_be_read():
 
 @pytest.fixture(scope='module')
 def measured() -> dict:
-    """What benchmarks/cpu/ holds: cells by processor, size, mode and model."""
+    """Cells of benchmarks/cpu/ by processor, size, mode and model."""
     found = {}
     for table in ROOT.glob('benchmarks/cpu/*/table.md'):
         parts = re.findall(

@@ -67,7 +67,7 @@ def with_buffers(state: dict, buffers) -> OrderedDict:
 
 
 def imagenet_file(backbone, buffers) -> dict:
-    """As the authors' main.py saves it; the last channels depend on the architecture."""
+    """A file as the authors' main.py saves it; the last channels depend on the architecture."""
     state = with_buffers(backbone.state_dict(), buffers)
     channels = backbone.out_channels[-1]
     state.update(
@@ -91,7 +91,7 @@ def imagenet_file(backbone, buffers) -> dict:
 
 
 def openmmlab_file(model, buffers, **meta) -> dict:
-    """As MMDetection 2.8 and MMSegmentation 0.12 save it."""
+    """A file as MMDetection 2.8 and MMSegmentation 0.12 save it."""
     state = with_buffers(model.state_dict(), buffers)
     return dict(
         meta=dict(

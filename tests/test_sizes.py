@@ -25,7 +25,7 @@ same_examples = settings(
 
 
 def pairs(height: int, width: int, group_size: int, interval: int, lda: str) -> int:
-    """How many pairs of positions the oracle compares in long distance attention, or in short
+    """Count the pairs of positions that the oracle compares in long distance attention, or in short
     distance attention where that is more."""
     if min(height, width) <= group_size:
         group_size, interval = (min if lda == 'interval' else max)(height, width), 1

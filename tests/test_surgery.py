@@ -1,4 +1,4 @@
-"""What users do to a layer has its effect on every path, as if no layer were ever bypassed."""
+"""Changes to a layer have their effect on every path, as if no layer were ever bypassed."""
 
 import copy
 
@@ -37,7 +37,7 @@ IMAGE = torch.linspace(-2, 2, 3 * 24 * 28).sin().view(1, 3, 24, 28)
 
 @pytest.fixture(autouse=True)
 def all_shortcuts(monkeypatch):
-    """Let every shortcut be taken that may be, whatever the processor and the size."""
+    """Take every permitted shortcut, whatever the processor and the size."""
     monkeypatch.setattr(linears, 'SMALL', 0)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     monkeypatch.setattr(onednn, 'is_intel', lambda: False)

@@ -104,7 +104,7 @@ def cut(shapes: Path, folder: Path, images: int) -> Path:
 
 
 def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
-    """What a process of one setting is told."""
+    """Task of a process that measures one setting."""
     folder.mkdir(exist_ok=True)
     setting = dict(group_size=group_size, interval=[8, 4, 2, 1], lda='interval')
     return [

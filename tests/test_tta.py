@@ -38,7 +38,7 @@ def shapes(tmp_path_factory) -> tuple:
 
 
 def predictions(shapes: tuple, kind: str, out: str, folder: Path, *options) -> list:
-    """What tools/test.py --tta keeps of the plain images and of the mirrored ones."""
+    """Results of tools/test.py --tta for the plain images and for the mirrored ones."""
     kept = []
     for data in shapes:
         place = folder / data.name

@@ -91,7 +91,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def shrink(part) -> None:
-    """Let a pipeline or model work at the size of the images here, and find something in them."""
+    """Adapt a pipeline or model to the size of the images here, so that it finds something."""
     for value in part.values() if isinstance(part, dict) else part:
         if isinstance(value, (dict, list, tuple)):
             shrink(value)

@@ -43,7 +43,7 @@ def load_script(file: Path):
 
 
 def leave_configs_unformatted() -> None:
-    """Let MMEngine keep configs as one line for each setting: to lay them out, which it does five
+    """Make MMEngine keep configs as one line for each setting: to lay them out, which it does five
     times in a training, takes longer than a training of the tests."""
     from yapf.yapflib import yapf_api
 
@@ -52,7 +52,7 @@ def leave_configs_unformatted() -> None:
 
 @functools.cache
 def leave_libraries_uncollected() -> None:
-    """Let the garbage collector pass over what the libraries consist of: MMEngine calls it for each
+    """Make the garbage collector pass over what the libraries consist of: MMEngine calls it for each
     data set, where it takes 0.3 s."""
     for library in LIBRARIES:
         importlib.import_module(library)

@@ -103,7 +103,7 @@ def capture(backbone: nn.Module, image: Tensor) -> Capture:
             add_hook(
                 block.attn,
                 lambda inputs, out, number=number, blocks=blocks: blocks.append(
-                    BlockCapture(number, *inputs, out)
+                    BlockCapture(number, inputs[0], inputs[1], inputs[2], out)
                 ),
             )
     for convs in embedding_convs(backbone):
@@ -158,7 +158,7 @@ def attention_weights(attention: nn.Module, block: BlockCapture, token: int) -> 
         token (int): row * W + column of the query.
     """
     x, rows, columns = block.x, block.rows, block.columns
-    for table in group_map(*x.shape[1:3], rows, columns):
+    for table in group_map(x.shape[1], x.shape[2], rows, columns):
         at = (table == token).nonzero()
         if len(at):
             group, row, column = at[0].tolist()

@@ -322,7 +322,7 @@ def draw_embedding(figure, scene: Scene) -> None:
     kernels = sorted({kernel for share in shares for kernel in share})
     for stage, share in enumerate(shares):
         for place, _name, index in ((0.2, 'channels', 0), (-0.2, 'variance', 1)):
-            left = 0
+            left = 0.0
             for kernel, values in share.items():
                 colour = KERNEL_COLOURS[kernels.index(kernel) % len(KERNEL_COLOURS)]
                 axes.barh(

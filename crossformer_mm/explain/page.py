@@ -342,7 +342,7 @@ def write_page(path: Path, scene: Scene, names: Dict[str, Optional[str]], limit:
     ]
     parts = []
     for mark, text in (
-        ('<!-- title -->', html.escape(names['image'])),
+        ('<!-- title -->', html.escape(str(names['image']))),
         ('/* style */', style),
         ('<!-- data -->', '\n'.join(data)),
         ('/* script */', script),

@@ -157,11 +157,20 @@ def find_groups(batch: int, height: int, width: int, rows: AxisRule, columns: Ax
     if axes[0][3] < axes[1][3]:  # columns are the shorter side of a group
         axes.reverse()
     row_axis, column_axis = axes
+    height, row_stride, row_groups, row_size, row_interval = row_axis
+    width, column_stride, column_groups, column_size, column_interval = column_axis
     groups = Groups(
-        batch * row_axis[2] * column_axis[2],
-        *(value for pair in zip(row_axis[:3], column_axis[:3]) for value in pair),
-        *row_axis[3:],
-        *column_axis[3:],
+        batch * row_groups * column_groups,
+        height,
+        width,
+        row_stride,
+        column_stride,
+        row_groups,
+        column_groups,
+        row_size,
+        row_interval,
+        column_size,
+        column_interval,
     )
     if groups.members > MEMBERS_LIMIT:
         raise ValueError(
@@ -195,7 +204,7 @@ def launch(
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
             return launch(kernel, programs, tensors, numbers, constants, tile)
-    key = (kernel.__name__, device, constants, tile[2:])
+    key: tuple = (kernel.__name__, device, constants, tile[2:])
     key += tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors])
     fits = max(numbers) < 2**31  # Triton compiles another kernel for integers of 64 bits
     found = COMPILED.get(key) if fits else None
