@@ -109,7 +109,7 @@ def wrapped(model):
         apply_activation_checkpointing,
     )
 
-    from crossformer_mm.engine.sharding import is_crossformer_block
+    from crossformer_mm.sharding import is_crossformer_block
 
     apply_activation_checkpointing(model, check_fn=is_crossformer_block)
     return model
