@@ -9,7 +9,6 @@ from typing import Callable, List, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from ..compat import define_operator
@@ -107,11 +106,27 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
             return out
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, grad_out):
             if grad_out is None:
                 return (None,) * 6
             table, *tokens = ctx.saved_tensors
+            if torch.is_grad_enabled() or is_intercepted(grad_out):
+                # With create_graph=True and for a batch of gradients the operator has an error or a
+                # rule; the kernel alone would leave second derivatives out without a word.
+                rows, columns, *numbers = ctx.arguments
+                qkv, out, norms = tokens
+                grad_qkv, grad_table = operator_backward(
+                    grad_out.reshape(-1, grad_out.shape[-1]),  # flatten has no batching rule
+                    qkv,
+                    table,
+                    out,
+                    norms,
+                    ctx.sides,
+                    [*rows],
+                    [*columns],
+                    *numbers,
+                )
+                return grad_qkv.view(*ctx.sides, -1), grad_table, None, None, None, None
             qkv, out, norms = (x.view(*ctx.sides, x.shape[1]) for x in tokens)
             grads = backward(grad_out, qkv, table, out, norms, *ctx.arguments)
             return grads[0], grads[1].to(table.dtype), None, None, None, None
@@ -137,5 +152,10 @@ def is_intercepted(*tensors: Tensor) -> bool:
     return bool(
         active_transform()
         or is_observed()
-        or any(type(tensor) not in (Tensor, Parameter) or tensor.is_meta for tensor in tensors)
+        or any(
+            type(tensor) not in (Tensor, Parameter)
+            or tensor.is_meta
+            or not torch._C._has_storage(tensor)  # a batch of gradients; nothing public tells
+            for tensor in tensors
+        )
     )
