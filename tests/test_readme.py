@@ -155,11 +155,6 @@ def test_the_picture_is_what_its_command_draws(tmp_path):
     assert abs(drawn - kept).mean() < 1  # of 255
 
 
-def test_readme_is_short_enough_to_be_read():
-    for page in TRANSLATED[0]:
-        assert len(page.read_text(encoding='utf-8').splitlines()) <= 220
-
-
 @pytest.fixture(scope='module')
 def measured() -> dict:
     """Cells of benchmarks/cpu/ by processor, size, mode and model."""
