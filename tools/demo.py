@@ -124,7 +124,8 @@ def main():
         for key, (label, mark) in metrics.items():
             value = measured[key] * (100 if key.startswith('coco/') else 1)
             report.append((f'{name}: {label}', value, mark))
-        shown = sorted(folder.rglob('*.png'), key=lambda path: (path.stat().st_mtime, path.name))
+        shown = [path for path in folder.rglob('*') if path.is_file()]
+        shown.sort(key=lambda path: (path.stat().st_mtime, path.name))
         sheet = WORK / f'{name}.png'
         contact_sheet(shown[-8:], sheet)
         pictures.append(sheet)
