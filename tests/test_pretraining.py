@@ -149,7 +149,7 @@ class TestTraining:
         )
         assert status == 0
         assert 'accuracy/top1:' in ''.join(capfd.readouterr())
-        assert len(list((tmp_path / 'shown').glob('*/*.*'))) == 4  # by class
+        assert len(list((tmp_path / 'shown').glob('*/*.JPEG'))) == 4  # by class
         check_scores(tmp_path / 'x.pkl', trained / 'cfpp_s.py', weights(trained, 3))
 
     def test_a_resumed_training_ends_with_the_same_weights(self, trained, tmp_path):

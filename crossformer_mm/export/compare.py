@@ -103,7 +103,7 @@ def difference(module: nn.Module, given: Sequence[Tensor], results: Outputs) -> 
         {name: out.shape for name, out in outputs.items()} for outputs in (results, expected)
     )
     if shapes != wanted:
-        raise Differs(f'it returns shapes {shapes} in place of {wanted}')
+        raise Differs(f'it returns shapes {shapes} instead of {wanted}')
     labels = results.get('labels', results.get('label_map'))
     if labels is not None:
         logits = module.logits(*given)

@@ -19,7 +19,7 @@ from ..compat import missing_torch
 from ..exact import is_exact
 from ..position_bias import DynamicPositionBias
 from . import fused
-from .self_test import say
+from .self_test import say, scattered
 
 LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
 TYPES = (DynamicPositionBias, nn.Linear, *LAYER, *LAYER, *LAYER)  # of a bias and its parts
@@ -196,18 +196,13 @@ def largest_error(kind: Kind) -> float:
     for norm in (pos.pos1[0], pos.pos2[0], pos.pos3[0]):
         norm.eps = kind.eps
 
-    def scattered(start: int, shape: torch.Size) -> Tensor:
-        """Return fixed numbers in [-1, 1]."""
-        count = torch.arange(start, start + shape.numel(), device='cpu')
-        return (count**2 * 7919 % 65521).double().view(shape) / 32760 - 1
-
     parameters = list(pos.parameters())
     with torch.no_grad():
         for index, parameter in enumerate(parameters):
-            parameter.copy_(scattered(5000 * index, parameter.shape))
+            parameter.copy_(scattered(5000 * index, parameter.shape, 'cpu'))
     height, width = 6, 9
     table = pos(height, width)
-    grad = scattered(777, table.shape)
+    grad = scattered(777, table.shape, 'cpu')
     exact = [table.detach(), *torch.autograd.grad(table, parameters, grad)]
     copies = [one.detach().to(kind.device, torch.float32) for one in parameters]
     kernels = triton_kernels()

@@ -15,7 +15,7 @@ import logging
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, NamedTuple, Set, Tuple
+from typing import Callable, Dict, NamedTuple, Sequence, Set, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -116,19 +116,15 @@ def find_fault(kind: Kind, trains: bool) -> str:
     heads, sides = 2, (17, 15)
     rules = (AxisRule(7, 1), AxisRule(6, 1)) if kind.small else (AxisRule(9, 2), AxisRule(8, 2))
 
-    def scattered(start: int, *shape: int) -> Tensor:
-        """Return fixed numbers in [-1, 1]; random ones would change the user's sequence."""
-        count = torch.arange(start, start + torch.Size(shape).numel(), device=kind.device)
-        return (count**2 * 7919 % 65521 / 32760 - 1).to(torch.float32).view(shape)
-
     channels = heads * kind.head_dim
-    qkv = scattered(0, 1, *sides, 3 * channels).to(kind.dtype)
-    table = scattered(1000, heads, *(2 * rule.size - 1 for rule in rules))
+    qkv = scattered(0, (1, *sides, 3 * channels), kind.device).to(kind.dtype)
+    table_shape = heads, *(2 * rule.size - 1 for rule in rules)
+    table = scattered(1000, table_shape, kind.device).float()
     arguments = *rules, heads, kind.head_dim**-0.5
     out, norms = fused.forward(qkv, table, *arguments)
     ours, exact = [out], [plain.attend(qkv.double(), table.double(), *arguments)]
     if trains:
-        grad = scattered(5000, 1, *sides, channels).to(kind.dtype)
+        grad = scattered(5000, (1, *sides, channels), kind.device).to(kind.dtype)
         ours += fused.backward(grad, qkv, table, out, norms, *arguments)
         exact += plain.gradients(grad.double(), qkv.double(), table.double(), *arguments)
     errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, exact)]
@@ -136,6 +132,12 @@ def find_fault(kind: Kind, trains: bool) -> str:
         return ''
     names = ('output', 'gradient of qkv', 'gradient of the bias')
     return 'wrong by ' + ', '.join(f'{e:.2g} of the {name}' for name, e in zip(names, errors))
+
+
+def scattered(start: int, shape: Sequence[int], device: Union[str, torch.device]) -> Tensor:
+    """Return fixed float64 numbers in [-1, 1]; random ones would change the user's sequence."""
+    count = torch.arange(start, start + torch.Size(shape).numel(), device=device)
+    return ((count**2 * 7919 % 65521).double() / 32760 - 1).view(shape)
 
 
 def distrust(kind: Kind, fault: str) -> None:
