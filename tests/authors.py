@@ -1,8 +1,10 @@
-"""Results of the authors' code in ``tests/golden``, and the weights and inputs they belong to."""
+"""Results of the authors' code in ``tests/golden``, the weights and inputs they belong to, and files of
+the structure that the authors released."""
 
 import json
 import os
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Dict, Iterator, NamedTuple, Tuple
 
@@ -147,3 +149,81 @@ def larger_files() -> list:
     """The files in the folder that the environment names."""
     folder = os.environ.get(ENVIRONMENT)
     return sorted(Path(folder).glob('*.npz')) if folder else []
+
+
+# Released files
+
+
+def earlier(block: str) -> dict:
+    """Buffers of a block in files of the authors' earlier code."""
+    return {
+        f'{block}.attn.biases': torch.zeros(169, 2),
+        f'{block}.attn.relative_position_index': torch.zeros(49, 49).long(),
+    }
+
+
+def later(block: str) -> dict:
+    """Buffers that their later code may add."""
+    return {**earlier(block), f'{block}.attn_mask': torch.zeros(64, 49, 49)}
+
+
+def no_buffers(block: str) -> dict:
+    return {}
+
+
+def with_buffers(state: dict, buffers) -> OrderedDict:
+    """Weights with a set of buffers in each block. No `_metadata`: mmcv of then dropped it."""
+    blocks = {key.split('.attn.qkv')[0] for key in state if '.attn.qkv' in key}
+    return OrderedDict(
+        state, **{key: value for block in blocks for key, value in buffers(block).items()}
+    )
+
+
+def imagenet_file(backbone, buffers) -> dict:
+    """A file as the authors' main.py saves it; the last channels depend on the architecture."""
+    state = with_buffers(backbone.state_dict(), buffers)
+    channels = backbone.out_channels[-1]
+    state.update(
+        {
+            'norm.weight': torch.ones(channels),
+            'norm.bias': torch.zeros(channels),
+            'head.weight': torch.zeros(1000, channels),
+            'head.bias': torch.zeros(1000),
+        }
+    )
+    optimizer = torch.optim.AdamW(backbone.parameters())
+    return dict(
+        model=state,
+        optimizer=optimizer.state_dict(),
+        max_accuracy=82.5,
+        epoch=299,
+        lr_scheduler=dict(decay_t=9382, t_initial=375300, lr_min=1e-5, base_values=[1e-3]),
+        config=OrderedDict(AMP_OPT_LEVEL='O1', MODEL=OrderedDict(NAME='crossformer')),
+        amp=dict(loss_scaler0=dict(loss_scale=65536.0, unskipped=12)),
+    )
+
+
+def openmmlab_file(model, buffers, **meta) -> dict:
+    """A file as MMDetection 2.8 and MMSegmentation 0.12 save it."""
+    state = with_buffers(model.state_dict(), buffers)
+    return dict(
+        meta=dict(
+            mmcv_version='1.2.7',
+            env_info='sys.platform: linux',
+            seed=None,
+            config="model = dict(type='MaskRCNN')\n",
+            epoch=12,
+            iter=87960,
+            time='Thu Aug  5 12:00:00 2021',
+            hook_msgs=dict(),
+            **meta,
+        ),
+        state_dict=state,
+        optimizer=dict(state={}, param_groups=[]),
+    )
+
+
+DETECTION = dict(mmdet_version='2.8.0')
+
+
+SEGMENTATION = dict(mmseg_version='0.12.0')

@@ -1,9 +1,11 @@
-"""Shared fixtures: small backbones and fixed seeds."""
+"""Shared fixtures: small backbones, fixed seeds, tools that are run in the process of the test."""
 
+import logging
 import os
 
 import pytest
 import torch
+from mmengine.runner import CheckpointLoader
 
 # Without a GPU, Triton's kernels run in its interpreter; Triton reads this when imported first.
 if not torch.cuda.is_available():
@@ -11,7 +13,16 @@ if not torch.cuda.is_available():
 
 from crossformer_mm import CrossFormer  # noqa: E402
 
-from .tool_process import leave_configs_unformatted  # noqa: E402
+from .helpers import (  # noqa: E402
+    CLASSES,
+    DEMO_DETECTOR,
+    DEMO_SEGMENTOR,
+    add_noise,
+    leave_configs_unformatted,
+    random_model,
+    run_tool,
+    write_zoo_data,
+)
 
 leave_configs_unformatted()
 
@@ -24,8 +35,9 @@ torch.set_num_threads(1)
 
 # Files that take a minute or more, the longest first: `--dist loadfile` gives each to one process,
 # and a long one that begins last leaves the other processes idle.
-LONG = ('commands', 'fused', 'zoo_runs', 'export', 'export_tool', 'packaging', 'tools', 'model_zoo')
-LONG += ('backbone', 'pretraining', 'ranks', 'resume', 'explain_page', 'soak', 'dataset_checks')
+LONG = ('commands', 'fused', 'zoo_runs', 'run_onnx', 'export_file', 'compile', 'packaging')
+LONG += ('train_and_test', 'model_zoo', 'backbone', 'pretraining', 'ranks', 'killed', 'page')
+LONG += ('soak', 'dataset_checks')
 
 
 def pytest_collection_modifyitems(items):
@@ -40,19 +52,11 @@ def seed():
 
 @pytest.fixture
 def small():
-    """Builds a small CrossFormer in evaluation mode, in which every parameter matters.
-
-    As initialised, biases are 0 and norms are 1, so that mixing them up would
-    change nothing: hence the noise.
-    """
+    """Builds a small CrossFormer in evaluation mode, in which every parameter matters."""
 
     def build(arch=SMALL, **options) -> CrossFormer:
         torch.manual_seed(0)
-        backbone = CrossFormer(arch, **options).eval()
-        with torch.no_grad():
-            for parameter in backbone.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        return backbone
+        return add_noise(CrossFormer(arch, **options).eval())
 
     return build
 
@@ -71,3 +75,66 @@ def probe():
         )
 
     return loss
+
+
+@pytest.fixture
+def output_of(capfd):
+    """Runs a command of tools/, which must end with the status ``expect``; returns its output."""
+
+    def run(tool: str, *arguments, expect: int = 0, **options) -> str:
+        status = run_tool(tool, *arguments, **options)
+        said = ''.join(capfd.readouterr())
+        assert status == expect, said[-3000:]
+        return said
+
+    return run
+
+
+@pytest.fixture
+def refusal_of(capfd):
+    """Runs a command of tools/, which must refuse its arguments; returns the sentence."""
+
+    def run(tool: str, *arguments, **options) -> str:
+        status = run_tool(tool, *arguments, **options)
+        said = capfd.readouterr()
+        assert status == 2, said.out[-3000:]
+        last = said.err.strip().splitlines()[-1]
+        assert 'error: ' in last
+        return last.split('error: ', 1)[1]
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def random_detector(tmp_path_factory):
+    """A checkpoint of the demo's detector with random weights."""
+    file = tmp_path_factory.mktemp('detector') / 'detector.pth'
+    return random_model(DEMO_DETECTOR, file, dict(dataset_meta=dict(CLASSES=CLASSES)))
+
+
+@pytest.fixture(scope='session')
+def random_segmentor(tmp_path_factory):
+    """A checkpoint of the demo's segmentor with random weights."""
+    return random_model(DEMO_SEGMENTOR, tmp_path_factory.mktemp('maps') / 'segmentor.pth', {})
+
+
+@pytest.fixture(scope='session')
+def zoo_data(tmp_path_factory):
+    return write_zoo_data(tmp_path_factory.mktemp('zoo_data'))
+
+
+@pytest.fixture(scope='module')
+def no_traces():
+    """Turn off the long record that PyTorch writes of compilations while pytest captures logs."""
+    log = logging.getLogger('torch.__trace')
+    handlers, log.handlers = log.handlers, []
+    yield
+    log.handlers = handlers
+
+
+@pytest.fixture
+def own_loaders():
+    """Tools settle for good how MMEngine reads; other tests want it as it was."""
+    schemes = dict(CheckpointLoader._schemes)
+    yield
+    CheckpointLoader._schemes = schemes

@@ -192,3 +192,35 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 def layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weights[f'{name}.weight'], weights[f'{name}.bias'])
+
+
+# Comparisons
+
+
+def parameters_of(backbone):
+    return dict(backbone.named_parameters())
+
+
+def out_sides(side):
+    """Positions along a side of each stage: every embedding rounds up."""
+    sides = [-(-side // 4)]
+    for _ in range(3):
+        sides.append(-(-sides[-1] // 2))
+    return sides
+
+
+def assert_equals_plain(backbone, probe, image, options):
+    """Assert equal features, and equal gradients of ``probe`` of them."""
+    weights = parameters_of(backbone)
+    image.requires_grad_()
+    features = backbone(image)
+    references = plain_features(weights, image, **options)
+    assert len(features) == len(references)
+    for feature, reference in zip(features, references):
+        torch.testing.assert_close(feature, reference, rtol=1e-9, atol=1e-11)
+    variables = [image, *weights.values()]
+    gradients = torch.autograd.grad(probe(features), variables)
+    expected = torch.autograd.grad(probe(references), variables)
+    for name, gradient, reference in zip(['image', *weights], gradients, expected):
+        scale = max(reference.abs().max().item(), 1e-3)
+        assert (gradient - reference).abs().max().item() <= 1e-9 * scale, name

@@ -4,33 +4,19 @@ import copy
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import ARCHITECTURES, CrossFormer
 
 from .conftest import SMALL
-from .older_torch import FLOAT16, needs_float16
-from .oracle import plain_features
+from .helpers import FLOAT16, ROOT, needs_float16
+from .oracle import assert_equals_plain, out_sides, parameters_of, plain_features
 
-ROOT = Path(__file__).resolve().parents[1]
 # Sizes of image that leave ragged edges, small maps or single positions somewhere.
 RAGGED = [(1, 1), (1, 75), (67, 2), (61, 83), (97, 130), (224, 40)]
-
-
-def parameters_of(backbone):
-    return dict(backbone.named_parameters())
-
-
-def out_sides(side):
-    """Positions along a side of each stage: every embedding rounds up."""
-    sides = [-(-side // 4)]
-    for _ in range(3):
-        sides.append(-(-sides[-1] // 2))
-    return sides
 
 
 # Architectures and names
@@ -204,22 +190,6 @@ def test_features_and_gradients_are_the_papers_at_any_size(small, probe, variant
 def test_options_change_what_they_say(small, probe, built, plain):
     backbone = small(**built).double()
     assert_equals_plain(backbone, probe, torch.randn(2, 3, 101, 83).double(), plain)
-
-
-def assert_equals_plain(backbone, probe, image, options):
-    weights = parameters_of(backbone)
-    image.requires_grad_()
-    features = backbone(image)
-    references = plain_features(weights, image, **options)
-    assert len(features) == len(references)
-    for feature, reference in zip(features, references):
-        torch.testing.assert_close(feature, reference, rtol=1e-9, atol=1e-11)
-    variables = [image, *weights.values()]
-    gradients = torch.autograd.grad(probe(features), variables)
-    expected = torch.autograd.grad(probe(references), variables)
-    for name, gradient, reference in zip(['image', *weights], gradients, expected):
-        scale = max(reference.abs().max().item(), 1e-3)
-        assert (gradient - reference).abs().max().item() <= 1e-9 * scale, name
 
 
 @pytest.mark.parametrize(
@@ -512,6 +482,37 @@ def test_wrong_option_is_named_in_one_sentence(options, sentence):
     message = str(error.value)
     assert message.startswith('CrossFormer: ') and sentence in message
     assert '\n' not in message and message.endswith('.')
+
+
+@pytest.mark.parametrize(
+    'wrong, right',
+    [
+        ('with_pc', 'with_cp'),
+        ('out_index', 'out_indices'),
+        ('group_sizes', 'group_size'),
+        ('frozen_stage', 'frozen_stages'),
+        ('drop_path', 'drop_path_rate'),
+        ('LDA', 'lda'),
+    ],
+)
+def test_a_misspelt_option_of_the_backbone_names_the_nearest(wrong, right):
+    with pytest.raises(
+        TypeError,
+        match=f"CrossFormer: there is no option '{wrong}', did you mean "
+        rf"'{right}'\?",
+    ):
+        CrossFormer('s', **{wrong: 1})
+
+
+def test_an_option_like_no_other_lists_them_all():
+    with pytest.raises(TypeError, match='choose from arch, in_channels, .*attention_path'):
+        CrossFormer('s', zzz=1)
+
+
+def test_a_misspelt_option_in_a_config_names_the_nearest():
+    init_default_scope('mmdet')
+    with pytest.raises(TypeError, match="did you mean 'interval'"):
+        MODELS.build(dict(type='CrossFormer', intervals=(1, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from crossformer_mm.checkpoint import SAFE_GLOBALS, CheckpointError, read_checkp
 from crossformer_mm.compat import define_operator, missing_torch, schema_of
 from crossformer_mm.without_torch.files import is_cut_short
 
+from .helpers import Marker
+
 
 def test_schema_is_that_of_the_annotations():
     def function(x: Tensor, size: int, sides: List[int], scale: float, flag: bool) -> tuple:
@@ -103,16 +105,6 @@ def release(request, monkeypatch):
             pytest.skip('this PyTorch has no torch._weights_only_unpickler._get_allowed_globals')
         monkeypatch.setattr(compat, 'TORCH', (2, 1))
     return request.param
-
-
-class Marker:
-    """Runs code where it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, 'w')
 
 
 @pytest.mark.parametrize('zipped', [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import authors
-from .older_torch import needs_interpreter, needs_torch
+from .helpers import needs_interpreter, needs_torch
 
 CASES = [(name, size) for name, meta in authors.committed().items() for size in meta['sizes']]
 TRAJECTORY = json.loads((authors.FOLDER / 'trajectory.json').read_text())

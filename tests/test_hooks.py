@@ -19,7 +19,7 @@ from crossformer_mm.engine.runner import ADDED_HOOKS
 from crossformer_mm.grouping import stage_rules
 from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook, sample_logits
 
-from .test_pictures import Photos, write_pictures
+from .helpers import Photos, write_pictures
 
 TINY = dict(embed_dims=16, depths=(1, 2, 3, 2), num_heads=(1, 2, 2, 4))
 

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from crossformer_mm import installed
 from crossformer_mm.installed import OLDEST, check_installed, installed_family, numbers
+
+from .helpers import ROOT
 
 COMMANDS = {
     'onedl-': "pip install --no-build-isolation 'onedl-mmengine>=0.10.12' 'onedl-mmcv>=2.3.6'",
@@ -70,7 +71,7 @@ def test_one_sentence_says_what_to_install(environment, package, version, family
 
 
 def test_what_to_install_are_the_extras():
-    project = (Path(__file__).parent.parent / 'pyproject.toml').read_text(encoding='utf-8')
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
     for command in COMMANDS.values():
         for requirement in re.findall("'(.+?)'", command):
             assert f'"{requirement}"' in project
@@ -102,7 +103,6 @@ def test_import_ends_in_the_sentence():
 
 def test_package_and_tools_work_without_docstrings():
     """python -OO drops them, as frozen and minimal installations do."""
-    root = Path(__file__).parent.parent
     program = (
         'import runpy, sys, crossformer_mm.engine.runner\n'
         'for tool in ("demo", "make_shapes"):\n'
@@ -111,6 +111,6 @@ def test_package_and_tools_work_without_docstrings():
         '    except SystemExit as end: print(end.code)\n'
     )
     command = [sys.executable, '-OO', '-W', 'ignore', '-c', program]
-    done = subprocess.run(command, cwd=root, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count('0') == 2

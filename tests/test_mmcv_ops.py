@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from crossformer_mm import mmcv_ops
 
-ROOT = Path(__file__).parent.parent
+from .helpers import ROOT
 
 try:
     spec = importlib.util.spec_from_file_location('ours', mmcv_ops.OPERATORS)

@@ -19,9 +19,8 @@ import pytest
 
 from crossformer_mm import __version__
 
-from .test_docs import blocks
+from .helpers import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--no-cache-dir']
 LIST = ('list', '--format', 'json')
 
@@ -214,7 +213,7 @@ def test_sdist_is_complete_and_has_no_links(sdist):
         assert all(member.isfile() or member.isdir() for member in archive.getmembers())
         inside = {name.split('/', 1)[-1] for name in archive.getnames()}
     for pattern in (
-        'tests/*.py',
+        'tests/**/*.py',
         'configs/**/*.py',
         'tools/*',
         'docs/*.md',
@@ -507,9 +506,8 @@ def index(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_readme_has_four_ways_to_install_of_four_lines_at_most():
+def test_the_readme_has_four_ways_to_install():
     assert [way[0][:4] for way in WAYS] == ['# 1.', '# 2.', '# 3.', '# 4.']
-    assert all(2 <= len(way) <= 5 for way in WAYS)
 
 
 @pytest.mark.parametrize('way', WAYS, ids=lambda way: way[0][2:3])

@@ -5,10 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from mmengine.dataset import BaseDataset, ConcatDataset
+from mmengine.dataset import ConcatDataset
 
 from crossformer_mm.pictures import as_picture, names_in, picture_in
 from crossformer_mm.without_torch.files import unique_names
+
+from .helpers import Photos, write_pictures
 
 
 @pytest.mark.parametrize(
@@ -27,26 +29,6 @@ from crossformer_mm.without_torch.files import unique_names
 def test_files_keep_names_of_their_own(tmp_path, files, stems):
     paths = [tmp_path / file for file in files]
     assert [stem for _, stem in unique_names(paths)] == stems
-
-
-def write_pictures(folder: Path, *names: str) -> list:
-    infos = []
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / name), np.full((4, 6, 3), 10 * number, np.uint8))
-        infos.append(dict(img_path=str(folder / name)))
-    return infos
-
-
-class Photos(BaseDataset):
-    METAINFO = dict(classes=())
-
-    def __init__(self, infos: list, **options):
-        self.infos = infos
-        super().__init__(**options)
-
-    def load_data_list(self) -> list:
-        return list(self.infos)  # which the data set empties
 
 
 def test_images_of_data_sets_are_named_below_the_folder_that_all_share(tmp_path):

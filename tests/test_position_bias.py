@@ -16,7 +16,7 @@ from crossformer_mm.position_bias import (
     build_position_bias,
 )
 
-from .older_torch import FLOAT16
+from .helpers import FLOAT16
 
 
 @pytest.fixture

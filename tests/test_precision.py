@@ -9,8 +9,7 @@ from torch import nn
 from crossformer_mm import CrossFormer
 from crossformer_mm.position_bias import DynamicPositionBias
 
-from .older_torch import FLOAT16, needs_float16
-from .tool_process import ROOT, load_script
+from .helpers import FLOAT16, ROOT, load_script, needs_float16
 
 DEMO = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))  # of configs/demo
 

@@ -6,8 +6,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from .oracle import plain_features
-from .test_backbone import assert_equals_plain, out_sides, parameters_of
+from .oracle import assert_equals_plain, out_sides, parameters_of, plain_features
 
 TINY = dict(embed_dims=16, depths=(2, 2, 1, 2), num_heads=(1, 2, 2, 4))
 LARGEST = 600

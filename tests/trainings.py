@@ -7,7 +7,7 @@ import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
 
-from .tool_process import ROOT, ToolProcess, load_script
+from .helpers import ROOT, ToolProcess, load_script
 
 
 class Training(NamedTuple):

@@ -13,8 +13,8 @@ plain   anywhere        :mod:`.plain`: the definition, in PyTorch; in training i
 
 All map a map to a map, with the same values and gradients. The ``why_not`` of each module gives
 the reason why a call is unsupported. The fused path is selected only where its kernels pass
-:mod:`.self_test`. A new path gets a line in ``PATHS``; ``tests/test_kernels.py`` compares it with
-the definition.
+:mod:`.self_test`. A new path gets a line in ``PATHS``; ``tests/kernels/test_paths.py`` compares it
+with the definition.
 
 Next to fused attention, the dynamic position bias is computed by :mod:`.bias`. Linear layers on the
 CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.

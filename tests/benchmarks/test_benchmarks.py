@@ -1,0 +1,104 @@
+"""Plumbing of benchmarks/: processes that are measured, and the table that they fill."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from ..helpers import ROOT, load_script
+
+FOLDER = ROOT / 'benchmarks'
+SCRIPT = f'''
+import os, sys
+sys.path.insert(0, {str(FOLDER)!r})
+from common import answer
+print('a library prints')
+settings = lambda: {{name: v for name, v in os.environ.items() if 'MALLOC' in name}}
+answer(dict(settings=settings, fail=lambda: 1 / 0))
+'''
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return load_script(FOLDER / 'common.py')
+
+
+@pytest.fixture
+def worker(common, tmp_path, monkeypatch):
+    """Starts a process that answers with the settings of its allocator."""
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '0')
+    monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    started = []
+
+    def start(**environment):
+        started.append(common.Worker(tmp_path / 'script.py', dict(threads=1), **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()
+
+
+def test_time_is_measured_with_the_systems_own_allocator(worker):
+    assert worker().ask('settings') == {}
+
+
+def test_memory_is_measured_with_the_settings_of_the_benchmark(worker):
+    settings = dict(MALLOC_TRIM_THRESHOLD_='1000000')
+    assert worker(**settings).ask('settings') == settings
+
+
+def test_a_process_that_dies_tells_why(worker):
+    with pytest.raises(RuntimeError, match='ZeroDivisionError: division by zero'):
+        worker().ask('fail')
+
+
+def test_sizes_are_read_as_height_and_width(common):
+    assert common.size_of('800x1216') == (800, 1216)
+    for text in ('800', '0x5', '5x', '-1x2', 'axb', '1x2x3'):
+        with pytest.raises(Exception, match='write HEIGHTxWIDTH'):
+            common.size_of(text)
+
+
+def test_the_parts_of_a_step_are_timed_on_the_ways_that_are_measured(common, small):
+    """Hooks of linear layers would turn their faster ways off."""
+    backbone, hooked, model = load_script(FOLDER / 'backbone.py'), [], small()
+
+    def step() -> float:
+        hooked.extend(m for m in model.modules() if isinstance(m, nn.Linear) and m._forward_hooks)
+        start = time.perf_counter()
+        model(torch.rand(1, 3, 64, 64))
+        return time.perf_counter() - start
+
+    parts = backbone.time_of_parts(model, step)
+    assert set(parts) == {
+        'embedding and merging',
+        'LayerNorm',
+        'projections (q k v, out)',
+        'position bias',
+        'attention in groups',
+        'MLP',
+        'rest',
+    }
+    assert min(parts.values()) > 0 and not hooked
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize('machine', ['amd-zen3', 'intel-amx'])
+def test_kept_results_give_the_kept_tables(common, machine):
+    folder = FOLDER / 'cpu' / machine
+    backbone = load_script(FOLDER / 'backbone.py')
+    text = backbone.table_of(json.loads((folder / 'results.json').read_text()))
+    kept = (folder / 'table.md').read_text().splitlines()
+    assert {line for line in kept if line.startswith('|')} <= set(text.splitlines())
+
+
+def test_kept_results_of_deployment_give_the_kept_table(common):
+    folder = FOLDER / 'deployment' / 'amd-zen3'
+    deployment = load_script(FOLDER / 'deployment.py')
+    record = json.loads((folder / 'results.json').read_text())
+    assert deployment.table_of(record) == (folder / 'table.md').read_text()

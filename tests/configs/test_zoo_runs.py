@@ -1,0 +1,90 @@
+"""Configs of dense prediction, as they stand, train a step and test; only data and sizes are small.
+Classifiers are in test_pretraining.py.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
+
+from crossformer_mm.config_parts import innermost
+from crossformer_mm.engine.config import prepare_for_cpu, replace_data_root
+
+from ..helpers import ROOT, shrink
+
+CONFIGS = ROOT / 'configs'
+PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
+# Baselines that only have more layers than another, or its backbone in another method: what they
+# cost is counted in test_model_zoo.py, for which they are built and run.
+ALIKE = {
+    'mask_rcnn/r101_1x',
+    'mask_rcnn/swin_s_1x',
+    'retinanet/pvt_m_1x',
+    'retinanet/r101_1x',
+    'retinanet/swin_t_1x',
+}
+ZOO = [
+    name
+    for name in (*PUBLISHED['models'], *PUBLISHED['baselines'])
+    if not name.startswith('imagenet/') and name not in ALIKE
+]
+
+
+def small_run(config: str, data: Path, work: Path) -> Runner:
+    cfg = Config.fromfile(CONFIGS / f'{config}.py')
+    import_modules_from_strings(**cfg.custom_imports)
+    cfg.work_dir = str(work)
+    cfg.experiment_name = config.replace('/', '_')
+    cfg.launcher = 'none'
+    prepare_for_cpu(cfg)
+    replace_data_root(cfg, str(data / ('coco' if cfg.default_scope == 'mmdet' else 'ade')))
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        shrink(innermost(loader.dataset).pipeline)
+    shrink(cfg.model)
+    if 'max_epochs' in cfg.train_cfg:
+        cfg.train_cfg.max_epochs = 1
+        cfg.train_dataloader.batch_size = 2  # both images: one step is an epoch
+    else:
+        cfg.train_cfg.max_iters = 1
+    cfg.train_cfg.val_interval = 10
+    cfg.default_hooks.checkpoint = None  # up to 1.5 GB each, and not what is asked here
+    cfg.default_hooks.logger.interval = 1
+    # The warm-up's first step changes a weight by less than its rounding.
+    cfg.param_scheduler = None
+    cfg.log_level = 'ERROR'
+    return Runner.from_cfg(cfg)
+
+
+@pytest.mark.parametrize('config', ZOO)
+def test_trains_a_step_and_tests(config, zoo_data, tmp_path):
+    runner = small_run(config, zoo_data, tmp_path)
+    trained = [
+        weight
+        for weight in runner.model.backbone.parameters()
+        if weight.requires_grad and weight.dim() > 1
+    ]
+    first, last = trained[0], trained[-1]
+    before = [weight.detach().clone() for weight in (first, last)]
+    runner.train()
+    losses = {
+        key: log.current() for key, log in runner.message_hub.log_scalars.items() if 'loss' in key
+    }
+    assert len(losses) > 1 and all(np.isfinite(loss) for loss in losses.values()), losses
+    for old, new in zip(before, (first, last)):
+        assert not torch.equal(old, new) and new.isfinite().all()
+
+    metrics = runner.test()
+    expected = {
+        'retinanet': {'coco/bbox_mAP'},
+        'mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
+        'cascade_mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
+    }
+    expected = expected.get(config.split('/')[0], {'mIoU', 'aAcc'})
+    assert expected <= metrics.keys(), metrics

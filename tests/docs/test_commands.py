@@ -1,0 +1,226 @@
+"""The commands of README.md and docs/ run, as they stand, on little data and with small models.
+
+Those of docs/custom_projects.md, which build on each other, are run by test_docs.py,
+benchmarks/gpu.py by test_gpu_benchmark.py and benchmarks/pretraining.py by test_pretraining.py.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm import CrossFormer
+from crossformer_mm.compat import EXPORT, missing_torch
+
+from ..authors import earlier, imagenet_file
+from ..helpers import EXAMPLES, PAGES, ROOT, commands, run_tool, shrink
+
+TINY = dict(embed_dims=16, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2))
+CHANNELS = [16, 32, 64, 128]
+
+# What would take long is made short by further options, the rest by small configs.
+SHORTER = {
+    'tools/export.py': ['--fixed-shape', '64', '64'],  # any size: test_export_file.py
+    'tools/make_shapes.py': ['--train', '8', '--val', '8'],
+    'benchmarks/backbone.py': [
+        '--sizes',
+        '32x32',
+        '--models',
+        'crossformer_s',
+        '--modes',
+        'infer',
+        '--repeats',
+        '2',
+    ],
+    'tools/sweep_groups.py': [
+        '--group-size',
+        '7,7,7,7',
+        '--interval',
+        '8,4,2,1',
+        '--lda',
+        'interval',
+        '--max-images',
+        '2',
+    ],  # the configs' own alone
+    'tools/train.py configs/demo/upernet_shapes.py': [
+        '--cfg-options',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'train_dataloader.batch_size=2',
+    ],
+}
+# Of several machines and of Slurm: test_options.py and test_ranks.py run the same scripts.
+APART = (EXAMPLES, ROOT / 'docs' / 'distributed.md')
+EVERY = {
+    command: page.stem
+    for page in PAGES
+    if page not in APART
+    for command in commands(page)
+    if not re.sub(r"^(\w+=('[^']*'|\S*) )+", '', command).startswith(
+        (
+            'make ',
+            '.venv/bin/python -m pytest ',
+            'pip ',
+            'python -m crossformer_mm.mmcv_ops',  # test_mmcv_ops.py
+            'tensorboard ',
+            'python benchmarks/gpu.py',
+            'python benchmarks/pretraining.py',
+        )
+    )
+}
+
+
+def small_config(name: str) -> Config:
+    """A config of the zoo with a tiny model, one step an epoch, and images as they are here."""
+    cfg = Config.fromfile(ROOT / name)
+    if '/demo/' in name:
+        return cfg
+    shrink_data(cfg)
+    shrink_heads(cfg.model)
+    if cfg.model.backbone.type != 'CrossFormer':  # a baseline
+        return cfg
+    cfg.model.backbone.arch = TINY
+    if cfg.default_scope == 'mmpretrain':
+        cfg.model.neck.in_channels = cfg.model.head.in_channels = CHANNELS[-1]
+    elif 'neck' in cfg.model:
+        cfg.model.neck.in_channels = CHANNELS[-len(cfg.model.neck.in_channels) :]
+    else:
+        cfg.model.decode_head.update(in_channels=CHANNELS, channels=16)
+        cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
+    return cfg
+
+
+def shrink_heads(part) -> None:
+    """The channels of a neck and what follows it."""
+    for name, value in part.items() if isinstance(part, dict) else ():
+        for one in value if isinstance(value, list) else [value]:
+            if name != 'backbone':
+                shrink_heads(one)
+        if 'channels' in name and value in (256, 1024):
+            part[name] = 16
+        elif name == 'in_channels' and value == [256] * 4:
+            part[name] = [16] * 4
+
+
+def shrink_data(cfg: Config) -> None:
+    """One step an epoch, and images as they are here."""
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
+        shrink(cfg[f'{split}_dataloader'].dataset.pipeline)
+    shrink(cfg.model)
+    shrink(cfg.get('tta_pipeline') or [])
+    cfg.train_cfg.update(
+        {'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2}, val_interval=2
+    )
+
+
+@pytest.fixture(scope='module')
+def place(zoo_data, tmp_path_factory) -> Path:  # noqa: F811
+    """A checkout with data, images and a video, whose configs are small."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for name in ('tools', 'benchmarks', 'crossformer_mm', 'tests'):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / 'docs').mkdir()
+    (folder / 'data' / 'ade').mkdir(parents=True)
+    (folder / 'data' / 'coco').symlink_to(zoo_data / 'coco')
+    (folder / 'data' / 'ade' / 'ADEChallengeData2016').symlink_to(zoo_data / 'ade')
+    for name in set(re.findall(r'configs/\w+/\w+\.py', ' '.join(EVERY))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        small_config(name).dump(folder / name)
+    image = np.random.default_rng(0).integers(0, 256, (72, 88, 3), dtype=np.uint8)
+    for split in ('train', 'val'):
+        (folder / 'data/imagenet' / split).mkdir(parents=True)
+        (folder / 'data/imagenet/meta').mkdir(exist_ok=True)
+        (folder / f'data/imagenet/meta/{split}.txt').write_text('1.JPEG 0\n2.JPEG 999\n')
+        for name in ('1.JPEG', '2.JPEG'):
+            cv2.imwrite(str(folder / 'data/imagenet' / split / name), image)
+    (folder / 'photos').mkdir()
+    for name in ('photo.jpg', 'photos/1.jpg', 'photos/2.jpg'):
+        cv2.imwrite(str(folder / name), image)
+    video = cv2.VideoWriter(str(folder / 'clip.mp4'), cv2.VideoWriter_fourcc(*'mp4v'), 5, (88, 72))
+    for _ in range(2):
+        video.write(image)
+    video.release()
+    return folder
+
+
+def make_checkpoints(place: Path, words: list) -> None:
+    """The files of weights that a command names and no command before it has made."""
+    config = next((word for word in words if word.startswith('configs/')), None)
+    for file in re.findall(r'[\w/.-]+\.pth', ' '.join(words)):
+        if (place / file).exists() or words[0] == 'tools/publish_model.py' and file == words[2]:
+            continue
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        if file == 'crossformer-s.pth':  # as the authors' ImageNet files are
+            torch.save(imagenet_file(CrossFormer(TINY), earlier), place / file)
+            continue
+        if f'model.backbone.init_cfg.checkpoint={file}' in words:  # of a pretraining
+            (config,) = place.glob(f'configs/*/{Path(file).parent.name}.py')
+        cfg = Config.fromfile(place / (config or 'configs/mask_rcnn/cf_s_1x.py'))
+        if 'model.backbone.arch.depths=(2,2,4,2)' in words:
+            cfg.model.backbone.arch.depths = (2, 2, 4, 2)
+        init_default_scope(cfg.default_scope)
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), place / file)
+
+
+@pytest.fixture
+def settings_here(monkeypatch, place):
+    """Each setting of a sweep in this process: to start one of its own takes longer than what it
+    does. test_sweep_groups.py has real ones."""
+
+    started = subprocess.run
+
+    def run(command, *args, **kwargs):
+        if '--task' not in command:
+            return started(command, *args, **kwargs)
+        tool, *words = command[3:]  # after python -W ignore
+        return subprocess.CompletedProcess(command, run_tool(Path(tool).name, *words, folder=place))
+
+    monkeypatch.setattr(subprocess, 'run', run)
+
+
+@pytest.mark.parametrize('command', EVERY, ids=lambda command: f'{EVERY[command]}: {command}')
+def test_command_runs(command, place, capfd, request):
+    words = shlex.split(command, comments=True)
+    if words[0] == 'python':
+        words = words[1:]
+    tool = words[0]
+    if tool in ('tools/export.py', 'tools/run_onnx.py'):
+        if missing_torch(EXPORT):
+            pytest.skip(f'export: {missing_torch(EXPORT)}')
+        if not find_spec('onnxruntime'):
+            pytest.skip('tools/export.py needs the packages of the extra export')
+    make_checkpoints(place, words)
+    words += SHORTER.get(' '.join(words[:2]), SHORTER.get(tool, []))
+    if tool.endswith('.sh'):  # one process stands for eight; test_ranks.py has several
+        tool = tool.replace('dist_', '').replace('.sh', '.py')
+        words = [tool, *(word for word in words[1:] if word != '8')]
+    if tool == 'tools/sweep_groups.py':
+        request.getfixturevalue('settings_here')
+    if tool.startswith('benchmarks/'):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        )
+        status, said = done.returncode, done.stdout + done.stderr
+    else:
+        status = run_tool(Path(tool).name, *words[1:], folder=place)
+        said = ''.join(capfd.readouterr())
+    if '--amp' in words and not torch.cuda.is_available():
+        assert status != 0 and '--amp needs a GPU, and PyTorch sees none' in said
+    else:
+        assert status == 0, said[-3000:]

@@ -1,0 +1,370 @@
+"""README.md and the tables of docs/ are true, and the Chinese pages give the same facts."""
+
+import inspect
+import io
+import json
+import re
+import runpy
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import mmdet
+import numpy as np
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from crossformer_mm import ARCHITECTURES, CrossFormer, __version__
+
+from ..helpers import ROOT, load_script
+
+DOCS = ROOT / 'docs'
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PUBLISHED = json.loads((DOCS / 'published.json').read_text())
+# Of each page that has a Chinese version: both.
+TRANSLATED = [
+    (ROOT / 'README.md', ROOT / 'README_zh-CN.md'),
+    *((DOCS / f'{page.name[: -len(".zh.md")]}.md', page) for page in sorted(DOCS.glob('*.zh.md'))),
+]
+
+
+def blocks(language: str) -> list:
+    return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
+
+
+def rows(first_column: str, page: Path = ROOT / 'README.md') -> list:
+    """Cells of the table whose head starts with a column."""
+    text = page.read_text(encoding='utf-8')
+    table = text.split(f'| {first_column} |', 1)[1].split('\n\n', 1)[0]
+    return [
+        [cell.strip() for cell in re.split(r'(?<!\\)\|', line)[1:-1]]
+        for line in table.splitlines()[2:]
+    ]
+
+
+def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
+    (snippet,) = [block for block in blocks('python') if 'custom_imports' in block]
+    (tmp_path / 'mine.py').write_text(snippet)
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    assert cfg.model.backbone.init_cfg.checkpoint == 'crossformer-s.pth'
+    assert 'depth' not in cfg.model.backbone
+    ours = Config.fromfile(ROOT / 'configs/mask_rcnn/cf_s_1x.py')
+    assert cfg.optim_wrapper == ours.optim_wrapper
+    assert cfg.auto_scale_lr.base_batch_size == 16
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        features = model.extract_feat(torch.rand(1, 3, 70, 90))
+    assert [tuple(feature.shape[-2:]) for feature in features] == [
+        (18, 23),
+        (9, 12),
+        (5, 6),
+        (3, 3),
+        (2, 2),
+    ]
+
+
+def test_plain_pytorch_snippet_gives_the_shapes_it_names():
+    (snippet,) = [block for block in blocks('python') if 'import torch' in block]
+    names = {}
+    exec(snippet, names)
+    said = re.findall(r'\((\d+), (\d+), (\d+), (\d+)\)', snippet.split('#')[1])
+    assert [tuple(feature.shape) for feature in names['features']] == [
+        tuple(map(int, shape)) for shape in said
+    ]
+
+
+def test_constructor_table_has_every_option_with_its_default():
+    said = {}
+    for names, defaults, _ in rows('option | default', DOCS / 'backbone.md'):
+        names, defaults = re.findall(r'`(.+?)`', names), re.findall(r'`(.+?)`', defaults)
+        said.update(zip(names, (eval(default) for default in defaults), strict=True))
+    parameters = inspect.signature(CrossFormer).parameters
+    assert said == {name: parameter.default for name, parameter in parameters.items()}
+
+
+def test_architecture_table_is_that_of_the_code():
+    said = {}
+    for name, dims, depths, heads, drop_path, size in rows('arch | channels', DOCS / 'backbone.md'):
+        numbers = [tuple(map(int, cell.split(','))) for cell in (depths, heads)]
+        said[name.strip('`')] = (int(dims), *numbers, float(drop_path), size)
+    assert set(said) == set(ARCHITECTURES)
+    for name, arch in ARCHITECTURES.items():
+        with torch.device('meta'):
+            millions = sum(p.numel() for p in CrossFormer(name).parameters()) / 1e6
+        assert said[name] == (
+            arch['embed_dims'],
+            arch['depths'],
+            arch['num_heads'],
+            arch['drop_path_rate'],
+            f'{millions:.1f} M',
+        )
+
+
+@pytest.fixture(scope='module')
+def options() -> dict:
+    """The options that each tool says it has."""
+    found = {}
+    for tool in ('train', 'test'):
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+            patch.setattr(sys, 'argv', [f'tools/{tool}.py', '--help'])
+            with pytest.raises(SystemExit):
+                runpy.run_path(str(ROOT / f'tools/{tool}.py'))['parse_args']()
+        found[tool] = set(re.findall(r'--[a-z-]+', said.getvalue()))
+    return found
+
+
+def test_options_table_is_that_of_the_tools(options):
+    said = {'train': {'--help'}, 'test': {'--help'}}
+    for names, tools, _ in rows('option | tool', DOCS / 'configs_and_recipes.md'):
+        for tool in ('train', 'test') if tools == 'both' else (tools,):
+            said[tool] |= set(re.findall(r'--[a-z-]+', names))
+    assert said == {tool: options[tool] for tool in said}
+
+
+def test_config_table_names_the_configs_that_exist():
+    said = set()
+    for config, *_ in rows('config | published result'):
+        stem, letters, rest = re.fullmatch(r'`([^{]*)(?:\{(.*)\}(.*))?`', config).groups('')
+        said |= {f'{stem}{letter}{rest}' for letter in letters.split(',')}
+    # Published CrossFormers; the variants and baselines are listed in docs/configs_and_recipes.md,
+    # and the same recipes on several GPUs in docs/distributed.md.
+    there = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob('configs/*/cf*_*.py')
+        if not path.stem.endswith('_fsdp')
+    }
+    assert said == there
+
+
+def test_the_picture_is_what_its_command_draws(tmp_path):
+    from PIL import Image, ImageFilter
+
+    load_script(DOCS / 'pictures/groups_over_image.py').main(tmp_path / 'drawn.png')
+    # Blurred: versions of Matplotlib set letters and edges of pixels otherwise.
+    drawn, kept = (
+        np.asarray(Image.open(path).convert('RGB').filter(ImageFilter.BoxBlur(4)), dtype=float)
+        for path in (tmp_path / 'drawn.png', DOCS / 'pictures/groups_over_image.png')
+    )
+    assert drawn.shape == kept.shape
+    assert abs(drawn - kept).mean() < 1  # of 255
+
+
+@pytest.fixture(scope='module')
+def measured() -> dict:
+    """Cells of benchmarks/cpu/ by processor, size, mode and model."""
+    found = {}
+    for table in ROOT.glob('benchmarks/cpu/*/table.md'):
+        parts = re.findall(
+            r'\*\*(\d+x\d+)(?:, batch 1)?, (infer|train), float32\*\*\n\n(.*?)(?=\n\n|\Z)',
+            table.read_text(),
+            flags=re.DOTALL,
+        )
+        for size, mode, part in parts:
+            heads, _, *lines = (
+                [cell.strip() for cell in row.split('|')] for row in part.strip().split('\n')
+            )
+            for line in lines:
+                cells = dict(zip(heads, line))
+                found[table.parent.name, size, mode, cells['model']] = cells
+    return found
+
+
+def of_mmdetection(folder: str, name: str) -> tuple:
+    """Box AP and mask AP of MMDetection's model, from the metafile that it installs."""
+    metafile = Path(mmdet.__file__).parent / '.mim/configs' / folder / 'metafile.yml'
+    models = yaml.safe_load(metafile.read_text(encoding='utf-8'))['Models']
+    (model,) = [model for model in models if model['Name'] == name]
+    return tuple(ap for result in model['Results'] for ap in result['Metrics'].values())
+
+
+def test_comparison_gives_what_was_measured(measured):
+    """Times are those of each benchmark, AP that of the paper and of MMDetection."""
+    models = ('crossformer_s', 'crossformer_s-block', 'mask_and_pad', 'swin_t', 'resnet_50')
+    found = {name: cells for name, *cells in rows('measure | CrossFormer-S')}
+    for name, mode, kind in (
+        ('inference time, relative to Swin-T', 'infer', 'time'),
+        ('training step time, relative to Swin-T', 'train', 'time'),
+        ('training memory, relative to Swin-T', 'train', 'memory'),
+    ):
+        for model, said in zip(models, found[name]):
+            processors = ['amd-avx512'] if model == 'mask_and_pad' else ['amd-zen3', 'intel-amx']
+            ratios = [
+                measured[processor, '800x1216', mode, model][f'{kind} / Swin-T']
+                for processor in processors
+            ]
+            assert said == ('1' if model == 'swin_t' else ', '.join(ratios)), (name, model)
+
+    ours = PUBLISHED['models']['mask_rcnn/cf_s_1x']['results']
+    ours = ours['box AP'], ours['mask AP']
+    swin = of_mmdetection('swin', 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco')
+    resnet = of_mmdetection('mask_rcnn', 'mask-rcnn_r50_fpn_1x_coco')
+    reported = found['Mask R-CNN 1x, box / mask AP, as reported']
+    for results, place in ((ours, 0), (ours, 2), (swin, 3), (resnet, 4)):
+        assert reported[place] == '{} / {}'.format(*results)
+    zoo = (DOCS / 'model_zoo.md').read_text(encoding='utf-8')
+    for name, place in (('cf_s', 0), ('swin_t', 3), ('r50', 4)):
+        (line,) = re.findall(rf'^.*/configs/mask_rcnn/{name}_1x\.py.*$', zoo, flags=re.MULTILINE)
+        assert f"| {found['Mask R-CNN, parameters'][place]} |" in line
+
+
+def test_limits_give_what_was_measured(measured):
+    text = ' '.join(README.split())
+    for model, ratio, said in (
+        ('crossformer_s', 1.02, 'inference took 1.02 of Swin-T'),
+        ('crossformer_s-block', 0.54, "and 0.54 with `lda='block'`"),
+    ):
+        cells = measured['intel-amx', '1600x2400', 'infer', model]
+        assert said in text and float(cells['time / Swin-T']) == ratio
+    for processor, mode, said in (
+        ('amd-zen3', 'infer', "takes 1.17 of Swin-T's time for inference"),
+        ('amd-zen3', 'train', 'and 1.19 for a training'),
+        ('intel-amx', 'infer', 'above, 0.80 and'),
+        ('intel-amx', 'train', 'and 0.98 on the Intel'),
+    ):
+        cells = measured[processor, '800x1216', mode, 'crossformer_s']
+        assert said in text and cells['time / Swin-T'] in said
+
+
+def test_the_page_on_performance_gives_what_was_measured(measured):
+    models = {
+        "CrossFormer-S, `lda='interval'`": 'crossformer_s',
+        'the same with `with_cp=True`': 'crossformer_s-with_cp',
+        "CrossFormer-S, `lda='block'`": 'crossformer_s-block',
+        'CrossFormer-S as the papers write it, mask and pad': 'mask_and_pad',
+        'floor': 'crossformer_s-floor',
+        'Swin-T of MMDetection': 'swin_t',
+        'ResNet-50 of MMDetection': 'resnet_50',
+    }
+    text = (DOCS / 'performance.md').read_text(encoding='utf-8')
+    seen = 0
+    for processor, table in zip(
+        ('amd-zen3', 'intel-amx', 'amd-avx512'), text.split('peak memory in training')[1:]
+    ):
+        # inference | of Swin-T (| of floor) | training step | of Swin-T (| of floor) | memory | of Swin-T
+        floor = processor != 'amd-avx512'
+        for line in table.split('\n\n')[0].splitlines()[2:]:
+            name, *cells = [cell.strip() for cell in line.split('|')[1:-1]]
+            expected = []
+            for mode in ('infer', 'train'):
+                row = measured.get((processor, '800x1216', mode, models[name]), {})
+                columns = ['median', 'time / Swin-T', *['time / floor'] * floor]
+                columns += ['peak memory', 'memory / Swin-T'] * (mode == 'train')
+                expected += [row.get(column, '') for column in columns]
+            assert len(cells) == len(expected)
+            for said, figure in zip(cells, expected):
+                said, figure = (value.split(' ')[0] for value in (said, figure))
+                assert said == figure or float(said) == pytest.approx(float(figure), abs=0.00501)
+            seen += 1
+    assert seen == 18
+
+
+def test_weights_are_where_the_authors_offer_them():
+    """Every link that the data have, beside its model, and no other."""
+    for page in [*TRANSLATED[0], DOCS / 'model_zoo.md', DOCS / 'model_zoo.zh.md']:
+        text = page.read_text(encoding='utf-8')
+        links = re.findall(r'\]\((https://(?:drive\.google|pan\.baidu)\.com[^)]*)\)', text)
+        offered = [
+            model['weights'][host]
+            for model in PUBLISHED['models'].values()
+            for host in ('google', 'baidu')
+            if host in model.get('weights', {})
+        ]
+        assert links == offered, page.name
+    for name, model in PUBLISHED['models'].items():
+        has = model.get('weights', {})
+        plus, imagenet = '/cfpp_' in name, name.startswith('imagenet/')
+        assert ('google' in has) == (not plus and '_3x' not in name), name
+        assert ('baidu' in has) == (imagenet or 'google' in has), name
+
+
+def test_list_of_files_is_complete():
+    text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    block = text.split('## Where a change belongs')[1].split('```')[1]
+    said = set(re.findall(r'(?<![\w/.])(\w+\.py|\w+/)(?=,| )', block))
+    there = {
+        path.name + '/' * path.is_dir()
+        for path in (ROOT / 'crossformer_mm').iterdir()
+        if not path.name.startswith(('__', '.'))
+    }
+    assert there - {'version.py'} <= said
+    folders = [ROOT / folder for folder in ('', 'docs', 'tests', 'tools')]
+    known = {path.name for folder in folders for path in folder.iterdir()}
+    known |= {path.name for path in (ROOT / 'crossformer_mm').rglob('*')}
+    assert {name.rstrip('/') for name in said} <= known
+
+
+def test_the_version_is_one():
+    changes = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    released = re.findall(r'^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$', changes, re.MULTILINE)
+    assert released[0][0] == __version__
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+    assert (citation['version'], str(citation['date-released'])) == released[0]
+
+
+# A translation is written for its readers, not sentence by sentence: what it shares are facts.
+
+
+def facts(page: Path) -> dict:
+    """Code without its comments; links; figures of tables, and those of the text that were measured."""
+    text = page.read_text(encoding='utf-8')
+    code = [
+        re.sub(r'(?m)(^|\s+)#.*$', '', block)
+        for block in re.findall(r'^```.*?^```$', text, flags=re.DOTALL | re.MULTILINE)
+    ]
+    rest = re.sub(r'^```.*?^```$', '', text, flags=re.DOTALL | re.MULTILINE)
+    targets = [
+        re.sub(r'(\.zh|_zh-CN)?\.md(#.*)?$', '.md', target)
+        for target in re.findall(r'\]\(([^)#][^)]*)\)', rest)
+    ]
+    rest = re.sub(r'\]\([^)]*\)', ']', rest)
+    tables = [
+        (sorted(re.findall(r'`[^`]+`', line)), re.findall(r'\d+(?:\.\d+)?', line))
+        for line in rest.splitlines()
+        if line.startswith('|')
+    ]
+    prose = '\n'.join(line for line in rest.splitlines() if not line.startswith('|'))
+    return {
+        'code': code,
+        'links': sorted(targets),
+        'tables': tables,
+        'names': sorted(set(re.findall(r'`[^`]+`', prose))),
+        'figures': sorted(set(re.findall(r'\d+\.\d+|\d{3,}', re.sub(r'`[^`]+`', '', prose)))),
+        'headings': re.findall(r'^#+(?= )', rest, re.MULTILINE),
+    }
+
+
+@pytest.mark.parametrize('english, chinese', TRANSLATED, ids=lambda page: page.name)
+def test_a_translation_gives_the_same_facts(english, chinese):
+    expected, found = facts(english), facts(chinese)
+    for kind, value in expected.items():
+        assert found[kind] == value, f'{chinese.name}: {kind}'
+
+
+@pytest.mark.parametrize(
+    'old, new',
+    [
+        ('--auto-scale-lr \\', '--amp \\'),  # a command
+        ('[96, 192, 384, 768]', '[96, 192, 384, 769]'),
+        ('45.4 / 47.2', '45.5 / 47.2'),  # a cell
+        ('1.17, 0.80', '1.17, 0.81'),
+        ('took 1.02 of', 'took 1.03 of'),  # a figure of the text
+        ("`attention_path='plain'`", "`attention_path='fused'`"),
+        ('(docs/backbone.md)', '(docs/how_it_works.md)'),  # a link
+        ('## Limits', '### Limits'),
+    ],
+)
+def test_a_fact_that_is_changed_in_one_language_is_noticed(old, new, tmp_path):
+    assert old in README
+    (tmp_path / 'README.md').write_text(README.replace(old, new, 1), encoding='utf-8')
+    assert facts(tmp_path / 'README.md') != facts(ROOT / 'README.md')
+
+
+def test_each_language_leads_to_the_other():
+    english, chinese = (page.read_text(encoding='utf-8') for page in TRANSLATED[0])
+    assert 'English | [简体中文](README_zh-CN.md)' in english.splitlines()
+    assert '[English](README.md) | 简体中文' in chinese.splitlines()

@@ -1,0 +1,89 @@
+"""``--amp bfloat16``: a training under autocast, here on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmcv.ops import RoIAlign
+from torch import nn
+
+from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine.mixed_precision import BFloat16OptimWrapper
+
+from ..helpers import NO_VALIDATION, run_tool
+from ..trainings import DETECTOR, SEGMENTOR, make_data, write_config
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=4, val=1)
+
+
+def train(folder: Path, config: Path, *options) -> list:
+    """Train; the losses of each iteration."""
+    alone = [f'train_dataloader.{name}' for name in ('num_workers=0', 'persistent_workers=False')]
+    options = ['--work-dir', folder, *options, '--cfg-options', *alone]
+    assert run_tool('train.py', config, *options, folder=folder.parent) == 0
+    (log,) = folder.glob('*/vis_data/scalars.json')
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if 'loss' in key} for row in rows if 'loss' in row
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='looks at the CPU')
+@pytest.mark.parametrize('kind', [DETECTOR, SEGMENTOR], ids=lambda kind: kind.name)
+def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, kind):
+    changes = dict(randomness=dict(seed=0), custom_hooks=[], **NO_VALIDATION)
+    if kind is DETECTOR:
+        changes.update(
+            train_cfg=dict(max_epochs=2), default_hooks=dict(checkpoint=dict(max_keep_ckpts=-1))
+        )
+        last = 'epoch_2.pth'
+    else:
+        changes.update(train_cfg=dict(max_iters=2, val_interval=2))
+        last = 'iter_2.pth'
+    config = write_config(kind, tmp_path / 'config.py', data, **changes)
+    exact = train(tmp_path / 'float32', config)
+    rounded = train(tmp_path / 'bfloat16', config, '--amp', 'bfloat16')
+    assert len(exact) == len(rounded) == 2
+    assert rounded != exact  # 8 bits in place of 24
+    for key, value in exact[0].items():
+        # The few regions that have a box are chosen by scores, whose order rounding changes.
+        limit = 0.5 if key == 'loss_bbox' else 0.05
+        assert rounded[0][key] == pytest.approx(value, rel=limit, abs=0.01), key
+    checkpoint = read_checkpoint(str(tmp_path / 'bfloat16' / last))
+    assert all(
+        weight.dtype == torch.float32
+        for weight in checkpoint['state_dict'].values()
+        if weight.is_floating_point()
+    )
+    if kind is DETECTOR:
+        train(
+            tmp_path / 'resumed',
+            config,
+            '--amp',
+            'bfloat16',
+            '--resume',
+            tmp_path / 'bfloat16' / 'epoch_1.pth',
+        )
+        resumed = read_checkpoint(str(tmp_path / 'resumed' / last))
+        for name, weight in checkpoint['state_dict'].items():
+            assert torch.equal(weight, resumed['state_dict'][name]), name
+
+
+def test_matrix_products_are_rounded_and_operators_of_mmcv_are_not():
+    linear, align = nn.Linear(8, 8), RoIAlign(2)
+    model = nn.ModuleList([linear, align])
+    features, boxes = torch.rand(1, 8, 4, 4), torch.tensor([[0.0, 0.0, 0.0, 3.0, 3.0]])
+    wrapper = BFloat16OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):  # not widened twice
+        with wrapper.optim_context(model):
+            product, aligned = linear(torch.rand(2, 8)), align(features.bfloat16(), boxes)
+    assert product.dtype == torch.bfloat16 and aligned.dtype == torch.bfloat16
+    expected = RoIAlign(2)(features.bfloat16().float(), boxes)
+    assert torch.equal(aligned, expected.bfloat16())
+    assert linear(torch.rand(2, 8)).dtype == torch.float32
+    wrapper.update_params(product.float().sum())
+    assert linear.weight.dtype == torch.float32

@@ -1,0 +1,427 @@
+"""The page of tools/explain.py in a browser shows what the model computes."""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from crossformer_mm import CrossFormer
+from crossformer_mm.errors import UserError
+from crossformer_mm.explain.capture import Capture, Scene, attention_map, capture
+from crossformer_mm.explain.page import write_page
+from crossformer_mm.grouping import stage_rules
+
+from ..helpers import ROOT
+from . import chromium
+
+HEIGHT, WIDTH = 90, 133  # maps of 23 x 34, 12 x 17, 6 x 9, 3 x 5 positions: ragged groups
+ARCH = dict(embed_dims=32, depths=(2, 2, 1, 1), num_heads=(2, 4, 4, 4))
+GROUPS = dict(group_size=(3, 3, 3, 7), interval=(4, 2, 2, 1))
+EXACT = 0.003  # of a weight; logits are rounded by 0.001 on average
+
+
+class Opened(NamedTuple):
+    browser: chromium.Chromium
+    backbone: nn.Module
+    captured: Capture
+    path: Path
+
+
+@pytest.fixture(scope='module')
+def make(tmp_path_factory):
+    """Writes the page of a small backbone; returns what Opened has."""
+
+    def build(limit=10_000_000, **options):
+        torch.manual_seed(0)
+        backbone = CrossFormer(ARCH, **{**GROUPS, **options}).eval()
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        picture = np.random.default_rng(0).random((HEIGHT, WIDTH, 3))
+        captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
+        scene = Scene(backbone, picture, captured, (60, 40), None)
+        path = tmp_path_factory.mktemp('page') / 'page.html'
+        names = dict(model='small', image='</script><b>photo</b>.png', caption='<i>toy</i>')
+        written = write_page(path, scene, names, limit)
+        return backbone, captured, path, written
+
+    return build
+
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    program = chromium.find()
+    if program is None:
+        pytest.skip('no Chromium is installed to open the page in')
+    started = chromium.Chromium(program, tmp_path_factory.mktemp('profile'))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope='module')
+def page(make, browser):
+    backbone, captured, path, _ = make()
+    browser.size(1280, 900)
+    browser.open(path)
+    yield Opened(browser, backbone, captured, path)
+    assert not browser.problems
+
+
+@pytest.fixture(autouse=True)
+def as_opened(request):
+    """Tests share the page and begin alike."""
+    if 'page' in request.fixturenames:
+        opened = request.getfixturevalue('page')
+        opened.browser.mouse('Moved', 1, 1)
+        select(opened, stage=1, block=1, row=3, column=4, head=None, view='attention', held=False)
+        opened.browser.evaluate("document.getElementById('image').focus()")
+
+
+def select(page, **change):
+    page.browser.evaluate(f'explain.select({json.dumps(change)})')
+    page.browser.settle()
+
+
+def state(page):
+    return page.browser.evaluate('explain.state()')
+
+
+def text(page, element):
+    return page.browser.evaluate(f"document.getElementById('{element}').textContent")
+
+
+def place_of(page, row, column):
+    """A point of a position of the stage that is shown, in pixels of the window."""
+    box = page.browser.evaluate(
+        "(() => { const image = document.getElementById('image'); image.scrollIntoView({block: "
+        "'center'}); const {left, top, width} = image.getBoundingClientRect(); "
+        'return [left, top, width]; })()'
+    )
+    side = box[2] / WIDTH * (4 * 2 ** state(page)['stage'])
+    # Not the middle: of the last row and column that may lie outside of the image.
+    return box[0] + (column + 0.12) * side, box[1] + (row + 0.12) * side
+
+
+def expected(page, stage, block, kind, position, head):
+    """(H, W) weights by the functions that make the pictures; NaN outside of the group."""
+    layer = page.backbone.layers[stage]
+    attended = page.captured.blocks[stage][block]
+    _, height, width, _ = attended.x.shape
+    lda = layer.lda if kind == 'short' else kind
+    both = stage_rules(height, width, layer.group_size, layer.interval, lda)
+    rows, columns = both[int(kind != 'short')]
+    attended = attended._replace(rows=rows, columns=columns)
+    return attention_map(attended, layer.blocks[block].attn, position, head)
+
+
+def shown(page, shape):
+    """(H, W) weights as the page has them."""
+    got = page.browser.evaluate('explain.attention()')
+    weights = np.full(shape, np.nan)
+    weights[np.ix_(got['rows'], got['columns'])] = np.reshape(
+        got['weights'], (len(got['rows']), len(got['columns']))
+    )
+    return weights
+
+
+def check_shown(page):
+    """Compare what is shown now, in numbers and in the text above the image, with Python."""
+    now = state(page)
+    position = (now['row'], now['column'])
+    weights = expected(page, now['stage'], now['block'], now['kind'], position, now['head'])
+    np.testing.assert_allclose(shown(page, weights.shape), weights, rtol=0, atol=EXACT)
+    said = re.fullmatch(
+        r'Row (\d+), column (\d+)(?: \(held\))? attends to (\d+) positions \((.*)\); largest weight: '
+        r'row (\d+), column (\d+), ([\d.e-]+)\s%; uniform weights would be [\d.]+\s%\.',
+        text(page, 'readout'),
+    )
+    row, column, count, head, best_row, best_column, share = said.groups()
+    assert (int(row), int(column)) == position
+    assert int(count) == np.isfinite(weights).sum()
+    assert head == ('mean of all heads' if now['head'] is None else f'head {now["head"]}')
+    largest = weights[int(best_row), int(best_column)]
+    assert largest == pytest.approx(np.nanmax(weights), abs=EXACT)
+    assert float(share) / 100 == pytest.approx(largest, abs=EXACT)
+    return weights
+
+
+@pytest.mark.parametrize(
+    'stage, block, kind, head, position',
+    [
+        (0, 0, 'short', None, (0, 0)),
+        (0, 1, 'interval', 0, (22, 33)),  # the last row and column, in smaller groups
+        (0, 1, 'block', 0, (13, 20)),
+        (0, 0, 'interval', None, (11, 2)),  # groups that this block has not in the model
+        (1, 1, 'interval', 3, (11, 16)),
+        (1, 1, 'block', None, (7, 7)),
+        (2, 0, 'short', 2, (5, 8)),
+        (3, 0, 'block', 1, (2, 4)),  # a map of 3 x 5 is not larger than a group of 7
+    ],
+)
+def test_pointing_shows_the_attention_that_python_computes(
+    page, stage, block, kind, head, position
+):
+    select(page, stage=stage, block=block, kind=kind, head=head)
+    page.browser.mouse('Moved', *place_of(page, *position))
+    now = state(page)
+    assert (now['row'], now['column']) == position
+    check_shown(page)
+
+
+def test_kinds_of_groups_differ_here(page):
+    maps = [
+        np.isfinite(expected(page, 0, 1, kind, (13, 20), 0))
+        for kind in ('short', 'interval', 'block')
+    ]
+    assert len({found.tobytes() for found in maps}) == 3
+
+
+def test_keys_move_the_position_and_choose_the_stage(page):
+    steps = [
+        ('ArrowDown', False, (4, 4)),
+        ('ArrowRight', False, (4, 5)),
+        ('ArrowUp', True, (2, 5)),  # by the interval of the groups
+        ('ArrowLeft', True, (2, 3)),
+        ('ArrowUp', True, (0, 3)),
+        ('ArrowUp', False, (0, 3)),  # the map ends
+        ('Home', False, (6, 8)),
+    ]
+    for key, shift, position in steps:
+        page.browser.press(key, shift)
+        assert (state(page)['row'], state(page)['column']) == position, key
+        check_shown(page)
+    page.browser.press('1')
+    assert (state(page)['stage'], state(page)['row'], state(page)['column']) == (0, 13, 17)
+    check_shown(page)
+
+
+def test_a_held_position_lets_others_be_read(page):
+    page.browser.click(*place_of(page, 5, 6))
+    weights = check_shown(page)
+    assert state(page)['held'] and text(page, 'readout').startswith('Row 5, column 6 (held)')
+    inside = tuple(np.argwhere(np.isfinite(weights))[3])
+    page.browser.mouse('Moved', *place_of(page, *inside))
+    said = re.fullmatch(
+        r'Row (\d+), column (\d+) has the weight ([\d.e-]+)\s%\.', text(page, 'probe')
+    )
+    assert (int(said[1]), int(said[2])) == inside
+    assert float(said[3]) / 100 == pytest.approx(weights[inside], abs=EXACT)
+    page.browser.mouse('Moved', *place_of(page, 6, 6))
+    assert text(page, 'probe') == 'Row 6, column 6 is not in its group: no weight.'
+    assert (state(page)['row'], state(page)['column']) == (5, 6)
+    page.browser.click(*place_of(page, 6, 6))
+    assert not state(page)['held'] and (state(page)['row'], state(page)['column']) == (6, 6)
+
+
+def test_controls_choose_what_is_shown(page):
+    def click(expression):
+        page.browser.evaluate(f'{expression}.click()')
+        page.browser.evaluate('explain.select({})')
+
+    select(page, stage=2)
+    click("document.querySelector('#stages input[value=\"1\"]')")
+    click("document.querySelector('#kinds input[value=block]')")
+    click("document.querySelectorAll('#heads button')[2]")
+    now = state(page)
+    assert (now['stage'], now['kind'], now['head']) == (1, 'block', 1)
+    check_shown(page)
+    assert 'In the model this block has the groups of' in text(page, 'note')
+    page.browser.evaluate(
+        "const box = document.getElementById('block'); box.value = 0; "
+        "box.dispatchEvent(new Event('change'));"
+    )
+    page.browser.evaluate('explain.select({})')
+    assert (state(page)['block'], state(page)['kind']) == (0, 'short')
+    assert 'These are the groups that this block has' in text(page, 'note')
+    check_shown(page)
+
+
+def middles(page):
+    """(H, W, 3) the colours of the canvas in the middle of each position."""
+    _, height, width, _ = page.captured.blocks[state(page)['stage']][0].x.shape
+    stride = 4 * 2 ** state(page)['stage']
+    pixels = page.browser.evaluate(
+        "(() => { const canvas = document.getElementById('image'), out = []; "
+        "const context = canvas.getContext('2d'), scale = canvas.width / "
+        f'{WIDTH}; for (let r = 0; r < {height}; r++) for (let c = 0; c < {width}; c++) '
+        f'{{ const x = Math.floor((c + 0.5) * {stride} * scale), '
+        f'y = Math.floor((r + 0.5) * {stride} * scale); '
+        'out.push(Array.from(context.getImageData(x, y, 1, 1).data.slice(0, 3))); } return out; })()'
+    )
+    # The last row and column lie half outside of the image.
+    return np.array(pixels).reshape(height, width, 3)[:-1, :-1]
+
+
+@pytest.mark.parametrize('kind', ['short', 'interval', 'block'])
+def test_groups_are_drawn_where_they_lie(page, kind):
+    select(page, stage=0, block=1, kind=kind, view='groups', row=13, column=20)
+    red, green, blue = np.moveaxis(middles(page), -1, 0)
+    yellow = (red > 180) & (green > 175) & (blue < 100)
+    weights = expected(page, 0, 1, kind, (13, 20), None)
+    np.testing.assert_array_equal(yellow, np.isfinite(weights)[:-1, :-1])
+
+
+def test_bright_positions_are_those_of_large_weight(page):
+    select(page, stage=1, block=1, row=4, column=6, head=1)
+    weights = expected(page, 1, 1, 'interval', (4, 6), 1)[:-1, :-1]
+    brightness = middles(page).sum(-1)
+    order = np.argsort(np.where(np.isfinite(weights), weights, -1).ravel())[::-1][:4]
+    assert (np.diff(brightness.ravel()[order]) <= 3).all()
+    assert brightness.ravel()[order[0]] > 550
+
+
+def test_heads_are_maps_of_square_positions_on_one_scale(page):
+    select(page, stage=0, block=1, row=13, column=20)
+    heads = page.browser.evaluate(
+        "Array.from(document.querySelectorAll('#heads canvas')).map((canvas) => [canvas.width, "
+        "canvas.height, canvas.clientWidth, canvas.clientHeight, Array.from(canvas.getContext('2d')"
+        '.getImageData(0, 0, canvas.width, canvas.height).data)])'
+    )
+    maps = [
+        expected(page, 0, 1, 'interval', (13, 20), head) for head in (None, *range(len(heads) - 1))
+    ]
+    scale = np.nanmax(maps)
+    for (width, height, shown_width, shown_height, pixels), weights in zip(heads, maps):
+        assert shown_width / shown_height == pytest.approx(width / height, rel=0.05)
+        brightness = np.reshape(pixels, (-1, 4))[:, :3].sum(1)
+        # The largest weight of all heads has the brightest colour, 0xfcffa4.
+        assert (brightness.max() > 660) == (np.nanmax(weights) > 0.99 * scale)
+
+
+def test_positions_outside_the_group_are_grey_and_never_black(page):
+    select(page, stage=1, block=1, row=4, column=6)
+    colours = middles(page)
+    inside = np.isfinite(expected(page, 1, 1, 'interval', (4, 6), None))[:-1, :-1]
+    assert (np.ptp(colours[~inside], axis=-1) == 0).all() and colours[~inside].min() >= 128
+
+
+@pytest.mark.parametrize('stage, block, head', [(0, 1, 0), (1, 0, None), (1, 1, 3)])
+def test_bias_is_that_of_the_network_for_any_group(page, stage, block, head):
+    select(page, stage=stage, block=block, head=head, size=3)
+    page.browser.evaluate("document.getElementById('size').focus()")
+    for size in (4, 5):
+        page.browser.press('ArrowRight')
+        assert text(page, 'size-shown') == f'{size} × {size}'
+        with torch.no_grad():
+            table = page.backbone.layers[stage].blocks[block].attn.pos(size, size).numpy()
+        table = table.mean(0) if head is None else table[head]
+        got = np.reshape(page.browser.evaluate('explain.bias()'), table.shape)
+        np.testing.assert_allclose(got, table, rtol=0, atol=1e-4)
+    page.browser.evaluate("document.getElementById('surface').focus()")
+    select(page, offset=[0, 0])
+    for key in ('ArrowDown', 'ArrowRight', 'ArrowRight'):
+        page.browser.press(key, shift=True)
+    said = re.match(r'A key 1 row above and 2 columns left: ([+−])([\d.]+),', text(page, 'offset'))
+    value = float(said[2]) * (1 if said[1] == '+' else -1)
+    assert value == pytest.approx(table[size - 1 + 1, size - 1 + 2], abs=6e-4)
+
+
+def test_the_surface_turns(page):
+    before = page.browser.evaluate("document.getElementById('surface').toDataURL()")
+    page.browser.evaluate("document.getElementById('surface').focus()")
+    page.browser.press('ArrowLeft')
+    after = page.browser.evaluate("document.getElementById('surface').toDataURL()")
+    assert state(page)['yaw'] == pytest.approx(-0.48) and before != after
+
+
+def test_features_are_those_of_the_stage(page):
+    select(page, stage=1, view='features', feature='magnitude', row=7, column=9)
+    strength = page.captured.features[1].square().mean(0).sqrt().numpy()
+    here = float(text(page, 'legend-unit').split('here ')[1])
+    assert here == pytest.approx(strength[7, 9], abs=float(np.ptp(strength)) / 255 + 0.005)
+    assert float(text(page, 'legend-low')) == pytest.approx(strength.min(), rel=0.01)
+    assert float(text(page, 'legend-high')) == pytest.approx(strength.max(), rel=0.01)
+
+
+def test_the_page_is_whole_in_itself(page):
+    loaded = page.browser.evaluate("performance.getEntriesByType('resource').map((r) => r.name)")
+    assert all(name.startswith('data:') for name in loaded)
+    content = page.path.read_text(encoding='utf-8')
+    assert not re.search(r'(src|href)="(?!data:)|url\(|@import|fetch\(', content)
+    assert content.count('<b>photo') == 0  # names are text, whatever is in them
+    assert '</script><b>photo</b>.png' in text(page, 'about')
+    assert text(page, 'caption') == '<i>toy</i>'
+    assert page.browser.evaluate('document.title').endswith('</script><b>photo</b>.png')
+
+
+def test_a_phone_has_room_for_it_and_a_finger_chooses(page):
+    page.browser.size(360, 740, mobile=True)
+    try:
+        assert page.browser.evaluate('document.documentElement.scrollWidth') <= 360
+        page.browser.touch(place_of(page, 8, 11))
+        assert (state(page)['row'], state(page)['column']) == (8, 11)
+        check_shown(page)
+        page.browser.touch(*(place_of(page, 4, column) for column in (2, 5, 9)))
+        assert (state(page)['row'], state(page)['column']) == (4, 9)
+        check_shown(page)
+        small = page.browser.evaluate(
+            "Array.from(document.querySelectorAll('#look .choice label')).map((label) => "
+            'label.getBoundingClientRect()).filter((box) => box.width < 32 || box.height < 32).length'
+        )
+        assert small == 0
+    finally:
+        page.browser.size(1280, 900)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(position_bias='dynamic_residual', lda='block'),
+        dict(position_bias='relative', lda='shifted'),
+        dict(position_bias='none', qkv_bias=False, lda='none'),
+    ],
+)
+def test_other_backbones(make, browser, options):
+    backbone, captured, path, _ = make(**options)
+    browser.size(1280, 900)
+    browser.open(path, '#stage=2&head=3&view=groups&row=5&column=999')  # the map has 17
+    opened = Opened(browser, backbone, captured, path)
+    now = state(opened)
+    assert (now['stage'], now['head'], now['view'], now['row']) == (1, 3, 'groups', 5)
+    assert now['column'] == 60 // 8
+    for kind in browser.evaluate('Object.keys(document.querySelectorAll("#kinds input"))'):
+        browser.evaluate(f'document.querySelectorAll("#kinds input")[{kind}].click()')
+        select(opened, row=5, column=8, head=1)
+        check_shown(opened)
+    select(opened, size=5)
+    now = state(opened)
+    with torch.no_grad():
+        table = backbone.layers[now['stage']].blocks[now['block']].attn.pos(5, 5)[1].numpy()
+    got = np.reshape(browser.evaluate('explain.bias()'), table.shape)
+    np.testing.assert_allclose(got, table, rtol=0, atol=1e-4)
+    assert not browser.problems
+
+
+def test_the_demo_among_the_docs_works_and_is_small(browser):
+    path = ROOT / 'docs/explain_demo.html'
+    assert path.stat().st_size < 3_000_000
+    assert '--html docs/explain_demo.html' in (ROOT / 'docs/how_it_works.md').read_text('utf-8')
+    browser.size(1280, 900)
+    browser.open(path)
+    assert 'Toy model' in browser.evaluate("document.getElementById('caption').textContent")
+    found = browser.evaluate('explain.attention()')
+    weights = np.reshape(found['weights'], (len(found['rows']), -1))
+    rows = np.array(found['rows'])
+    # The upper disk is in rows 4 to 8, the lower one in rows 9 to 15.
+    assert weights[rows <= 8].sum() > 0.2 and weights[rows > 8].sum() > 0.2
+    bottom = browser.evaluate("document.getElementById('image').getBoundingClientRect().bottom")
+    answer = browser.evaluate("document.getElementById('readout').getBoundingClientRect().bottom")
+    assert answer < bottom < 900
+    assert not browser.problems
+
+
+def test_a_smaller_page_is_less_exact_and_says_so(make):
+    _, _, _, exact = make()
+    _, _, path, rough = make(limit=exact.bytes - 60_000)
+    assert path.stat().st_size == rough.bytes <= exact.bytes - 60_000
+    assert rough.worst > exact.worst and rough.usual > 2 * exact.usual
+    assert exact.usual < 1.5 * exact.error == 0.0015
+    known = re.search(r'id="facts">(.*?)</script>', path.read_text(encoding='utf-8'))
+    assert json.loads(known[1])['worst'] == rough.worst
+    with pytest.raises(UserError, match='the page takes more, however'):
+        make(limit=100_000)

@@ -1,0 +1,448 @@
+"""What several test files use: tools in this process or one of their own, small models and data sets,
+marks for older PyTorch, the pages."""
+
+import functools
+import gc
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shlex
+import signal
+import socket
+import sys
+import time
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import List
+from unittest import mock
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.visualization import Visualizer
+
+from crossformer_mm.compat import missing_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
+DEMO_SEGMENTOR = 'configs/demo/upernet_shapes.py'
+CLASSES = ('disk', 'square', 'triangle', 'star')  # of the demo's detector
+NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
+
+# Tools
+
+LIBRARIES = [
+    f'{library}.{part}'
+    for part in ('apis', 'datasets', 'evaluation', 'visualization')
+    for library in ('mmdet', 'mmseg')
+] + ['crossformer_mm']
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(LIBRARIES)
+
+
+def load_script(file: Path):
+    """Load a script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leave_configs_unformatted() -> None:
+    """Make MMEngine keep configs as one line for each setting: to lay them out, which it does five
+    times in a training, takes longer than a training of the tests."""
+    from yapf.yapflib import yapf_api
+
+    yapf_api.FormatCode = lambda text, **options: (text, True)
+
+
+@functools.cache
+def leave_libraries_uncollected() -> None:
+    """Make the garbage collector pass over what the libraries consist of: MMEngine calls it for each
+    data set, where it takes 0.3 s."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    gc.collect()
+    gc.freeze()
+
+
+def run_as_main(file, *arguments) -> None:
+    """Run a script in this process, for speed; what it ends in is raised.
+
+    First what MMEngine keeps of runs is dropped, for a new process would have none. It is found by
+    the second in which a run begins: another that begins in the same would write to its log, and
+    look for its models in its library.
+    """
+    for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
+    with mock.patch.object(sys, 'argv', [str(file), *map(str, arguments)]):
+        runpy.run_path(str(file), run_name='__main__')
+
+
+def words(arguments: tuple) -> List[str]:
+    """Split arguments of a command at blanks, paths and numbers excepted."""
+    return [
+        word
+        for part in arguments
+        for word in (part.split() if isinstance(part, str) else [str(part)])
+    ]
+
+
+def run_tool(tool: str, *arguments, folder: Path = ROOT) -> int:
+    """Run a command of tools/ in a folder, in this process for speed; return its exit status.
+
+    Args:
+        tool: its file.
+        *arguments: words of the command; a string is split at blanks.
+        folder: to run in.
+    """
+    leave_libraries_uncollected()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        try:
+            run_as_main(ROOT / 'tools' / tool, *words(arguments))
+        except SystemExit as stopped:
+            return stopped.code or 0
+    return 0
+
+
+class ToolProcess:
+    """A tool at work.
+
+    Args:
+        log (Path): where its output goes.
+        *command: the tool's file and its arguments, split as those of :func:`run_tool`.
+        environment (dict, optional): variables that are set for it.
+    """
+
+    def __init__(self, log: Path, *command, environment=None):
+        self.log = Path(log)
+        self.log.write_text('')
+        self.process = PROCESSES.Process(
+            target=run_in_process, args=(str(log), environment or {}, *words(command))
+        )
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors='replace')
+
+    def wait(self, timeout: float = 300) -> int:
+        """Return the exit status; a process that does not end is killed, which is an error."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(self.output[-3000:])
+        return self.process.exitcode
+
+    def wait_until(self, condition, timeout: float = 300) -> None:
+        """Return once ``condition()`` holds."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.exitcode is not None or time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(self.output[-3000:])
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it as a power cut does: it gets no chance to tidy up."""
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def run_in_process(log: str, environment: dict, tool: str, *arguments: str) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    leave_configs_unformatted()
+    gc.freeze()
+    sys.argv = [tool, *arguments]
+    runpy.run_path(tool, run_name='__main__')
+
+
+def refusals(table: str) -> list:
+    """Cases of a table with one in a line, ``COMMAND -> what it says``; names are short for files."""
+    short = dict(DETECTOR=DEMO_DETECTOR, SEGMENTOR=DEMO_SEGMENTOR, ROOT=str(ROOT))
+    short['IMAGENET'] = 'configs/imagenet/cf_t_300e.py'
+    lines = [line for line in table.splitlines() if line and line[0] != '#']
+    full = re.compile(rf"\b({'|'.join(short)})\b")
+    return [
+        pytest.param(*full.sub(lambda m: short[m[1]], line).split(' -> '), id=line)
+        for line in lines
+    ]
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(('127.0.0.1', 0))
+        return str(one.getsockname()[1])
+
+
+def start_two(log: Path, tool: str, *arguments) -> List[ToolProcess]:
+    """Start a tool in two processes, as torchrun does, but without importing everything anew."""
+    job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+    return [
+        ToolProcess(
+            log.with_name(f'{log.name}{rank}'), tool, *arguments, '--launcher pytorch',
+            environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
+def run_two(log: Path, tool: str, *arguments) -> None:
+    """Run a tool in two processes that succeed."""
+    for process in start_two(log, tool, *arguments):
+        assert process.wait() == 0, process.output[-3000:]
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def metrics(work: Path) -> dict:
+    """Read the metrics that the newest test wrote."""
+    return read_json(max(work.glob('*/*.json'), key=lambda path: path.stat().st_mtime))
+
+
+# Models and images
+
+
+class Marker:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def random_model(config, file: Path, meta: dict) -> Path:
+    """Save a config's model whose random predictions differ from image to image."""
+    torch.manual_seed(0)
+    cfg = Config.fromfile(ROOT / config)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    heads = ('decode_head.conv_seg', 'roi_head.bbox_head.fc_cls', 'roi_head.mask_head.conv_logits')
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(heads):
+                parameter.normal_(std=0.3)
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), file)
+    return file
+
+
+def add_noise(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Make every parameter matter: as initialised, biases are 0 and norms are 1."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return module
+
+
+def model_of(config: str, *options: str):
+    """A model in evaluation mode in which every parameter and statistic matters."""
+    cfg = Config.fromfile(ROOT / config)
+    cfg.merge_from_dict(dict(option.split('=') for option in options))
+    cfg.merge_from_dict({'model.backbone.out_norm': False})
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                noise = 0.02 * torch.randn_like(value)
+                value.add_(noise.abs() if key.endswith('running_var') else noise)
+    return model
+
+
+def outputs(model) -> list:
+    """Tensors of what a model makes of an image, before any of it is thrown away."""
+
+    from mmdet.structures import DetDataSample
+
+    def tensors(value):
+        return (
+            [value]
+            if torch.is_tensor(value)
+            else [tensor for part in value for tensor in tensors(part)]
+        )
+
+    image = torch.rand(1, 3, 65, 97, generator=torch.Generator().manual_seed(0))
+    shape = dict(img_shape=(65, 97), ori_shape=(65, 97), scale_factor=(1.0, 1.0))
+    with torch.no_grad():
+        return tensors(model(image, [DetDataSample(metainfo=shape)], mode='tensor'))
+
+
+def write_pictures(folder: Path, *names: str) -> list:
+    """Write small pictures of one grey each; return what data sets hold of them."""
+    infos = []
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / name), np.full((4, 6, 3), 10 * number, np.uint8))
+        infos.append(dict(img_path=str(folder / name)))
+    return infos
+
+
+class Photos(BaseDataset):
+    METAINFO = dict(classes=())
+
+    def __init__(self, infos: list, **options):
+        self.infos = infos
+        super().__init__(**options)
+
+    def load_data_list(self) -> list:
+        return list(self.infos)  # which the data set empties
+
+
+# The smallest backbone, in a config
+TINY_BACKBONE = '''backbone=dict(
+        arch=dict(_delete_=True, embed_dims=16, depths=(2,), num_heads=(2,)), merge_sizes=(),
+        group_size=(3,), interval=(2,), out_indices=(0,))'''
+
+# Data sets in the layouts of COCO 2017 and ADE20K, with all their classes
+
+SIDES = (64, 96)
+
+
+def write_zoo_data(root: Path) -> Path:
+    """Write two images for each split of both."""
+    from mmdet.datasets import CocoDataset
+
+    rng = np.random.default_rng(0)
+
+    def write(path: Path, most: int, *channels: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), rng.integers(0, most + 1, (*SIDES, *channels), dtype=np.uint8))
+
+    names = enumerate(CocoDataset.METAINFO['classes'], start=1)
+    categories = [dict(id=number, name=name) for number, name in names]
+    for split, long in (('train', 'training'), ('val', 'validation')):
+        images, annotations = [], []
+        for i in range(2):
+            write(root / f'coco/{split}2017/{i}.png', 255, 3)
+            images.append(dict(id=i, file_name=f'{i}.png', height=SIDES[0], width=SIDES[1]))
+            for x, y, side in ((4, 6, 40), (50, 20, 36)):
+                corners = [x, y, x + side, y, x + side, y + side, x, y + side]
+                number = len(annotations)
+                annotations.append(dict(
+                    id=number + 1, image_id=i, category_id=1 + 13 * number, area=side * side,
+                    iscrowd=0, bbox=[x, y, side, side], segmentation=[corners],
+                ))  # fmt: skip
+            write(root / f'ade/images/{long}/{i}.jpg', 255, 3)
+            write(root / f'ade/annotations/{long}/{i}.png', 150)
+        file = root / f'coco/annotations/instances_{split}2017.json'
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories))
+        )
+    return root
+
+
+def shrink(part) -> None:
+    """Adapt a pipeline or model to the size of these images, so that it finds something."""
+    for value in part.values() if isinstance(part, dict) else part:
+        if isinstance(value, (dict, list, tuple)):
+            shrink(value)
+    if not isinstance(part, dict):
+        return
+    if isinstance(part.get('scale'), tuple):
+        part['scale'] = SIDES[::-1]
+    if 'scales' in part and part.get('type') == 'RandomChoiceResize':
+        part['scales'] = [SIDES[::-1], (72, 48)]
+    if 'crop_size' in part:
+        part['crop_size'] = (64, 64)
+    if part.get('type') == 'SegDataPreProcessor':
+        part['size'] = (64, 64)
+    if 'score_thr' in part:  # which untrained heads do not reach
+        part.update(score_thr=0.0, max_per_img=5)
+    if part.get('type') == 'RandomSampler':
+        part['num'] = 16
+    if 'nms_pre' in part:
+        part['nms_pre'] = 100
+
+
+# Marks for what older PyTorch cannot do, each by the name of what it lacks
+
+
+def needs_torch(release: str, what: str):
+    """Skip a test before a release, for ``what`` came with it."""
+    return pytest.mark.skipif(
+        bool(missing_torch(release)), reason=f'{what} came with PyTorch {release}'
+    )
+
+
+def float16_on_cpu_lacks() -> str:
+    """Name what this PyTorch cannot do in float16 on the CPU, or ''."""
+    try:
+        torch.nn.functional.conv2d(*torch.ones(2, 1, 1, 1, 1, dtype=torch.float16))
+    except RuntimeError as error:
+        return str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # for other types, autocast warns and does nothing
+        try:
+            with torch.autocast('cpu', torch.float16):
+                return ''
+        except (RuntimeError, UserWarning) as error:
+            return str(error)
+
+
+needs_float16 = pytest.mark.skipif(
+    bool(float16_on_cpu_lacks()), reason=f'float16 on the CPU: {float16_on_cpu_lacks()}'
+)
+FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
+
+
+def interpreter_lacks() -> str:
+    """Name what Triton's interpreter, which runs kernels where there is no GPU, lacks, or ''."""
+    if torch.cuda.is_available() or not importlib.util.find_spec('triton'):
+        return ''
+    triton, numpy = (
+        tuple(map(int, metadata.version(name).split('.')[:2])) for name in ('triton', 'numpy')
+    )
+    return 'NumPy 2.4 lacks a conversion it uses' if triton < (3, 7) and numpy >= (2, 4) else ''
+
+
+needs_interpreter = pytest.mark.skipif(
+    bool(interpreter_lacks()), reason=f"Triton's interpreter: {interpreter_lacks()}"
+)
+
+# Pages
+
+README = ROOT / 'README.md'
+TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
+PAGES = [  # of the Chinese ones test_readme.py asserts that their code is the same
+    *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
+    *sorted(set((ROOT / 'docs').glob('*.md')) - set(TRANSLATED)),
+]
+EXAMPLES = ROOT / 'docs' / 'custom_projects.md'
+
+
+def blocks(page: Path, language: str) -> List[str]:
+    """Blocks of code of a page."""
+    text = page.read_text(encoding='utf-8')
+    return re.findall(rf'^```{language}\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> List[str]:
+    """Commands that a page shows."""
+    lines = '\n'.join(blocks(page, '(?:shell|bash|sh|console)')).replace('\\\n', ' ').splitlines()
+    shown = [line for line in lines if shlex.split(line, comments=True)]
+    assert all(line == line.lstrip('$ ') for line in shown), 'commands stand without a prompt'
+    return shown

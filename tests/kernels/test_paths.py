@@ -1,0 +1,600 @@
+"""Every way to compute attention equals the definition and keeps the same promises; one table
+chooses among them.
+
+Triton's kernels run on a GPU or, where there is none, in Triton's interpreter, in Python, one program
+after another: so maps are tiny here, and blocks are made small enough for groups to take several.
+What one kernel alone promises is in test_native.py and test_fused.py.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from crossformer_mm import CrossFormer
+from crossformer_mm.attention import GroupAttention
+from crossformer_mm.compat import missing_torch
+from crossformer_mm.grouping import LDA_DEFINITIONS, AxisRule, stage_rules
+from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native, plain
+
+from ..helpers import add_noise, interpreter_lacks, needs_torch
+from .definition import (
+    GPU,
+    assert_equals_definition,
+    by_loops,
+    random_inputs,
+    small_tiles,
+    values_and_gradients,
+)
+
+CPU = torch.device('cpu')
+SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
+RULE = AxisRule(3, 1), AxisRule(3, 1)
+
+# Which paths run here
+
+SEVERAL = 'fused, in several blocks'
+
+
+def lacks(path: str) -> str:
+    """What a path lacks here, or ''."""
+    if path == 'plain':
+        return ''
+    if path == 'native':
+        return native.why_not(Call(CPU))
+    no_triton = '' if find_spec('triton') else 'the package triton is not installed'
+    return missing_torch('2.4') or no_triton or interpreter_lacks()
+
+
+def marked(*paths: str) -> list:
+    return [
+        pytest.param(
+            path, marks=pytest.mark.skipif(bool(lacks(path)), reason=f'{path}: {lacks(path)}')
+        )
+        for path in paths
+    ]
+
+
+@pytest.fixture
+def path(request, monkeypatch) -> str:
+    if request.param != SEVERAL:
+        return request.param
+    from crossformer_mm.kernels import triton_launch
+
+    small = small_tiles(triton_launch)
+    for tiles in ('TILES', 'WIDE_TILES'):
+        monkeypatch.setattr(triton_launch, tiles, small)
+    return 'fused'
+
+
+def device_of(path: str) -> torch.device:
+    return GPU if path == 'fused' else CPU
+
+
+def of(*paths: str):
+    return pytest.mark.parametrize('path', marked(*paths), indirect=True)
+
+
+every_path = of('plain', 'native', 'fused', SEVERAL)
+every_kernel = of('native', 'fused')
+
+# The definition
+
+
+@pytest.mark.parametrize(
+    'rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)), ((4, 1, 2), (3, 1, 2)), ((9, 3), (1, 1))]
+)
+def test_definition_is_that_of_loops_over_positions(rows, columns):
+    rows, columns = AxisRule(*rows), AxisRule(*columns)
+    inputs = random_inputs((2, 5, 7), rows, columns, 2, 3, torch.float64, spare=1)
+    torch.testing.assert_close(
+        plain.attend(*inputs, rows, columns, 2, 0.7),
+        by_loops(*inputs, rows, columns, 2, 0.7),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+
+
+CASES = {  # shape, rules of rows and columns, heads
+    'one member': ((1, 1, 1), (7, 1), (7, 1), 2),
+    'short distance, ragged': ((2, 9, 11), (7, 1), (7, 1), 2),
+    'long distance over the map, ragged': ((1, 7, 10), (3, 3), (4, 3), 2),
+    'long distance in tiles, ragged': ((1, 8, 7), (3, 2), (3, 2), 2),
+    'interval beyond the map': ((1, 2, 5), (1, 10**9), (5, 1), 2),
+    'group beyond the map': ((1, 3, 5), (10**9, 1), (10**9, 1), 2),
+    'large groups, ragged': ((1, 10, 9), (9, 1), (8, 1), 1),
+    'large groups over the map, ragged': ((1, 13, 10), (13, 1), (5, 2), 1),
+    'wider than high, ragged': ((1, 7, 23), (6, 1), (12, 2), 1),
+    'one row': ((1, 1, 70), (1, 1), (70, 1), 1),
+    'one column': ((1, 70, 1), (70, 1), (1, 1), 1),
+}
+
+
+@every_path
+@pytest.mark.parametrize('case', CASES)
+def test_equals_the_definition_in_float64(path, case):
+    shape, rows, columns, heads = CASES[case]
+    rules = AxisRule(*rows), AxisRule(*columns)
+    inputs = random_inputs(shape, *rules, heads, 16, spare=1, device=device_of(path))
+    assert_equals_definition(path, inputs, *rules, heads, 0.3, tolerance=5e-6)
+
+
+@every_path
+@pytest.mark.parametrize('members', [25, 72])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_stays_near_float64(path, dtype, tolerance, members):
+    if path == 'plain':
+        if dtype == torch.float16:
+            pytest.skip('on the CPU PyTorch sums in float16')
+        tolerance = 3e-2  # PyTorch 2.1 rounds in more places
+    side, *rules = (6, 9), AxisRule(5, 1), AxisRule(5, 1)
+    if members == 72:
+        side, *rules = (9, 8), AxisRule(9, 1), AxisRule(8, 1)
+    inputs = random_inputs((1, *side), *rules, 1, 16, dtype, 1, device_of(path))
+    assert_equals_definition(path, inputs, *rules, 1, 0.3, tolerance=tolerance)
+
+
+@every_path
+@pytest.mark.parametrize('dim', [1, 3, 8, 24, 48, 64])
+def test_any_head_dim_works(path, dim):
+    inputs = random_inputs((1, 4, 5), *RULE, 2, dim, spare=1, device=device_of(path))
+    assert_equals_definition(path, inputs, *RULE, 2, 0.3, tolerance=5e-6)
+
+
+@of('plain', 'native')
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # `path`, which is a name
+)
+@given(data=st.data())
+def test_equals_the_definition_whatever_the_sizes(path, dtype, tolerance, data):
+    number = st.integers
+    height, width = data.draw(number(1, 23)), data.draw(number(1, 23))
+    size, interval = data.draw(number(1, 8)), data.draw(number(1, 5))
+    lda = data.draw(st.sampled_from(LDA_DEFINITIONS))
+    rules = stage_rules(height, width, size, interval, lda)[data.draw(number(0, 1))]
+    heads, dim = data.draw(number(1, 3)), data.draw(st.sampled_from((1, 5, 16, 32, 40)))
+    shape = data.draw(number(1, 2)), height, width
+    inputs = random_inputs(shape, *rules, heads, dim, dtype, spare=data.draw(number(0, 2)))
+    if path == 'plain' and dtype == torch.bfloat16:
+        tolerance = 3e-2  # PyTorch 2.1 rounds in more places
+    assert_equals_definition(path, inputs, *rules, heads, 0.3, tolerance=tolerance)
+
+
+@every_path
+@pytest.mark.parametrize('members', [16, 72])
+def test_logits_far_from_zero_overflow_nothing(path, members):
+    """Not even next to the logits of what a block holds beyond the group, which are near 0."""
+    side, *rules = (6, 5), AxisRule(4, 1), AxisRule(4, 1)
+    if members == 72:
+        side, *rules = (9, 8), AxisRule(9, 1), AxisRule(8, 1)
+    qkv, table = random_inputs((1, *side), *rules, 1, 16, spare=1, device=device_of(path))
+    qkv[..., :16] = 5 + 0.1 * qkv[..., :16]
+    qkv[..., 16:32] = -5 + 0.1 * qkv[..., 16:32]
+    assert_equals_definition(path, (qkv, table), *rules, 1, 1.0, tolerance=1e-3)
+
+
+# What every kernel promises
+
+
+@pytest.mark.parametrize(
+    'path, sides',
+    [
+        pytest.param(path, sides, marks=marked(path)[0].marks)
+        for path, sides in (('native', (5, 4)), ('fused', (5, 4)), (SEVERAL, (9, 8)))
+    ],
+    indirect=['path'],
+)
+def test_same_inputs_give_the_same_bits_wherever_they_lie(path, sides):
+    rules = tuple(AxisRule(side, 1) for side in sides)
+    qkv, table = random_inputs((1, *sides), *rules, 1, 16, device=device_of(path))
+    grad = torch.randn(1, *sides, 16, generator=torch.Generator().manual_seed(1)).to(qkv)
+    expected = values_and_gradients(path, qkv, table, *rules, 1, 0.3, grad=grad)
+
+    def strided(x):
+        return torch.stack([-x, x], -1)[..., 1]
+
+    def unaligned(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    for change in (torch.clone, strided, unaligned):
+        inputs = change(qkv), change(table)
+        ours = values_and_gradients(path, *inputs, *rules, 1, 0.3, grad=change(grad))
+        assert all(map(torch.equal, ours, expected)), change
+
+
+@every_kernel
+def test_inputs_stay_as_they_are(path):
+    inputs = random_inputs((2, 4, 5), *RULE, 2, 16, device=device_of(path))
+    copies = [x.clone() for x in inputs]
+    values_and_gradients(path, *inputs, *RULE, 2, 0.3)
+    assert all(map(torch.equal, inputs, copies))
+
+
+@every_kernel
+def test_an_empty_batch_is_one(path):
+    qkv, table = random_inputs((0, 4, 5), *RULE, 2, 16, device=device_of(path))
+    out, grad_qkv, grad_table = values_and_gradients(path, qkv, table, *RULE, 2, 0.3)
+    assert out.shape == (0, 4, 5, 32) and grad_qkv.shape == qkv.shape and not grad_table.any()
+
+
+@every_kernel
+def test_a_table_too_small_for_the_groups_is_refused(path):
+    qkv, table = torch.zeros(1, 4, 4, 48), torch.zeros(1, 5, 7)
+    rules = AxisRule(4, 1), AxisRule(4, 1)
+    with pytest.raises(ValueError, match='5 x 7 offsets is too small for groups of (16|4 x 4) mem'):
+        map_attention(qkv.to(device_of(path)), table.to(device_of(path)), *rules, 1, 1.0, path=path)
+
+
+@every_kernel
+@needs_torch('2.4', 'torch.library.opcheck')
+def test_the_operator_keeps_the_rules_of_operators(path):
+    """Its schema, shapes without data, and gradients, as torch.compile relies on them."""
+    qkv, table = random_inputs((1, 3, 3), *RULE, 1, 8, device=device_of(path))
+    inputs = qkv.flatten(0, 2).requires_grad_(), table.requires_grad_()
+    operator = getattr(torch.ops.crossformer_mm, f'{path}_attention').default
+    torch.library.opcheck(operator, (*inputs, [1, 3, 3], [3, 1, 0], [3, 1, 0], 1, 0.5))
+
+
+@every_kernel
+def test_second_derivative_is_refused(path):
+    qkv, table = random_inputs((1, 2, 2), *RULE, 1, 8, device=device_of(path))
+    out = map_attention(qkv.requires_grad_(), table, *RULE, 1, 1.0, path=path)
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match='no autograd formula|once_differentiable'):
+        grad.sum().backward()
+
+
+@every_kernel
+def test_gradient_of_one_input_alone(path):
+    inputs = random_inputs((1, 5, 6), *RULE, 2, 16, device=device_of(path))
+    _, *both = values_and_gradients(path, *inputs, *RULE, 2, 0.3)
+    for needs in (True, False), (False, True):
+        leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs)]
+        out = map_attention(*leaves, *RULE, 2, 0.3, path=path)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
+        for leaf, expected, need in zip(leaves, both, needs):
+            assert torch.equal(leaf.grad, expected) if need else leaf.grad is None
+
+
+@every_kernel
+@needs_torch('2.4', 'torch.compiler.is_compiling inside of a graph')
+def test_compiler_takes_it_into_one_graph(path):
+    """The choice of the path included."""
+    attention = GroupAttention(16, 1, attention_path=path).to(device_of(path))
+    compiled = torch.compile(attention, backend='aot_eager', fullgraph=True)
+    x, grads = torch.randn(1, 5, 6, 16).to(device_of(path)), []
+    for model in (attention, compiled):
+        attention.zero_grad()
+        model(x, AxisRule(3, 2), AxisRule(3, 2)).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in attention.parameters()])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+@every_kernel
+@pytest.mark.parametrize('position_bias', ['relative', 'none'])
+def test_other_position_biases_are_the_same_as_on_plain(path, position_bias):
+    """A table that is resized, and one that is a single 0 seen everywhere."""
+    x, found = torch.randn(1, 7, 10, 32).to(device_of(path)), []
+    for name in (path, 'plain'):
+        torch.manual_seed(0)
+        options = dict(attention_path=name, position_bias=position_bias, group_size=3)
+        attention = GroupAttention(32, 2, **options).to(device_of(path))
+        out = attention(x, AxisRule(4, 2), AxisRule(5, 2))
+        out.square().sum().backward()
+        found.append([out, *(parameter.grad for parameter in attention.parameters())])
+    for ours, reference in zip(*found, strict=True):
+        assert (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+@every_kernel
+def test_autocast_trains_in_bfloat16_near_float32(path):
+    torch.manual_seed(0)
+    device = device_of(path)
+    attention, rules = GroupAttention(32, 2, attention_path=path), (AxisRule(3, 2), AxisRule(3, 2))
+    attention, x, grads = attention.to(device), torch.randn(1, 6, 5, 32).to(device), []
+    for enabled in (False, True):
+        attention.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            out = attention(x, *rules)
+            assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+            out.float().square().sum().backward()
+        grads.append([p.grad.clone() for p in attention.parameters()])
+    assert all(grad.dtype == torch.float32 for grad in grads[1])
+    scale = max(grad.abs().max() for grad in grads[0])
+    for exact, half in zip(*grads):
+        assert (exact - half).abs().max() < 3e-2 * scale
+
+
+def features_and_gradients(path, lda, image, with_cp=False):
+    torch.manual_seed(0)
+    model = CrossFormer(
+        dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2)),
+        merge_sizes=((2, 4),),
+        group_size=(3, 3),
+        interval=(2, 3),
+        lda=lda,
+        out_indices=(0, 1),
+        with_cp=with_cp,
+        attention_path=path,
+    )
+    add_noise(model).to(image.device)
+    features = model(image)
+    generator = torch.Generator().manual_seed(1)
+    sum((f * torch.randn(f.shape, generator=generator).to(f)).sum() for f in features).backward()
+    return [f.detach() for f in features], {n: p.grad for n, p in model.named_parameters()}
+
+
+SIZES = [(2, 3, 48, 64), (1, 3, 73, 118), (1, 3, 16, 150), (1, 3, 5, 7)]
+SHORT = (('fused', 'interval', (1, 3, 27, 42), False), ('fused', 'block', (1, 3, 31, 38), True))
+
+
+@pytest.mark.parametrize(
+    'path, lda, size, with_cp',
+    [
+        pytest.param(*case, marks=marked(case[0])[0].marks)
+        for case in (
+            *(('native', lda, size, size[0] == 2) for lda in LDA_DEFINITIONS for size in SIZES),
+            *SHORT,
+        )
+    ],
+    indirect=['path'],
+)
+def test_backbone_is_the_same_as_on_plain(path, lda, size, with_cp):
+    """With recomputed blocks, too."""
+    image = torch.rand(size, generator=torch.Generator().manual_seed(2)).to(device_of(path))
+    ours, ours_grads = features_and_gradients(path, lda, image, with_cp)
+    reference, reference_grads = features_and_gradients('plain', lda, image)
+    for one, other in zip(ours, reference, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    assert all(grad is not None for grad in ours_grads.values())
+    largest = max(grad.abs().max() for grad in reference_grads.values())
+    for name, grad in reference_grads.items():
+        assert (ours_grads[name] - grad).abs().max() <= 1e-5 * largest, name
+
+
+# The choice
+
+
+@pytest.mark.parametrize(
+    'call, path',
+    [
+        (Call(CPU), 'native'),
+        (Call(CPU, has_lead=True), 'native'),
+        (Call(CPU, capture_mode='compile'), 'native'),
+        (Call(CPU, torch.bfloat16, 40), 'native'),
+        (Call(CPU, dropout=0.1), 'plain'),
+        (Call(CPU, torch.float64), 'plain'),
+        (Call(CPU, head_dim=129), 'plain'),
+        (Call(CPU, capture_mode='export'), 'plain'),
+        (Call(torch.device('meta')), 'plain'),
+    ],
+)
+def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
+    monkeypatch.setattr(fused, 'has_triton', lambda: False)  # whose interpreter tests turn on
+    monkeypatch.setattr(native, 'MISSING', '')  # as where there is a compiler
+    assert choose_path(call) == path
+    monkeypatch.setattr(native, 'MISSING', 'it was not compiled')
+    assert choose_path(call) == 'plain'
+
+
+@pytest.mark.parametrize(
+    'option, reason',
+    [
+        (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
+        (dict(dtype=torch.float64), 'got torch.float64'),
+        (dict(head_dim=129), 'at most 128 channels, but they have 129'),
+        (dict(capture_mode='export'), 'an exporter'),
+        (dict(device=torch.device('meta')), 'got .* meta'),
+    ],
+)
+def test_a_path_that_cannot_serve_is_refused_not_replaced(option, reason):
+    with pytest.raises(ValueError, match=f"attention_path='native'.*{reason}.*'plain'"):
+        choose_path(Call(**{'device': CPU, **option}), 'native')
+
+
+def test_wrong_path_is_refused_by_name():
+    with pytest.raises(ValueError, match="attention_path.*'native', 'fused', 'plain'.*'flash'"):
+        CrossFormer(SMALL, attention_path='flash')
+
+
+# What the definition in PyTorch does and does not
+
+
+def test_tracers_get_the_definition():
+    paths = []
+
+    def forward(qkv):
+        paths.append(choose_path(Call.of(qkv, *RULE, 1, 0.0)))
+        return qkv + 1
+
+    torch.jit.trace(forward, torch.ones(1, 2, 2, 3), check_trace=False)
+    assert paths == ['plain']
+
+
+def test_a_trace_of_one_image_serves_batches():
+    """Other batches got other values, of some images, without an error."""
+    backbone = CrossFormer(SMALL).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(backbone, torch.rand(1, 3, 64, 96), check_trace=False)
+        images = torch.rand(3, 3, 64, 96)
+        for one, other in zip(traced(images), backbone(images)):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_splits_what_is_too_much_for_one_call(monkeypatch):
+    """CUDA fails on as many groups as a map of 3840x2160 in a batch of 8 has."""
+    inputs, sizes = random_inputs((2, 7, 9), *RULE, 2, 4), []
+    expected = values_and_gradients('plain', *inputs, *RULE, 2, 0.3)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(q, *args, **options):
+        sizes.append(len(q))
+        return attend(q, *args, **options)
+
+    monkeypatch.setattr(plain, 'MOST_GROUPS', 5)
+    monkeypatch.setattr(plain.F, 'scaled_dot_product_attention', watch)
+    found = values_and_gradients('plain', *inputs, *RULE, 2, 0.3)
+    torch.testing.assert_close(found, expected)
+    assert max(sizes) == 5 and sum(sizes) == 2 * 9
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_moves_tokens_without_adding_in_any_order():
+    """Its moves are permutations, whose gradients gather, too."""
+    qkv, table = random_inputs((2, 7, 9), AxisRule(2, 3), AxisRule(4, 2), 2, 4)
+    out = plain.attend(qkv.requires_grad_(), table, AxisRule(2, 3), AxisRule(4, 2), 2, 0.3)
+    with Operations() as operations:
+        out.sum().backward()
+    assert operations.names.count('index_select') == 2
+    assert not {'index_add', 'index_add_', 'index_put', 'scatter_add'} & {*operations.names}
+
+
+@needs_torch('2.4', 'torch.autograd.Function with both kinds of derivatives in torch.func')
+def test_plain_is_differentiable_twice():
+    qkv, table = random_inputs((1, 3, 4), *RULE, 1, 2, torch.float64)
+    inputs = qkv.requires_grad_(), table.double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *x: plain.attend(*x, *RULE, 1, 0.3), inputs)
+
+
+@needs_torch('2.4', 'torch.compiler.is_compiling inside of a graph')
+def test_definition_compiles_to_one_graph():
+    inputs = random_inputs((1, 5, 4), *RULE, 2, 4)
+    compiled = torch.compile(map_attention, backend='eager', fullgraph=True)
+    out = compiled(*inputs, *RULE, 2, 0.3, path='plain')
+    torch.testing.assert_close(out, map_attention(*inputs, *RULE, 2, 0.3, path='plain'))
+
+
+def test_dropout_of_attention_weights_trains_on_the_plain_path():
+    attention, x = GroupAttention(16, 2, attn_drop_rate=0.5).train(), torch.rand(1, 6, 6, 16)
+    assert not torch.equal(attention(x, *RULE), attention(x, *RULE))
+    attention.eval()
+    assert torch.equal(attention(x, *RULE), attention(x, *RULE))
+
+
+# What the operator and eager mode do
+
+
+def stored_for_backward(path, side):
+    """Bytes that a training step keeps between its two passes, each storage once."""
+    model = CrossFormer(
+        dict(embed_dims=16, depths=(2,), num_heads=(4,)),
+        merge_sizes=(),
+        group_size=(7,),
+        interval=(8,),
+        out_indices=(0,),
+        attention_path=path,
+    )
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        features = model(torch.rand(1, 3, side, side))
+    assert all(f.requires_grad for f in features)
+    return sum(storages.values()) - sum(p.numel() * 4 for p in model.parameters())
+
+
+@of('native')
+def test_what_training_stores_grows_no_faster_than_the_area(path):
+    stored = {
+        (name, side): stored_for_backward(name, side)
+        for name in ('plain', path)
+        for side in (224, 448)
+    }
+    assert stored[path, 448] < 4.05 * stored[path, 224]
+    assert stored['plain', 448] > 6 * stored['plain', 224]  # so the test can tell
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@of('native')
+def test_no_tensor_of_all_pairs_exists(path):
+    """Not even of one group and head, in either pass; plain has them of all groups."""
+    rules = AxisRule(12, 1), AxisRule(12, 1)
+    inputs, largest = random_inputs((1, 24, 24), *rules, 4, 4), {}
+    for name in (path, 'plain'):
+        with LargestTensor() as mode:
+            values_and_gradients(name, *inputs, *rules, 4, 0.3)
+        largest[name] = mode.numel
+    assert largest['plain'] >= 4 * 4 * 144**2
+    assert largest[path] < 2 * 144**2
+
+
+@every_kernel
+def test_eager_mode_and_the_operator_are_the_same_function(path):
+    """Modes see the operator; without them its dispatch is left out."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    inputs = random_inputs((1, 5, 6), *RULE, 2, 16, device=device_of(path))
+    eager = values_and_gradients(path, *inputs, *RULE, 2, 0.3)
+    with torch.profiler.profile() as profile:
+        map_attention(*inputs, *RULE, 2, 0.3, path=path)
+    with Watch():
+        watched = values_and_gradients(path, *inputs, *RULE, 2, 0.3)
+    assert not [event for event in profile.events() if f'{path}_attention' in event.name]
+    assert f'crossformer_mm.{path}_attention.default' in seen
+    assert all(torch.equal(one, other) for one, other in zip(eager, watched))
+
+
+@of('native')
+def test_tensors_without_data_take_the_operator(path):
+    qkv, table = random_inputs((1, 5, 6), *RULE, 2, 16)
+    with FakeTensorMode():
+        fake = torch.empty(qkv.shape, requires_grad=True)
+        out = map_attention(fake, torch.empty(table.shape), *RULE, 2, 0.3, path=path)
+        assert out.shape == (1, 5, 6, 32) and out.requires_grad
+    meta = native.attend(qkv.to('meta'), table.to('meta'), *RULE, 2, 0.3)
+    assert meta.is_meta and meta.shape == (1, 5, 6, 32)
+
+
+def test_a_block_may_be_recomputed_outside_the_mode_that_it_ran_in():
+    inputs = [x.requires_grad_() for x in random_inputs((1, 5, 6), *RULE, 2, 16)]
+    with FlopCounterMode(display=False):
+        out = checkpoint(map_attention, *inputs, *RULE, 2, 0.3, use_reentrant=False)
+    out.square().sum().backward()
+    ours = [x.grad.clone() for x in inputs]
+    for x in inputs:
+        x.grad = None
+    map_attention(*inputs, *RULE, 2, 0.3).square().sum().backward()
+    assert all(torch.equal(one, x.grad) for one, x in zip(ours, inputs))

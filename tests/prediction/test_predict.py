@@ -1,0 +1,562 @@
+"""tools/predict.py: the same predictions as the libraries', written whole, bad files named."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from crossformer_mm.prediction import sources_of
+from crossformer_mm.prediction.output import Video, mp4_fps
+from crossformer_mm.without_torch.files import find_files
+
+from ..helpers import CLASSES, DEMO_DETECTOR, DEMO_SEGMENTOR, ROOT, random_model, read_json
+from ..trainings import ONE_STAGE, make_data, write_config
+
+# For speed: a hundred labels take a second to draw.
+UNDRAWN = ('--score-thr', 1)
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=1, val=5, size=96)
+
+
+class TestDetector:
+    def test_results_score_as_in_evaluation(self, output_of, shapes, detector, tmp_path):
+        images = shapes / 'coco' / 'val2017'
+        output_of(
+            'predict.py', f'{DEMO_DETECTOR} {detector} {images} --out {tmp_path}/first', *UNDRAWN
+        )
+        index = read_json(tmp_path / 'first' / 'images.json')
+        names = [f'{i:012d}.png' for i in range(1, 6)]
+        assert [(image['id'], image['file_name']) for image in index['images']] == list(
+            enumerate(names, start=1)
+        )
+        assert [c['name'] for c in index['categories']] == list(CLASSES) and not index['skipped']
+        # Ground truth that these predictions partly meet, with ids as irregular as COCO's.
+        found = [
+            o
+            for o in read_json(tmp_path / 'first' / 'results.segm.json')
+            if rle.area(o['segmentation']) > 20
+        ]
+        annotations = [
+            dict(
+                id=i,
+                image_id=100 - 7 * o['image_id'],
+                category_id=10 * o['category_id'],
+                iscrowd=0,
+                area=float(rle.area(o['segmentation'])),
+                segmentation=o['segmentation'],
+                bbox=rle.toBbox(o['segmentation']).tolist(),
+            )
+            for i, o in enumerate(found[::3], start=1)
+        ]
+        truth = tmp_path / 'truth.json'
+        truth.write_text(
+            json.dumps(
+                dict(
+                    images=[
+                        dict(id=100 - 7 * i, file_name=name, height=96, width=96)
+                        for i, name in enumerate(names, start=1)
+                    ],
+                    categories=[
+                        dict(id=10 * i, name=name) for i, name in enumerate(CLASSES, start=1)
+                    ],
+                    annotations=annotations,
+                )
+            )
+        )
+
+        out = tmp_path / 'second'
+        output_of(
+            'predict.py',
+            f'{DEMO_DETECTOR} {detector} {images} --out {out}',
+            *UNDRAWN,
+            '--ann-file',
+            truth,
+        )
+        output_of(
+            'test.py',
+            f'{DEMO_DETECTOR} {detector} --data-root {shapes}/coco --work-dir {tmp_path} --cfg-options',
+            f'test_dataloader.dataset.ann_file={truth} test_evaluator.ann_file={truth}',
+        )
+        (said,) = tmp_path.glob('2*/2*.json')
+        said, coco = read_json(said), COCO(str(truth))
+        for kind in ('bbox', 'segm'):
+            scored = COCOeval(coco, coco.loadRes(str(out / f'results.{kind}.json')), kind)
+            scored.evaluate()
+            scored.accumulate()
+            scored.summarize()
+            assert scored.stats[1] > 0.05  # there is something to compare
+            for index, metric in enumerate(['', '_50', '_75', '_s', '_m', '_l']):
+                assert said[f'coco/{kind}_mAP{metric}'] == pytest.approx(
+                    scored.stats[index], abs=6e-4
+                )
+        pictures = sorted(path.name for path in (out / 'pictures').iterdir())
+        assert pictures == [name.replace('png', 'jpg') for name in names]
+
+    def test_bad_files_are_named_and_the_others_predicted(
+        self, output_of, shapes, detector, tmp_path
+    ):
+        folder, out = tmp_path / 'photos', tmp_path / 'out'
+        (folder / 'below').mkdir(parents=True)
+        whole = (shapes / 'coco/val2017/000000000001.png').read_bytes()
+        (folder / 'a.png').write_bytes(whole[: len(whole) // 2])
+        (folder / 'b.png').write_bytes(whole)
+        (folder / 'b.jpg').write_text('no image')
+        (folder / 'below' / 'c.bmp').write_bytes(
+            cv2.imencode('.bmp', cv2.imread_json(str(shapes / 'coco/val2017/000000000002.png')))[1]
+        )
+        (folder / 'd.mp4').write_text('no video')
+        (folder / 'notes.txt').write_text('not looked at')
+        said = output_of(
+            'predict.py', f'{DEMO_DETECTOR} {detector} {folder} --out {out}', *UNDRAWN, expect=1
+        )
+        for name in ('a.png', 'b.jpg', 'd.mp4'):
+            assert f"error: '{name}' was skipped: it is" in said
+        assert '2 images predicted' in said and '3 files skipped' in said
+        index = read_json(out / 'images.json')
+        # Ids count bad files too, so that repairing one changes no other.
+        assert [(i['id'], i['file_name']) for i in index['images']] == [
+            (3, 'b.png'),
+            (4, 'below/c.bmp'),
+        ]
+        assert [one['file_name'] for one in index['skipped']] == ['a.png', 'b.jpg', 'd.mp4']
+        assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == {3, 4}
+        written = {path.relative_to(out).as_posix() for path in out.rglob('*') if path.is_file()}
+        assert written == {
+            'images.json',
+            'results.bbox.json',
+            'results.segm.json',
+            'pictures/b.png.jpg',
+            'pictures/below/c.jpg',
+        }
+
+    def test_an_interrupted_run_leaves_only_whole_files(
+        self, output_of, shapes, detector, tmp_path, monkeypatch
+    ):
+        images = shapes / 'coco' / 'val2017'
+        output_of(
+            'predict.py',
+            f'{DEMO_DETECTOR} {detector} {images}/000000000001.png --out {tmp_path}',
+            *UNDRAWN,
+        )
+        encode, calls = cv2.imencode, []
+
+        def stop_at_third(*arguments):
+            calls.append(0)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return encode(*arguments)
+
+        monkeypatch.setattr(cv2, 'imencode', stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            output_of('predict.py', DEMO_DETECTOR, detector, images, '--out', tmp_path, *UNDRAWN)
+        # no result of before, for it would be taken for that of now
+        assert [path.name for path in sorted(tmp_path.rglob('*')) if path.is_file()] == [
+            '000000000001.jpg',
+            '000000000002.jpg',
+        ]
+
+    def test_batches_and_bfloat16(self, output_of, shapes, detector, tmp_path):
+        photos = tmp_path / 'photos'
+        photos.mkdir()
+        image = cv2.imread_json(str(shapes / 'coco/val2017/000000000003.png'))
+        for name, width in (('a', 96), ('b', 96), ('c', 60)):
+            cv2.imwrite(str(photos / f'{name}.png'), cv2.resize(image, (width, 96)))
+        boxes = {}
+        for options in ((), ('--batch-size', 3), ('--bf16',)):
+            out = tmp_path / 'out' / ''.join(map(str, options))
+            output_of(
+                'predict.py', f'{DEMO_DETECTOR} {detector} {photos} --out {out}', *UNDRAWN, *options
+            )
+            boxes[options] = read_json(out / 'results.bbox.json')
+        one, batched, reduced = boxes.values()
+        assert len(one) == len(batched) > 0
+        for a, b in zip(one, batched):
+            assert a['image_id'] == b['image_id'] and a['category_id'] == b['category_id']
+            np.testing.assert_allclose(a['bbox'], b['bbox'], atol=1e-2)
+        scores, rounded = ([box['score'] for box in boxes] for boxes in (one, reduced))
+        assert rounded != scores and max(rounded) == pytest.approx(max(scores), abs=0.05)
+
+    def test_threshold_is_that_of_the_pictures(self, output_of, shapes, detector, tmp_path):
+        image, drawn, found = shapes / 'coco/val2017/000000000001.png', {}, {}
+        for threshold in ('0', '1'):
+            out = tmp_path / threshold
+            output_of(
+                'predict.py',
+                f'{DEMO_DETECTOR} {detector} {image} --out {out} --score-thr {threshold}',
+            )
+            difference = cv2.absdiff(
+                cv2.imread_json(str(out / 'pictures/000000000001.jpg')), cv2.imread_json(str(image))
+            )
+            drawn[threshold], found[threshold] = (
+                difference.mean(),
+                read_json(out / 'results.bbox.json'),
+            )
+        assert drawn['1'] < drawn['0'] / 2  # older matplotlib blurs the image itself
+        assert found['0'] == found['1'] != []
+
+
+class TestSegmentor:
+    def test_label_maps_equal_those_of_evaluation(self, output_of, shapes, segmentor, tmp_path):
+        output_of(
+            'predict.py',
+            f'{DEMO_SEGMENTOR} {segmentor} {shapes}/ade/images/validation/*.jpg --out {tmp_path}/out',
+        )
+        output_of(
+            'test.py',
+            f'{DEMO_SEGMENTOR} {segmentor} --data-root {shapes}/ade --work-dir {tmp_path} --out',
+            f'{tmp_path}/maps',
+        )
+        index = read_json(tmp_path / 'out' / 'images.json')
+        # 0 is "other" in ADE20K's label maps, as in these
+        assert [(c['id'], c['name']) for c in index['categories']] == list(
+            enumerate(('background', *CLASSES), start=1)
+        )
+        assert len(index['images']) == 5
+        seen = set()
+        for entry in index['images']:
+            labels = cv2.imread_json(
+                str(tmp_path / 'out' / entry['label_map']), cv2.IMREAD_UNCHANGED
+            )
+            other = cv2.imread_json(
+                str(tmp_path / 'maps' / Path(entry['label_map']).name), cv2.IMREAD_UNCHANGED
+            )
+            assert labels.shape == (entry['height'], entry['width']) and (labels == other).all()
+            seen |= set(np.unique(labels))
+        assert len(seen) > 2
+
+    @pytest.mark.parametrize('options', [(), ('--bf16', '--batch-size', 2)])
+    def test_a_video_gives_a_video(self, output_of, shapes, segmentor, tmp_path, options):
+        writer = cv2.VideoWriter(
+            str(tmp_path / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5, (96, 96)
+        )
+        for i in range(1, 4):
+            writer.write(cv2.imread_json(str(shapes / f'ade/images/validation/{i:012d}.jpg')))
+        writer.release()
+        output_of(
+            'predict.py',
+            f'{DEMO_SEGMENTOR} {segmentor} {tmp_path}/clip.avi --out {tmp_path}',
+            *options,
+        )
+        index = read_json(tmp_path / 'images.json')
+        assert [i['file_name'] for i in index['images']] == [f'clip.avi#{i}' for i in (1, 2, 3)]
+        maps = [
+            cv2.imread_json(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED)
+            for i in index['images']
+        ]
+        assert maps[0].shape == (96, 96) and not (maps[0] == maps[1]).all()
+        drawn = cv2.VideoCapture(str(tmp_path / 'pictures' / 'clip.mp4'))
+        assert drawn.get(cv2.CAP_PROP_FPS) == 5
+        frames = [drawn.read() for _ in range(4)]
+        assert [whole for whole, _ in frames] == [True, True, True, False]
+        assert frames[0][1].shape == (96, 96, 3)
+        assert not list(tmp_path.rglob('.*'))
+
+
+@pytest.mark.parametrize(
+    'meta',
+    [
+        dict(CLASSES=('w', 'x', 'y', 'z'), PALETTE=[[9, 9, 9]] * 4),
+        dict(dataset_meta=dict(classes=['w', 'x', 'y', 'z'])),
+    ],
+)
+def test_names_are_those_of_the_checkpoint(output_of, shapes, tmp_path, meta):
+    checkpoint = random_model(DEMO_DETECTOR, tmp_path / 'named.pth', meta)
+    output_of(
+        'predict.py',
+        f'{DEMO_DETECTOR} {checkpoint} {shapes}/coco/val2017/000000000001.png --out {tmp_path}/out',
+        *UNDRAWN,
+    )
+    index = read_json(tmp_path / 'out' / 'images.json')
+    assert [c['name'] for c in index['categories']] == ['w', 'x', 'y', 'z']
+
+
+@pytest.mark.parametrize(
+    'config, arguments, expected',
+    [
+        (
+            DEMO_DETECTOR,
+            ['nowhere.jpg'],
+            "images: 'nowhere.jpg' is no file, no folder and matches nothing.",
+        ),
+        (DEMO_DETECTOR, ['no/*.jpg'], "images: 'no/*.jpg' is no file"),
+        (DEMO_DETECTOR, ['configs'], "folder 'configs' holds no images or videos"),
+        (DEMO_DETECTOR, ['IMAGE', '--batch-size', '0'], '--batch-size must be at least 1, got 0.'),
+        (DEMO_DETECTOR, ['IMAGE', '--device', 'gpu'], "--device: 'gpu' cannot be used: "),
+        (
+            DEMO_DETECTOR,
+            ['IMAGE', '--score-thr', '30'],
+            '--score-thr must be from 0 to 1, got 30.0.',
+        ),
+        (
+            DEMO_DETECTOR,
+            ['IMAGE', '--ann-file', 'README.md'],
+            "--ann-file: 'README.md' is no file of COCO",
+        ),
+        (DEMO_DETECTOR, ['IMAGE', '--out', 'README.md'], "--out: 'README.md' is a file."),
+        (
+            DEMO_DETECTOR,
+            ['IMAGE', '--out', 'README.md/out'],
+            "--out: folder 'README.md/out' could not be",
+        ),
+        (DEMO_SEGMENTOR, ['IMAGE', '--score-thr', '0.5'], '--score-thr is of detectors'),
+        (DEMO_SEGMENTOR, ['IMAGE', '--ann-file', 'README.md'], '--ann-file is of detectors'),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(
+    refusal_of, shapes, detector, segmentor, config, arguments, expected
+):
+    image = shapes / 'coco/val2017/000000000001.png'
+    checkpoint = detector if config == DEMO_DETECTOR else segmentor
+    arguments = [image if word == 'IMAGE' else word for word in arguments]
+    assert expected in refusal_of('predict.py', config, checkpoint, *arguments)
+    assert not (ROOT / 'predictions').exists()  # nothing is left of a refusal
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(refusal_of, shapes, detector):
+    said = refusal_of(
+        'predict.py', f'{DEMO_SEGMENTOR} {detector} {shapes}/coco/val2017/000000000001.png'
+    )
+    assert f"Checkpoint '{detector}' does not fit this model: missing" in said
+
+
+def test_names_must_be_known_for_every_class(refusal_of, shapes, tmp_path):
+    # Names of the config, and not of what the checkpoint was trained on.
+    checkpoint = random_model(DEMO_DETECTOR, tmp_path / 'x.pth', {})
+    said = refusal_of(
+        'predict.py',
+        f'{DEMO_DETECTOR} {checkpoint} {shapes}/coco/val2017/000000000001.png --cfg-options',
+        'test_dataloader.dataset.metainfo.classes=one,two',
+    )
+    assert '4 classes' in said and 'names of 2' in said
+
+
+@TRANSFORMS.register_module()
+class MistakenTransform(BaseTransform):
+    """A user's own, of a test pipeline."""
+
+    def transform(self, results: dict) -> dict:
+        raise ZeroDivisionError('a mistake of mine')
+
+
+def test_a_transform_that_fails_is_not_taken_for_a_broken_image(
+    output_of, shapes, segmentor, tmp_path
+):
+    (tmp_path / 'config.py').write_text(f"""
+_base_ = {str(ROOT / DEMO_SEGMENTOR)!r}
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='mmengine.MistakenTransform'),
+                 dict(type='PackSegInputs')]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+""")
+    image = shapes / 'ade/images/validation/000000000001.jpg'
+    said = output_of(
+        'predict.py', f'{tmp_path}/config.py {segmentor} {image} --out {tmp_path}/out', expect=1
+    )
+    assert f"'{image.name}' can be read, but the config's test pipeline could not" in said
+    assert said.strip().splitlines()[-1] == 'ZeroDivisionError: a mistake of mine'
+    assert 'Traceback' in said and 'cut short' not in said
+
+
+def write_video(path: Path, fps: float, frames: list) -> Path:
+    size = frames[0].shape[1::-1]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), fps, size)
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope='module')
+def quick(tmp_path_factory, shapes):
+    """Config and checkpoint of what predicts fastest, for images of some channels."""
+    folder, made = tmp_path_factory.mktemp('quick'), {}
+
+    def get(channels: int = 3) -> tuple:
+        if channels not in made:
+            kind = {1: 'grayscale', 3: 'color', 4: 'unchanged'}[channels]
+            values = 3 if channels == 3 else 1  # MMEngine takes no other number
+            config = write_config(ONE_STAGE, folder / f'{channels}.py', shapes)
+            config.write_text(
+                config.read_text()
+                + f"""
+model['backbone'].update(in_channels={channels})
+model['data_preprocessor'] = dict(
+    _delete_=True, type='DetDataPreprocessor', mean=[127.5] * {values}, std=[60.] * {values},
+    pad_size_divisor=32)
+test_pipeline[0].update(color_type={kind!r})
+test_pipeline[1].update(keep_ratio=False)
+"""
+            )
+            weights = folder / f'{channels}.pth'
+            made[channels] = config, random_model(config, weights, dict(CLASSES=CLASSES))
+        return made[channels]
+
+    return get
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels_are_drawn_as_they_are(
+    output_of, shapes, quick, tmp_path, channels
+):
+    """And those that have not as many as the model takes are skipped, others are kept."""
+    colour = cv2.imread_json(str(shapes / 'coco/val2017/000000000001.png'))
+    colour[:, : colour.shape[1] // 2] //= 2  # unlike its mirror image
+    image = {1: colour[..., 1], 4: np.dstack([colour, colour[..., 0]])}[channels]
+    photos, out = tmp_path / 'photos', tmp_path / 'out'
+    photos.mkdir()
+    cv2.imwrite(str(photos / 'b.png'), image)
+    wrong = ['a.png', 'c.avi'] if channels == 4 else []
+    if wrong:
+        cv2.imwrite(str(photos / 'a.png'), colour)
+    write_video(photos / 'c.avi', 5, [colour] * 2)
+    expect = int(bool(wrong))
+    output_of('predict.py', *quick(channels), photos, '--out', out, *UNDRAWN, expect=expect)
+    index = read_json(out / 'images.json')
+    assert [one['file_name'] for one in index['skipped']] == wrong
+    assert all(f'the model takes {channels}' in one['reason'] for one in index['skipped'])
+    names = [one['file_name'] for one in index['images']]
+    assert names == ['b.png'] + ['c.avi#1', 'c.avi#2'] * (not wrong)
+    assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == {
+        one['id'] for one in index['images']
+    }
+    shown = colour if channels == 4 else np.stack([image] * 3, axis=-1)
+    drawn = cv2.imread_json(str(out / 'pictures/b.jpg'))
+    assert np.abs(drawn.astype(int) - shown).mean() < 8
+    assert np.abs(drawn.astype(int) - shown[:, ::-1]).mean() > 16
+
+
+def test_videos_of_any_rate_and_size_cost_no_results(output_of, shapes, quick, tmp_path):
+    """A rate that MP4 takes rounded, too many pixels a side for MPEG-4, and an image."""
+    photos, out = tmp_path / 'photos', tmp_path / 'out'
+    photos.mkdir()
+    image = cv2.imread_json(str(shapes / 'coco/val2017/000000000001.png'))
+    cv2.imwrite(str(photos / 'a.png'), image)
+    cv2.imwrite(str(photos / 'd.png'), image)
+    write_video(photos / 'b_slow.avi', 211.222, [image] * 3)
+    write_video(photos / 'c_wide.avi', 5, [cv2.resize(image, (9000, 16))] * 2)
+    said = output_of('predict.py', *quick(), photos, '--out', out, *UNDRAWN, expect=1)
+    index = read_json(out / 'images.json')
+    assert [one['file_name'] for one in index['images']] == [
+        'a.png', 'b_slow.avi#1', 'b_slow.avi#2', 'b_slow.avi#3', 'c_wide.avi#1', 'c_wide.avi#2',
+        'd.png',
+    ]  # fmt: skip
+    assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == set(range(1, 8))
+    (skipped,) = index['skipped']
+    assert 'no MP4 of 9000 x 16 pixels' in skipped['reason'] and skipped['reason'] in said
+    assert sorted(path.name for path in (out / 'pictures').iterdir()) == [
+        'a.jpg', 'b_slow.mp4', 'd.jpg',
+    ]  # fmt: skip
+    drawn = cv2.VideoCapture(str(out / 'pictures/b_slow.mp4'))
+    assert drawn.get(cv2.CAP_PROP_FPS) == 211.22 and drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+@pytest.mark.parametrize(
+    'fps', [0, -1, float('nan'), float('inf'), 1e-5, 0.04, 29.97, 211.222, 655.354, 6553.55, 9e4]
+)
+def test_rates_are_those_that_mp4_can_hold(tmp_path, fps):
+    rate, file = mp4_fps(fps), tmp_path / 'x.mp4'
+    video = Video(file, rate, (32, 16))
+    video.add(np.zeros((16, 32, 3), np.uint8))
+    video.add(np.zeros((8, 8, 3), np.uint8))  # of a video that changes its size
+    video.finish(keep=True)
+    written = cv2.VideoCapture(str(file))
+    assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, rel=1e-6)
+    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 2
+    if 0.01 < fps < 65535:
+        assert rate == pytest.approx(fps, rel=2e-4)
+
+
+def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(output_of, shapes, quick, tmp_path):
+    """A picture where a folder is, and one of more pixels a side than JPEG has."""
+    photos, out = tmp_path / 'photos', tmp_path / 'out'
+    photos.mkdir()
+    image = cv2.imread_json(str(shapes / 'coco/val2017/000000000001.png'))
+    for name in 'ab':
+        cv2.imwrite(str(photos / f'{name}.png'), image)
+    cv2.imwrite(str(photos / 'c.png'), cv2.resize(image, (66000, 1)))
+    (out / 'pictures/a.jpg').mkdir(parents=True)
+    output_of('predict.py', *quick(), photos, '--out', out, *UNDRAWN, expect=1)
+    index = read_json(out / 'images.json')
+    assert [one['file_name'] for one in index['images']] == ['a.png', 'b.png', 'c.png']
+    assert [one['file_name'] for one in index['skipped']] == ['a.png', 'c.png']
+    assert 2 in {one['image_id'] for one in read_json(out / 'results.bbox.json')}
+    assert (out / 'pictures/b.jpg').is_file()
+
+
+@pytest.mark.parametrize('error', [torch.cuda.OutOfMemoryError('full'), RuntimeError('a fault')])
+def test_an_error_of_the_model_keeps_what_was_predicted_before(
+    output_of, shapes, quick, tmp_path, monkeypatch, error
+):
+    """With the names that PyTorch 2.1 has."""
+    from mmdet.apis import DetInferencer
+
+    forward, calls = DetInferencer.forward, []
+
+    def fail_at_third(self, *arguments, **options):
+        calls.append(0)
+        if len(calls) == 3:
+            raise error
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(DetInferencer, 'forward', fail_at_third)
+    monkeypatch.delattr(torch, 'OutOfMemoryError', raising=False)
+    full = not str(error) == 'a fault'
+    images = shapes / 'coco/val2017'
+    said = output_of(
+        'predict.py', *quick(), f'{images} --out {tmp_path}', *UNDRAWN, expect=2 if full else 1
+    ).strip()
+    last = (
+        "error: --batch-size: 1 images like '000000000003.png' do not fit into the memory of cpu."
+    )
+    assert said.splitlines()[-1] == (last if full else 'RuntimeError: a fault')
+    assert len(read_json(tmp_path / 'images.json')['images']) == 2
+    assert {one['image_id'] for one in read_json(tmp_path / 'results.bbox.json')} == {1, 2}
+
+
+def test_images_of_one_name_in_several_folders_keep_their_own(output_of, shapes, quick, tmp_path):
+    """With the ids of annotations, and beside a video whose frames would have the same names."""
+    known = []
+    for number in (1, 2):
+        image = cv2.imread_json(str(shapes / f'coco/val2017/00000000000{number}.png'))
+        (tmp_path / f'photos/cam{number}').mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / f'photos/cam{number}/frame.png'), image)
+        known.append(dict(id=70 + number, file_name=f'cam{number}/frame.png'))
+    categories = [dict(id=number, name=name) for number, name in enumerate(CLASSES, start=1)]
+    annotations = tmp_path / 'known.json'
+    annotations.write_text(json.dumps(dict(images=known, categories=categories)))
+    out = tmp_path / 'out'
+    options = ['--out', out, *UNDRAWN, '--ann-file', annotations]
+    output_of('predict.py', *quick(), tmp_path / 'photos', *options)
+    assert [one['id'] for one in read_json(out / 'images.json')['images']] == [71, 72]
+    pictures = sorted(path.relative_to(out) for path in (out / 'pictures').rglob('*.jpg'))
+    assert pictures == [Path(f'pictures/cam{number}/frame.jpg') for number in (1, 2)]
+    known[0]['file_name'] = 'frame.png'
+    annotations.write_text(json.dumps(dict(images=known[:1], categories=categories)))
+    said = output_of('predict.py', *quick(), tmp_path / 'photos', *options, expect=2)
+    assert "'cam1/frame.png' and 'cam2/frame.png' are one image in it" in said
+
+    (tmp_path / 'photos/clip').mkdir()
+    (tmp_path / 'photos/clip/000001.png').write_bytes(b'')
+    write_video(tmp_path / 'photos/clip.avi', 5, [image])
+    files = find_files([str(tmp_path / 'photos')], out, videos=True)
+    stems = {source.name: source.stem for source in sources_of(files, out)}
+    assert stems['clip.avi'] == 'clip.avi' and stems['clip/000001.png'] == 'clip/000001'
+
+
+def test_no_input_is_overwritten(refusal_of, shapes, detector, tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    photo = tmp_path / 'pictures' / 'photo.jpg'
+    cv2.imwrite(str(photo), np.zeros((9, 9, 3), np.uint8))
+    assert 'would replace it' in refusal_of(
+        'predict.py', f'{DEMO_DETECTOR} {detector} {photo} --out {tmp_path}'
+    )

@@ -1,0 +1,306 @@
+"""tools/sweep_groups.py: the metrics of tools/test.py for each setting, what it costs, drawn."""
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import pytest
+from mmengine.config import Config
+
+from crossformer_mm import CrossFormer
+from crossformer_mm.flops import count
+from crossformer_mm.sweep.report import pareto
+from crossformer_mm.sweep.settings import caution, settings_of
+
+from ..helpers import DEMO_DETECTOR, DEMO_SEGMENTOR, ROOT, metrics, random_model, run_tool
+from ..trainings import make_data
+
+OTHER = ['--group-size', '3,3,2,2']
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=1, val=3)
+
+
+def read(out: Path) -> list:
+    return json.loads((out / 'sweep.json').read_text())['settings']
+
+
+@pytest.fixture
+def one_apart(monkeypatch) -> list:
+    """Only the first process is one, the others run here, for speed; their commands."""
+    start, commands = subprocess.run, []
+
+    def run(command, **options):
+        if '--task' not in command:  # of a library
+            return start(command, **options)
+        commands.append(command)
+        if len(commands) == 1:
+            return start(command, **options)
+        return subprocess.CompletedProcess(command, run_tool('sweep_groups.py', *command[4:]))
+
+    monkeypatch.setattr(subprocess, 'run', run)
+    return commands
+
+
+def test_every_setting_has_the_metrics_of_tools_test(shapes, segmentor, one_apart, tmp_path, capfd):
+    out, work = tmp_path / 'sweep', tmp_path / 'test'
+    here = DEMO_SEGMENTOR, segmentor, '--data-root', shapes / 'ade'
+    assert run_tool('sweep_groups.py', *here, *OTHER, '--out', out) == 0
+    printed = capfd.readouterr().out
+    assert len(one_apart) == 2
+    own, other = read(out)
+    assert own['own'] and (own['group_size'], own['lda']) == ([7, 7, 7, 7], 'interval')
+    assert not other['own'] and other['group_size'] == [3, 3, 2, 2]
+    for setting, options in (
+        (own, []),
+        (other, ['--cfg-options', 'model.backbone.group_size=(3,3,2,2)']),
+    ):
+        assert run_tool('test.py', *here, '--work-dir', work, *options) == 0
+        expected = metrics(work)
+        assert {'mIoU', 'aAcc'} <= setting['metrics'].keys()
+        for name, value in setting['metrics'].items():
+            assert value == pytest.approx(expected[name], abs=1e-9), name
+        assert 0 < setting['backbone_seconds'] < setting['seconds']
+        assert setting['peak_memory'] > 2**25
+    assert own['metrics'] != other['metrics']
+    assert own['backbone_flops'] > other['backbone_flops'] > 0
+    assert ' 1 * G 7·7·7·7, I 8·4·2·1, interval ' in printed
+    assert ' 2   G 3·3·2·2, I 8·4·2·1, interval ' in printed
+    assert '3/3' in printed  # how far each is
+    assert min(cv2.imread(str(out / 'sweep.png')).shape[:2]) > 300
+
+
+def cut(shapes: Path, folder: Path, images: int) -> Path:
+    """The same data set with some of its validation images alone."""
+    (folder / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (folder / f'{split}2017').symlink_to(shapes / 'coco' / f'{split}2017')
+        name = f'annotations/instances_{split}2017.json'
+        known = json.loads((shapes / 'coco' / name).read_text())
+        kept = {image['id'] for image in known['images'][:images]}
+        known['images'] = known['images'][:images]
+        known['annotations'] = [one for one in known['annotations'] if one['image_id'] in kept]
+        (folder / name).write_text(json.dumps(known))
+    return folder
+
+
+def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
+    """Task of a process that measures one setting."""
+    folder.mkdir(exist_ok=True)
+    setting = dict(group_size=group_size, interval=[8, 4, 2, 1], lda='interval')
+    return [
+        '--task',
+        json.dumps(dict(setting=setting, images=images, asked=asked, folder=str(folder))),
+    ]
+
+
+def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_path):
+    assert (
+        run_tool(
+            'sweep_groups.py',
+            f'{DEMO_DETECTOR} {detector} --data-root {shapes}/coco',
+            *task(tmp_path / 'task', 2),
+        )
+        == 0
+    )
+    result = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    assert (
+        run_tool(
+            'test.py',
+            f'{DEMO_DETECTOR} {detector} --data-root',
+            cut(shapes, tmp_path / 'cut', 2),
+            '--work-dir',
+            tmp_path / 'test',
+        )
+        == 0
+    )
+    expected = metrics(tmp_path / 'test')
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= result['metrics'].keys()
+    for name, value in result['metrics'].items():
+        assert value == pytest.approx(expected[name], abs=1e-9), name
+    # Images are padded to multiples of 32.
+    counted = count(Config.fromfile(ROOT / DEMO_DETECTOR), (128, 128))['parts']
+    assert result['shape'] == [128, 128] and result['backbone_flops'] == sum(
+        part['flops'] for name, part in counted.items() if name.startswith('backbone.')
+    )
+
+
+def test_a_metric_that_is_not_there_is_said(shapes, segmentor, tmp_path, capsys):
+    assert (
+        run_tool(
+            'sweep_groups.py',
+            f'{DEMO_SEGMENTOR} {segmentor} --data-root {shapes}/ade',
+            *task(tmp_path / 'task', 2, 'mIoU', 'mDice'),
+        )
+        == 2
+    )
+    said = "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'"
+    assert said in capsys.readouterr().err
+    left = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    assert left['refused'] and left['error'].startswith(said)
+
+
+def test_an_error_of_a_process_keeps_its_traceback_and_reaches_the_table(
+    shapes, segmentor, tmp_path, capsys, monkeypatch
+):
+    def broken(*_):
+        raise RuntimeError('out of\nmemory')
+
+    monkeypatch.setattr(CrossFormer, 'forward', broken)
+    arguments = (
+        DEMO_SEGMENTOR,
+        segmentor,
+        '--data-root',
+        shapes / 'ade',
+        *task(tmp_path / 'task', 1),
+    )
+    assert run_tool('sweep_groups.py', *arguments) == 1
+    assert 'Traceback' in capsys.readouterr().err
+    left = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    assert left == dict(error='RuntimeError: out of memory', refused=False)
+
+
+def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
+    """Its parameters fit the config's own groups alone."""
+    bias = "position_bias='relative'"
+    config = tmp_path / 'relative.py'
+    config.write_text(
+        f'_base_ = {str(ROOT / DEMO_SEGMENTOR)!r}\nmodel = dict(backbone=dict({bias}))'
+    )
+    checkpoint = random_model(config, tmp_path / 'relative.pth', {})
+    folder = tmp_path / 'task'
+    assert (
+        run_tool(
+            'sweep_groups.py',
+            f'{config} {checkpoint} --data-root {shapes}/ade',
+            *task(folder, 1, group_size=(3, 3, 3, 3)),
+        )
+        == 0
+    )
+    assert 0 <= json.loads((folder / 'result.json').read_text())['metrics']['mIoU'] <= 100
+
+
+class Processes:
+    """Stands for ``subprocess.run``.
+
+    Args:
+        answers: for each process in turn the result that it leaves, or its exit status without
+            one, or an exception that is raised while it runs.
+    """
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def __call__(self, command, stderr):
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        if isinstance(answer, int):
+            return subprocess.CompletedProcess(command, answer)
+        folder = json.loads(command[command.index('--task') + 1])['folder']
+        Path(folder, 'result.json').write_text(json.dumps(answer))
+        return subprocess.CompletedProcess(command, 1 if 'error' in answer else 0)
+
+
+@pytest.fixture
+def sweep(monkeypatch, shapes, segmentor, tmp_path):
+    """Runs the tool on settings whose processes give these answers; its exit status."""
+
+    def call(*answers, arguments=()) -> int:
+        processes = Processes(*answers)
+        monkeypatch.setattr(subprocess, 'run', processes)
+        status = run_tool(
+            'sweep_groups.py',
+            f'{DEMO_SEGMENTOR} {segmentor} --data-root {shapes}/ade --out {tmp_path}/sweep',
+            *arguments,
+        )
+        assert not processes.answers
+        return status
+
+    return call
+
+
+def answer(miou: float, seconds: float, memory=2**30) -> dict:
+    return dict(
+        metrics=dict(aAcc=50.0, mIoU=miou),
+        seconds=seconds,
+        backbone_seconds=seconds / 2,
+        peak_memory=memory,
+        backbone_flops=10**9,
+        shape=[64, 64],
+    )
+
+
+def failure(refused: bool) -> dict:
+    return dict(error='error: the disk is on fire.', refused=refused)
+
+
+def test_a_setting_that_fails_is_reported_and_the_others_go_on(sweep, tmp_path, capsys):
+    arguments = ['--group-size', '7,7,7,7', '14,14,7,7', '--lda', 'interval', 'block']
+    answers = answer(40, 1), -9, failure(refused=True), answer(39, 0.5)
+    assert sweep(*answers, arguments=arguments) == 1
+    printed = capsys.readouterr().out
+    assert 'signal 9' in printed
+    assert 'failed: error: the disk is on fire' in printed and '500.0 ms' in printed
+    assert [list(result)[-1] for result in read(tmp_path / 'sweep')].count('error') == 2
+    assert (tmp_path / 'sweep' / 'sweep.png').is_file()
+    # Only those that failed are tried again.
+    assert sweep(answer(40, 2), answer(41, 3), arguments=arguments) == 0
+    assert [result['metrics']['mIoU'] for result in read(tmp_path / 'sweep')] == [40, 40, 41, 39]
+
+
+def test_an_interrupted_sweep_keeps_what_it_has(sweep, tmp_path, capsys):
+    assert sweep(answer(40, 1), KeyboardInterrupt(), arguments=OTHER) == 2
+    assert 'keeps 1 settings, the same command goes on' in capsys.readouterr().err
+    assert len(read(tmp_path / 'sweep')) == 1
+    assert sweep(answer(39, 1), arguments=OTHER) == 0
+    assert len(read(tmp_path / 'sweep')) == 2
+
+
+def test_a_model_that_is_refused_ends_the_sweep(sweep, tmp_path, capsys):
+    assert sweep(failure(refused=True), arguments=OTHER) == 2
+    assert capsys.readouterr().err.endswith('error: error: the disk is on fire.\n')
+    assert not (tmp_path / 'sweep' / 'sweep.json').exists()
+
+
+def test_results_of_another_model_or_other_data_are_kept(sweep, tmp_path, capsys):
+    assert sweep(answer(40, 1), arguments=['--lda', 'interval']) == 0
+    before = (tmp_path / 'sweep' / 'sweep.json').read_bytes()
+    assert sweep(arguments=['--lda', 'interval', '--max-images', '2']) == 2
+    assert 'is of another model' in capsys.readouterr().err
+    assert (tmp_path / 'sweep' / 'sweep.json').read_bytes() == before
+
+
+def test_the_grid_around_the_config():
+    backbone = Config.fromfile(ROOT / DEMO_SEGMENTOR).model.backbone
+    settings = settings_of(backbone)
+    assert settings[0] == dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
+    assert Counter(setting['group_size'] for setting in settings) == {
+        (7, 7, 7, 7): 3,
+        (14, 14, 7, 7): 3,
+    }
+    assert Counter(setting['interval'] for setting in settings) == {
+        (8, 4, 2, 1): 2,
+        (16, 8, 2, 1): 2,
+        (4, 2, 2, 1): 2,
+    }
+    # Something is asked for: no more than that.
+    only = settings_of(backbone, definitions=['block'])
+    assert [setting['lda'] for setting in only] == ['interval', 'block']
+
+
+def test_pareto_front():
+    points = [(1, 5), (2, 5), (2, 7), (3, 6), (4, 9), (1, 4)]
+    assert pareto(points) == [(1, 5), (2, 7), (4, 9)]
+    assert pareto([]) == []
+
+
+def test_other_position_biases_are_remarked_on():
+    assert caution(dict(type='CrossFormer')) is None
+    assert caution(dict(position_bias='dynamic_residual')) is None
+    for bias in ('relative', 'absolute', 'none'):
+        assert f"position_bias is '{bias}'" in caution(dict(position_bias=bias))
