@@ -54,8 +54,8 @@ KEYS = ('model', 'mode', 'dtype', 'size', 'batch', 'threads', 'device')
 # How times were measured, by the record's entry.
 METHODS = {
     'system': "Times are those of the system's own allocator.",
-    None: 'Times include returning freed memory to the system at once, as this benchmark had it up to '
-    'version 0.2.0: they are longer than in use, and ratios differ.',
+    None: 'Times include returning freed memory to the system at once, as this benchmark had it '
+    'up to version 0.2.0: they are longer than in use, and ratios differ.',
 }
 # glibc returns freed blocks of a megabyte or more to the system.
 GIVE_BACK = {'MALLOC_MMAP_THRESHOLD_': '1000000', 'MALLOC_TRIM_THRESHOLD_': '1000000'}
@@ -273,9 +273,9 @@ def table_of(record: dict) -> str:
         '',
         METHODS[record.get('allocator')],
         '',
-        'Ratios are to models of the same run, of medians and, as their range, turn by turn; floor is CrossFormer-S without its attention core. '
-        'GFLOP/s counts convolutions, linear layers and products of attention, a training step as '
-        'three forward passes.',
+        'Ratios are to models of the same run: of medians, and as their range of single turns. '
+        'Floor is CrossFormer-S without its attention core. GFLOP/s counts convolutions, linear '
+        'layers and products of attention, a training step as three forward passes.',
         '',
     ]
     groups = defaultdict(dict)

@@ -67,10 +67,11 @@ ENGLISH = Words(
     phrases={},
     title='Model zoo',
     introduction='''\
-Each model here is one for which the authors publish a result. The results are theirs; none was
-retrained here. Detectors and segmentors start from ImageNet weights, the authors' (links under
-"Image classifier") or [your own](pretraining.md). The authors publish results of the 3x schedule
-but no recipe: these configs use Swin's.
+This project is an independent implementation that loads the authors' released weights. Each model
+here is one for which the authors publish a result. The results are theirs; none was retrained here.
+Detectors and segmentors start from ImageNet weights, the authors' (links under "Image classifier")
+or [your own](pretraining.md). The authors publish results of the 3x schedule but no recipe: these
+configs use Swin's.
 
 Parameters and FLOPs stand next to the published ones. FLOPs are multiply-accumulates of
 convolutions, linear layers and attention products, as `tools/get_flops.py CONFIG` counts them; a
@@ -110,7 +111,7 @@ CHINESE = Words(
     },
     title='模型库',
     introduction=(
-        '这里列出的都是原作者报告过结果的模型。表中的结果均为原作者报告的数值，本项目没有重新训练。'
+        '本项目非官方实现，可加载原作者权重。这里列出的都是原作者报告过结果的模型。表中的结果均为原作者报告的数值，本项目没有重新训练。'
         '检测和分割模型以 ImageNet 预训练权重初始化：可以使用原作者权重'
         '（链接见“图像分类”一节），也可以[自行预训练](pretraining.md)。'
         '原作者报告了 3x 训练的结果，但没有公布训练方案，这里采用 Swin 的方案。\n\n'

@@ -238,9 +238,7 @@ def draw_bias(figure, scene: Scene) -> None:
         panel.imshow(
             shown, cmap='PuOr_r', vmin=-limit, vmax=limit, extent=(-reach, reach, reach, -reach)
         )
-        panel.add_patch(
-            outline((0.5 - size, 0.5 - size), 2 * size - 1, 2 * size - 1, 'black', 1.2)
-        )
+        panel.add_patch(outline((0.5 - size, 0.5 - size), 2 * size - 1, 2 * size - 1, 'black', 1.2))
         panel.plot(0, 0, '+', color='black', markersize=7)
         low, high = np.exp(shown.min()), np.exp(shown.max())
         panel.set_xlabel(

@@ -2,7 +2,7 @@
 
     python docs/pictures/overview.py
 
-Left: Mask R-CNN, 1x schedule. AP of CrossFormer and PVT is that of docs/published.json (the papers),
+Left: Mask R-CNN, 1x schedule. AP of CrossFormer and PVT is that of docs/published.json (the paper),
 of Swin and ResNet that of the metafiles which MMDetection installs; FLOPs are those of
 docs/model_zoo.md, counted alike for all. Right: the photo of a cat that scikit-image installs, CC0
 by its photographer, Stefan van der Walt; groups are those of crossformer_mm.grouping.

@@ -107,6 +107,9 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     if program == 'pip':
         check_pip(rest)
         return
+    if program == 'git':
+        assert f'Repository = "{rest[1]}"' in (ROOT / 'pyproject.toml').read_text()
+        return
     if program == 'docker':
         assert rest[0] == 'run' or (ROOT / rest[rest.index('-f') + 1]).is_file()
         return

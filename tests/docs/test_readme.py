@@ -321,6 +321,13 @@ def test_the_version_is_one():
     assert (citation['version'], str(citation['date-released'])) == released[0]
 
 
+def test_the_address_is_one():
+    (address,) = re.findall(r'^Repository = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.M)
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+    assert citation['repository-code'] == address
+    assert f'repo_url: {address}\n' in (ROOT / 'mkdocs.yml').read_text(encoding='utf-8')
+
+
 # A translation is written for its readers, not sentence by sentence: what it shares are facts.
 
 

@@ -46,7 +46,9 @@ def make(tmp_path_factory):
         captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
         scene = Scene(backbone, picture, captured, (60, 40), None)
         path = tmp_path_factory.mktemp('page') / 'page.html'
-        names = dict(model='small', image='</script><b>photo</b>.png', caption=['<i>toy</i>', '玩具'])
+        names = dict(
+            model='small', image='</script><b>photo</b>.png', caption=['<i>toy</i>', '玩具']
+        )
         written = write_page(path, scene, names, limit)
         return backbone, captured, path, written
 
