@@ -128,6 +128,15 @@ def draw_groups(axis) -> None:
         Rectangle((column, row), STRIDE, STRIDE, fill=False, edgecolor=FRAME, linewidth=2)
     )
     axis.set(xlim=(0, photo.size[0]), ylim=(photo.size[1], 0), xticks=[], yticks=[])
+    axis.text(
+        0.995,
+        0.012,
+        'Photo: Stefan van der Walt, CC0',
+        transform=axis.transAxes,
+        ha='right',
+        fontsize=7,
+        color=FRAME,
+    )
     axis.set_title('What the framed position attends to, in stage 2', fontsize=12)
     axis.legend(
         [Patch(color=SHORT), Patch(color=LONG)],
