@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Optional
 from unittest import mock
 
 from common import (
@@ -50,6 +51,12 @@ MODELS = (*OURS, 'mask_and_pad', *SWIN, 'resnet_50')
 DEFAULT = [name for name in MODELS if name != 'crossformer_s-fused']
 MODES = dict(infer='Inference', train='Training step')
 KEYS = ('model', 'mode', 'dtype', 'size', 'batch', 'threads', 'device')
+# How times were measured, by the record's entry.
+METHODS = {
+    'system': "Times are those of the system's own allocator.",
+    None: 'Times include returning freed memory to the system at once, as this benchmark had it '
+    'up to version 0.2.0: they are longer than in use, and ratios differ.',
+}
 # glibc returns freed blocks of a megabyte or more to the system.
 GIVE_BACK = {'MALLOC_MMAP_THRESHOLD_': '1000000', 'MALLOC_TRIM_THRESHOLD_': '1000000'}
 
@@ -239,12 +246,21 @@ def slope(points: list) -> float:
 
 
 def series(results: list, quantity: str) -> list:
-    """Return (model, mode, dtype, [(pixels, quantity)]) of all that was measured."""
+    """Return (model, mode, dtype, [(pixels, quantity)]) of single images of several sizes."""
     found = defaultdict(list)
     for r in results:
-        area = r['batch'] * r['size'][0] * r['size'][1]
-        found[r['model'], r['mode'], r['dtype']].append((area, r[quantity]))
-    return [(*key, sorted(points)) for key, points in found.items()]
+        if r['batch'] == 1:
+            area = r['size'][0] * r['size'][1]
+            found[r['model'], r['mode'], r['dtype']].append((area, r[quantity]))
+    return [(*key, sorted(points)) for key, points in found.items() if len(points) > 1]
+
+
+def range_of(result: dict, base: Optional[dict]) -> str:
+    """Return the smallest and the largest ratio of two models that took turns."""
+    if base is None or len(result['seconds']) != len(base['seconds']):
+        return '–'
+    ratios = [one / other for one, other in zip(result['seconds'], base['seconds'])]
+    return f'{min(ratios):.2f} to {max(ratios):.2f}'
 
 
 def table_of(record: dict) -> str:
@@ -255,9 +271,11 @@ def table_of(record: dict) -> str:
         lines.append(f'- Products of two matrices, GFLOP/s: {said}')
     lines += [
         '',
-        'Ratios are to models of the same run; floor is CrossFormer-S without its attention core. '
-        'GFLOP/s counts convolutions, linear layers and products of attention, a training step as '
-        'three forward passes.',
+        METHODS[record.get('allocator')],
+        '',
+        'Ratios are to models of the same run: of medians, and as their range of single turns. '
+        'Floor is CrossFormer-S without its attention core. GFLOP/s counts convolutions, linear '
+        'layers and products of attention, a training step as three forward passes.',
         '',
     ]
     groups = defaultdict(dict)
@@ -267,9 +285,9 @@ def table_of(record: dict) -> str:
         lines += [
             f'**{height}x{width}, batch {batch}, {mode}, {dtype}**',
             '',
-            '| model | median | spread | GFLOP/s | peak memory | time / Swin-T | '
+            '| model | median | spread | GFLOP/s | peak memory | time / Swin-T | range | '
             'time / floor | memory / Swin-T |',
-            '|---' * 8 + '|',
+            '|---' * 9 + '|',
         ]
         for name, r in models.items():
 
@@ -281,6 +299,7 @@ def table_of(record: dict) -> str:
                 f"| {name} | {r['median']:.3f} s | {r['spread']:.3f} s | "
                 + (f'{rate:.0f}' if rate else '–')
                 + f" | {r['peak_memory'] / 2**30:.2f} GiB | {ratio('swin_t', 'median')} | "
+                f"{range_of(r, models.get('swin_t'))} | "
                 f"{ratio('crossformer_s-floor', 'median')} | {ratio('swin_t', 'peak_memory')} |"
             )
         lines.append('')
@@ -298,27 +317,26 @@ def table_of(record: dict) -> str:
             size = '{}x{}, batch {}'.format(*r['size'], r['batch'])
             lines.append(f'- Time of a forward by part, {size}, {r["dtype"]}: {shares}')
     for name, mode, dtype, points in series(record['results'], 'median'):
-        if len(points) > 1:
-            lines.append(
-                f'- {name}, {mode}, {dtype}: time grows with area to the power {slope(points):.2f}'
-            )
+        lines.append(
+            f'- {name}, {mode}, {dtype}: time grows with area to the power {slope(points):.2f}'
+        )
     return '\n'.join(lines) + '\n'
 
 
 def draw(results: list, quantity: str, unit: str, scale: float, file: Path) -> None:
     """Draw a quantity against the image area, for each mode with several sizes."""
-    panels = []
+    panels, models = [], list(dict.fromkeys(r['model'] for r in results))
     for mode, title in MODES.items():
         lines = []
         for name, of, dtype, points in series(results, quantity):
-            if of != mode or len(points) == 1:  # a single size is in the table
+            if of != mode:
                 continue
             lines.append(
                 dict(
                     x=[area / 1e6 for area, _ in points],
                     y=[y * scale for _, y in points],
                     label=f'{name}, {dtype} (slope {slope(points):.2f})',
-                    color=f'C{MODELS.index(name) % 10}',
+                    color=f'C{models.index(name) % 10}',
                     linestyle='-' if dtype == 'float32' else '--',
                     marker='o',
                 )
@@ -366,9 +384,11 @@ def run(args, file: Path) -> dict:
     if gpu and not torch.cuda.is_available():
         sys.exit('error: --device cuda: PyTorch sees no GPU.')
     name = machine(args.threads, torch.cuda.get_device_name() if gpu else '')
-    record = dict(commands=[], machine=name, rates=[], results=[])
+    record = dict(commands=[], machine=name, allocator='system', rates=[], results=[])
     if args.add and file.is_file():
         record = json.loads(file.read_text())
+        if record.get('allocator') != 'system':
+            sys.exit(f"error: --add: the times in '{file}' were measured in another way.")
     record['commands'].append('python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
     if not gpu:
         torch.set_num_threads(args.threads or torch.get_num_threads())

@@ -4,8 +4,8 @@
 
 Every way runs in a process of its own, one at a time; the ways take turns, so that other load on
 the machine affects all alike. CPU time is that of all threads, the median over runs. Leaves
-results.json and table.md in --out; --only measures some ways again and keeps the results of the
-others.
+results.json, table.md and deployment.png in --out; --only measures some ways again and keeps the
+results of the others, --redraw only writes table and picture of results.json anew.
 """
 
 import argparse
@@ -170,25 +170,10 @@ def table_of(record: dict) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add('--size', type=size_of, default=(800, 1216), metavar='HxW')
-    add('--threads', type=int, default=2, help='of the CPU (default: 2)')
-    add('--repeats', type=int, default=2, help='turns of each (default: 2)')
-    add('--out', type=Path, default='work_dirs/deployment', help='folder for the results')
-    add('--only', nargs='+', choices=WAYS, metavar='WAY', help='measure only these ways again')
-    add('--worker', type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args.worker)
-        return
-    if min(args.threads, args.repeats) < 1:
-        parser.error('--threads and --repeats must be 1 or more.')
+def run(args: argparse.Namespace, file: Path) -> dict:
+    """Measure the ways and write their results to a file."""
     import torch
 
-    file = args.out / 'results.json'
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     if args.only:
         record = read_record(file, '--only')
@@ -205,8 +190,60 @@ def main() -> None:
         results = [new.get(one['name'], one) for one in record['results']]
     record['results'] = results
     file.write_text(json.dumps(record, indent=1) + '\n')
+    return record
+
+
+def draw(record: dict, file: Path) -> None:
+    """Draw CPU time and peak memory as bars."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    results = record['results'][::-1]  # the first one at the top
+    names = [result['name'] for result in results]
+    colours = ['#888888' if result['model'] == 'swin' else '#1b6ca8' for result in results]
+    cpu = [statistics.median(result['cpu']) for result in results]
+    gibs = [result['peak'] / 2**30 for result in results]
+    figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(11, 4.2), layout='constrained')
+    for axis, values, title, unit in zip(
+        axes, (cpu, gibs), ('CPU time of all threads', 'Peak memory of the process'), ('s', 'GiB')
+    ):
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [f'{value:.2f} {unit}' for value in values], padding=3)
+        axis.set(title=title, xticks=[], xlim=(0, 1.17 * max(values)))
+        axis.spines[['top', 'right', 'bottom']].set_visible(False)
+    size = '{}x{}'.format(*results[0]['size'])
+    figure.suptitle(
+        f"Exported backbones, one image of {size}: CrossFormer-S blue, Swin-T grey\n"
+        f"{record['machine']}",
+        fontsize=10,
+    )
+    figure.savefig(file, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--size', type=size_of, default=(800, 1216), metavar='HxW')
+    add('--threads', type=int, default=2, help='of the CPU (default: 2)')
+    add('--repeats', type=int, default=2, help='turns of each (default: 2)')
+    add('--out', type=Path, default='work_dirs/deployment', help='folder for the results')
+    add('--only', nargs='+', choices=WAYS, metavar='WAY', help='measure only these ways again')
+    add('--redraw', action='store_true', help='only write table and picture of results.json anew')
+    add('--worker', type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker)
+        return
+    if min(args.threads, args.repeats) < 1:
+        parser.error('--threads and --repeats must be 1 or more.')
+    file = args.out / 'results.json'
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = read_record(file, '--redraw') if args.redraw else run(args, file)
     (args.out / 'table.md').write_text(table_of(record))
-    print(table_of(record), f'\nleft in {args.out}: results.json and table.md')
+    draw(record, args.out / 'deployment.png')
+    print(table_of(record), f'\nleft in {args.out}: results.json, table.md and deployment.png')
 
 
 if __name__ == '__main__':

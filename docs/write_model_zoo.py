@@ -67,12 +67,13 @@ ENGLISH = Words(
     phrases={},
     title='Model zoo',
     introduction='''\
-Each model here is one for which the authors publish a result. The results are theirs; none was
-retrained here. Detectors and segmentors start from ImageNet weights, the authors' (links under
-"Image classifier") or [your own](pretraining.md). The authors publish results of the 3x schedule
-but no recipe: these configs use Swin's.
+This project is an independent implementation that loads the authors' released weights. Each model
+here is one for which the authors publish a result. The results are theirs; none was retrained here.
+Detectors and segmentors start from ImageNet weights, the authors' (links under "Image classifier")
+or [your own](pretraining.md). The authors publish results of the 3x schedule but no recipe: these
+configs use Swin's.
 
-Parameters and FLOPs stand beside the published ones. FLOPs are multiply-accumulates of
+Parameters and FLOPs stand next to the published ones. FLOPs are multiply-accumulates of
 convolutions, linear layers and attention products, as `tools/get_flops.py CONFIG` counts them; a
 detector's second stage has 1000 proposals and 100 masks. They are up to 3 % below the published
 ones, because the authors pad the map to whole groups and nothing is padded here. G and I are the
@@ -89,8 +90,8 @@ CrossFormer++-L and ++-H.''',
     baselines='''\
 ## Baselines
 
-MMDetection's and MMSegmentation's own backbones in place of CrossFormer-S. Each config differs
-from the `cf_s` config beside it only in `model.backbone` and in the channels that the neck takes.
+MMDetection's and MMSegmentation's own backbones instead of CrossFormer-S. Each config differs
+from the `cf_s` config next to it only in `model.backbone` and in the channels that the neck takes.
 The results are those that the authors list for these backbones; the recipes behind them are not
 always this one. Published parameters of a ResNet leave out its frozen layers (0.2 M), and
 published FLOPs of PVT and Swin on COCO leave out the products of attention (90.1 G and 3.1 G).''',
@@ -110,41 +111,41 @@ CHINESE = Words(
     },
     title='模型库',
     introduction=(
-        '这里列出的都是作者公布过结果的模型。表中的结果均为作者公布的数值，本项目没有重新训练。'
-        '检测和分割模型以 ImageNet 预训练权重初始化：可以使用作者的权重'
+        '本项目非官方实现，可加载原作者权重。这里列出的都是原作者报告过结果的模型。表中的结果均为原作者报告的数值，本项目没有重新训练。'
+        '检测和分割模型以 ImageNet 预训练权重初始化：可以使用原作者权重'
         '（链接见“图像分类”一节），也可以[自行预训练](pretraining.md)。'
-        '作者公布了 3x 训练的结果，但没有公布训练方案，这里采用 Swin 的方案。\n\n'
-        '参数量和 FLOPs 与公布的数值并列。FLOPs 为卷积、线性层和注意力矩阵乘法的乘加次数，'
+        '原作者报告了 3x 训练的结果，但没有公布训练方案，这里采用 Swin 的方案。\n\n'
+        '参数量和 FLOPs 与报告的数值并列。FLOPs 为卷积、线性层和注意力矩阵乘法的乘加次数，'
         '由 `tools/get_flops.py CONFIG` 统计；检测器的第二阶段按 1000 个候选框和 100 个掩码计算。'
-        '统计值比公布值最多低 3 %，因为作者会把特征图填充到完整的分组，而这里不做填充。'
-        'G 和 I 是各阶段的组大小和间隔，由公布的 FLOPs 推断得出；'
+        '统计值比报告值最多低 3 %，因为原作者会把特征图填充到完整的分组，而这里不做填充。'
+        'G 和 I 是各阶段的组大小和间隔，由报告的 FLOPs 推断得出；'
         "除非表中另有说明，长距离注意力均采用 `lda='interval'`。"
     ),
-    columns='配置文件 | 主干网络 | G, I | 训练设置 | 参数量 | 公布值 | FLOPs | 公布值',
+    columns='配置文件 | 主干网络 | G, I | 训练设置 | 参数量 | 报告值 | FLOPs | 报告值',
     heading='{method}，{dataset}，FLOPs 按 {height}x{width} 计算',
-    weights='作者的权重',
+    weights='原作者权重',
     none='无',
     note=(
-        '链接均由作者提供，括号内为百度网盘的提取码；下载后可直接加载。'
-        '标为“无”的模型，作者没有提供权重。'
-        '作者为 CrossFormer++-L 和 ++-H 给出的是同一个链接。'
+        '链接均由原作者提供，括号内为百度网盘的提取码；下载后可直接加载。'
+        '标为“无”的模型，原作者没有提供权重。'
+        '原作者为 CrossFormer++-L 和 ++-H 给出的是同一个链接。'
     ),
     baselines=(
         '## 基线\n\n'
         '用 MMDetection 和 MMSegmentation 自带的主干网络代替 CrossFormer-S。'
-        '这些配置文件与同目录的 `cf_s` 配置相比，只有 `model.backbone` 以及颈部的输入通道数不同。'
-        '结果为作者列出的数值，其训练方案不一定与这里相同。'
-        '公布的 ResNet 参数量不含冻结层（0.2 M）；'
-        '公布的 PVT 和 Swin 在 COCO 上的 FLOPs 不含注意力矩阵乘法（90.1 G 和 3.1 G）。'
+        '这些配置文件与同目录的 `cf_s` 配置相比，只有 `model.backbone` 以及 neck 的输入通道数不同。'
+        '结果为原作者列出的数值，其训练方案不一定与这里相同。'
+        '报告的 ResNet 参数量不含冻结层（0.2 M）；'
+        '报告的 PVT 和 Swin 在 COCO 上的 FLOPs 不含注意力矩阵乘法（90.1 G 和 3.1 G）。'
     ),
-    baseline_columns='配置文件 | 主干网络 | 参数量 | 公布值 | FLOPs | 公布值 | 公布的结果',
+    baseline_columns='配置文件 | 主干网络 | 参数量 | 报告值 | FLOPs | 报告值 | 报告的结果',
     notes={
         "The paper's table repeats the parameters and FLOPs of CrossFormer-S in this row.": (
             '论文的表格在这一行重复了 CrossFormer-S 的参数量和 FLOPs。'
         ),
         "The authors' config names groups of 7 everywhere, which would cost 204.3 G; the "
         'published FLOPs are those of the groups here.': (
-            '作者的配置文件各阶段的组大小均为 7，对应 204.3 G；公布的 FLOPs 与这里的分组一致。'
+            '原作者的配置文件各阶段的组大小均为 7，对应 204.3 G；报告的 FLOPs 与这里的分组一致。'
         ),
         'The paper lists 4.9 G, which no setting known here gives.': (
             '论文列出的是 4.9 G，目前没有已知的设置能得到这一数值。'

@@ -4,13 +4,12 @@
         --out pictures
 
 writes
-    groups.png                which positions attend to each other, in each stage
-    attention.png             where one position attends, at short and at long distance
-    features.png              the four features
-    position_bias.png         the learnt bias of each offset between query and key, by head
-    position_bias_sizes.png   the same as a surface, for groups of several sizes
-    embedding.png             which kernel of the cross-scale embedding carries how much
-    contact_sheet.png         all of these
+    groups.png          which positions attend to each other, in each stage
+    attention.png       where one position attends, at short and at long distance
+    features.png        the four features
+    position_bias.png   the learnt bias of each offset between query and key
+    embedding.png       which kernel of the cross-scale embedding carries how much
+    contact_sheet.png   all of these
 and replaces existing ones.
 
     python tools/explain.py configs/mask_rcnn/cf_s_1x.py mask-rcnn-cf-s-coco-1x.pth photo.jpg \\
@@ -49,7 +48,12 @@ def parse_args():
     parser.add_argument('image', help='image file')
     parser.add_argument('--out', metavar='DIR', help='folder for the pictures')
     parser.add_argument('--html', metavar='FILE', help='write an interactive HTML page')
-    parser.add_argument('--caption', metavar='TEXT', help='text below the title of the page')
+    parser.add_argument(
+        '--caption',
+        nargs='+',
+        metavar='TEXT',
+        help='text below the title of the page; a second one is that of its Chinese version',
+    )
     parser.add_argument(
         '--max-mb',
         type=float,
@@ -100,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
     for option, given in (('--max-mb', args.max_mb), ('--caption', args.caption)):
         if given is not None and not args.html:
             raise UserError(f'{option} is of the page that --html writes.')
+    if args.caption and len(args.caption) > 2:
+        raise UserError(f'--caption takes one or two texts, got {len(args.caption)}.')
     if args.max_mb is not None and not args.max_mb > 0:
         raise UserError(f'--max-mb must be above 0, got {args.max_mb}.')
 

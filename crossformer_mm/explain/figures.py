@@ -24,7 +24,6 @@ from .capture import (
 HIGHLIGHT = ((0.98, 0.75, 0.18), (0.20, 0.60, 0.86), (0.91, 0.30, 0.24), (0.18, 0.72, 0.47))
 KERNEL_COLOURS = ('#1b4965', '#2a9d8f', '#e9c46a', '#e76f51', '#9b5de5', '#8d99ae')
 DARK_COLOURS = ('#1b4965', '#9b5de5')
-HEADS_SHOWN = 3
 
 
 def group_numbers(height: int, width: int, rules: Rules) -> np.ndarray:
@@ -220,83 +219,32 @@ def bias_table(scene: Scene, stage: int, size: int) -> np.ndarray:
 
 
 def draw_bias(figure, scene: Scene) -> None:
-    """Draw the bias of each offset, for some heads of a block of each stage."""
+    """Draw the bias of each offset, for the head of each stage in which it varies most."""
     layers = scene.backbone.layers
-    names = [
-        f'stage {stage + 1}, block {shown_block(scene, stage).block + 1}'
-        for stage in range(len(layers))
-    ]
     axes = grid(
         figure,
-        [f'head {head}' for head in range(HEADS_SHOWN)],
-        names,
-        'Position bias by offset: groups of the framed size, and twice as large',
+        [''],
+        [f'stage {stage + 1}' for stage in range(len(layers))],
+        'Position bias: factor on the weight by offset of the key (purple: less, orange: more)',
     )
     for stage, layer in enumerate(layers):
-        size = layer.group_size
+        panel, size = axes[0, stage], layer.group_size
         table = bias_table(scene, stage, 2 * size)
-        for head, panel in enumerate(axes[:, stage]):
-            if head >= len(table):
-                write_centred(panel, 'no such head')
-                continue
-            reach = 2 * size - 0.5
-            low, high = table[head].min(), table[head].max()
-            # A difference of 0.01 changes a weight by a hundredth: no colours for less.
-            panel.imshow(
-                table[head],
-                cmap='viridis',
-                vmin=low,
-                vmax=max(high, low + 0.01),
-                extent=(-reach, reach, reach, -reach),
-            )
-            panel.add_patch(
-                outline((0.5 - size, 0.5 - size), 2 * size - 1, 2 * size - 1, 'white', 1.2)
-            )
-            low, high = (round(float(value), 2) + 0.0 for value in (low, high))  # no -0.00
-            panel.set_xlabel(f'{low:.2f} to {high:.2f}', fontsize=8)
-
-
-def draw_bias_surfaces(figure, scene: Scene) -> None:
-    """Draw one head's bias as surfaces, at the config's group size and at larger ones."""
-    stage = max(
-        (stage for stage in range(len(scene.captured.long)) if scene.captured.long[stage]),
-        key=lambda stage: len(scene.backbone.layers[stage].blocks),
-        default=0,
-    )
-    layer = scene.backbone.layers[stage]
-    sizes = [layer.group_size * factor for factor in (1, 2, 4)]
-    head = scene.head or 0
-    tables = [bias_table(scene, stage, size) for size in sizes]
-    head = min(head, len(tables[0]) - 1)
-    figure.suptitle(
-        f'The same bias for groups of three sizes (stage {stage + 1}, head {head})',
-        fontsize=12,
-        fontweight='bold',
-    )
-    low, high = tables[-1][head].min(), tables[-1][head].max()
-    axes = figure.subplots(1, 3, subplot_kw=dict(projection='3d'))
-    for panel, size, table in zip(axes, sizes, tables):
-        offsets = np.arange(1 - size, size)
-        panel.plot_surface(
-            *np.meshgrid(offsets, offsets),
-            table[head],
-            cmap='viridis',
-            vmin=low,
-            vmax=high,
-            rstride=1,
-            cstride=1,
-            linewidth=0,
+        head = int(np.ptp(table, axis=(1, 2)).argmax())
+        # Offsets are query minus key: turned round, keys to the right are drawn at the right.
+        shown = table[head, ::-1, ::-1] - table[head].mean()
+        reach = 2 * size - 0.5
+        limit = max(np.abs(shown).max(), 0.05)  # colours of 5 % at least
+        panel.imshow(
+            shown, cmap='PuOr_r', vmin=-limit, vmax=limit, extent=(-reach, reach, reach, -reach)
         )
-        if low < high:
-            panel.set_zlim(low, high)
-        panel.set_title(
-            f'{size} x {size}' + ' members (as configured)' * (size == sizes[0]), fontsize=9
+        panel.add_patch(outline((0.5 - size, 0.5 - size), 2 * size - 1, 2 * size - 1, 'black', 1.2))
+        panel.plot(0, 0, '+', color='black', markersize=7)
+        low, high = np.exp(shown.min()), np.exp(shown.max())
+        panel.set_xlabel(
+            f'block {shown_block(scene, stage).block + 1}, head {head}: {low:.2f} to {high:.2f}',
+            fontsize=8,
         )
-        panel.set_xlabel('columns', fontsize=8, labelpad=-6)
-        panel.set_ylabel('rows', fontsize=8, labelpad=-6)
-        panel.tick_params(labelsize=6, pad=-3)
-        panel.tick_params('z', pad=1)
-        panel.locator_params('z', nbins=4)
 
 
 def draw_embedding(figure, scene: Scene) -> None:
@@ -376,8 +324,7 @@ PICTURES = (
     ('groups', draw_groups, 9, 1.2, 5.8),
     ('attention', draw_attention, 9, 1, 4),
     ('features', draw_features, 11, 0.95, 2.15),
-    ('position_bias', draw_bias, 9, 7, 0),
-    ('position_bias_sizes', draw_bias_surfaces, 9, 3.4, 0),
+    ('position_bias', draw_bias, 11, 3.3, 0),
     ('embedding', draw_embedding, 10, 3.8, 0),
 )
 
@@ -388,11 +335,12 @@ def draw_contact_sheet(figure, scene: Scene) -> None:
     for part, (heights, drawn) in zip(
         (left, right),
         (
-            ((3, 2.05, 1.3), (draw_groups, draw_attention, draw_features)),
-            ((3, 1.6, 1.75), (draw_bias, draw_bias_surfaces, draw_embedding)),
+            ((3, 2.05), (draw_groups, draw_attention)),
+            ((1.45, 1.6, 2), (draw_features, draw_bias, draw_embedding)),
         ),
     ):
-        for inner, draw in zip(part.subfigures(3, 1, height_ratios=heights, hspace=0.03), drawn):
+        rows = part.subfigures(len(drawn), 1, height_ratios=heights, hspace=0.03)
+        for inner, draw in zip(rows, drawn):
             draw(inner, scene)
 
 
@@ -414,7 +362,7 @@ def write_pictures(scene: Scene, out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for name, draw, wide, fixed, high in (
         *PICTURES,
-        ('contact_sheet', draw_contact_sheet, 16, 13, 0),
+        ('contact_sheet', draw_contact_sheet, 16, 10.5, 0),
     ):
         save(draw, scene, wide, fixed + high * shape, out / f'{name}.png')
         yield out / f'{name}.png'

@@ -1,14 +1,21 @@
 // The page's state, its controls and its start.
 
+// Names in English and in Chinese.
 const KINDS = {
-  short: 'Short',
-  interval: 'Long: interval',
-  block: 'Long: block',
-  shifted: 'Shifted',
+  short: ['Short', '短距离'],
+  interval: ['Long: interval', '长距离：interval'],
+  block: ['Long: block', '长距离：block'],
+  shifted: ['Shifted', '移位窗口'],
 };
-const VIEWS = { attention: 'Attention', groups: 'Groups', features: 'Features' };
+const VIEWS = {
+  attention: ['Attention', '注意力'],
+  groups: ['Groups', '分组'],
+  features: ['Features', '特征'],
+};
+const FEATURES = { colours: ['PCA', 'PCA'], magnitude: ['Magnitude', '幅度'] };
 
 const state = {
+  language: 'en', // or zh
   stage: 0,
   block: 0,
   kind: 'short',
@@ -105,11 +112,16 @@ function choice(id, entries, choose) {
   $(id)
     .querySelector('.choice')
     .replaceChildren(
-      ...entries.map(([value, name]) => {
+      ...entries.map(([value, names]) => {
         const label = document.createElement('label'),
           input = document.createElement('input');
         const text = document.createElement('span');
-        [input.type, input.name, input.value, text.textContent] = ['radio', id, value, name];
+        [input.type, input.name, input.value, text.textContent] = [
+          'radio',
+          id,
+          value,
+          say(...names),
+        ];
         input.addEventListener('change', () => choose(value));
         label.append(input, text);
         return label;
@@ -132,21 +144,33 @@ function drawControls() {
     $('block').replaceChildren(
       ...stage.blocks.map(
         (block, i) =>
-          new Option(`${i + 1}: ${block.kind === 'short' || stage.small ? 'short' : 'long'}`, i),
+          new Option(
+            `${i + 1}: ` +
+              (block.kind === 'short' || stage.small
+                ? say('short', '短距离')
+                : say('long', '长距离')),
+            i,
+          ),
       ),
     );
   }
   $('block').value = state.block;
   $('image').classList.toggle('held', state.held);
-  const groups = stage.groupSize;
+  const groups = `${stage.groupSize} \u00d7 ${stage.groupSize}`;
   $('bias-says').textContent =
-    `Added to the logit of a query and a key, by their offset (block ${state.block + 1} of ` +
-    `stage ${state.stage + 1}, ${headName()})` +
+    say(
+      `Added to the logit of a query and a key, by their offset (block ${state.block + 1} of ` +
+        `stage ${state.stage + 1}, ${headName()})`,
+      `按查询与键的偏移加到 logit 上（阶段 ${state.stage + 1} 的块 ${state.block + 1}，${headName()}）`,
+    ) +
     (stage.blocks[state.block].bias.kind === 'none'
-      ? ': 0, this model has no position bias.'
-      : state.size > groups
-        ? `. White line: offsets in groups of ${groups} \u00d7 ${groups}, as configured.`
-        : '.');
+      ? say(': 0, this model has no position bias.', '：恒为 0，该模型没有位置偏置。')
+      : state.size > stage.groupSize
+        ? say(
+            `. White line: offsets in groups of ${groups}, as configured.`,
+            `。白线：配置的组大小 ${groups} 内的偏移。`,
+          )
+        : say('.', '。'));
 }
 
 const before = new Map();
@@ -161,6 +185,7 @@ function changed(name, ...values) {
 
 function drawAll() {
   const { stage, block, head, size, offset } = state;
+  if (changed('language', state.language)) label();
   drawControls();
   drawTexts();
   drawImage();
@@ -274,34 +299,71 @@ function listenToSurface() {
   });
   $('size').addEventListener('input', (event) => select({ size: Number(event.target.value) }));
   $('above').addEventListener('click', () => {
-    const above = state.pitch > 1.5;
-    [state.yaw, state.pitch] = above ? [-0.6, 0.62] : [0, Math.PI / 2];
-    $('above').textContent = above ? 'From above' : 'From the side';
+    [state.yaw, state.pitch] = state.pitch > 1.5 ? [-0.6, 0.62] : [0, Math.PI / 2];
+    labelAbove();
     drawSurface();
   });
 }
 
+function labelAbove() {
+  $('above').textContent =
+    state.pitch > 1.5 ? say('From the side', '侧视') : say('From above', '俯视');
+}
+
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  $('theme').textContent = theme === 'dark' ? 'Light' : 'Dark';
-  $('theme').setAttribute('aria-label', `Use ${theme === 'dark' ? 'light' : 'dark'} colours`);
+  labelTheme();
   if (shown) drawSurface();
 }
 
-function setUp() {
-  const { height, width } = facts,
-    stages = facts.stages;
-  $('about').textContent =
-    `${facts.image} (${width} \u00d7 ${height} pixels as the model gets it), ` +
-    `${facts.model}, long distance by \u201c${stages[0].definition}\u201d`;
-  $('caption').textContent = facts.caption || '';
-  $('image').style.aspectRatio = `${width} / ${height}`;
-  $('image').style.maxWidth = `calc(max(100vh - 372px, 280px) * ${width / height})`;
-  $('size').max = facts.largestGroup;
-  $('bias-bar').style.background = gradient(viridis);
+function labelTheme() {
+  const dark = document.documentElement.dataset.theme === 'dark';
+  $('theme').textContent = dark ? say('Light', '浅色') : say('Dark', '深色');
+  $('theme').setAttribute(
+    'aria-label',
+    dark ? say('Use light colours', '使用浅色') : say('Use dark colours', '使用深色'),
+  );
+}
+
+/** Write the texts that only depend on the language. */
+function label() {
+  const { height, width, stages } = facts,
+    pixels = `${width} \u00d7 ${height}`,
+    caption = facts.caption || [''];
+  document.documentElement.lang = state.language;
+  $('language').textContent = say('中文', 'English');
+  $('about').textContent = say(
+    `${facts.image} (${pixels} pixels as the model gets it), ${facts.model}, ` +
+      `long distance by \u201c${stages[0].definition}\u201d`,
+    `${facts.image}（输入模型的尺寸：${pixels} 像素），${facts.model}，长距离注意力采用 ${stages[0].definition}`,
+  );
+  $('caption').textContent = say(caption[0], caption[caption.length - 1]);
+  $('image').setAttribute(
+    'aria-label',
+    say(
+      "The image. Arrow keys move the query, with Shift by a group's interval or five.",
+      '图像。方向键移动查询，加 Shift 则移动一个间隔或五个位置。',
+    ),
+  );
+  $('surface').setAttribute(
+    'aria-label',
+    say(
+      'The position bias as a surface. Arrow keys turn it, with Shift they choose an offset.',
+      '位置偏置的曲面。方向键旋转曲面，加 Shift 选择偏移。',
+    ),
+  );
+  const share = Number((facts.usual * 100).toPrecision(1)),
+    worst = percent(facts.worst).replace('\u00a0%', '');
+  $('precision').textContent = say(
+    "This page computes attention weights from the model's queries, keys and position bias. " +
+      `Queries and keys are rounded to keep the page small: a weight is off by about ${share} % ` +
+      `of its value; the largest difference found was ${worst} percentage points.`,
+    '本页面根据模型的查询、键和位置偏置计算注意力权重。为减小文件，查询和键经过舍入：' +
+      `权重的相对误差约为 ${share} %，实测最大偏差为 ${worst} 个百分点。`,
+  );
   choice(
     'stages',
-    stages.map((_, i) => [i, String(i + 1)]),
+    stages.map((_, i) => [i, [i + 1, i + 1]]),
     (stage) => select({ stage }),
   );
   choice(
@@ -310,20 +372,23 @@ function setUp() {
     (kind) => select({ kind }),
   );
   choice('views', Object.entries(VIEWS), (view) => select({ view }));
-  choice(
-    'feature-kinds',
-    [
-      ['colours', 'PCA'],
-      ['magnitude', 'Magnitude'],
-    ],
-    (feature) => select({ feature }),
-  );
+  choice('feature-kinds', Object.entries(FEATURES), (feature) => select({ feature }));
+  labelTheme();
+  labelAbove();
+  for (const name of ['blocks', 'features', 'surface']) before.delete(name); // they have texts, too
+}
+
+function setUp() {
+  const { height, width } = facts;
+  state.language = (fromAddress().language ?? navigator.language).startsWith('zh') ? 'zh' : 'en';
+  changed('language', state.language);
+  label();
+  $('language').addEventListener('click', () => select({ language: say('zh', 'en') }));
+  $('image').style.aspectRatio = `${width} / ${height}`;
+  $('image').style.maxWidth = `calc(max(100vh - 372px, 280px) * ${width / height})`;
+  $('size').max = facts.largestGroup;
+  $('bias-bar').style.background = gradient(viridis);
   $('block').addEventListener('change', () => select({ block: Number($('block').value) }));
-  $('precision').textContent =
-    "This page computes attention weights from the model's queries, keys and position bias. " +
-    'Queries and keys are rounded to keep the page small: a weight is off by about ' +
-    `${Number((facts.usual * 100).toPrecision(1))} % of its value; the largest difference found ` +
-    `was ${percent(facts.worst).replace('\u00a0%', '')} percentage points.`;
   const dark = window.matchMedia('(prefers-color-scheme: dark)');
   setTheme(dark.matches ? 'dark' : 'light');
   dark.addEventListener('change', () => setTheme(dark.matches ? 'dark' : 'light'));
@@ -337,7 +402,7 @@ function setUp() {
   );
 }
 
-/** Read the state in a link, page.html#stage=1&block=2&view=groups, counted as the page shows it. */
+/** Read the state in a link, page.html#language=zh&stage=1&block=2, counted as the page shows it. */
 function fromAddress() {
   const asked = new URLSearchParams(location.hash.slice(1)),
     change = {};
@@ -345,6 +410,7 @@ function fromAddress() {
     const text = asked.get(name);
     if (text !== null && fits(text)) change[name] = value(text);
   };
+  take('language', (text) => ['en', 'zh'].includes(text), String);
   const whole = (low, high) => (text) => /^\d+$/.test(text) && +text >= low && +text <= high;
   take('stage', whole(1, facts.stages.length), (text) => text - 1);
   const stage = facts.stages[change.stage ?? state.stage];
@@ -359,7 +425,8 @@ function fromAddress() {
 
 async function start() {
   if (!('DecompressionStream' in window)) {
-    $('readout').textContent = 'This page needs a browser of 2023 or newer.';
+    $('readout').textContent =
+      'This page needs a browser of 2023 or newer. 本页面需要 2023 年或更新的浏览器。';
     return;
   }
   setUp();

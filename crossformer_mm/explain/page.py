@@ -15,7 +15,7 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -304,13 +304,14 @@ def page_data(scene: Scene, limit: int) -> Tuple[dict, Dict[str, str]]:
     return facts, {**texts, **block_texts}
 
 
-def write_page(path: Path, scene: Scene, names: Dict[str, Optional[str]], limit: int) -> PageReport:
+def write_page(path: Path, scene: Scene, names: Dict[str, Any], limit: int) -> PageReport:
     """Write the page.
 
     Args:
         path: the file.
         scene (Scene): the image and the backbone.
-        names: ``model`` and ``image``, which the page's text names, and ``caption``, more text.
+        names: ``model`` and ``image``, which the page's text names, and ``caption``: None, or a
+            list of one text, or of two, in English and in Chinese.
         limit (int): bytes of the page.
 
     Raises:
@@ -332,7 +333,7 @@ def write_page(path: Path, scene: Scene, names: Dict[str, Optional[str]], limit:
         for name in ('page.html', 'page.css', *SCRIPTS)
     )
     script = '\n'.join(scripts)
-    taken = sum(map(len, (page, style, script, about['jpeg']))) + 20_000
+    taken = sum(len(text.encode()) for text in (page, style, script, about['jpeg'])) + 20_000
     facts, texts = page_data(scene, limit - taken)
     # In a script element only "</" and "<!--" mean anything, and JSON may write "<" in another way.
     known = json.dumps({**about, **facts}, separators=(',', ':')).replace('<', '\\u003c')

@@ -93,14 +93,24 @@ function drawSurface() {
   $('bias-low').textContent = signed(bottom, 2);
   $('bias-high').textContent = signed(bottom + span, 2);
   const value = values[(row + reach) * side + column + reach];
+  const factor = Math.exp(value).toFixed(2);
   $('offset').textContent =
-    `${describeOffset(row, column)}: ${signed(value, 3)}, which multiplies ` +
-    `its weight by ${Math.exp(value).toFixed(2)} (${headName()}).`;
+    describeOffset(row, column) +
+    say(
+      `: ${signed(value, 3)}, which multiplies its weight by ${factor} (${headName()}).`,
+      `：${signed(value, 3)}，权重因此变为 ${factor} 倍（${headName()}）。`,
+    );
   $('size-shown').textContent = `${size} \u00d7 ${size}`;
   $('size').value = size;
 }
 
 function describeOffset(row, column) {
+  if (state.language === 'zh') {
+    const along = (offset, back, forth, unit) =>
+      offset ? `${offset > 0 ? back : forth} ${Math.abs(offset)} ${unit}` : '';
+    const where = [along(row, '上方', '下方', '行'), along(column, '左侧', '右侧', '列')];
+    return row || column ? `${where.filter(Boolean).join('、')}的键` : '查询自身';
+  }
   const count = (offset, unit) => `${Math.abs(offset)} ${unit}${Math.abs(offset) > 1 ? 's' : ''}`;
   const parts = [];
   if (row) parts.push(`${count(row, 'row')} ${row > 0 ? 'above' : 'below'}`);
@@ -135,10 +145,13 @@ function drawAxes(context, project, reach) {
   for (const part of [-1, 0, 1]) {
     const text = (name) => (part ? signed(part * reach, 0) : name);
     context.fillText(
-      text('columns'),
+      text(say('columns', '列')),
       ...project(near[0] * far, part * reach * 0.85, 0).slice(0, 2),
     );
-    context.fillText(text('rows'), ...project(part * reach * 0.85, near[1] * far, 0).slice(0, 2));
+    context.fillText(
+      text(say('rows', '行')),
+      ...project(part * reach * 0.85, near[1] * far, 0).slice(0, 2),
+    );
   }
 }
 

@@ -13,6 +13,9 @@ const inferno = colourMap(INFERNO),
 // tell apart.
 const GROUP_COLOURS = ['#f0e442', '#56b4e9', '#e69f00', '#009e73'];
 
+/** The text in the language of the page. */
+const say = (english, chinese) => (state.language === 'zh' ? chinese : english);
+
 // ---- Colours, numbers ---------------------------------------------------------------------------
 
 function colourMap(text) {
@@ -42,7 +45,10 @@ function percent(share) {
 const signed = (value, digits) => (value < 0 ? '\u2212' : '+') + Math.abs(value).toFixed(digits);
 const ordinal = (n) =>
   `${n}${n % 100 > 10 && n % 100 < 14 ? 'th' : { 1: 'st', 2: 'nd', 3: 'rd' }[n % 10] || 'th'}`;
-const headName = () => (state.head === null ? 'mean of all heads' : `head ${state.head}`);
+const headName = () =>
+  state.head === null
+    ? say('mean of all heads', '所有头的均值')
+    : say(`head ${state.head}`, `头 ${state.head}`);
 
 // ---- The image ----------------------------------------------------------------------------------
 
@@ -192,8 +198,9 @@ function describeGroups() {
     rules = rulesOf(stage, state.kind);
   const sides = [Math.min(rules[0][0], stage.height), Math.min(rules[1][0], stage.width)];
   const interval = rules[0][1],
-    apart = interval > 1 ? `, every ${ordinal(interval)}` : '';
-  return `groups of up to ${sides[0]} \u00d7 ${sides[1]} positions${apart}`;
+    apart = interval > 1 ? say(`, every ${ordinal(interval)}`, `，步长为 ${interval}`) : '',
+    size = `${sides[0]} \u00d7 ${sides[1]}`;
+  return say(`groups of up to ${size} positions${apart}`, `每组至多 ${size} 个位置${apart}`);
 }
 
 function drawTexts() {
@@ -203,19 +210,39 @@ function drawTexts() {
   const note = $('note');
   note.textContent = '';
   const place = document.createElement('b');
-  place.textContent =
-    `${stage.height} \u00d7 ${stage.width} positions, ` +
-    `${stage.stride} \u00d7 ${stage.stride} pixels each; ${describeGroups()}. `;
+  const map = `${stage.height} \u00d7 ${stage.width}`,
+    pixels = `${stage.stride} \u00d7 ${stage.stride}`;
+  place.textContent = say(
+    `${map} positions, ${pixels} pixels each; ${describeGroups()}. `,
+    `${map} 个位置，每个 ${pixels} 像素；${describeGroups()}。`,
+  );
   note.append(place);
   const same = JSON.stringify(stage.rules[own]) === JSON.stringify(stage.rules[state.kind]);
-  if (stage.small) note.append('The map is small: every block attends at short distance.');
-  else if (state.kind === own)
-    note.append('These are the groups that this block has in the model.');
-  else if (same) note.append('On this map these are the groups that this block has in the model.');
-  else {
+  if (stage.small) {
     note.append(
-      `In the model this block has the groups of \u201c${KINDS[own]}\u201d; shown is what ` +
-        'its queries, keys and bias give in these.',
+      say(
+        'The map is small: every block attends at short distance.',
+        '特征图较小：所有块都使用短距离注意力。',
+      ),
+    );
+  } else if (state.kind === own) {
+    note.append(
+      say('These are the groups that this block has in the model.', '这是该块在模型中的分组。'),
+    );
+  } else if (same) {
+    note.append(
+      say(
+        'On this map these are the groups that this block has in the model.',
+        '在这张特征图上，这就是该块在模型中的分组。',
+      ),
+    );
+  } else {
+    note.append(
+      say(
+        `In the model this block has the groups of \u201c${KINDS[own][0]}\u201d; shown is what ` +
+          'its queries, keys and bias give in these.',
+        `该块在模型中的分组是“${KINDS[own][1]}”；这里显示的是其查询、键和偏置在当前分组下的结果。`,
+      ),
     );
   }
   const largest = weights.reduce((a, b) => Math.max(a, b)),
@@ -224,10 +251,15 @@ function drawTexts() {
     shown.rows[Math.floor(at / shown.columns.length)],
     shown.columns[at % shown.columns.length],
   ];
-  $('readout').textContent =
+  const even = percent(1 / weights.length);
+  $('readout').textContent = say(
     `Row ${state.row}, column ${state.column}${state.held ? ' (held)' : ''} ` +
-    `attends to ${weights.length} positions (${headName()}); largest weight: row ${most[0]}, ` +
-    `column ${most[1]}, ${percent(largest)}; uniform weights would be ${percent(1 / weights.length)}.`;
+      `attends to ${weights.length} positions (${headName()}); largest weight: row ${most[0]}, ` +
+      `column ${most[1]}, ${percent(largest)}; uniform weights would be ${even}.`,
+    `第 ${state.row} 行第 ${state.column} 列${state.held ? '（已固定）' : ''}` +
+      `关注 ${weights.length} 个位置（${headName()}）；最大权重：第 ${most[0]} 行第 ${most[1]} 列，` +
+      `${percent(largest)}；若均匀分布，则各为 ${even}。`,
+  );
   drawProbe();
   drawLegend(largest);
   drawMost(weights);
@@ -239,9 +271,21 @@ function drawProbe() {
     const [row, column] = state.probe,
       weight = weightOf(row, column);
     text =
-      `Row ${row}, column ${column} ` +
-      (weight === null ? 'is not in its group: no weight.' : `has the weight ${percent(weight)}.`);
-  } else if (state.held) text = 'Held. Point at a key to read its attention weight.';
+      weight === null
+        ? say(
+            `Row ${row}, column ${column} is not in its group: no weight.`,
+            `第 ${row} 行第 ${column} 列不在其分组内：没有权重。`,
+          )
+        : say(
+            `Row ${row}, column ${column} has the weight ${percent(weight)}.`,
+            `第 ${row} 行第 ${column} 列的权重为 ${percent(weight)}。`,
+          );
+  } else if (state.held) {
+    text = say(
+      'Held. Point at a key to read its attention weight.',
+      '已固定。指向一个键即可读出其注意力权重。',
+    );
+  }
   $('probe').textContent = text;
 }
 
@@ -255,12 +299,11 @@ function drawLegend(largest) {
     bar.style.background = gradient(inferno);
     $('legend-low').textContent = '0\u00a0%';
     $('legend-high').textContent = percent(largest);
-    $('legend-unit').textContent =
-      'attention weight' +
-      (asDiscs(cellSize(), rulesOf(stage, state.kind)[0][1])
-        ? ' (positions are drawn larger)'
-        : '') +
-      '; grey: not in the group';
+    const larger = asDiscs(cellSize(), rulesOf(stage, state.kind)[0][1]);
+    $('legend-unit').textContent = say(
+      `attention weight${larger ? ' (positions are drawn larger)' : ''}; grey: not in the group`,
+      `注意力权重${larger ? '（位置放大显示）' : ''}；灰色：不在分组内`,
+    );
   } else if (groups) {
     const rules = rulesOf(stage, state.kind);
     const [{ length: down }, { length: across }] = stage.groups[state.kind],
@@ -269,25 +312,31 @@ function drawLegend(largest) {
     $('legend-high').replaceChildren(
       ...GROUP_COLOURS.slice(0, 2).flatMap((colour, i) => [
         swatch(colour),
-        i ? 'and others: groups next to it' : 'the group of the query',
+        i
+          ? say('and others: groups next to it', '及其他颜色：相邻的分组')
+          : say('the group of the query', '查询所在的分组'),
       ]),
     );
     const cut = [stage.height, stage.width].some((side, i) => rules[i][0] * rules[i][1] < side);
-    $('legend-unit').textContent =
-      `${count} group${count > 1 ? 's' : ''} in all` + (cut ? '; no group crosses a line' : '');
+    $('legend-unit').textContent = say(
+      `${count} group${count > 1 ? 's' : ''} in all${cut ? '; no group crosses a line' : ''}`,
+      `共 ${count} 组${cut ? '；分组不跨越白线' : ''}`,
+    );
   } else if (state.feature === 'magnitude') {
     bar.style.background = gradient(viridis);
     [$('legend-low').textContent, $('legend-high').textContent] = stage.magnitude.map((value) =>
       value.toPrecision(3),
     );
     $('legend-unit').textContent =
-      'root mean square of the channels; here ' +
+      say('root mean square of the channels; here ', '各通道的均方根；当前位置：') +
       magnitudeAt(state.row, state.column).toPrecision(3);
   } else {
     bar.style.display = 'none';
     $('legend-low').textContent = $('legend-high').textContent = '';
-    $('legend-unit').textContent =
-      `first three principal components of ${stage.channels} channels as RGB`;
+    $('legend-unit').textContent = say(
+      `first three principal components of ${stage.channels} channels as RGB`,
+      `${stage.channels} 个通道的前三个主成分，显示为 RGB`,
+    );
   }
 }
 
@@ -312,7 +361,7 @@ function drawMost(weights) {
       bar.style.width = `${(weights[i] / weights[order[0]]) * 100}%`;
       const texts = [
         `${row}, ${column}`,
-        away[0] || away[1] ? away.map((a) => signed(a, 0)).join(', ') : 'itself',
+        away[0] || away[1] ? away.map((a) => signed(a, 0)).join(', ') : say('itself', '自身'),
         percent(weights[i]),
       ];
       for (const text of [...texts, bar]) {
@@ -348,11 +397,13 @@ function drawHeads() {
     paint(canvas, shown.columns.length, shown.rows.length, (place) =>
       inferno(maps[i][place] / scale),
     );
-    const name = i ? `${i - 1}` : 'mean';
+    const name = i ? `${i - 1}` : say('mean', '均值');
     label.textContent = `${name}\n${percent(largest)}`;
     button.setAttribute(
       'aria-label',
-      `${i ? `Head ${name}` : 'Mean of all heads'}, at most ` + percent(largest),
+      (i ? say(`Head ${name}`, `头 ${name}`) : say('Mean of all heads', '所有头的均值')) +
+        say(', at most ', '，最大 ') +
+        percent(largest),
     );
     button.setAttribute('aria-pressed', String((i ? i - 1 : null) === state.head));
   });
@@ -413,22 +464,31 @@ function drawFeatures() {
 function showFeatures() {
   $('features-says').textContent =
     state.feature === 'colours'
-      ? 'Output of each stage: the first three principal components as RGB. Similar colours are ' +
-        'similar features.'
-      : 'Output of each stage: the root mean square of its channels.';
+      ? say(
+          'Output of each stage: the first three principal components as RGB. Similar colours ' +
+            'are similar features.',
+          '各阶段的输出：前三个主成分显示为 RGB，颜色相近表示特征相似。',
+        )
+      : say(
+          'Output of each stage: the root mean square of its channels.',
+          '各阶段的输出：通道的均方根。',
+        );
   $('features').replaceChildren(
     ...facts.stages.map((stage, i) => {
       const figure = document.createElement('figure'),
         button = document.createElement('button');
       button.type = 'button';
       button.append(features[i][state.feature]);
-      button.setAttribute('aria-label', `Features of stage ${i + 1} over the image`);
+      button.setAttribute(
+        'aria-label',
+        say(`Features of stage ${i + 1} over the image`, `在图像上显示阶段 ${i + 1} 的特征`),
+      );
       button.addEventListener('click', () => select({ stage: i, view: 'features' }));
       const caption = document.createElement('figcaption');
       caption.textContent =
-        `Stage ${i + 1}: ${stage.channels} ch.` +
+        say(`Stage ${i + 1}: ${stage.channels} ch.`, `阶段 ${i + 1}：${stage.channels} 通道`) +
         (state.feature === 'magnitude'
-          ? ` ${stage.magnitude.map((value) => value.toPrecision(2)).join(' to ')}`
+          ? ` ${stage.magnitude.map((value) => value.toPrecision(2)).join(say(' to ', ' 至 '))}`
           : '');
       figure.append(button, caption);
       return figure;

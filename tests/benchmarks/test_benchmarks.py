@@ -88,13 +88,31 @@ def test_the_parts_of_a_step_are_timed_on_the_ways_that_are_measured(common, sma
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize('machine', ['amd-zen3', 'intel-amx'])
+@pytest.mark.parametrize('machine', ['amd-zen3', 'intel-amx', 'amd-avx512'])
 def test_kept_results_give_the_kept_tables(common, machine):
     folder = FOLDER / 'cpu' / machine
     backbone = load_script(FOLDER / 'backbone.py')
-    text = backbone.table_of(json.loads((folder / 'results.json').read_text()))
-    kept = (folder / 'table.md').read_text().splitlines()
-    assert {line for line in kept if line.startswith('|')} <= set(text.splitlines())
+    record = json.loads((folder / 'results.json').read_text())
+    assert backbone.table_of(record) == (folder / 'table.md').read_text()
+
+
+def test_a_line_joins_single_images_of_several_sizes(common):
+    backbone = load_script(FOLDER / 'backbone.py')
+    kind = dict(model='swin_t', mode='infer', dtype='float32')
+    cases = [(10, 1), (10, 16), (20, 1)]
+    results = [dict(kind, size=[side, 5], batch=batch, median=side) for side, batch in cases]
+    lines = backbone.series(results, 'median')
+    assert lines == [('swin_t', 'infer', 'float32', [(50, 10), (100, 20)])]
+
+
+def test_times_of_two_methods_are_not_mixed(common, tmp_path, monkeypatch, capsys):
+    backbone = load_script(FOLDER / 'backbone.py')
+    earlier = (FOLDER / 'cpu/amd-zen3/results.json').read_text()
+    (tmp_path / 'results.json').write_text(earlier)
+    monkeypatch.setattr('sys.argv', ['backbone.py', '--out', str(tmp_path), '--add'])
+    with pytest.raises(SystemExit, match='were measured in another way'):
+        backbone.main()
+    assert (tmp_path / 'results.json').read_text() == earlier
 
 
 def test_kept_results_of_deployment_give_the_kept_table(common):

@@ -71,6 +71,7 @@ EVERY = {
             'make ',
             '.venv/bin/python -m pytest ',
             'pip ',
+            'git clone ',
             'python -m crossformer_mm.mmcv_ops',  # test_mmcv_ops.py
             'tensorboard ',
             'python benchmarks/gpu.py',

@@ -104,7 +104,7 @@ def test_colours_are_those_of_the_groups(kind, position):
     assert len({tuple(colour) for colour in colours.reshape(-1, 4)}) == 5  # four groups, the rest
 
 
-def test_bias_surfaces_are_the_outputs_of_the_network_offset_by_offset(small):
+def test_bias_tables_are_the_outputs_of_the_network_offset_by_offset(small):
     backbone = small(ARCH)
     scene = Scene(backbone, np.zeros((90, 133, 3)), captured_of(backbone), (60, 40), None)
     surface = bias_table(scene, 1, 7)
@@ -214,7 +214,6 @@ test_dataloader = dict(dataset=dict(pipeline=[
             'attention',
             'features',
             'position_bias',
-            'position_bias_sizes',
             'embedding',
             'contact_sheet',
         }
@@ -247,6 +246,10 @@ test_dataloader = dict(dataset=dict(pipeline=[
             (
                 lambda out: ['--out', out, '--caption', 'a'],
                 '--caption is of the page that --html writes.',
+            ),
+            (
+                lambda out: ['--html', out / 'a', '--caption', 'a', 'b', 'c'],
+                '--caption takes one or two texts, got 3.',
             ),
             (
                 lambda out: ['--html', out / 'a', '--max-mb', 0],

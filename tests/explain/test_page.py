@@ -46,7 +46,9 @@ def make(tmp_path_factory):
         captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
         scene = Scene(backbone, picture, captured, (60, 40), None)
         path = tmp_path_factory.mktemp('page') / 'page.html'
-        names = dict(model='small', image='</script><b>photo</b>.png', caption='<i>toy</i>')
+        names = dict(
+            model='small', image='</script><b>photo</b>.png', caption=['<i>toy</i>', '玩具']
+        )
         written = write_page(path, scene, names, limit)
         return backbone, captured, path, written
 
@@ -349,6 +351,28 @@ def test_the_page_is_whole_in_itself(page):
     assert page.browser.evaluate('document.title').endswith('</script><b>photo</b>.png')
 
 
+def test_the_page_is_in_english_and_in_chinese(page):
+    def visible() -> str:
+        return page.browser.evaluate('document.body.innerText')
+
+    select(page, view='attention')
+    assert not re.search('[\u4e00-\u9fff]', visible().replace('中文', ''))
+    page.browser.evaluate("document.getElementById('language').click()")
+    page.browser.settle()
+    try:
+        assert text(page, 'caption') == '玩具'
+        for view in ('attention', 'groups', 'features'):
+            for feature in ('colours', 'magnitude'):
+                select(page, view=view, feature=feature, size=4, held=view == 'groups')
+                left = re.findall('[A-Za-z]{3,}', visible())
+                assert set(left) <= {
+                    *('CrossFormer', 'English', 'photo', 'script', 'png', 'small', 'PCA', 'RGB'),
+                    *('interval', 'block', 'logit', 'Shift', 'Home', 'Enter'),
+                }, view
+    finally:
+        select(page, language='en', feature='colours', held=False)
+
+
 def test_a_phone_has_room_for_it_and_a_finger_chooses(page):
     page.browser.size(360, 740, mobile=True)
     try:
@@ -379,11 +403,12 @@ def test_a_phone_has_room_for_it_and_a_finger_chooses(page):
 def test_other_backbones(make, browser, options):
     backbone, captured, path, _ = make(**options)
     browser.size(1280, 900)
-    browser.open(path, '#stage=2&head=3&view=groups&row=5&column=999')  # the map has 17
+    browser.open(path, '#language=zh&stage=2&head=3&view=groups&row=5&column=999')  # of 17
     opened = Opened(browser, backbone, captured, path)
     now = state(opened)
     assert (now['stage'], now['head'], now['view'], now['row']) == (1, 3, 'groups', 5)
-    assert now['column'] == 60 // 8
+    assert now['column'] == 60 // 8 and now['language'] == 'zh'
+    select(opened, language='en')
     for kind in browser.evaluate('Object.keys(document.querySelectorAll("#kinds input"))'):
         browser.evaluate(f'document.querySelectorAll("#kinds input")[{kind}].click()')
         select(opened, row=5, column=8, head=1)
