@@ -245,9 +245,7 @@ class TestSegmentor:
         assert len(index['images']) == 5
         seen = set()
         for entry in index['images']:
-            labels = cv2.imread(
-                str(tmp_path / 'out' / entry['label_map']), cv2.IMREAD_UNCHANGED
-            )
+            labels = cv2.imread(str(tmp_path / 'out' / entry['label_map']), cv2.IMREAD_UNCHANGED)
             other = cv2.imread(
                 str(tmp_path / 'maps' / Path(entry['label_map']).name), cv2.IMREAD_UNCHANGED
             )
