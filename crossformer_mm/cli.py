@@ -9,10 +9,9 @@ import os
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn, Type
+from typing import Callable, NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
@@ -121,15 +120,6 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 # The end of a command
-
-
-@contextmanager
-def exit_on(*errors: Type[Exception]) -> Iterator[None]:
-    """End the command on errors of these types with their message only."""
-    try:
-        yield
-    except errors as error:
-        raise UserError(str(error)) from None
 
 
 def run(main: Callable) -> None:

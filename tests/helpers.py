@@ -91,12 +91,14 @@ def run_as_main(file, *arguments) -> None:
 
 
 def words(arguments: tuple) -> List[str]:
-    """Split arguments of a command at blanks, paths and numbers excepted."""
-    return [
-        word
-        for part in arguments
-        for word in (part.split() if isinstance(part, str) else [str(part)])
-    ]
+    """Split the strings of a command at blanks, but not paths, and not those in a list."""
+    split: List[str] = []
+    for part in arguments:
+        if isinstance(part, (list, tuple)):
+            split += map(str, part)
+        else:
+            split += part.split() if isinstance(part, str) else [str(part)]
+    return split
 
 
 def run_tool(tool: str, *arguments, folder: Path = ROOT) -> int:
@@ -104,7 +106,7 @@ def run_tool(tool: str, *arguments, folder: Path = ROOT) -> int:
 
     Args:
         tool: its file.
-        *arguments: words of the command; a string is split at blanks.
+        *arguments: words of the command; a string is split at blanks, a list has words as they are.
         folder: to run in.
     """
     leave_libraries_uncollected()

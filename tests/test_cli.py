@@ -7,7 +7,7 @@ from mmengine.config import Config
 
 from crossformer_mm import cli
 from crossformer_mm.checkpoint import CheckpointError
-from crossformer_mm.cli import exit_on, run
+from crossformer_mm.cli import run
 from crossformer_mm.engine.config import load_config
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import ConfigError, DataError, UserError
@@ -49,14 +49,6 @@ def test_an_error_that_the_users_code_caused_shows_where(capsys):
     status, said = ended(main, capsys)
     assert status == 2 and "KeyError: 'theirs'" in said
     assert said.endswith('error: The model cannot be built.\n')
-
-
-def test_a_command_chooses_which_errors_need_no_traceback(capsys):
-    def main():
-        with exit_on(KeyError, OSError):
-            raise OSError('disk')
-
-    assert ended(main, capsys) == (2, 'error: disk\n')
 
 
 @pytest.mark.parametrize(

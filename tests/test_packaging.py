@@ -101,50 +101,21 @@ def copy_of_the_project(folder: Path) -> Path:
     """The files of a checkout, for a build leaves folders behind; links become files."""
     ignored = shutil.ignore_patterns('.mim', '*.so', '__pycache__')
     folder.mkdir()
-    for name in (
-        'pyproject.toml',
-        'setup.py',
-        'MANIFEST.in',
-        'README.md',
-        'README_zh-CN.md',
-        'CONTRIBUTING.md',
-        'CHANGELOG.md',
-        'CITATION.cff',
-        'mkdocs.yml',
-        'LICENSE',
-        'Makefile',
-        'model-index.yml',
-    ):
+    for name in (ROOT / 'MANIFEST.in').read_text().split():
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder)
+    for name in ('pyproject.toml', 'setup.py'):
         shutil.copy(ROOT / name, folder)
-    for name in (
-        'crossformer_mm',
-        'configs',
-        'tools',
-        'tests',
-        'requirements',
-        'docs',
-        'benchmarks',
-    ):
+    for name in 'crossformer_mm configs tools tests requirements docs benchmarks'.split():
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     return folder
 
 
 def build_wheel(folder: Path, **environment) -> Path:
+    options = '--quiet --no-deps --no-build-isolation --wheel-dir'.split()
     source = copy_of_the_project(folder / 'source')
-    subprocess.run(
-        [
-            *PIP,
-            'wheel',
-            '--quiet',
-            '--no-deps',
-            '--no-build-isolation',
-            '--wheel-dir',
-            folder,
-            source,
-        ],
-        check=True,
-        env={**os.environ, **environment},
-    )
+    environment = {**os.environ, **environment}
+    subprocess.run([*PIP, 'wheel', *options, folder, source], check=True, env=environment)
     (wheel,) = folder.glob('crossformer_mm-*.whl')
     return wheel
 
@@ -165,13 +136,7 @@ def test_wheel_has_every_config_and_tool(wheel):
     }
     there = {
         path.relative_to(ROOT).as_posix()
-        for pattern in (
-            'configs/**/*.py',
-            'configs/**/*.yml',
-            'tools/*.py',
-            'tools/*.sh',
-            'model-index.yml',
-        )
+        for pattern in 'configs/**/*.py configs/**/*.yml tools/*.py tools/*.sh *-index.yml'.split()
         for path in ROOT.glob(pattern)
     }
     assert inside == there

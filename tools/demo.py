@@ -88,9 +88,9 @@ def prediction(name: str, checkpoint: str) -> str:
     return shlex.join([*words, HELD_OUT, '--out', str(WORK / name / 'predictions')])
 
 
-def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> None:
-    """Join pictures into one file; in each, the ground truth is left of the prediction."""
-    images = [cv2.imread(str(picture)) for picture in pictures]
+def contact_sheet(pictures, out: Path) -> None:
+    """Join pictures, two in a row; in each, the ground truth is left of the prediction."""
+    images, height = [cv2.imread(str(picture)) for picture in pictures], 240
     images = [
         cv2.resize(
             i,
@@ -102,7 +102,7 @@ def contact_sheet(pictures, out: Path, columns: int = 2, height: int = 240) -> N
     images = [
         cv2.copyMakeBorder(i, 6, 6, 6, 6, cv2.BORDER_CONSTANT, value=(255,) * 3) for i in images
     ]
-    rows = [np.hstack(images[i : i + columns]) for i in range(0, len(images), columns)]
+    rows = [np.hstack(images[i : i + 2]) for i in range(0, len(images), 2)]
     cv2.imwrite(str(out), np.vstack(rows))
 
 

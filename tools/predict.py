@@ -24,7 +24,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 
-from crossformer_mm.cli import add_cfg_options, exit_on, run
+from crossformer_mm.cli import add_cfg_options, run
 from crossformer_mm.engine.config import DENSE, load_config
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
@@ -113,8 +113,10 @@ def main():
     MMLogger.get_current_instance().addFilter(
         lambda record: not record.getMessage().startswith('Failed to search registry with scope')
     )
-    with exit_on(ValueError, FileNotFoundError):
+    try:
         predictor = build_predictor(cfg, args.config, args.checkpoint, device)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from None
     results = predict_files(
         predictor,
         sources,

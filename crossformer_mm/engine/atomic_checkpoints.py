@@ -6,9 +6,7 @@ import logging
 import os
 import re
 import shutil
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
@@ -212,61 +210,20 @@ def whole_content(path: str) -> Optional[dict]:
         if '://' not in path and Path(path).is_dir():
             files = [file for file in Path(path).rglob('*.p*t*') if file.is_file()]
             return {} if files and all(map(is_undamaged, files)) else None
-        with get_local_path(path) as local, CheckedFile(local) as file:
-            content = read_plain(file, 'cpu')
-            file.check_rest()
-            return content
-    except (CheckpointError, OSError, zipfile.BadZipFile):
+        with get_local_path(path) as local:
+            file = io.BytesIO(Path(local).read_bytes())  # read once, from a disk that may be slow
+        if not is_undamaged(file):
+            return None
+        file.seek(0)
+        return read_plain(file, 'cpu')
+    except (CheckpointError, OSError):
         return None
 
 
 def is_undamaged(file) -> bool:
-    """Verify the checksums of a file of ``torch.save``."""
+    """Verify the checksums of a file of ``torch.save``, which PyTorch does not."""
     try:
         with zipfile.ZipFile(file) as parts:
             return parts.testzip() is None
     except zipfile.BadZipFile:
         return False
-
-
-class CheckedFile(io.FileIO):
-    """A file of ``torch.save`` that verifies the checksum of each part while it is read.
-
-    PyTorch does not verify them; a second reading for that takes as long as loading.
-
-    Raises:
-        zipfile.BadZipFile: the file is no archive or damaged.
-    """
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.parts = {}  # parts that are not verified yet, by the position of their data
-        with zipfile.ZipFile(self) as archive:
-            for part in archive.infolist():
-                self.seek(part.header_offset + 26)
-                name, extra = struct.unpack('<HH', self.read(4))  # their lengths, before the data
-                self.parts[part.header_offset + 30 + name + extra] = part
-        self.seek(0)
-        self.begin, self.next, self.sum = -1, -1, 0  # of the current part
-
-    def readinto(self, buffer) -> int:
-        at = self.tell()
-        count = super().readinto(buffer)
-        if at in self.parts:
-            self.begin, self.next, self.sum = at, at, 0
-        part = self.parts.get(self.begin)
-        if part is not None and at == self.next:
-            left = self.begin + part.file_size - at
-            self.sum = zlib.crc32(memoryview(buffer)[: min(count, left)], self.sum)
-            self.next += count
-            if count >= left:
-                if self.sum != part.CRC:
-                    raise zipfile.BadZipFile(part.filename)
-                del self.parts[self.begin]
-        return count
-
-    def check_rest(self) -> None:
-        """Verify the parts that loading has not read."""
-        with zipfile.ZipFile(self) as archive:
-            for part in self.parts.values():
-                archive.read(part)

@@ -83,7 +83,7 @@ class CheckDataHook(Hook):
             runner.logger.warning(f"{count} images were skipped, see '{self.skip_to}'.")
 
 
-def guard(dataset, skip_to: Optional[str] = None) -> None:
+def guard(dataset, skip_to: Optional[str]) -> None:
     """Make a data set name the file if an image cannot be used.
 
     Args:
@@ -102,7 +102,7 @@ class Guard:
         skip_to (str, optional): where to list images that are skipped; None: none is skipped.
     """
 
-    def __init__(self, dataset, skip_to: Optional[str] = None):
+    def __init__(self, dataset, skip_to: Optional[str]):
         self.dataset, self.skip_to, self.in_a_row = dataset, skip_to, 0
 
     def __call__(self, index: int):
@@ -147,7 +147,7 @@ class Guard:
                 f'{MAX_SKIPPED_IN_A_ROW} images in a row could not be used, the last of them: '
                 f'{problem}'
             )
-        self.skip(problem)
+        list_skipped(self.skip_to, problem)
         return None
 
     def check_truncation(self, index: int) -> None:
@@ -167,9 +167,7 @@ class Guard:
         Raises:
             DataError: it does not.
         """
-        sample: Any = item.get('data_samples')
-        sample = sample[0] if isinstance(sample, list) else sample
-        shape: Any = getattr(sample, 'ori_shape', item.get('ori_shape'))
+        shape: Any = getattr(sample_of(item), 'ori_shape', item.get('ori_shape'))
         expected = (info.get('height'), info.get('width'))
         differs = shape and None not in expected and tuple(shape[:2]) != expected
         if differs or 'Label map' in files_of(self.dataset, info):
@@ -191,8 +189,7 @@ class Guard:
         Raises:
             DataError: it does not.
         """
-        sample: Any = item.get('data_samples')
-        sample = sample[0] if isinstance(sample, list) else sample
+        sample = sample_of(item)
         truth = getattr(sample, 'gt_sem_seg', None)
         if truth is not None:
             labels = truth.data.numpy()
@@ -238,10 +235,11 @@ class Guard:
         problem, _ = orientation_problem(self.dataset, self.dataset.get_data_info(index))
         return problem
 
-    def skip(self, problem: DataError) -> None:
-        """Add an image to the list of skipped images."""
-        assert self.skip_to is not None
-        list_skipped(self.skip_to, problem)
+
+def sample_of(item: dict) -> Any:
+    """Return the data sample of a prepared image, the first of several views, or None."""
+    sample = item.get('data_samples')
+    return sample[0] if isinstance(sample, list) else sample
 
 
 def list_skipped(file: str, problem: DataError) -> None:

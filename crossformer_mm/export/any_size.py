@@ -28,13 +28,7 @@ PaddedRules = Tuple[PaddedAxis, PaddedAxis]  # of rows and columns
 
 
 def padded_rules(
-    height: int,
-    width: int,
-    group_size: int,
-    interval: int,
-    lda: str,
-    device,
-    cut: Callable = padded_axis,
+    height: int, width: int, group_size: int, interval: int, lda: str, device, cut: Callable
 ) -> Tuple[PaddedRules, PaddedRules]:
     """Repeat the rules of :mod:`crossformer_mm.grouping`, short and long, without an ``if``."""
     sides = [torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)]
@@ -153,9 +147,16 @@ def exportable(
         classes.update({GroupAttention: OperatorAttention, CrossFormerStage: OperatorStage})
     model = copy.deepcopy(model)
     model.eval()  # which returns nothing in backbones of MMDetection
+    exchange_classes(model, classes)
+    return model
+
+
+def exchange_classes(model: nn.Module, classes: Mapping[Type, Type]) -> None:
+    """Give modules of some classes another forward: that of a subclass, by its class."""
+    # Nothing public does: the subclass would have to be built, with arguments that modules do not
+    # keep.
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
-    return model
 
 
 def export_any_size(

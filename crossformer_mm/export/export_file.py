@@ -160,11 +160,11 @@ def read_torch(path: Path) -> Callable[..., Outputs]:
     return torch.export.load(path).module()
 
 
-def milliseconds(function: Callable, given: Sequence[Tensor], runs: int = 3) -> float:
-    """Return the median time of some runs, after one to warm up."""
+def milliseconds(function: Callable, given: Sequence[Tensor]) -> float:
+    """Return the median time of three runs, after one to warm up."""
     function(*given)
     times = []
-    for _ in range(runs):
+    for _ in range(3):
         start = time.perf_counter()
         function(*given)
         times.append(time.perf_counter() - start)

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from ..attention import GroupAttention
 from ..backbone import CrossFormerStage
 from ..grouping import group_map
+from .any_size import exchange_classes
 from .operators.fixed_attention import fixed_attention
 
 MAP, SHORT, LONG = range(3)  # orders of the tokens: row by row, or group by group
@@ -102,8 +103,7 @@ def exportable_for(model: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     model(*inputs)
     for hook in hooks:
         hook.remove()
-    for module in model.modules():
-        module.__class__ = classes.get(type(module), type(module))
+    exchange_classes(model, classes)
     for stage in stages:
         stage.fix(maps[stage])
     return model

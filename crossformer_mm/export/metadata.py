@@ -59,7 +59,7 @@ def of_whole_model(
     checkpoint: Optional[str],
     content: Mapping,
     outputs: List[str],
-    resize_inside: bool = False,
+    resize_inside: bool,
 ) -> Dict[str, str]:
     """Describe a file that takes images as they are.
 

@@ -422,10 +422,7 @@ class WholeSegmentor(nn.Module):
         divisor = (getattr(model.data_preprocessor, 'test_cfg', None) or {}).get('size_divisor')
         self.resize = Resize(resize)
         self.preprocess = Preprocessor(model, divisor or 1)
-
-    @property
-    def any_size(self) -> dict:
-        return any_size_upsampling(self)
+        self.any_size = any_size_upsampling(model)
 
     def logits(self, image: Tensor, size: Optional[Tensor] = None) -> Tensor:
         if size is None:
@@ -433,12 +430,8 @@ class WholeSegmentor(nn.Module):
             size = torch.stack(sides)
         image = self.resize(image)
         sides = image.shape[2:]
-        image = self.preprocess(image)
-        align = self.model.align_corners
-        logits = F.interpolate(
-            self.model(image, mode='tensor'), image.shape[2:], mode='bilinear', align_corners=align
-        )
-        return resize(logits[:, :, : sides[0], : sides[1]], size, align)
+        logits = upsampled_logits(self.model, self.preprocess(image))
+        return resize(logits[:, :, : sides[0], : sides[1]], size, self.model.align_corners)
 
     def forward(self, image: Tensor, size: Optional[Tensor] = None) -> Outputs:
         logits = self.logits(image, size)
@@ -472,6 +465,14 @@ class WholeClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Outputs:
         return dict(scores=self.model(self.preprocess(image), mode='tensor').softmax(1))
+
+
+def upsampled_logits(model: nn.Module, image: Tensor) -> Tensor:
+    """Return the logits of a model of MMSegmentation in the size of its image."""
+    logits = model(image, mode='tensor')
+    return F.interpolate(
+        logits, image.shape[2:], mode='bilinear', align_corners=model.align_corners
+    )
 
 
 def any_size_upsampling(model: nn.Module) -> dict:

@@ -1,26 +1,18 @@
 """Networks as modules, from normalised images to features, logits or raw outputs of heads."""
 
-from typing import Dict
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .models import any_size_upsampling
-
-Outputs = Dict[str, Tensor]
+from .models import Outputs, any_size_upsampling, upsampled_logits
 
 
 class Network(nn.Module):
     """Wrapper of a model that returns its outputs by their names."""
 
+    any_size: dict = {}  # replacements of modules that fix sizes
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-
-    @property
-    def any_size(self) -> dict:
-        """Replacements of modules that fix sizes."""
-        return {}
 
 
 class Backbone(Network):
@@ -39,22 +31,14 @@ class Segmentor(Network):
     def __init__(self, model: nn.Module, label_map: bool):
         super().__init__(model)
         self.label_map = label_map
+        self.any_size = any_size_upsampling(model)
 
     def logits(self, image: Tensor) -> Tensor:
-        return F.interpolate(
-            self.model(image, mode='tensor'),
-            image.shape[2:],
-            mode='bilinear',
-            align_corners=self.model.align_corners,
-        )
+        return upsampled_logits(self.model, image)
 
     def forward(self, image: Tensor) -> Outputs:
         logits = self.logits(image)
         return dict(label_map=logits.argmax(1)) if self.label_map else dict(logits=logits)
-
-    @property
-    def any_size(self) -> dict:
-        return any_size_upsampling(self)
 
 
 class Detector(Network):

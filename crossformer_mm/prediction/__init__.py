@@ -26,8 +26,8 @@ def predict_files(
     predictor: Predictor,
     sources: Sequence[Source],
     out: Path,
-    ann_file: Optional[str] = None,
-    batch_size: int = 1,
+    ann_file: Optional[str],
+    batch_size: int,
     bf16: bool = False,
     score_thr: float = 0.3,
 ) -> Results:

@@ -125,25 +125,17 @@ class TestTraining:
         log = events.EventAccumulator(str(next(trained.glob('*/vis_data/events*')))).Reload()
         assert len(log.Tags()['images']) == 2 and 'accuracy/top1' in log.Tags()['scalars']
 
-    def test_evaluation_is_of_the_averaged_weights(self, trained, capfd, tmp_path):
-        status = run_tool(
-            'test.py',
-            f'cfpp_s.py epoch_3.pth --work-dir {tmp_path} --out {tmp_path}/x.pkl --show-dir',
-            f'{tmp_path}/shown',
-            folder=trained,
-        )
-        assert status == 0
-        assert 'accuracy/top1:' in ''.join(capfd.readouterr())
+    def test_evaluation_is_of_the_averaged_weights(self, trained, output_of, tmp_path):
+        paths = f'--work-dir {tmp_path} --out {tmp_path}/x.pkl --show-dir {tmp_path}/shown'
+        said = output_of('test.py', 'cfpp_s.py epoch_3.pth', paths, folder=trained)
+        assert 'accuracy/top1:' in said
         assert len(list((tmp_path / 'shown').glob('*/*.JPEG'))) == 4  # by class
         check_scores(tmp_path / 'x.pkl', trained / 'cfpp_s.py', weights(trained, 3))
 
-    def test_a_resumed_training_ends_with_the_same_weights(self, trained, tmp_path):
-        status = run_tool(
-            'train.py',
-            f'cfpp_s.py --work-dir {tmp_path} --resume {trained}/epoch_2.pth',
-            folder=trained,
-        )
-        assert status == 0 and not (tmp_path / 'epoch_2.pth').exists()
+    def test_a_resumed_training_ends_with_the_same_weights(self, trained, output_of, tmp_path):
+        paths = f'--work-dir {tmp_path} --resume {trained}/epoch_2.pth'
+        output_of('train.py', 'cfpp_s.py', paths, folder=trained)
+        assert not (tmp_path / 'epoch_2.pth').exists()
         for which in 'state_dict', 'ema_state_dict':
             expected, resumed = (weights(folder, 3, which) for folder in (trained, tmp_path))
             assert all(torch.equal(resumed[key], value) for key, value in expected.items())
@@ -280,18 +272,15 @@ class TestReleasedFiles:
         said = refusal_of('test.py', config, tmp_path / 'theirs.pth', '--work-dir', tmp_path)
         assert expected in said and 'theirs.pth' in said
 
-    def test_training_starts_from_one_with_a_head_for_other_classes(self, clean, tmp_path, capfd):
+    def test_training_starts_from_one_with_a_head_for_other_classes(
+        self, clean, output_of, tmp_path
+    ):
         config = write_config(tmp_path, clean)
         content = released_file(config, earlier, classes=1000)
         torch.save(content, tmp_path / 'theirs.pth')
-        status = run_tool(
-            'train.py',
-            f'{config} --work-dir {tmp_path} --cfg-options load_from=theirs.pth',
-            'optim_wrapper.optimizer.lr=0. train_cfg.max_epochs=1',
-            folder=tmp_path,
-        )
-        said = ''.join(capfd.readouterr())
-        assert status == 0, said[-2000:]
+        options = 'load_from=theirs.pth optim_wrapper.optimizer.lr=0. train_cfg.max_epochs=1'
+        paths = f'{config} --work-dir {tmp_path}'
+        said = output_of('train.py', paths, '--cfg-options', options, folder=tmp_path)
         assert 'of another shape head.fc.bias' in said
         trained = as_theirs(weights(tmp_path, 1))
         for key in ('layers.3.blocks.0.mlp.fc1.weight', 'norm.bias'):
@@ -398,21 +387,13 @@ class TestData:
         said = refusal_of('train.py', write_config(tmp_path, data), '--work-dir', tmp_path)
         assert expected.format(data) in said
 
-    def test_another_folder_is_named_by_an_option(self, refusal_of, clean, tmp_path):
+    def test_another_folder_is_named_by_an_option(self, output_of, refusal_of, clean, tmp_path):
         config = write_config(tmp_path, tmp_path / 'nowhere')
-        arguments = ['--work-dir', tmp_path, '--data-root']
-        said = refusal_of('train.py', config, *arguments, tmp_path / 'gone')
+        arguments = f'{config} --work-dir {tmp_path} --data-root'
+        said = refusal_of('train.py', arguments, tmp_path / 'gone')
         assert str(tmp_path / 'gone') in said and '--data-root' in said
-        assert (
-            run_tool(
-                'train.py',
-                config,
-                *arguments,
-                f'{clean} --cfg-options train_cfg.max_epochs=1',
-                folder=tmp_path,
-            )
-            == 0
-        )
+        once = '--cfg-options train_cfg.max_epochs=1'
+        output_of('train.py', arguments, clean, once, folder=tmp_path)
 
     def test_lists_name_images_and_their_classes(self, data, tmp_path):
         listed('ant/train_0.JPEG 2', 'cow/train_2.JPEG 0')(data)
@@ -426,21 +407,16 @@ class TestData:
             for info in map(dataset.get_data_info, range(len(dataset)))
         ] == [('train_0.JPEG', 2), ('train_2.JPEG', 0)]
 
-    def test_an_unreadable_image_ends_the_run_or_is_skipped(self, refusal_of, data, tmp_path):
+    def test_an_unreadable_image_ends_the_run_or_is_skipped(
+        self, output_of, refusal_of, data, tmp_path
+    ):
         bad = data / 'train' / 'bee' / 'train_1.JPEG'
         bad.write_bytes(bad.read_bytes()[:300])
         config = write_config(tmp_path, data)
         said = refusal_of('train.py', config, '--work-dir', tmp_path)
         assert said == f"Image '{bad}' is cut short or no image."
-        assert (
-            run_tool(
-                'train.py',
-                f'{config} --work-dir {tmp_path} --skip-bad-images --cfg-options',
-                'train_cfg.max_epochs=1',
-                folder=tmp_path,
-            )
-            == 0
-        )
+        once = '--skip-bad-images --cfg-options train_cfg.max_epochs=1'
+        output_of('train.py', config, '--work-dir', tmp_path, once, folder=tmp_path)
         assert (tmp_path / 'skipped_images.txt').read_text() == (
             f"Image '{bad}' is cut short or no image.\n"
         )
@@ -451,12 +427,14 @@ class TestBenchmark:
     def benchmark(self):
         return load_script(ROOT / 'benchmarks/pretraining.py')
 
-    def test_a_try_of_it_leaves_figures_and_a_picture(self, benchmark, tmp_path, monkeypatch):
+    def test_a_try_of_it_leaves_figures_and_a_picture(
+        self, output_of, benchmark, tmp_path, monkeypatch
+    ):
         ran = []
 
         def run(log, title, tool, *arguments):
             ran.append(' '.join(map(str, arguments)))
-            assert run_tool(Path(tool).name, *arguments) == 0
+            output_of(Path(tool).name, *arguments)
 
         monkeypatch.setattr(benchmark, 'run_tool', run)  # in this process, for speed
         monkeypatch.setattr(

@@ -185,7 +185,7 @@ def settings_here(monkeypatch, place):
         if '--task' not in command:
             return started(command, *args, **kwargs)
         tool, *words = command[3:]  # after python -W ignore
-        return subprocess.CompletedProcess(command, run_tool(Path(tool).name, *words, folder=place))
+        return subprocess.CompletedProcess(command, run_tool(Path(tool).name, words, folder=place))
 
     monkeypatch.setattr(subprocess, 'run', run)
 
@@ -219,7 +219,7 @@ def test_command_runs(command, place, capfd, request):
         )
         status, said = done.returncode, done.stdout + done.stderr
     else:
-        status = run_tool(Path(tool).name, *words[1:], folder=place)
+        status = run_tool(Path(tool).name, words[1:], folder=place)
         said = ''.join(capfd.readouterr())
     if '--amp' in words and not torch.cuda.is_available():
         assert status != 0 and '--amp needs a GPU, and PyTorch sees none' in said

@@ -269,7 +269,7 @@ def test_the_worked_examples_run(examples, capfd):
         ran.add((tool, words[0]))
         if tool != 'make_shapes.py':
             shorter = ['--cfg-options', *shorter]
-        status = run_tool(tool, *words, *shorter, folder=examples)
+        status = run_tool(tool, [*words, *shorter], folder=examples)
         assert status == 0, f'{command}\n{capfd.readouterr().err[-3000:]}'
         if (tool, words[0]) == ('train.py', 'my_maps.py'):  # 160000 of them, but for the time
             (examples / 'work_dirs/my_maps/iter_2.pth').rename(

@@ -12,7 +12,7 @@ from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import runner
 from crossformer_mm.engine.atomic_checkpoints import whole_content
 
-from ..helpers import NO_VALIDATION, run_tool
+from ..helpers import NO_VALIDATION
 from ..trainings import (
     DETECTOR,
     ONE_STAGE,
@@ -109,10 +109,10 @@ def read_so_far() -> int:
 
 
 @pytest.mark.parametrize('main', [True, False], ids=['first process', 'another'])
-def test_each_process_reads_a_checkpoint_once(data, tmp_path, monkeypatch, main):
+def test_each_process_reads_a_checkpoint_once(output_of, data, tmp_path, monkeypatch, main):
     config = write_config(ONE_STAGE, tmp_path / 'config.py', data, **NO_VALIDATION)
     last = tmp_path / ONE_STAGE.checkpoints[-1]
-    assert run_tool('train.py', config, '--work-dir', tmp_path, folder=tmp_path) == 0
+    output_of('train.py', config, '--work-dir', tmp_path, folder=tmp_path)
     if not main:  # which is told by the first what to load
         monkeypatch.setattr(runner, 'is_main_process', lambda: False)
         monkeypatch.setattr(
@@ -123,9 +123,7 @@ def test_each_process_reads_a_checkpoint_once(data, tmp_path, monkeypatch, main)
     for padding in (0, size):
         torch.save({**read_checkpoint(str(last)), 'padding': torch.ones(padding // 4)}, last)
         before = read_so_far()
-        assert (
-            run_tool('train.py', config, '--work-dir', tmp_path, '--resume', folder=tmp_path) == 0
-        )
+        output_of('train.py', config, '--work-dir', tmp_path, '--resume', folder=tmp_path)
         read.append(read_so_far() - before)
     assert (read[1] - read[0]) / size == pytest.approx(1, abs=0.1)
 

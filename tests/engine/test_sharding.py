@@ -80,12 +80,10 @@ def test_configs_shard_and_recompute_by_block(config):
 def test_sharded_training_is_that_of_ddp_and_goes_on_where_it_was(data, tmp_path):
     sharded = training(tmp_path / 'sharded.py', data, FSDP)
     plain = training(tmp_path / 'plain.py', data, dict(type='DDPStrategy'))
-    run_two(f'{tmp_path}/log_sharded tools/train.py {sharded} --work-dir {tmp_path}/sharded')
+    run_two(tmp_path / 'log_sharded', f'tools/train.py {sharded} --work-dir {tmp_path}/sharded')
     run_two(tmp_path / 'log_plain', 'tools/train.py', plain, '--work-dir', tmp_path / 'plain')
-    run_two(
-        f'{tmp_path}/log_resumed tools/train.py {sharded} --work-dir {tmp_path}/resumed',
-        f'--resume {tmp_path}/sharded/iter_2.pth',
-    )
+    command = f'tools/train.py {sharded} --work-dir {tmp_path}/resumed'
+    run_two(tmp_path / 'log_resumed', command, f'--resume {tmp_path}/sharded/iter_2.pth')
     last = state(tmp_path / 'sharded', 'iter_4.pth')
     before = state(tmp_path / 'sharded', 'iter_2.pth')
     assert not torch.equal(

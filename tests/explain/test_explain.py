@@ -27,7 +27,7 @@ from crossformer_mm.explain.figures import (
 from crossformer_mm.explain.image import load_image, normalize
 from crossformer_mm.grouping import stage_rules
 
-from ..helpers import ROOT, run_as_main
+from ..helpers import ROOT, refusals
 
 ARCH = dict(embed_dims=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8))
 
@@ -135,14 +135,26 @@ def test_main_directions_as_colours():
     assert principal_colours(torch.randn(5, 1, 1)).shape == (1, 1, 3)
 
 
+REFUSED = '''
+CONFIG WEIGHTS IMAGE -> nothing to write: name a folder by --out, or a file by --html.
+CONFIG WEIGHTS IMAGE --html OUT -> --html:
+CONFIG WEIGHTS IMAGE --html /proc/none/page.html -> --html: '/proc/none' cannot be written:
+CONFIG WEIGHTS IMAGE --out OUT --max-mb 3 -> --max-mb is of the page that --html writes.
+CONFIG WEIGHTS IMAGE --out OUT --caption a -> --caption is of the page that --html writes.
+CONFIG WEIGHTS IMAGE --html OUT/a --caption a b c -> --caption takes one or two texts, got 3.
+CONFIG WEIGHTS IMAGE --html OUT/a --max-mb 0 -> --max-mb must be above 0, got 0.0.
+CONFIG WEIGHTS IMAGE --html OUT/a --max-mb 0.01 --scale 60 60 -> --max-mb: the page takes more,
+CONFIG WEIGHTS IMAGE --out OUT --position 70 0 -> --position must lie in the image, which is 70 wide and 50 high, got 70 0.
+CONFIG WEIGHTS IMAGE --out OUT --head 2 -> --head must be from 0 to 1, got 2.
+CONFIG WEIGHTS IMAGE --out OUT --scale 0 9 -> --scale must be two numbers of at least 1, got 0 9.
+CONFIG WEIGHTS CONFIG --out OUT -> could not be read as an image.
+CONFIG WEIGHTS none.png --out OUT -> image: file 'none.png' does not exist.
+CONFIG IMAGE IMAGE --out OUT -> no file of plain weights
+CONFIG WEIGHTS IMAGE --out OUT --cfg-options model.backbone.type=mmdet.ResNet -> has the backbone ResNet, no CrossFormer.
+'''
+
+
 class TestTool:
-    @pytest.fixture(autouse=True)
-    def folder(self, monkeypatch):
-        monkeypatch.chdir(ROOT)
-
-    def call(self, *arguments):
-        run_as_main(ROOT / 'tools/explain.py', *arguments)
-
     @pytest.fixture
     def model(self, small, tmp_path):
         arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
@@ -157,7 +169,7 @@ model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0,
         return config, tmp_path / 'weights.pth', tmp_path / 'image.png'
 
     @pytest.mark.parametrize('channels', [1, 4])
-    def test_images_of_other_channels(self, small, tmp_path, channels):
+    def test_images_of_other_channels(self, small, output_of, tmp_path, channels):
         """Images are loaded as the test pipeline and normalised as the preprocessor does."""
         arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
         weights, page = tmp_path / 'weights.pth', tmp_path / 'page.html'
@@ -176,8 +188,8 @@ test_dataloader = dict(dataset=dict(pipeline=[
 ''')
         image = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
         cv2.imwrite(str(tmp_path / 'image.png'), image[..., 0] if channels == 1 else image)
-        arguments = [tmp_path / 'config.py', weights, tmp_path / 'image.png', '--html', page]
-        run_as_main(ROOT / 'tools/explain.py', *arguments)
+        image_file = tmp_path / 'image.png'
+        output_of('explain.py', tmp_path / 'config.py', weights, image_file, '--html', page)
         assert page.stat().st_size > 1e4
         cfg = Config.fromfile(tmp_path / 'config.py')
         loading = cfg.test_dataloader.dataset.pipeline[0]
@@ -191,110 +203,33 @@ test_dataloader = dict(dataset=dict(pipeline=[
         with pytest.raises(UserError, match=r'has 3 channels as the config.*the model takes 4\.'):
             load_image(str(model[2]), None, None, 4)
 
-    def test_one_command_writes_all_pictures(self, model, tmp_path):
-        self.call(
-            *model,
-            '--out',
-            tmp_path / 'new' / 'pictures',
-            '--scale',
-            120,
-            120,
-            '--position',
-            69,
-            0,
-            '--head',
-            1,
-        )
-        pictures = {
-            path.stem: cv2.imread(str(path))
-            for path in (tmp_path / 'new' / 'pictures').glob('*.png')
-        }
-        assert set(pictures) == {
-            'groups',
-            'attention',
-            'features',
-            'position_bias',
-            'embedding',
-            'contact_sheet',
-        }
+    def test_one_command_writes_all_pictures(self, model, output_of, tmp_path):
+        options = '--scale 120 120 --position 69 0 --head 1'
+        output_of('explain.py', *model, '--out', tmp_path / 'new/pictures', options)
+        files = (tmp_path / 'new/pictures').glob('*.png')
+        pictures = {path.stem: cv2.imread(str(path)) for path in files}
+        assert set(pictures) == {name for name, *_ in PICTURES} | {'contact_sheet'}
         for picture in pictures.values():
             assert picture.std() > 10  # something is drawn
 
-    def test_one_command_writes_a_page(self, capsys, model, tmp_path):
+    def test_one_command_writes_a_page(self, model, output_of, tmp_path):
         page = tmp_path / 'new' / 'page.html'
-        self.call(*model, '--html', page, '--scale', 120, 120)
+        said = output_of('explain.py', *model, '--html', page, '--scale 120 120')
         content = page.read_text(encoding='utf-8')
         assert content.startswith('<!doctype html>') and 'id="block-1-1"' in content
-        said = capsys.readouterr().out
         size = re.search(r'page.html: ([\d.]+) MB; its attention weights are off by', said)
         assert float(size[1]) == pytest.approx(page.stat().st_size / 1e6, abs=0.01)
         assert not list(page.parent.glob('*.png'))
 
-    @pytest.mark.parametrize(
-        'change, sentence',
-        [
-            (lambda out: [], 'nothing to write: name a folder by --out, or a file by --html.'),
-            (lambda out: ['--html', out], '--html: '),
-            (
-                lambda out: ['--html', '/proc/none/page.html'],
-                "--html: '/proc/none' cannot be written: ",
-            ),
-            (
-                lambda out: ['--out', out, '--max-mb', 3],
-                '--max-mb is of the page that --html writes.',
-            ),
-            (
-                lambda out: ['--out', out, '--caption', 'a'],
-                '--caption is of the page that --html writes.',
-            ),
-            (
-                lambda out: ['--html', out / 'a', '--caption', 'a', 'b', 'c'],
-                '--caption takes one or two texts, got 3.',
-            ),
-            (
-                lambda out: ['--html', out / 'a', '--max-mb', 0],
-                '--max-mb must be above 0, got 0.0.',
-            ),
-            (lambda out: ['--html', out / 'a', '--max-mb', 0.01], '--max-mb: the page takes more,'),
-        ],
-    )
-    def test_a_page_that_cannot_be_is_refused(self, capsys, model, tmp_path, change, sentence):
-        out = tmp_path / 'out'
-        out.mkdir()
-        with pytest.raises(SystemExit) as stopped:
-            self.call(*model, '--scale', 60, 60, *change(out))
-        assert f'error: {sentence}' in capsys.readouterr().err and stopped.value.code == 2
-        assert not list(out.iterdir())
-
-    @pytest.mark.parametrize(
-        'change, sentence',
-        [
-            (
-                lambda files: [*files, '--position', 70, 0],
-                '--position must lie in the image, which is 70 wide and 50 high, got 70 0.',
-            ),
-            (lambda files: [*files, '--head', 2], '--head must be from 0 to 1, got 2.'),
-            (
-                lambda files: [*files, '--scale', 0, 9],
-                '--scale must be two numbers of at least 1, got 0 9.',
-            ),
-            (lambda files: [*files[:2], files[0]], 'could not be read as an image.'),
-            (lambda files: [*files[:2], 'none.png'], "image: file 'none.png' does not exist."),
-            (lambda files: [files[0], files[2], files[2]], 'no file of plain weights'),
-            (
-                lambda files: [*files, '--cfg-options', 'model.backbone.type=mmdet.ResNet'],
-                'has the backbone ResNet, no CrossFormer.',
-            ),
-        ],
-    )
+    @pytest.mark.parametrize('command, said', refusals(REFUSED))
     def test_what_cannot_work_is_said_in_one_sentence(
-        self, capsys, model, tmp_path, change, sentence
+        self, model, refusal_of, tmp_path, command, said
     ):
-        with pytest.raises(SystemExit) as stopped:
-            self.call(*change(model), '--out', tmp_path / 'pictures')
-        assert re.search(f'error: .*{re.escape(sentence)}', capsys.readouterr().err)
-        assert stopped.value.code == 2
-        assert not (tmp_path / 'pictures').exists()
+        (tmp_path / 'out').mkdir()
+        names = dict(zip(('CONFIG', 'WEIGHTS', 'IMAGE'), map(str, model)), OUT=f'{tmp_path}/out')
+        words = [re.sub('CONFIG|WEIGHTS|IMAGE|OUT', lambda m: names[m[0]], command)]
+        assert said in refusal_of('explain.py', *words)
+        assert not list((tmp_path / 'out').iterdir())
 
 
 def test_pictures_of_the_page_on_how_it_works_are_there_and_small():

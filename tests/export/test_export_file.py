@@ -20,7 +20,7 @@ from crossformer_mm.export import AnySizePool, compare, export_any_size, export_
 from crossformer_mm.export.networks import Detector, Segmentor  # noqa: E402
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 
-from ..helpers import ROOT, TINY_BACKBONE, run_as_main
+from ..helpers import ROOT, TINY_BACKBONE, refusals
 
 # Odd sides, sides below every stride, batches; none is that of export_any_size.
 SIZES = [(1, 97, 131), (2, 64, 96), (3, 17, 30), (1, 1, 5), (2, 40, 33)]
@@ -96,23 +96,6 @@ def test_one_export_serves_all_sizes(options):
             assert_near([torch.from_numpy(out)], backbone(image))
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the tool; what it printed, or the sentence with which it refused."""
-
-    def call(*arguments, code=0) -> str:
-        monkeypatch.chdir(ROOT)
-        try:
-            run_as_main(ROOT / 'tools/export.py', *arguments, '--threads', 1)
-            assert not code
-        except SystemExit as stopped:
-            assert stopped.code == code
-        captured = capsys.readouterr()
-        return captured.err.strip().splitlines()[-1] if code else captured.out
-
-    return call
-
-
 SEGMENTOR = f'''
 _base_ = {str(ROOT / 'configs/upernet/cf_s_160k.py')!r}
 model = dict(
@@ -162,7 +145,7 @@ def build(config: Path) -> nn.Module:
     return MODELS.build(cfg.model).eval()
 
 
-def test_a_segmentor_as_onnx(call, config, tmp_path):
+def test_a_segmentor_as_onnx(output_of, config, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     import onnx
@@ -171,9 +154,8 @@ def test_a_segmentor_as_onnx(call, config, tmp_path):
     model = build(file)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
     out = tmp_path / 'model.onnx'
-    printed = call(
-        file, tmp_path / 'weights.pth', '--what', 'head', '--out', out, '--shape', 64, 64
-    )
+    arguments = '--threads 1 --what head --shape 64 64 --out', out
+    printed = output_of('export.py', file, tmp_path / 'weights.pth', *arguments)
     assert printed.count('relative difference') == 5 and 'Softmax 2' in printed
     assert f'{out.stat().st_size / 1e6:.1f} MB' in printed
     assert 'one image of 64 x 64, 1 thread: ONNX Runtime ' in printed
@@ -205,13 +187,13 @@ def test_a_label_map(config):
             assert compare.difference(module, [image], wrong) > 1e-3
 
 
-def test_a_one_stage_detector_as_a_torch_program(call, config, monkeypatch, tmp_path):
+def test_a_one_stage_detector_as_a_torch_program(output_of, config, monkeypatch, tmp_path):
     file, out, programs = config(RETINANET), tmp_path / 'model.pt2', []
     read = export_file.read_torch  # which takes seconds: once is enough
     monkeypatch.setattr(
         export_file, 'read_torch', lambda path: programs.append(read(path)) or programs[0]
     )
-    printed = call(file, '--format', 'torch-export', '--out', out, '--shape', 64, 64)
+    printed = output_of('export.py', file, '--format torch-export --shape 64 64 --out', out)
     assert printed.count('relative difference') == 5 and out.stat().st_size > 1e5
     scores = programs[0](torch.randn(3, 3, 50, 45))
     assert list(scores) == [
@@ -232,57 +214,43 @@ def test_a_two_stage_detector_gives_proposals_raw_and_the_neck(config):
     assert_near(exportable(module)(image).values(), outputs.values())
 
 
-TORCH = ('--format', 'torch-export', '--out', 'x.pt2')
-
-
 @pytest.mark.parametrize(
     'arguments, sentence',
-    [
-        (['--out', 'x.pt2'], "--out: 'x.pt2' must end in .onnx for --format onnx."),
-        (['--out', 'nowhere/x.onnx'], "--out: folder 'nowhere' does not exist."),
-        (['none.pth', *TORCH], "checkpoint: file 'none.pth' does not exist."),
-        (
-            ['--out', 'x.onnx', '--shape', 0, 9],
-            '--shape must be two numbers of at least 1, got 0 9.',
-        ),
-        (
-            [*TORCH, '--label-map', '--what', 'backbone'],
-            '--label-map is for --what head of segmentors only.',
-        ),
-        (
-            [*TORCH, '--cfg-options', 'model.backbone.lda=tiles'],
-            "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'",
-        ),
-    ],
+    refusals("""
+--out x.pt2 -> --out: 'x.pt2' must end in .onnx for --format onnx.
+--out nowhere/x.onnx -> --out: folder 'nowhere' does not exist.
+none.pth --format torch-export --out x.pt2 -> checkpoint: file 'none.pth' does not exist.
+--out x.onnx --shape 0 9 -> --shape must be two numbers of at least 1, got 0 9.
+--format torch-export --out x.pt2 --label-map --what backbone -> --label-map is for --what head of
+--format torch-export --out x.pt2 --cfg-options model.backbone.lda=tiles -> 'none', got 'tiles'
+"""),
 )
-def test_what_cannot_work_is_said_in_one_sentence(call, config, arguments, sentence):
-    assert sentence in call(config(SEGMENTOR), *arguments, code=2)
+def test_what_cannot_work_is_said_in_one_sentence(refusal_of, config, arguments, sentence):
+    assert sentence in refusal_of('export.py', config(SEGMENTOR), arguments)
 
 
 @pytest.mark.parametrize(
-    'changed, more, sentence',
-    [
-        ('0.type=LoadImageFromNDArray', [], 'must begin with LoadImageFromFile'),
-        ('0.type=LoadImageFromNpyFile', [], 'must begin with LoadImageFromFile'),
-        ('0.type=LoadAnnotations', [], 'must begin with LoadImageFromFile'),
-        ('1.type=LoadImageFromFile', [], 'load annotations and pack, found LoadImageFromFile'),
-        ('0.color_type=unchanged', [], "got 'unchanged'"),
-        ('0.color_type=grayscale', [], "got 'grayscale'"),
-        ('0.imdecode_backend=pillow', [], "imdecode_backend must be 'cv2', by which"),
-        ('0.imdecode_backend=tifffile', [], "imdecode_backend must be 'cv2', by which"),
-        ('0.to_float32=True', ['--input-type', 'uint8'], '--input-type uint8: the test pipeline'),
-        ('0.to_float32=True', ['--resize-inside'], 'images in 8 bits and no crop'),
-    ],
+    'step, sentence',
+    refusals("""
+0.type=LoadImageFromNDArray -> must begin with LoadImageFromFile
+0.type=LoadImageFromNpyFile -> must begin with LoadImageFromFile
+0.type=LoadAnnotations -> must begin with LoadImageFromFile
+1.type=LoadImageFromFile -> load annotations and pack, found LoadImageFromFile
+0.color_type=unchanged -> got 'unchanged'
+0.color_type=grayscale -> got 'grayscale'
+0.imdecode_backend=pillow -> imdecode_backend must be 'cv2', by which
+0.imdecode_backend=tifffile -> imdecode_backend must be 'cv2', by which
+0.to_float32=True --input-type uint8 -> --input-type uint8: the test pipeline
+0.to_float32=True --resize-inside -> images in 8 bits and no crop
+"""),
 )
-def test_images_that_run_onnx_would_load_otherwise_are_refused(
-    call, config, changed, more, sentence
-):
+def test_images_that_run_onnx_would_load_otherwise_are_refused(refusal_of, config, step, sentence):
     pytest.importorskip('onnxscript')
-    options = ['--cfg-options', f'test_dataloader.dataset.pipeline.{changed}']
-    assert sentence in call(config(SEGMENTOR), '--out', 'x.onnx', *more, *options, code=2)
+    options = f'--out x.onnx --cfg-options test_dataloader.dataset.pipeline.{step}'
+    assert sentence in refusal_of('export.py', config(SEGMENTOR), options)
 
 
-def test_a_class_of_the_user_that_loads_images_is_refused(call, config):
+def test_a_class_of_the_user_that_loads_images_is_refused(refusal_of, config):
     pytest.importorskip('onnxscript')
     from mmcv.transforms import LoadImageFromFile
     from mmseg.registry import TRANSFORMS
@@ -292,18 +260,20 @@ def test_a_class_of_the_user_that_loads_images_is_refused(call, config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TRANSFORMS.module_dict, 'LoadImageFromFile', Inverted)
-        said = call(config(SEGMENTOR), '--out', 'x.onnx', code=2)
+        said = refusal_of('export.py', config(SEGMENTOR), '--out x.onnx')
     assert 'must begin with the LoadImageFromFile of MMCV, found that of tests.' in said
 
 
 @pytest.mark.parametrize('channels', [1, 4])
-def test_images_of_other_channels_are_for_heads_and_backbones(call, config, tmp_path, channels):
+def test_images_of_other_channels_are_for_heads_and_backbones(
+    output_of, refusal_of, config, tmp_path, channels
+):
     pytest.importorskip('onnxscript')
-    options = ['--cfg-options', f'model.backbone.in_channels={channels}']
-    said = call(config(SEGMENTOR), '--out', 'x.onnx', *options, code=2)
+    options = f'--cfg-options model.backbone.in_channels={channels}'
+    said = refusal_of('export.py', config(SEGMENTOR), '--out x.onnx', options)
     assert f'has in_channels={channels}; --what head or --what backbone' in said
-    out, sizes = tmp_path / 'x.onnx', ['--shape', 64, 64, '--fixed-shape', 64, 64]
-    call(config(SEGMENTOR), '--out', out, '--what', 'backbone', *sizes, *options)
+    out, sizes = tmp_path / 'x.onnx', '--what backbone --shape 64 64 --fixed-shape 64 64'
+    output_of('export.py', config(SEGMENTOR), '--out', out, sizes, options)
     import onnx
 
     proto = onnx.load(out)
@@ -312,16 +282,15 @@ def test_images_of_other_channels_are_for_heads_and_backbones(call, config, tmp_
     assert described['input'].startswith(f'images (batch, {channels}, height, width), normalised')
 
 
-def test_weights_that_a_file_cannot_hold_are_refused(call, config, monkeypatch, tmp_path):
+def test_weights_that_a_file_cannot_hold_are_refused(refusal_of, config, monkeypatch, tmp_path):
     monkeypatch.setattr(export.build, 'MAX_BYTES', 1000)
-    said = call(config(SEGMENTOR), '--out', tmp_path / 'x.onnx', code=2)
+    said = refusal_of('export.py', config(SEGMENTOR), '--out', tmp_path / 'x.onnx')
     assert "the model's weights take 0.0 GB" in said and 'at most 0.0 GB' in said
     assert not list(tmp_path.glob('*.onnx'))
 
 
-def test_a_file_that_differs_is_not_left(call, config, monkeypatch, tmp_path):
-    arguments = [config(SEGMENTOR), '--what', 'backbone', '--format', 'torch-export']
-    arguments += ['--out', tmp_path / 'x.pt2']
+def test_a_file_that_differs_is_not_left(output_of, refusal_of, config, monkeypatch, tmp_path):
+    arguments = config(SEGMENTOR), '--what backbone --format torch-export --out', tmp_path / 'x.pt2'
 
     class Other(nn.Module):
         def forward(self, image):
@@ -330,10 +299,10 @@ def test_a_file_that_differs_is_not_left(call, config, monkeypatch, tmp_path):
     program = torch.export.export(Other(), (torch.randn(1, 3, 97, 131),))
     monkeypatch.setattr(export_file, 'export_any_size', lambda module, **_: program)
     monkeypatch.setattr(compare, 'difference', lambda *_: float('nan'))
-    said = call(*arguments, code=2)
+    said = refusal_of('export.py', *arguments)
     assert all(part in said for part in (f"'{tmp_path / 'x.pt2'}'", 'nan', '97 x 131'))
     # What is not recognised, such as a size that the file refuses, keeps its traceback.
     monkeypatch.setattr(compare, 'difference', lambda *_: 0.0)
-    said = call(*arguments, code=1)
+    said = output_of('export.py', *arguments, expect=1)
     assert 'AssertionError' in said or 'RuntimeError' in said
     assert not list(tmp_path.glob('*x*.pt2*'))

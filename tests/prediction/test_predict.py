@@ -17,7 +17,15 @@ from crossformer_mm.prediction import sources_of
 from crossformer_mm.prediction.output import Video, mp4_fps
 from crossformer_mm.without_torch.files import find_files
 
-from ..helpers import CLASSES, DEMO_DETECTOR, DEMO_SEGMENTOR, ROOT, random_model, read_json
+from ..helpers import (
+    CLASSES,
+    DEMO_DETECTOR,
+    DEMO_SEGMENTOR,
+    ROOT,
+    random_model,
+    read_json,
+    refusals,
+)
 from ..trainings import ONE_STAGE, make_data, write_config
 
 # For speed: a hundred labels take a second to draw.
@@ -30,10 +38,12 @@ def shapes(tmp_path_factory) -> Path:
 
 
 class TestDetector:
-    def test_results_score_as_in_evaluation(self, output_of, shapes, detector, tmp_path):
+    def test_results_score_as_in_evaluation(self, output_of, shapes, random_detector, tmp_path):
         images = shapes / 'coco' / 'val2017'
         output_of(
-            'predict.py', f'{DEMO_DETECTOR} {detector} {images} --out {tmp_path}/first', *UNDRAWN
+            'predict.py',
+            f'{DEMO_DETECTOR} {random_detector} {images} --out {tmp_path}/first',
+            *UNDRAWN,
         )
         index = read_json(tmp_path / 'first' / 'images.json')
         names = [f'{i:012d}.png' for i in range(1, 6)]
@@ -78,14 +88,14 @@ class TestDetector:
         out = tmp_path / 'second'
         output_of(
             'predict.py',
-            f'{DEMO_DETECTOR} {detector} {images} --out {out}',
+            f'{DEMO_DETECTOR} {random_detector} {images} --out {out}',
             *UNDRAWN,
             '--ann-file',
             truth,
         )
         output_of(
             'test.py',
-            f'{DEMO_DETECTOR} {detector} --data-root {shapes}/coco --work-dir {tmp_path} --cfg-options',
+            f'{DEMO_DETECTOR} {random_detector} --data-root {shapes}/coco --work-dir {tmp_path} --cfg-options',
             f'test_dataloader.dataset.ann_file={truth} test_evaluator.ann_file={truth}',
         )
         (said,) = tmp_path.glob('2*/2*.json')
@@ -104,7 +114,7 @@ class TestDetector:
         assert pictures == [name.replace('png', 'jpg') for name in names]
 
     def test_bad_files_are_named_and_the_others_predicted(
-        self, output_of, shapes, detector, tmp_path
+        self, output_of, shapes, random_detector, tmp_path
     ):
         folder, out = tmp_path / 'photos', tmp_path / 'out'
         (folder / 'below').mkdir(parents=True)
@@ -113,12 +123,15 @@ class TestDetector:
         (folder / 'b.png').write_bytes(whole)
         (folder / 'b.jpg').write_text('no image')
         (folder / 'below' / 'c.bmp').write_bytes(
-            cv2.imencode('.bmp', cv2.imread_json(str(shapes / 'coco/val2017/000000000002.png')))[1]
+            cv2.imencode('.bmp', cv2.imread(str(shapes / 'coco/val2017/000000000002.png')))[1]
         )
         (folder / 'd.mp4').write_text('no video')
         (folder / 'notes.txt').write_text('not looked at')
         said = output_of(
-            'predict.py', f'{DEMO_DETECTOR} {detector} {folder} --out {out}', *UNDRAWN, expect=1
+            'predict.py',
+            f'{DEMO_DETECTOR} {random_detector} {folder} --out {out}',
+            *UNDRAWN,
+            expect=1,
         )
         for name in ('a.png', 'b.jpg', 'd.mp4'):
             assert f"error: '{name}' was skipped: it is" in said
@@ -141,12 +154,12 @@ class TestDetector:
         }
 
     def test_an_interrupted_run_leaves_only_whole_files(
-        self, output_of, shapes, detector, tmp_path, monkeypatch
+        self, output_of, shapes, random_detector, tmp_path, monkeypatch
     ):
         images = shapes / 'coco' / 'val2017'
         output_of(
             'predict.py',
-            f'{DEMO_DETECTOR} {detector} {images}/000000000001.png --out {tmp_path}',
+            f'{DEMO_DETECTOR} {random_detector} {images}/000000000001.png --out {tmp_path}',
             *UNDRAWN,
         )
         encode, calls = cv2.imencode, []
@@ -159,24 +172,29 @@ class TestDetector:
 
         monkeypatch.setattr(cv2, 'imencode', stop_at_third)
         with pytest.raises(KeyboardInterrupt):
-            output_of('predict.py', DEMO_DETECTOR, detector, images, '--out', tmp_path, *UNDRAWN)
+            output_of(
+                'predict.py', DEMO_DETECTOR, random_detector, images, '--out', tmp_path, *UNDRAWN
+            )
         # no result of before, for it would be taken for that of now
         assert [path.name for path in sorted(tmp_path.rglob('*')) if path.is_file()] == [
             '000000000001.jpg',
             '000000000002.jpg',
         ]
 
-    def test_batches_and_bfloat16(self, output_of, shapes, detector, tmp_path):
+    def test_batches_and_bfloat16(self, output_of, shapes, random_detector, tmp_path):
         photos = tmp_path / 'photos'
         photos.mkdir()
-        image = cv2.imread_json(str(shapes / 'coco/val2017/000000000003.png'))
+        image = cv2.imread(str(shapes / 'coco/val2017/000000000003.png'))
         for name, width in (('a', 96), ('b', 96), ('c', 60)):
             cv2.imwrite(str(photos / f'{name}.png'), cv2.resize(image, (width, 96)))
         boxes = {}
         for options in ((), ('--batch-size', 3), ('--bf16',)):
             out = tmp_path / 'out' / ''.join(map(str, options))
             output_of(
-                'predict.py', f'{DEMO_DETECTOR} {detector} {photos} --out {out}', *UNDRAWN, *options
+                'predict.py',
+                f'{DEMO_DETECTOR} {random_detector} {photos} --out {out}',
+                *UNDRAWN,
+                *options,
             )
             boxes[options] = read_json(out / 'results.bbox.json')
         one, batched, reduced = boxes.values()
@@ -187,16 +205,16 @@ class TestDetector:
         scores, rounded = ([box['score'] for box in boxes] for boxes in (one, reduced))
         assert rounded != scores and max(rounded) == pytest.approx(max(scores), abs=0.05)
 
-    def test_threshold_is_that_of_the_pictures(self, output_of, shapes, detector, tmp_path):
+    def test_threshold_is_that_of_the_pictures(self, output_of, shapes, random_detector, tmp_path):
         image, drawn, found = shapes / 'coco/val2017/000000000001.png', {}, {}
         for threshold in ('0', '1'):
             out = tmp_path / threshold
             output_of(
                 'predict.py',
-                f'{DEMO_DETECTOR} {detector} {image} --out {out} --score-thr {threshold}',
+                f'{DEMO_DETECTOR} {random_detector} {image} --out {out} --score-thr {threshold}',
             )
             difference = cv2.absdiff(
-                cv2.imread_json(str(out / 'pictures/000000000001.jpg')), cv2.imread_json(str(image))
+                cv2.imread(str(out / 'pictures/000000000001.jpg')), cv2.imread(str(image))
             )
             drawn[threshold], found[threshold] = (
                 difference.mean(),
@@ -207,14 +225,16 @@ class TestDetector:
 
 
 class TestSegmentor:
-    def test_label_maps_equal_those_of_evaluation(self, output_of, shapes, segmentor, tmp_path):
+    def test_label_maps_equal_those_of_evaluation(
+        self, output_of, shapes, random_segmentor, tmp_path
+    ):
         output_of(
             'predict.py',
-            f'{DEMO_SEGMENTOR} {segmentor} {shapes}/ade/images/validation/*.jpg --out {tmp_path}/out',
+            f'{DEMO_SEGMENTOR} {random_segmentor} {shapes}/ade/images/validation/*.jpg --out {tmp_path}/out',
         )
         output_of(
             'test.py',
-            f'{DEMO_SEGMENTOR} {segmentor} --data-root {shapes}/ade --work-dir {tmp_path} --out',
+            f'{DEMO_SEGMENTOR} {random_segmentor} --data-root {shapes}/ade --work-dir {tmp_path} --out',
             f'{tmp_path}/maps',
         )
         index = read_json(tmp_path / 'out' / 'images.json')
@@ -225,10 +245,8 @@ class TestSegmentor:
         assert len(index['images']) == 5
         seen = set()
         for entry in index['images']:
-            labels = cv2.imread_json(
-                str(tmp_path / 'out' / entry['label_map']), cv2.IMREAD_UNCHANGED
-            )
-            other = cv2.imread_json(
+            labels = cv2.imread(str(tmp_path / 'out' / entry['label_map']), cv2.IMREAD_UNCHANGED)
+            other = cv2.imread(
                 str(tmp_path / 'maps' / Path(entry['label_map']).name), cv2.IMREAD_UNCHANGED
             )
             assert labels.shape == (entry['height'], entry['width']) and (labels == other).all()
@@ -236,22 +254,22 @@ class TestSegmentor:
         assert len(seen) > 2
 
     @pytest.mark.parametrize('options', [(), ('--bf16', '--batch-size', 2)])
-    def test_a_video_gives_a_video(self, output_of, shapes, segmentor, tmp_path, options):
+    def test_a_video_gives_a_video(self, output_of, shapes, random_segmentor, tmp_path, options):
         writer = cv2.VideoWriter(
             str(tmp_path / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5, (96, 96)
         )
         for i in range(1, 4):
-            writer.write(cv2.imread_json(str(shapes / f'ade/images/validation/{i:012d}.jpg')))
+            writer.write(cv2.imread(str(shapes / f'ade/images/validation/{i:012d}.jpg')))
         writer.release()
         output_of(
             'predict.py',
-            f'{DEMO_SEGMENTOR} {segmentor} {tmp_path}/clip.avi --out {tmp_path}',
+            f'{DEMO_SEGMENTOR} {random_segmentor} {tmp_path}/clip.avi --out {tmp_path}',
             *options,
         )
         index = read_json(tmp_path / 'images.json')
         assert [i['file_name'] for i in index['images']] == [f'clip.avi#{i}' for i in (1, 2, 3)]
         maps = [
-            cv2.imread_json(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED)
+            cv2.imread(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED)
             for i in index['images']
         ]
         assert maps[0].shape == (96, 96) and not (maps[0] == maps[1]).all()
@@ -281,53 +299,36 @@ def test_names_are_those_of_the_checkpoint(output_of, shapes, tmp_path, meta):
     assert [c['name'] for c in index['categories']] == ['w', 'x', 'y', 'z']
 
 
-@pytest.mark.parametrize(
-    'config, arguments, expected',
-    [
-        (
-            DEMO_DETECTOR,
-            ['nowhere.jpg'],
-            "images: 'nowhere.jpg' is no file, no folder and matches nothing.",
-        ),
-        (DEMO_DETECTOR, ['no/*.jpg'], "images: 'no/*.jpg' is no file"),
-        (DEMO_DETECTOR, ['configs'], "folder 'configs' holds no images or videos"),
-        (DEMO_DETECTOR, ['IMAGE', '--batch-size', '0'], '--batch-size must be at least 1, got 0.'),
-        (DEMO_DETECTOR, ['IMAGE', '--device', 'gpu'], "--device: 'gpu' cannot be used: "),
-        (
-            DEMO_DETECTOR,
-            ['IMAGE', '--score-thr', '30'],
-            '--score-thr must be from 0 to 1, got 30.0.',
-        ),
-        (
-            DEMO_DETECTOR,
-            ['IMAGE', '--ann-file', 'README.md'],
-            "--ann-file: 'README.md' is no file of COCO",
-        ),
-        (DEMO_DETECTOR, ['IMAGE', '--out', 'README.md'], "--out: 'README.md' is a file."),
-        (
-            DEMO_DETECTOR,
-            ['IMAGE', '--out', 'README.md/out'],
-            "--out: folder 'README.md/out' could not be",
-        ),
-        (DEMO_SEGMENTOR, ['IMAGE', '--score-thr', '0.5'], '--score-thr is of detectors'),
-        (DEMO_SEGMENTOR, ['IMAGE', '--ann-file', 'README.md'], '--ann-file is of detectors'),
-    ],
-)
+REFUSED = '''
+DETECTOR nowhere.jpg -> images: 'nowhere.jpg' is no file, no folder and matches nothing.
+DETECTOR no/*.jpg -> images: 'no/*.jpg' is no file
+DETECTOR configs -> folder 'configs' holds no images or videos
+DETECTOR IMAGE --batch-size 0 -> --batch-size must be at least 1, got 0.
+DETECTOR IMAGE --device gpu -> --device: 'gpu' cannot be used:
+DETECTOR IMAGE --score-thr 30 -> --score-thr must be from 0 to 1, got 30.0.
+DETECTOR IMAGE --ann-file README.md -> --ann-file: 'README.md' is no file of COCO
+DETECTOR IMAGE --out README.md -> --out: 'README.md' is a file.
+DETECTOR IMAGE --out README.md/out -> --out: folder 'README.md/out' could not be
+SEGMENTOR IMAGE --score-thr 0.5 -> --score-thr is of detectors
+SEGMENTOR IMAGE --ann-file README.md -> --ann-file is of detectors
+'''
+
+
+@pytest.mark.parametrize('command, said', refusals(REFUSED))
 def test_what_cannot_work_is_said_in_one_sentence(
-    refusal_of, shapes, detector, segmentor, config, arguments, expected
+    refusal_of, shapes, random_detector, random_segmentor, command, said
 ):
-    image = shapes / 'coco/val2017/000000000001.png'
-    checkpoint = detector if config == DEMO_DETECTOR else segmentor
-    arguments = [image if word == 'IMAGE' else word for word in arguments]
-    assert expected in refusal_of('predict.py', config, checkpoint, *arguments)
+    config, arguments = command.split(maxsplit=1)
+    checkpoint = random_detector if config == DEMO_DETECTOR else random_segmentor
+    arguments = arguments.replace('IMAGE', f'{shapes}/coco/val2017/000000000001.png')
+    assert said in refusal_of('predict.py', config, checkpoint, arguments)
     assert not (ROOT / 'predictions').exists()  # nothing is left of a refusal
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(refusal_of, shapes, detector):
-    said = refusal_of(
-        'predict.py', f'{DEMO_SEGMENTOR} {detector} {shapes}/coco/val2017/000000000001.png'
-    )
-    assert f"Checkpoint '{detector}' does not fit this model: missing" in said
+def test_a_checkpoint_that_does_not_fit_is_refused(refusal_of, shapes, random_detector):
+    image = shapes / 'coco/val2017/000000000001.png'
+    said = refusal_of('predict.py', DEMO_SEGMENTOR, random_detector, image)
+    assert f"Checkpoint '{random_detector}' does not fit this model: missing" in said
 
 
 def test_names_must_be_known_for_every_class(refusal_of, shapes, tmp_path):
@@ -350,7 +351,7 @@ class MistakenTransform(BaseTransform):
 
 
 def test_a_transform_that_fails_is_not_taken_for_a_broken_image(
-    output_of, shapes, segmentor, tmp_path
+    output_of, shapes, random_segmentor, tmp_path
 ):
     (tmp_path / 'config.py').write_text(f"""
 _base_ = {str(ROOT / DEMO_SEGMENTOR)!r}
@@ -360,7 +361,9 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 """)
     image = shapes / 'ade/images/validation/000000000001.jpg'
     said = output_of(
-        'predict.py', f'{tmp_path}/config.py {segmentor} {image} --out {tmp_path}/out', expect=1
+        'predict.py',
+        f'{tmp_path}/config.py {random_segmentor} {image} --out {tmp_path}/out',
+        expect=1,
     )
     assert f"'{image.name}' can be read, but the config's test pipeline could not" in said
     assert said.strip().splitlines()[-1] == 'ZeroDivisionError: a mistake of mine'
@@ -409,7 +412,7 @@ def test_images_of_other_channels_are_drawn_as_they_are(
     output_of, shapes, quick, tmp_path, channels
 ):
     """And those that have not as many as the model takes are skipped, others are kept."""
-    colour = cv2.imread_json(str(shapes / 'coco/val2017/000000000001.png'))
+    colour = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
     colour[:, : colour.shape[1] // 2] //= 2  # unlike its mirror image
     image = {1: colour[..., 1], 4: np.dstack([colour, colour[..., 0]])}[channels]
     photos, out = tmp_path / 'photos', tmp_path / 'out'
@@ -430,7 +433,7 @@ def test_images_of_other_channels_are_drawn_as_they_are(
         one['id'] for one in index['images']
     }
     shown = colour if channels == 4 else np.stack([image] * 3, axis=-1)
-    drawn = cv2.imread_json(str(out / 'pictures/b.jpg'))
+    drawn = cv2.imread(str(out / 'pictures/b.jpg'))
     assert np.abs(drawn.astype(int) - shown).mean() < 8
     assert np.abs(drawn.astype(int) - shown[:, ::-1]).mean() > 16
 
@@ -439,7 +442,7 @@ def test_videos_of_any_rate_and_size_cost_no_results(output_of, shapes, quick, t
     """A rate that MP4 takes rounded, too many pixels a side for MPEG-4, and an image."""
     photos, out = tmp_path / 'photos', tmp_path / 'out'
     photos.mkdir()
-    image = cv2.imread_json(str(shapes / 'coco/val2017/000000000001.png'))
+    image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
     cv2.imwrite(str(photos / 'a.png'), image)
     cv2.imwrite(str(photos / 'd.png'), image)
     write_video(photos / 'b_slow.avi', 211.222, [image] * 3)
@@ -480,7 +483,7 @@ def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(output_of, shape
     """A picture where a folder is, and one of more pixels a side than JPEG has."""
     photos, out = tmp_path / 'photos', tmp_path / 'out'
     photos.mkdir()
-    image = cv2.imread_json(str(shapes / 'coco/val2017/000000000001.png'))
+    image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
     for name in 'ab':
         cv2.imwrite(str(photos / f'{name}.png'), image)
     cv2.imwrite(str(photos / 'c.png'), cv2.resize(image, (66000, 1)))
@@ -527,7 +530,7 @@ def test_images_of_one_name_in_several_folders_keep_their_own(output_of, shapes,
     """With the ids of annotations, and beside a video whose frames would have the same names."""
     known = []
     for number in (1, 2):
-        image = cv2.imread_json(str(shapes / f'coco/val2017/00000000000{number}.png'))
+        image = cv2.imread(str(shapes / f'coco/val2017/00000000000{number}.png'))
         (tmp_path / f'photos/cam{number}').mkdir(parents=True)
         cv2.imwrite(str(tmp_path / f'photos/cam{number}/frame.png'), image)
         known.append(dict(id=70 + number, file_name=f'cam{number}/frame.png'))
@@ -553,10 +556,10 @@ def test_images_of_one_name_in_several_folders_keep_their_own(output_of, shapes,
     assert stems['clip.avi'] == 'clip.avi' and stems['clip/000001.png'] == 'clip/000001'
 
 
-def test_no_input_is_overwritten(refusal_of, shapes, detector, tmp_path):
+def test_no_input_is_overwritten(refusal_of, shapes, random_detector, tmp_path):
     (tmp_path / 'pictures').mkdir()
     photo = tmp_path / 'pictures' / 'photo.jpg'
     cv2.imwrite(str(photo), np.zeros((9, 9, 3), np.uint8))
     assert 'would replace it' in refusal_of(
-        'predict.py', f'{DEMO_DETECTOR} {detector} {photo} --out {tmp_path}'
+        'predict.py', f'{DEMO_DETECTOR} {random_detector} {photo} --out {tmp_path}'
     )

@@ -14,10 +14,18 @@ from crossformer_mm.flops import count
 from crossformer_mm.sweep.report import pareto
 from crossformer_mm.sweep.settings import caution, settings_of
 
-from ..helpers import DEMO_DETECTOR, DEMO_SEGMENTOR, ROOT, metrics, random_model, run_tool
+from ..helpers import (
+    DEMO_DETECTOR,
+    DEMO_SEGMENTOR,
+    ROOT,
+    metrics,
+    random_model,
+    read_json,
+    run_tool,
+)
 from ..trainings import make_data
 
-OTHER = ['--group-size', '3,3,2,2']
+OTHER = '--group-size 3,3,2,2'
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +34,7 @@ def shapes(tmp_path_factory) -> Path:
 
 
 def read(out: Path) -> list:
-    return json.loads((out / 'sweep.json').read_text())['settings']
+    return read_json(out / 'sweep.json')['settings']
 
 
 @pytest.fixture
@@ -40,26 +48,24 @@ def one_apart(monkeypatch) -> list:
         commands.append(command)
         if len(commands) == 1:
             return start(command, **options)
-        return subprocess.CompletedProcess(command, run_tool('sweep_groups.py', *command[4:]))
+        return subprocess.CompletedProcess(command, run_tool('sweep_groups.py', command[4:]))
 
     monkeypatch.setattr(subprocess, 'run', run)
     return commands
 
 
-def test_every_setting_has_the_metrics_of_tools_test(shapes, segmentor, one_apart, tmp_path, capfd):
+def test_every_setting_has_the_metrics_of_tools_test(here, one_apart, tmp_path, output_of):
     out, work = tmp_path / 'sweep', tmp_path / 'test'
-    here = DEMO_SEGMENTOR, segmentor, '--data-root', shapes / 'ade'
-    assert run_tool('sweep_groups.py', *here, *OTHER, '--out', out) == 0
-    printed = capfd.readouterr().out
+    printed = output_of('sweep_groups.py', here, OTHER, '--out', out)
     assert len(one_apart) == 2
     own, other = read(out)
     assert own['own'] and (own['group_size'], own['lda']) == ([7, 7, 7, 7], 'interval')
     assert not other['own'] and other['group_size'] == [3, 3, 2, 2]
     for setting, options in (
-        (own, []),
-        (other, ['--cfg-options', 'model.backbone.group_size=(3,3,2,2)']),
+        (own, ''),
+        (other, '--cfg-options model.backbone.group_size=(3,3,2,2)'),
     ):
-        assert run_tool('test.py', *here, '--work-dir', work, *options) == 0
+        output_of('test.py', here, '--work-dir', work, options)
         expected = metrics(work)
         assert {'mIoU', 'aAcc'} <= setting['metrics'].keys()
         for name, value in setting['metrics'].items():
@@ -80,7 +86,7 @@ def cut(shapes: Path, folder: Path, images: int) -> Path:
     for split in ('train', 'val'):
         (folder / f'{split}2017').symlink_to(shapes / 'coco' / f'{split}2017')
         name = f'annotations/instances_{split}2017.json'
-        known = json.loads((shapes / 'coco' / name).read_text())
+        known = read_json(shapes / 'coco' / name)
         kept = {image['id'] for image in known['images'][:images]}
         known['images'] = known['images'][:images]
         known['annotations'] = [one for one in known['annotations'] if one['image_id'] in kept]
@@ -92,32 +98,18 @@ def task(folder: Path, images: int, *asked, group_size=(7, 7, 7, 7)) -> list:
     """Task of a process that measures one setting."""
     folder.mkdir(exist_ok=True)
     setting = dict(group_size=group_size, interval=[8, 4, 2, 1], lda='interval')
-    return [
-        '--task',
-        json.dumps(dict(setting=setting, images=images, asked=asked, folder=str(folder))),
-    ]
+    content = dict(setting=setting, images=images, asked=asked, folder=str(folder))
+    return ['--task', json.dumps(content)]
 
 
-def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_path):
-    assert (
-        run_tool(
-            'sweep_groups.py',
-            f'{DEMO_DETECTOR} {detector} --data-root {shapes}/coco',
-            *task(tmp_path / 'task', 2),
-        )
-        == 0
-    )
-    result = json.loads((tmp_path / 'task' / 'result.json').read_text())
-    assert (
-        run_tool(
-            'test.py',
-            f'{DEMO_DETECTOR} {detector} --data-root',
-            cut(shapes, tmp_path / 'cut', 2),
-            '--work-dir',
-            tmp_path / 'test',
-        )
-        == 0
-    )
+def test_some_images_of_a_detector_are_all_that_counts(
+    output_of, shapes, random_detector, tmp_path
+):
+    here = f'{DEMO_DETECTOR} {random_detector} --data-root'
+    output_of('sweep_groups.py', here, shapes / 'coco', task(tmp_path / 'task', 2))
+    result = read_json(tmp_path / 'task' / 'result.json')
+    fewer = cut(shapes, tmp_path / 'cut', 2)
+    output_of('test.py', here, fewer, '--work-dir', tmp_path / 'test')
     expected = metrics(tmp_path / 'test')
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= result['metrics'].keys()
     for name, value in result['metrics'].items():
@@ -129,42 +121,31 @@ def test_some_images_of_a_detector_are_all_that_counts(shapes, detector, tmp_pat
     )
 
 
-def test_a_metric_that_is_not_there_is_said(shapes, segmentor, tmp_path, capsys):
-    assert (
-        run_tool(
-            'sweep_groups.py',
-            f'{DEMO_SEGMENTOR} {segmentor} --data-root {shapes}/ade',
-            *task(tmp_path / 'task', 2, 'mIoU', 'mDice'),
-        )
-        == 2
-    )
-    said = "--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'"
-    assert said in capsys.readouterr().err
-    left = json.loads((tmp_path / 'task' / 'result.json').read_text())
-    assert left['refused'] and left['error'].startswith(said)
+@pytest.fixture
+def here(shapes, random_segmentor) -> str:
+    return f'{DEMO_SEGMENTOR} {random_segmentor} --data-root {shapes}/ade'
+
+
+def test_a_metric_that_is_not_there_is_said(here, tmp_path, refusal_of):
+    said = refusal_of('sweep_groups.py', here, task(tmp_path / 'task', 2, 'mIoU', 'mDice'))
+    assert said.startswith("--metric: the config's evaluator has no 'mDice', but 'aAcc', 'mIoU'")
+    assert read_json(tmp_path / 'task' / 'result.json') == dict(error=said, refused=True)
 
 
 def test_an_error_of_a_process_keeps_its_traceback_and_reaches_the_table(
-    shapes, segmentor, tmp_path, capsys, monkeypatch
+    here, output_of, tmp_path, monkeypatch
 ):
     def broken(*_):
         raise RuntimeError('out of\nmemory')
 
     monkeypatch.setattr(CrossFormer, 'forward', broken)
-    arguments = (
-        DEMO_SEGMENTOR,
-        segmentor,
-        '--data-root',
-        shapes / 'ade',
-        *task(tmp_path / 'task', 1),
-    )
-    assert run_tool('sweep_groups.py', *arguments) == 1
-    assert 'Traceback' in capsys.readouterr().err
-    left = json.loads((tmp_path / 'task' / 'result.json').read_text())
+    said = output_of('sweep_groups.py', here, task(tmp_path / 'task', 1), expect=1)
+    assert 'Traceback' in said
+    left = read_json(tmp_path / 'task' / 'result.json')
     assert left == dict(error='RuntimeError: out of memory', refused=False)
 
 
-def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
+def test_a_position_bias_that_has_a_size_is_resized(output_of, shapes, tmp_path):
     """Its parameters fit the config's own groups alone."""
     bias = "position_bias='relative'"
     config = tmp_path / 'relative.py'
@@ -173,15 +154,9 @@ def test_a_position_bias_that_has_a_size_is_resized(shapes, tmp_path):
     )
     checkpoint = random_model(config, tmp_path / 'relative.pth', {})
     folder = tmp_path / 'task'
-    assert (
-        run_tool(
-            'sweep_groups.py',
-            f'{config} {checkpoint} --data-root {shapes}/ade',
-            *task(folder, 1, group_size=(3, 3, 3, 3)),
-        )
-        == 0
-    )
-    assert 0 <= json.loads((folder / 'result.json').read_text())['metrics']['mIoU'] <= 100
+    asked = task(folder, 1, group_size=(3, 3, 3, 3))
+    output_of('sweep_groups.py', config, checkpoint, '--data-root', shapes / 'ade', asked)
+    assert 0 <= read_json(folder / 'result.json')['metrics']['mIoU'] <= 100
 
 
 class Processes:
@@ -207,17 +182,13 @@ class Processes:
 
 
 @pytest.fixture
-def sweep(monkeypatch, shapes, segmentor, tmp_path):
+def sweep(monkeypatch, here, tmp_path):
     """Runs the tool on settings whose processes give these answers; its exit status."""
 
-    def call(*answers, arguments=()) -> int:
+    def call(*answers, arguments='') -> int:
         processes = Processes(*answers)
         monkeypatch.setattr(subprocess, 'run', processes)
-        status = run_tool(
-            'sweep_groups.py',
-            f'{DEMO_SEGMENTOR} {segmentor} --data-root {shapes}/ade --out {tmp_path}/sweep',
-            *arguments,
-        )
+        status = run_tool('sweep_groups.py', here, '--out', tmp_path / 'sweep', arguments)
         assert not processes.answers
         return status
 
@@ -240,7 +211,7 @@ def failure(refused: bool) -> dict:
 
 
 def test_a_setting_that_fails_is_reported_and_the_others_go_on(sweep, tmp_path, capsys):
-    arguments = ['--group-size', '7,7,7,7', '14,14,7,7', '--lda', 'interval', 'block']
+    arguments = '--group-size 7,7,7,7 14,14,7,7 --lda interval block'
     answers = answer(40, 1), -9, failure(refused=True), answer(39, 0.5)
     assert sweep(*answers, arguments=arguments) == 1
     printed = capsys.readouterr().out
@@ -268,9 +239,9 @@ def test_a_model_that_is_refused_ends_the_sweep(sweep, tmp_path, capsys):
 
 
 def test_results_of_another_model_or_other_data_are_kept(sweep, tmp_path, capsys):
-    assert sweep(answer(40, 1), arguments=['--lda', 'interval']) == 0
+    assert sweep(answer(40, 1), arguments='--lda interval') == 0
     before = (tmp_path / 'sweep' / 'sweep.json').read_bytes()
-    assert sweep(arguments=['--lda', 'interval', '--max-images', '2']) == 2
+    assert sweep(arguments='--lda interval --max-images 2') == 2
     assert 'is of another model' in capsys.readouterr().err
     assert (tmp_path / 'sweep' / 'sweep.json').read_bytes() == before
 

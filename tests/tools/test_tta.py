@@ -86,7 +86,9 @@ def test_label_maps_of_mirrored_images_are_mirrored(shapes, tmp_path):
         assert (plain != plain[:, ::-1]).mean() > 0.01
 
 
-def test_classes_counted_from_zero_need_one_setting_with_and_without_augmentation(tmp_path):
+def test_classes_counted_from_zero_need_one_setting_with_and_without_augmentation(
+    output_of, tmp_path
+):
     data = make_data(tmp_path / 'shapes', train=1, val=1, size=96)
     config = tmp_path / 'from_zero.py'
     config.write_text(
@@ -102,6 +104,6 @@ def test_classes_counted_from_zero_need_one_setting_with_and_without_augmentatio
     for number, more in enumerate([(), ('--tta', '--cfg-options', *scales)]):
         options = ('--data-root', data / 'ade', '--work-dir', tmp_path / str(number))
         out = tmp_path / f'maps{number}'
-        assert run_tool('test.py', config, weights, *options, '--out', out, *more) == 0
+        output_of('test.py', config, weights, *options, '--out', out, *more)
         (labels,) = out.iterdir()
         assert cv2.imread(str(labels), cv2.IMREAD_UNCHANGED).max() <= 4

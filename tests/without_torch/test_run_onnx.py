@@ -30,7 +30,7 @@ from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
 from crossformer_mm.without_torch.predict import predict_files
 from crossformer_mm.without_torch.results import Ids
 
-from ..helpers import ROOT, TINY_BACKBONE, run_tool
+from ..helpers import ROOT, TINY_BACKBONE, refusals, run_tool
 from ..trainings import make_data
 
 if missing_torch(EXPORT):
@@ -252,19 +252,16 @@ def test_label_maps_are_those_of_predict(exported):
     assert same / total >= 0.9999
 
 
-def test_label_maps_of_a_photo_are_those_of_predict(exported, tmp_path):
+def test_label_maps_of_a_photo_are_those_of_predict(output_of, exported, tmp_path):
     """With resizing inside, from the size of a photo that Matplotlib carries."""
     files = [cbook.get_sample_data('grace_hopper.jpg', asfileobj=False)]
     kind, file = exported('segmentor'), tmp_path / 'model.onnx'
     scale = ['--cfg-options', 'test_dataloader.dataset.pipeline.1.scale=(256,128)']
     weights = kind.config.with_suffix('.pth')
     arguments = ['--out', file, '--threads', 1, '--resize-inside', '--shape', 64, 64, *scale]
-    assert run_tool('export.py', kind.config, weights, *arguments) == 0
-    assert (
-        run_tool('predict.py', kind.config, weights, *files, '--out', tmp_path / 'torch', *scale)
-        == 0
-    )
-    assert run_tool('run_onnx.py', file, *files, '--out', tmp_path / 'onnx', '--threads', 1) == 0
+    output_of('export.py', kind.config, weights, *arguments)
+    output_of('predict.py', kind.config, weights, *files, '--out', tmp_path / 'torch', *scale)
+    output_of('run_onnx.py', file, *files, '--out', tmp_path / 'onnx', '--threads', 1)
     maps = sorted((tmp_path / 'torch/labels').rglob('*.png'))
     assert len(maps) == len(files)
     for path in maps:
@@ -275,7 +272,7 @@ def test_label_maps_of_a_photo_are_those_of_predict(exported, tmp_path):
         assert (ours == theirs).mean() >= 0.9999
 
 
-def test_scores_of_a_classifier_are_those_of_mmpretrain(photos, tmp_path):
+def test_scores_of_a_classifier_are_those_of_mmpretrain(output_of, photos, tmp_path):
     """With its own pipeline, which resizes by Pillow and crops; and with a batch."""
     pytest.importorskip('mmpretrain')
     from mmengine.dataset import Compose, pseudo_collate
@@ -289,9 +286,9 @@ def test_scores_of_a_classifier_are_those_of_mmpretrain(photos, tmp_path):
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
     file = tmp_path / 'model.onnx'
     arguments = [tmp_path / 'classifier.py', tmp_path / 'weights.pth', '--out', file, '--threads']
-    assert run_tool('export.py', *arguments, 1, '--shape', 32, 32) == 0
+    output_of('export.py', *arguments, 1, '--shape', 32, 32)
     files = sorted(photos.iterdir())
-    assert run_tool('run_onnx.py', file, *files, '--out', tmp_path / 'out') == 1
+    output_of('run_onnx.py', file, *files, '--out', tmp_path / 'out', expect=1)
     listed = json.loads((tmp_path / 'out/images.json').read_text())
     assert [one['file_name'] for one in listed['skipped']] == ['none.jpg']
     init_default_scope('mmpretrain')  # the tools begin without one
@@ -490,7 +487,7 @@ def test_a_model_takes_views_and_arrays_that_are_read_only(exported, photos):
         assert not answers_differ(wanted, model(given))
 
 
-def test_images_are_loaded_as_the_test_pipeline_does(exported, tmp_path):
+def test_images_are_loaded_as_the_test_pipeline_does(output_of, exported, tmp_path):
     """A photo whose orientation the pipeline leaves out, resized in floats."""
     random = np.random.default_rng(0)
     coarse = random.integers(256, size=(8, 10, 3), dtype=np.uint8)
@@ -503,12 +500,9 @@ def test_images_are_loaded_as_the_test_pipeline_does(exported, tmp_path):
     step = 'test_dataloader.dataset.pipeline.0'
     options = ['--cfg-options', f'{step}.color_type=color_ignore_orientation']
     options.append(f'{step}.to_float32=True')
-    assert run_tool('export.py', config, weights, '--out', file, '--threads', 1, *options) == 0
-    assert (
-        run_tool('predict.py', f'{config} {weights} {tmp_path} --out {tmp_path}/torch', *options)
-        == 0
-    )
-    assert run_tool('run_onnx.py', file, tmp_path / 'turned.jpg', '--out', tmp_path / 'onnx') == 0
+    output_of('export.py', config, weights, '--out', file, '--threads', 1, *options)
+    output_of('predict.py', f'{config} {weights} {tmp_path} --out {tmp_path}/torch', *options)
+    output_of('run_onnx.py', file, tmp_path / 'turned.jpg', '--out', tmp_path / 'onnx')
     theirs, ours = (
         json.loads((tmp_path / name / 'results.bbox.json').read_text())
         for name in ('torch', 'onnx')
@@ -546,14 +540,16 @@ def test_the_check_of_an_export_begins_with_image_files(exported, option, wrong,
     assert said in str(raised.value)
 
 
-def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(exported, photos, tmp_path):
+def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(
+    output_of, exported, photos, tmp_path
+):
     """A picture of more pixels a side than JPEG has, and one where a folder is."""
     for name in 'ab':
         (tmp_path / f'{name}.png').write_bytes((photos / f'{name}.png').read_bytes())
     cv2.imwrite(str(tmp_path / 'long.png'), np.zeros((1, 65501, 3), np.uint8))
     out = tmp_path / 'out'
     (out / 'pictures/a.jpg').mkdir(parents=True)
-    assert run_tool('run_onnx.py', exported('retinanet').file, tmp_path, '--out', out) == 1
+    output_of('run_onnx.py', exported('retinanet').file, f'{tmp_path} --out {out}', expect=1)
     listed = json.loads((out / 'images.json').read_text())
     assert [one['file_name'] for one in listed['images']] == ['a.png', 'b.png', 'long.png']
     assert [one['file_name'] for one in listed['skipped']] == ['a.png', 'long.png']
@@ -611,27 +607,27 @@ def test_an_image_without_objects_has_no_boxes(exported):
     assert found['masks'].shape[1:] == (1, 1)
 
 
-def test_a_file_of_one_size_in_int8(exported, photos, tmp_path, capfd):
+def test_a_file_of_one_size_in_int8(output_of, refusal_of, exported, photos, tmp_path):
     """On data of shapes, of which random weights know nothing: an AP of 0 is said, too."""
     make_data(tmp_path / 'shapes', train=1, val=2, size=64)
     config, file = exported('retinanet').config, tmp_path / 'model.onnx'
     arguments = ('--fixed-shape', 64, 96, '--int8', '--data-root', tmp_path / 'shapes/coco')
     options = "test_dataloader.dataset.metainfo.classes=('disk','square','triangle','star')"
     arguments += ('--cfg-options', options)
-    assert run_tool('export.py', config, '--out', file, '--threads', 1, *arguments) == 0
-    printed = capfd.readouterr().out
+    printed = output_of('export.py', config, '--out', file, '--threads', 1, *arguments)
     assert re.search(r'int8: AP \d\.\d{3} before, \d\.\d{3} after \([+-]\d\.\d{3}\), on 2', printed)
     assert '1 x 64 x 96: relative difference' in printed
     model = Model(file)
     found = model(cv2.imread(str(photos / 'e.png')))  # 30 x 400, made smaller and filled up
     assert model.about['fixed_shape'] == [64, 96] and set(found) == {'boxes', 'scores', 'labels'}
     assert (found['boxes'] >= 0).all() and (found['boxes'] <= [400, 30, 400, 30]).all()
-    assert 'must be two numbers' in refused(capfd, config, '--out', file, '--fixed-shape', 0, 9)
-    assert 'of any size' in refused(
-        capfd, config, '--out', file, '--fixed-shape', 64, 96, '--resize-inside'
-    )
-    assert 'give one' in refused(capfd, config, '--out', file, '--int8', '--float16')
-    assert '--data-root' in refused(capfd, config, '--out', file, '--int8')
+    for arguments, said in {
+        '--fixed-shape 0 9': 'must be two numbers',
+        '--fixed-shape 64 96 --resize-inside': 'of any size',
+        '--int8 --float16': 'give one',
+        '--int8': '--data-root',
+    }.items():
+        assert said in refusal_of('export.py', config, '--out', file, arguments)
 
 
 def test_what_weights_of_fewer_bits_cost_is_said_by_the_libraries_metrics(photos, tmp_path):
@@ -684,11 +680,6 @@ def test_what_weights_of_fewer_bits_cost_is_said_by_the_libraries_metrics(photos
     assert accuracy == ('top-1 accuracy', 0.5)
 
 
-def refused(capfd, *arguments) -> str:
-    assert run_tool('export.py', *arguments) == 2
-    return capfd.readouterr().err.strip().splitlines()[-1]
-
-
 @pytest.mark.parametrize('how, most', [('to_float16', 0.8), ('to_int8', 1.0)])
 def test_smaller_weights_return_almost_the_same(exported, photos, tmp_path, how, most):
     from crossformer_mm.export import smaller
@@ -703,11 +694,11 @@ def test_smaller_weights_return_almost_the_same(exported, photos, tmp_path, how,
     assert 0.9 < (labels[0] == labels[1]).mean()
 
 
-def test_openvino_returns_the_same(exported, tmp_path):
+def test_openvino_returns_the_same(output_of, exported, tmp_path):
     pytest.importorskip('openvino')
     for kind in CONFIGS:
-        status = run_tool('run_onnx.py', exported(kind).file, exported(kind).photos / 'a.png', f'--out {tmp_path}/{kind} --provider openvino --threads 1')  # fmt: skip
-        assert status == 0
+        options = f'--out {tmp_path}/{kind} --provider openvino --threads 1'
+        output_of('run_onnx.py', exported(kind).file, exported(kind).photos / 'a.png', options)
         if kind == 'segmentor':
             ours, theirs = (
                 cv2.imread(str(folder / 'labels/a.png'), cv2.IMREAD_UNCHANGED)
@@ -761,17 +752,13 @@ def test_the_service_answers_over_http(exported, photos, tmp_path):
 
 @pytest.mark.parametrize(
     'arguments, sentence',
-    [
-        (['none.onnx', 'IMAGE'], "model: file 'none.onnx' does not exist."),
-        (['IMAGE', 'IMAGE'], 'cannot be loaded'),
-        (['IMAGE', 'nothing*'], "images: 'nothing*' is no file, no folder and matches nothing."),
-        (['IMAGE', 'IMAGE', '--score-thr', '2'], '--score-thr must be from 0 to 1, got 2.0.'),
-        (['IMAGE', 'IMAGE', '--out', 'IMAGE'], 'is a file.'),
-    ],
+    refusals("""
+none.onnx a.png -> model: file 'none.onnx' does not exist.
+a.png a.png -> cannot be loaded
+a.png nothing* -> images: 'nothing*' is no file, no folder and matches nothing.
+a.png a.png --score-thr 2 -> --score-thr must be from 0 to 1, got 2.0.
+a.png a.png --out a.png -> is a file.
+"""),
 )
-def test_what_cannot_work_is_said_in_one_sentence(photos, capfd, arguments, sentence):
-    image = photos / 'a.png'
-    arguments = [image if argument == 'IMAGE' else argument for argument in arguments]
-    assert run_tool('run_onnx.py', *arguments) == 2
-    said = capfd.readouterr().err.strip().splitlines()
-    assert said[-1].startswith('error: ') and sentence in said[-1]
+def test_what_cannot_work_is_said_in_one_sentence(refusal_of, photos, arguments, sentence):
+    assert sentence in refusal_of('run_onnx.py', arguments, folder=photos)
