@@ -143,7 +143,7 @@ def train(model, image, dtype, steps: int) -> list:
 
 def fill(kind) -> dict:
     """Compile the kernels of a kind, by running their self-test."""
-    fault = self_test.find_fault(self_test.Kind(DEVICE, *kind), True)
+    fault = self_test.Kind(DEVICE, *kind).find_fault(True)
     return dict(fault=fault, passed=not fault)
 
 
