@@ -185,7 +185,7 @@ def test_transforms_and_tracers_run_the_modules(kernel_runs):
     )
     torch.testing.assert_close(vmapped, functional.expand(2, -1, -1, -1))
     compiled = torch.compile(
-        lambda: bias.position_table(pos, 2, 3, DEVICE, 'fused'), backend='eager'
+        lambda: bias.position_table(pos, 2, 3, DEVICE, 'fused'), backend='eager', fullgraph=True
     )
     torch.testing.assert_close(compiled(), functional)
     assert not kernel_runs
