@@ -17,7 +17,7 @@ import logging
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -81,7 +81,7 @@ class Kind(NamedTuple):
 # Of this process: which kernels work. The values that a model computes do not depend on it.
 PASSED: Set[Tuple[Tested, bool]] = set()  # with and without the backward pass
 BROKEN: Dict[Tested, str] = {}  # and why
-FAILURES: Dict[Tested, int] = {}  # out of memory
+FAILURES: Dict[Tested, List[str]] = {}  # of memory or a disk, which may be temporary
 LOCK = threading.Lock()
 
 
@@ -111,9 +111,10 @@ def test(kind: Tested, trains: bool) -> None:
         with ThreadPoolExecutor(1) as thread:
             fault = thread.submit(kind.find_fault, trains).result()
     except (torch.cuda.OutOfMemoryError, OSError) as error:  # no memory, a full disk
-        FAILURES[kind] = FAILURES.get(kind, 0) + 1
         fault = f'{type(error).__name__}: {error}'
-        if FAILURES[kind] < TRIES:
+        failures = FAILURES.setdefault(kind, [])
+        failures.append(fault)
+        if len(failures) < TRIES:
             say(
                 f'{kind.kernels} could not be tested on {kind.device} ({fault}), '
                 f'{kind.substitute} used until it can'
@@ -192,8 +193,9 @@ vars(attends)['_dynamo_marked_constant'] = True
 
 def why_untrusted(call: Call) -> str:
     """Return the reason why :func:`is_trusted` is False."""
-    faults = (fault for kind, fault in BROKEN.items() if kind[:3] == call[:3])
-    return next(faults, 'it could not be tested yet')
+    faults = {**{kind: faults[-1] for kind, faults in FAILURES.items()}, **BROKEN}
+    found = (fault for kind, fault in faults.items() if kind[:3] == call[:3])
+    return next(found, 'it could not be tested yet')
 
 
 def with_fallback(kernel: Callable, fallback: Callable, qkv_at: int) -> Callable:

@@ -162,7 +162,8 @@ def test_line_for_the_log_says_why_plain_is_taken(gpu, machine, reason):
     assert line.startswith('plain on cuda:0 (float16), not fused: ') and reason in line
 
 
-@pytest.mark.parametrize('device', ['mps', 'xpu', 'meta'])
+# 'privateuseone' is what an NPU is called until its package renames it.
+@pytest.mark.parametrize('device', ['mps', 'xpu', 'privateuseone', 'hpu', 'meta'])
 def test_line_for_the_log_names_other_devices(device):
     line = describe_path(Call(torch.device(device)))
     assert line.startswith(f'plain on {device} (float32), not fused: it works on CUDA devices')
