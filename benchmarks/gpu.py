@@ -31,6 +31,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = dict(compile=80, default=60, sanitizer=90, check=90, layers=70, models=110)  # seconds
@@ -61,14 +62,14 @@ from torch import nn
 
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import harness
-from harness import NotRun, device_time, peer, relative, run_all, within
+from harness import NotRun, both_passes, device_time, peer, relative, run_all, within
 from stand_ins import replace_missing
 
 STAND_INS = replace_missing()
 try:
     import triton
 
-    from crossformer_mm import CrossFormer, kernels
+    from crossformer_mm import CrossFormer, block, kernels
     from crossformer_mm.compat import missing_torch
 except ModuleNotFoundError as error:
     needs = 'benchmarks/gpu.py needs PyTorch, Triton and einops'
@@ -77,7 +78,7 @@ if missing_torch('2.4'):
     sys.exit(f'error: benchmarks/gpu.py: {missing_torch("2.4")}.')
 from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules
 from crossformer_mm.hooks import attention_paths
-from crossformer_mm.kernels import fused, plain, self_test, triton_launch
+from crossformer_mm.kernels import bias, fused, plain, self_test, triton_launch
 from crossformer_mm.position_bias import bias_of_pairs
 
 DEVICE = torch.device('cpu') if SMOKE else torch.device('cuda', 0)
@@ -115,12 +116,12 @@ def value_and_gradients(attention, qkv, table, grad, arguments) -> tuple:
 
 
 def build(**options) -> nn.Module:
-    """CrossFormer-S without stochastic depth, always with the same weights."""
+    """CrossFormer-S, without stochastic depth unless named, always with the same weights."""
     torch.manual_seed(0)
     if SMOKE:
         options.update(merge_sizes=(), group_size=(GROUP,), interval=(2,), out_indices=(0,))
         options.update(arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)))
-    return CrossFormer(**options, drop_path_rate=0.0).to(DEVICE).train()
+    return CrossFormer(**{'drop_path_rate': 0.0, **options}).to(DEVICE).train()
 
 
 def image_of(batch: int, sides=None):
@@ -131,6 +132,7 @@ def image_of(batch: int, sides=None):
 def train(model, image, dtype, steps: int) -> list:
     """Losses of steps of AdamW towards features of 1."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-4), []
+    torch.manual_seed(2)  # of stochastic depth
     for _ in range(steps):
         optimizer.zero_grad()
         with amp(dtype, image.device):
@@ -143,18 +145,21 @@ def train(model, image, dtype, steps: int) -> list:
 
 def fill(kind) -> dict:
     """Compile the kernels of a kind, by running their self-test."""
-    fault = self_test.find_fault(self_test.Kind(DEVICE, *kind), True)
+    fault = kind.find_fault(True)
     return dict(fault=fault, passed=not fault)
 
 
 def run_compile(log) -> None:
-    """Compile blocks of 64 by the self-test, smaller ones by the cases of ``check``."""
+    """Compile blocks of 64 and biases by self-tests, smaller blocks by the cases of ``check``."""
     types = list(itertools.product(DTYPES, (HEAD_DIM, 64, 16)))
-    tasks = {f'{t} {small=}': (fill, ((*t, small),)) for t in types for small in (True, False)}
+    kinds = [self_test.Kind(DEVICE, *t, small) for t in types for small in (True, False)]
+    kinds += [bias.Kind(DEVICE, width, width // 2, False, 1e-5) for width in (6, 12, 24, 48)]
+    tasks = {str(kind): (fill, (kind,)) for kind in kinds}
     for (dtype, dim), side in itertools.product(types, (4, 5)):
         case = (1, side, side), AxisRule(side, 1), AxisRule(side, 1), 2, dim, dtype
         tasks[f'{dtype} {dim} {side}x{side}'] = compare, case
-    tasks = dict(list(tasks.items())[18:19]) if SMOKE else tasks
+    if SMOKE:  # one bias and one map
+        tasks = dict(list(tasks.items())[len({*kinds}) - 4 :: 4][:2])
     with harness.FORK.Pool(min(len(tasks), os.cpu_count() or 1)) as pool:
         waiting = {name: pool.apply_async(*task) for name, task in tasks.items()}
         run_all({name: result.get for name, result in waiting.items()}, log)
@@ -165,11 +170,14 @@ def run_default(log) -> None:
 
     def steps(dtype, evaluate=False, **options) -> dict:
         self_test.PASSED.clear()  # as in a new process
+        options['drop_path_rate'] = 0.2
         model, reference = build(**options), build(**{**options, 'attention_path': 'plain'})
         if evaluate:
             with torch.inference_mode(), amp(dtype):
                 model(image)
-        losses, expected = (train(m, image, dtype, 2) for m in (model, reference))
+        losses = train(model, image, dtype, 2)
+        with mock.patch.object(block, 'joins_sum', lambda *args: False):
+            expected = train(reference, image, dtype, 2)
         grads, exact = ([p.grad for p in m.parameters()] for m in (model, reference))
         largest = float(max(grad.abs().max() for grad in exact))
         errors = relative(losses, expected, 1e-9) + relative(grads, exact, largest)
@@ -267,17 +275,6 @@ def layers_of(batch: int = 2) -> dict:
             inputs = random_inputs((batch, *sides), *rules, heads, HEAD_DIM, MIXED)
             layers[f'stage {stage} {kind}'] = inputs
     return layers
-
-
-def both_passes(attention, inputs, grad) -> dict:
-    """Device time of ``attention(*inputs)`` and of its gradients."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    with torch.no_grad():
-        forward = device_time(lambda: attention(*inputs))
-    out = attention(*inputs)
-    backward = device_time(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
-    kernels_ms = {name[:50]: ms for name, ms in {**forward, **backward}.items()}
-    return dict(forward_ms=sum(forward.values()), backward_ms=sum(backward.values()), **kernels_ms)
 
 
 def on_groups(qkv, table, grad, arguments, flex: bool) -> dict:

@@ -88,6 +88,17 @@ def device_time(function, repeat: int = 5) -> dict:
     return {e.key: e.self_device_time_total / 1e3 / repeat for e in recorded.key_averages()}
 
 
+def both_passes(attention, inputs, grad) -> dict:
+    """Device time of ``attention(*inputs)`` and of its gradients."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        forward = device_time(lambda: attention(*inputs))
+    out = attention(*inputs)
+    backward = device_time(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+    kernels_ms = {name[:50]: ms for name, ms in {**forward, **backward}.items()}
+    return dict(forward_ms=sum(forward.values()), backward_ms=sum(backward.values()), **kernels_ms)
+
+
 def measure(step) -> dict:
     """Milliseconds of a step: of the device, elapsed, and of the host; and its peak memory."""
     device = sum(device_time(step).values())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossformer_mm import CrossFormer, exact, layers
+from crossformer_mm import CrossFormer, block, exact, layers
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.kernels import bias_triton, fused
 
@@ -89,9 +89,6 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
 
         library.impl(f'{name}.{overload}' if overload else name, run, 'AutocastCPU')
 
-    def joint_cast_dtype(x: Tensor):
-        return None if torch.is_grad_enabled() else layers.cast_dtype(x)
-
     map_attention = GroupAttention.attend
     library = torch.library.Library('aten', 'IMPL')
     in_float32('layer_norm')
@@ -102,7 +99,8 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
         mock.patch.object(fused, 'why_no_triton', lambda device: ''),
         mock.patch.object(exact, 'is_observed', lambda: False),
         mock.patch.object(layers, 'onednn_suits', lambda x, weight: False),
-        mock.patch.object(layers, 'joint_cast_dtype', joint_cast_dtype),
+        mock.patch.object(layers, 'joint_cast_dtype', layers.cast_dtype),
+        mock.patch.object(block, 'joins_sum', lambda x, path: block.drops_paths(path, x.device)),
         mock.patch.object(layers.Mlp, 'takes_shortcut', lambda mlp, x: False),
     ):
         yield

@@ -5,6 +5,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .attention import GroupAttention
+from .exact import is_exact
 from .grouping import AxisRule
 from .layers import Mlp
 
@@ -24,11 +25,50 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        if not (self.training and self.drop_prob):
-            return x
+        return x * self.draw(x) if self.training and self.drop_prob else x
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Draw the factors of a branch, (B, 1, 1, 1): 0, or 1 / (1 - drop_prob)."""
         keep = 1 - self.drop_prob
-        kept = torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).add_(keep).floor_()
-        return x * kept.div_(keep)
+        kept = torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device)
+        return kept.add_(keep).floor_().div_(keep)
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
+    """Return ``x + drop_path(branch)``; on a GPU in training with fewer passes over the map."""
+    if joins_sum(x, drop_path):
+        return ScaledSum.apply(x, branch, drop_path.draw(branch))
+    return x + drop_path(branch)
+
+
+def joins_sum(x: Tensor, drop_path: nn.Module) -> bool:
+    """Check that :class:`ScaledSum` computes what the module does to a branch, and the sum."""
+    return x.device.type == 'cuda' and drops_paths(drop_path, x.device)
+
+
+def drops_paths(drop_path: nn.Module, device: torch.device) -> bool:
+    """Check for an unmodified :class:`DropPath` that drops something."""
+    return (
+        drop_path.training and is_exact([drop_path], [DropPath], device) and drop_path.drop_prob > 0
+    )
+
+
+class ScaledSum(torch.autograd.Function):
+    """Compute ``x + branch * factors``; no product is rounded to the type of ``branch``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, branch: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(factors)
+        ctx.dtype = branch.dtype
+        return torch.addcmul(x, branch, factors)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (factors,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return grad, (grad * factors).to(ctx.dtype), None
+        grad_branch = torch.empty_like(grad, dtype=ctx.dtype)
+        return grad, torch.mul(grad, factors, out=grad_branch), None
 
 
 class CrossFormerBlock(BaseModule):
@@ -71,8 +111,8 @@ class CrossFormerBlock(BaseModule):
 
     def mix(self, x: Tensor, *groups) -> Tensor:
         """Attention and MLP; the groups as the attention takes them."""
-        x = x + self.drop_path(self.attn(self.norm1(x), *groups))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attn(self.norm1(x), *groups), self.drop_path)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 
     def cool(self, x: Tensor) -> Tensor:
         """The amplitude cooling layer."""

@@ -8,7 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .compat import is_compiling
-from .layers import cast_dtype
+from .layers import cast_dtype, convolve
 
 
 def split_channels(channels: int, parts: int) -> List[int]:
@@ -44,7 +44,7 @@ class CrossScaleConvs(nn.ModuleList):
             x = F.pad(x, missing)
         # Once: autocast would do it for each convolution.
         x = x.to(cast_dtype(x) or x.dtype)
-        return torch.cat([conv(x) for conv in self], dim=1).permute(0, 2, 3, 1)
+        return torch.cat(convolve([*self], x), dim=1).permute(0, 2, 3, 1)
 
 
 class PatchEmbedding(BaseModule):

@@ -5,7 +5,8 @@ put there, such as a hook, another layer or a quantised weight, would be bypasse
 shortcut therefore calls :func:`is_exact`, and calls the modules where it returns False.
 """
 
-from typing import Iterable, Sequence
+import functools
+from typing import Any, Callable, Iterable, List, Sequence
 
 import torch
 from torch import nn
@@ -20,9 +21,10 @@ from .compat import is_compiling
 def is_exact(modules: Iterable[nn.Module], types: Sequence[type], device: torch.device) -> bool:
     """Check that modules compute what their types do on float32 parameters, and nothing else.
 
-    False if a module is of another type, has a hook (its own or a global one) or another
-    ``forward``, if a parameter is no plain ``nn.Parameter`` in float32 on the device, and inside
-    graph capture, a transform of ``torch.func``, forward-mode AD, or a dispatch or function mode.
+    False if a module is of another type or given twice, has a hook (its own or a global one),
+    another ``forward`` or a buffer, if a parameter is no plain ``nn.Parameter`` in float32 on the
+    device, and inside graph capture, a transform of ``torch.func``, forward-mode AD, or a dispatch
+    or function mode.
 
     The caller checks the options of the modules, such as ``eps``, ``p`` and ``bias=False``.
 
@@ -34,9 +36,24 @@ def is_exact(modules: Iterable[nn.Module], types: Sequence[type], device: torch.
     if torch.jit.is_tracing() or is_compiling() or active_transform() or is_observed():
         return False
     modules = list(modules)
-    return [*map(type, modules)] == [*types] and all(
-        is_unmodified(module) and has_plain_parameters(module, device) for module in modules
+    return (
+        [*map(type, modules)] == [*types]
+        and len({*modules}) == len(modules)
+        and all([is_unpatched(cls) for cls in {*types}])
+        and all([is_unmodified(module, device) for module in modules])
     )
+
+
+def submodules(module: nn.Module) -> List[nn.Module]:
+    """List a module and all below it in the order of ``module.modules()``, with repetitions."""
+    modules, seen, waiting = [], {None}, [module]
+    while waiting:
+        module = waiting.pop()
+        modules.append(module)
+        if module not in seen:
+            seen.add(module)
+            waiting += reversed(vars(module)['_modules'].values())
+    return modules
 
 
 def active_transform() -> str:
@@ -62,32 +79,48 @@ def is_observed() -> bool:
     )
 
 
-def is_unmodified(module: nn.Module) -> bool:
-    """Check that calling a module runs its class's own ``forward`` and nothing else."""
-    cls = type(module)
-    return not (
-        'forward' in vars(module)
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or vars(module).get('_compiled_call_impl')  # module.compile(), in PyTorch 2.2
-        or cls.__call__ is not nn.Module._wrapped_call_impl
-        # A forward that somebody else assigned to the class.
-        or cls.forward.__module__ != cls.__module__
-        or cls.forward.__qualname__ != f'{cls.__qualname__}.forward'
-        or hasattr(cls.forward, '__wrapped__')
+def is_unpatched(cls: Any) -> bool:
+    """Check that calling a module of a class runs the class's own ``forward``."""
+    return (
+        cls.__call__ is nn.Module._wrapped_call_impl
+        and is_own_forward(cls, cls.forward)
+        and not hasattr(cls, 'weight')  # a property, which would hide the parameter
+        and not hasattr(cls, 'bias')
     )
 
 
-def has_plain_parameters(module: nn.Module, device: torch.device) -> bool:
-    """Check that a module's own parameters are plain, in float32 and on a device."""
-    # By attribute, too: pruning and functional calls replace parameters by tensors.
-    return all(
-        parameter is None
-        or type(parameter) is nn.Parameter
-        and parameter.dtype == torch.float32
-        and parameter.device == device
-        for name in ('weight', 'bias', *module._parameters)
-        for parameter in (getattr(module, name, None),)
+@functools.cache  # of each function once
+def is_own_forward(cls: type, forward: Callable) -> bool:
+    """Check that nobody else assigned a ``forward`` to its class."""
+    return (
+        forward.__module__ == cls.__module__
+        and forward.__qualname__ == f'{cls.__qualname__}.forward'
+        and not hasattr(forward, '__wrapped__')
     )
+
+
+def is_unmodified(module: nn.Module, device: torch.device) -> bool:
+    """Check that a module's own state is that of its class, with plain parameters on a device."""
+    # Read from the dictionary: nn.Module's look-up of a parameter takes longer than all of this.
+    state = vars(module)
+    if (
+        state['_forward_pre_hooks']
+        or state['_forward_hooks']
+        or state['_backward_pre_hooks']
+        or state['_backward_hooks']
+        or state['_buffers']
+        or 'forward' in state
+        # Pruning and functional calls replace parameters by tensors.
+        or 'weight' in state
+        or 'bias' in state
+        or state.get('_compiled_call_impl')  # module.compile(), in PyTorch 2.2
+    ):
+        return False
+    for parameter in state['_parameters'].values():
+        if parameter is not None and (
+            type(parameter) is not nn.Parameter
+            or parameter.dtype != torch.float32
+            or parameter.device != device
+        ):
+            return False
+    return True

@@ -1,6 +1,6 @@
 """Linear layers and the MLP of a block."""
 
-from typing import Optional
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +29,58 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
             out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
             return out.view(*x.shape[:-1], -1)
         return layer(x)
-    dtype = joint_cast_dtype(x)
+    # In one launch; autocast casts each by itself. In training a Python autograd function for two
+    # tensors would take longer than that.
+    dtype = None if torch.is_grad_enabled() else joint_cast_dtype(x)
     if dtype and is_exact([layer], [nn.Linear], x.device) and layer.bias is not None:
-        # In one launch; autocast casts each by itself.
-        cast = [torch.empty_like(one, dtype=dtype) for one in (layer.weight, layer.bias)]
-        torch._foreach_copy_(cast, [layer.weight, layer.bias])
-        return F.linear(x, *cast)
+        return F.linear(x, *copies((layer.weight, layer.bias), dtype))
     return layer(x)
 
 
-def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """Return the type to which a layer casts its weight and bias in one launch, or None.
+def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
+    """Apply convolutions to one map; their parameters are cast in one launch, their gradients too.
 
-    None in training, too: there autocast does it, without a Python autograd function.
+    Args:
+        layers (Sequence[nn.Module]): of ``nn.Conv2d``, or what users replaced them by.
+        x (Tensor): (B, in_channels, H, W).
     """
-    if x.device.type != 'cuda' or torch.is_grad_enabled() or capture_mode():
-        return None
-    return cast_dtype(x)
+    dtype = joint_cast_dtype(x)
+    if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
+        return [layer(x) for layer in layers]
+    cast = JointCast.apply(dtype, *[one for conv in layers for one in (conv.weight, conv.bias)])
+    return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
+
+
+class JointCast(torch.autograd.Function):
+    """Cast tensors to a type, and their gradients to float32; None stays None."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Optional[Tensor]):
+        cast = copies(tensors, dtype)
+        ctx.set_materialize_grads(False)
+        frozen = [one for one, needed in zip(cast, ctx.needs_input_grad[1:]) if not needed]
+        ctx.mark_non_differentiable(*[one for one in frozen if one is not None])
+        return cast
+
+    @staticmethod
+    def backward(ctx, *grads: Optional[Tensor]):
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, *(None if grad is None else grad.float() for grad in grads)
+        return None, *copies(grads, torch.float32)
+
+
+def copies(tensors: Sequence[Optional[Tensor]], dtype: torch.dtype) -> Tuple[Optional[Tensor], ...]:
+    """Copy tensors to a type in one launch; None stays None."""
+    out = tuple([None if one is None else torch.empty_like(one, dtype=dtype) for one in tensors])
+    pairs = [(one, source) for one, source in zip(out, tensors) if source is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs)))
+    return out
+
+
+def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """Return the type to which layers cast their parameters in one launch, or None."""
+    return None if x.device.type != 'cuda' or capture_mode() else cast_dtype(x)
 
 
 def cast_dtype(x: Tensor) -> Optional[torch.dtype]:

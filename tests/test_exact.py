@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossformer_mm.exact import is_exact
+from crossformer_mm.exact import is_exact, submodules
 
 CPU = torch.device('cpu')
 TYPES = nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU
@@ -21,7 +21,7 @@ def build() -> nn.Sequential:
 
 
 def ask(net: nn.Module) -> bool:
-    return is_exact(net.modules(), TYPES, CPU)
+    return is_exact(submodules(net), TYPES, CPU)
 
 
 class Linear(nn.Linear):
@@ -47,6 +47,15 @@ def set_weight(weight):
     return change
 
 
+def set_buffer(net):
+    del net[0].weight
+    net[0].register_buffer('weight', torch.ones(4, 4))
+
+
+def hide_weight(net):
+    vars(net[0])['weight'] = nn.Parameter(torch.ones(4, 4))
+
+
 SURGERY = {
     'another layer': lambda net: net.__setitem__(2, nn.GELU()),
     'a subclass': set_linear(Linear(4, 4)),
@@ -63,6 +72,12 @@ SURGERY = {
         net[0], 'weight', nn.Identity()
     ),
     'a tensor for a parameter': set_weight(torch.ones(4, 4)),
+    'a tensor for a parameter, as torch.func puts it': lambda net: net[0]._parameters.update(
+        weight=torch.ones(4, 4)
+    ),
+    'a buffer for a parameter': set_buffer,
+    'an attribute before a parameter': hide_weight,
+    'a layer less': lambda net: net.register_module('1', None),
     "a parameter's subclass": set_weight(Doubled(torch.ones(4, 4))),
 }
 
@@ -81,6 +96,21 @@ def test_pruned_layers_are_exact_once_the_pruning_is_permanent():
     assert not ask(net)
     prune.remove(net[0], 'weight')
     assert ask(net)
+
+
+def test_one_layer_in_two_places_is_not_exact():
+    net, types = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (nn.Sequential, *[nn.Linear] * 2)
+    assert submodules(net) == [*net.modules()] and is_exact(submodules(net), types, CPU)
+    net[1] = net[0]
+    assert not is_exact(submodules(net), types, CPU)
+    net[1] = net
+    assert not is_exact(submodules(net), types, CPU)
+
+
+def test_a_property_before_a_parameter_is_not_exact(monkeypatch):
+    net = build()
+    monkeypatch.setattr(nn.Linear, 'weight', property(lambda layer: None), raising=False)
+    assert not ask(net)
 
 
 def test_a_layer_without_bias_is_exact():

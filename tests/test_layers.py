@@ -174,3 +174,42 @@ def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(layers.linear(layer, x), layer(x))
+
+
+def cast_by_itself(x):
+    return None
+
+
+def convolved(convs, x):
+    """Sum of the outputs under autocast, in float32."""
+    with torch.autocast('cpu', torch.bfloat16):
+        return torch.cat(layers.convolve(convs, x), 1).float().square().sum()
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch):
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 4, kernel, 2, kernel // 2 - 1, bias=bias) for kernel in (2, 4)]
+    convs[0].weight.requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    needed = [x, *(p for conv in convs for p in conv.parameters() if p.requires_grad)]
+    results = []
+    for dtype in (layers.cast_dtype, cast_by_itself):
+        monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
+        out = convolved(convs, x)
+        results.append((out, *torch.autograd.grad(out, needed, create_graph=True)))
+        slope = sum(grad.square().sum() for grad in results[-1][1:])
+        results[-1] += torch.autograd.grad(slope, needed)
+    for joint, single in zip(*results, strict=True):
+        assert joint.dtype == single.dtype and torch.equal(joint, single)
+    monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
+    convolved(convs, x).backward()
+    assert convs[0].weight.grad is None and convs[1].weight.grad.dtype == torch.float32
+
+
+def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
+    monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
+    convs, seen = [nn.Conv2d(3, 4, 2, 2), nn.Conv2d(3, 4, 2, 2)], []
+    convs[1].register_forward_hook(lambda *args: seen.append(args))
+    convolved(convs, torch.randn(1, 3, 4, 4))
+    assert len(seen) == 1

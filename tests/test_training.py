@@ -6,7 +6,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossformer_mm import CrossFormer
+from crossformer_mm import CrossFormer, block
 from crossformer_mm.block import DropPath
 from crossformer_mm.grouping import stage_rules
 
@@ -123,6 +123,69 @@ def test_stochastic_depth_drops_the_samples_that_mmcvs_layer_drops():
         assert torch.equal(layer.eval()(x), x)
     torch.testing.assert_close(*outs)
     assert torch.equal(outs[0] == 0, outs[1] == 0) and 0 < (outs[0] == 0).float().mean() < 0.5
+
+
+@pytest.fixture
+def joined_sums(monkeypatch):
+    """Count the sums that are joined with stochastic depth, as on a GPU."""
+    joined = []
+
+    def joins_sum(x, path):
+        joined.append(block.drops_paths(path, x.device))
+        return joined[-1]
+
+    monkeypatch.setattr(block, 'joins_sum', joins_sum)
+    return joined
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_sum_joined_with_stochastic_depth_equals_the_two(dtype, joined_sums):
+    path = DropPath(0.25).train()
+    x = torch.randn(40, 2, 3, 5, requires_grad=True)
+    branch = torch.randn_like(x).to(dtype).requires_grad_()
+    weight, results = torch.randn_like(x), []
+    for add in (block.add_branch, lambda x, branch, path: x + path(branch)):
+        torch.manual_seed(1)
+        out = add(x, branch, path)
+        grads = torch.autograd.grad((out * weight).sum(), (x, branch), create_graph=True)
+        again = torch.autograd.grad((out * weight).sum(), (x, branch))
+        results.append((out, *grads, *again))
+    assert joined_sums == [True]
+    limits = {} if dtype == torch.float32 else dict(rtol=8e-3, atol=8e-3)
+    for joined, single in zip(*results, strict=True):
+        torch.testing.assert_close(joined, single, **limits)
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_training_with_joined_sums_equals_training_without(with_cp, joined_sums, monkeypatch):
+    backbone = CrossFormer(SMALL, drop_path_rate=0.5, with_cp=with_cp).train()
+    image, grads = torch.randn(2, 3, 64, 64), []
+    for _ in range(2):
+        torch.manual_seed(2)
+        loss = sum(feature.square().mean() for feature in backbone(image))
+        grads.append(torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True))
+        monkeypatch.setattr(block, 'joins_sum', lambda x, path: False)
+    assert joined_sums.count(True) > 4
+    for joined, single in zip(*grads, strict=True):
+        if single is not None:
+            torch.testing.assert_close(joined, single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda path: path.eval(),
+        lambda path: path.register_forward_hook(lambda module, args, out: out * 0),
+        lambda path: setattr(path, 'drop_prob', 0.0),
+        lambda path: setattr(path, 'forward', torch.zeros_like),
+    ],
+)
+def test_a_changed_stochastic_depth_is_called(change, joined_sums):
+    path, x, branch = DropPath(0.25).train(), *torch.randn(2, 40, 2, 3, 5)
+    change(path)
+    assert torch.equal(block.add_branch(x, branch, path), x + path(branch))
+    assert torch.equal(block.add_branch(x, branch, torch.nn.Identity()), x + branch)
+    assert joined_sums == [False, False]
 
 
 def test_attention_dropout_keeps_the_expected_value(small):

@@ -6,20 +6,20 @@ kernels of :mod:`.bias_triton` compute the same in one launch, and the gradients
 compared with the definition on the user's GPU before they are used.
 """
 
+import functools
 import importlib
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..compat import missing_torch
-from ..exact import is_exact
+from ..exact import is_exact, submodules
 from ..position_bias import DynamicPositionBias
 from . import fused
-from .self_test import say, scattered
+from .call import capture_mode
+from .self_test import describe_errors, passes, run, scattered
 
 LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
 TYPES = (DynamicPositionBias, nn.Linear, *LAYER, *LAYER, *LAYER)  # of a bias and its parts
@@ -34,10 +34,33 @@ class Kind(NamedTuple):
     heads: int
     residual: bool
     eps: float
+    dtype: torch.dtype = torch.float32
+    kernels: str = 'the kernel of the position bias'
+    substitute: str = "PyTorch's operators are"
 
+    def find_fault(self, trains: bool) -> str:
+        """Compare both passes of a small case with the modules.
 
-TRUSTED: Dict[Kind, bool] = {}  # of this process: whether the kernels of a kind work
-LOCK = threading.Lock()
+        These run in float64 on the CPU, where a backward pass does not wait for one on the GPU.
+        """
+        with torch.device('meta'):  # draws no random numbers: the user's sequence stays the same
+            pos = DynamicPositionBias(16 * self.width, self.heads, self.residual).double()
+        pos.to_empty(device='cpu')
+        for norm in (pos.pos1[0], pos.pos2[0], pos.pos3[0]):
+            norm.eps = self.eps
+        names, parameters = zip(*pos.named_parameters())
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.copy_(scattered(5000 * index, parameter.shape, 'cpu'))
+        table = pos(6, 9)
+        grad = scattered(777, table.shape, 'cpu')
+        exact = table.detach(), *torch.autograd.grad(table, parameters, grad)
+        copies = [one.detach().to(self.device, self.dtype) for one in parameters]
+        options = copies, self.residual, self.eps
+        ours = [triton_kernels().forward(6, 9, *options)]
+        ours += triton_kernels().backward(grad.to(self.device, self.dtype), *options)
+        names = 'the table', *(f'the gradient of {name}' for name in names)
+        return describe_errors(ours, exact, names, 1e-4)
 
 
 def position_table(
@@ -55,29 +78,41 @@ def position_table(
     kind = find_kind(pos, device, path)
     if kind is None:
         return pos(height, width, device)
-    return FusedBias.apply(pos, (height, width), kind, path is None, *pos.parameters())
+    return FusedBias.apply(pos, (height, width), kind, path is None, *parameters_of(pos))
 
 
 def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Optional[Kind]:
     """Return the kind of a bias that the kernels can compute instead of its modules, or None."""
     if path not in (None, 'fused') or path is None and device.type != 'cuda':
         return None
-    if not is_exact(pos.modules(), TYPES, device):
+    if capture_mode() or not is_exact(submodules(pos), TYPES, device):
         return None
     if missing_torch('2.4') or fused.why_no_triton(device):
         return None
-    (heads, width), eps = pos.pos3[2].weight.shape, pos.pos1[0].eps
+    parameters, eps = parameters_of(pos), pos.pos1[0].eps
+    heads, width = pos.pos3[2].weight.shape
     suits = (
         width <= WIDTH
         and heads <= HEADS
         and pos.pos2[0].eps == pos.pos3[0].eps == eps
-        and [parameter.shape for parameter in pos.parameters()] == shapes_of(width, heads)
-        and all(parameter.is_contiguous() for parameter in pos.parameters())
+        and [parameter.shape for parameter in parameters] == shapes_of(width, heads)
+        and all([parameter.is_contiguous() for parameter in parameters])
     )
     return Kind(device, width, heads, pos.residual, eps) if suits else None
 
 
-def shapes_of(width: int, heads: int) -> list:
+def parameters_of(pos: nn.Module) -> List[nn.Parameter]:
+    """List ``pos.parameters()`` of modules that are exact, in a fraction of the time."""
+    return [
+        parameter
+        for module in submodules(pos)
+        for parameter in vars(module)['_parameters'].values()
+        if parameter is not None
+    ]
+
+
+@functools.cache
+def shapes_of(width: int, heads: int) -> List[Tuple[int, ...]]:
     """Return the shapes of the parameters of a bias, in their order."""
     return [
         (width, 2),
@@ -99,10 +134,10 @@ class FusedBias(torch.autograd.Function):
         ctx.arguments = pos, sides, kind, guarded
         ctx.save_for_backward(*parameters)
 
-        def kernels():
-            return triton_kernels().forward(parameters, *sides, kind.residual, kind.eps)
+        def kernel():
+            return triton_kernels().forward(*sides, parameters, kind.residual, kind.eps)
 
-        return run(kernels, lambda: pos(*sides, kind.device), kind, guarded)
+        return choose(kind, guarded, kernel, lambda: pos(*sides, kind.device))
 
     @staticmethod
     def backward(ctx, grad_table: Tensor):
@@ -114,7 +149,7 @@ class FusedBias(torch.autograd.Function):
         pos, sides, kind, guarded = ctx.arguments
         parameters = ctx.saved_tensors
 
-        def kernels():
+        def kernel():
             return triton_kernels().backward(grad_table, parameters, kind.residual, kind.eps)
 
         def modules():
@@ -124,89 +159,16 @@ class FusedBias(torch.autograd.Function):
                 table = functional_call(pos, dict(zip(names, leaves)), (*sides, kind.device))
                 return torch.autograd.grad(table, leaves, grad_table)
 
-        return (None, None, None, None, *run(kernels, modules, kind, guarded))
+        return (None, None, None, None, *choose(kind, guarded, kernel, modules))
 
 
-def run(kernels: Callable, modules: Callable, kind: Kind, guarded: bool) -> Any:
-    """Call the kernels; if ``guarded``, the modules where the kernels fail now or have failed."""
-    if guarded and not is_trusted(kind):
-        return modules()
-    try:
-        return kernels()
-    except (torch.cuda.OutOfMemoryError, ValueError):  # of the size of the input
-        raise
-    except Exception as error:  # of a launch: resources, a driver
-        if not guarded:
-            raise
-        distrust(kind, f'{type(error).__name__}: {error}')
-    return modules()
+def choose(kind: Kind, guarded: bool, kernel: Callable, modules: Callable) -> Any:
+    """Call the kernel; if ``guarded``, the modules where it has not passed its self-test."""
+    if not guarded:
+        return kernel()
+    return run(kind, kernel, modules) if passes(kind, True) else modules()
 
 
 def triton_kernels() -> Any:
     """:mod:`.bias_triton`, which is imported, and Triton with it, at the first call."""
     return importlib.import_module('.bias_triton', __package__)
-
-
-def is_trusted(kind: Kind) -> bool:
-    """Run the self-test of a kind's kernels once; a failure is a warning, in MMEngine's log too."""
-    if kind not in TRUSTED:
-        if kind.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
-            return False
-        with LOCK:
-            if kind not in TRUSTED:
-                test(kind)
-    return TRUSTED.get(kind, False)
-
-
-def test(kind: Kind) -> None:
-    """Put a kind into ``TRUSTED``, unless there is no memory now."""
-    try:
-        # Another thread has none of the caller's modes, hooks, transforms and autocast.
-        with ThreadPoolExecutor(1) as thread:
-            error = thread.submit(largest_error, kind).result()
-        fault = '' if error < 1e-4 else f'it is wrong by {error:.2g} of the largest value'
-    except torch.cuda.OutOfMemoryError:
-        return
-    except Exception as error:  # of a compiler, a driver, a launch
-        fault = f'{type(error).__name__}: {error}'
-    if fault:
-        distrust(kind, fault)
-    else:
-        TRUSTED[kind] = True
-
-
-def distrust(kind: Kind, fault: str) -> None:
-    """Stop using the kernels of a kind, with a warning that says why."""
-    TRUSTED[kind] = False
-    say(
-        f'the kernel of the position bias does not work on {kind.device}, '
-        f"PyTorch's operators are used ({fault})"
-    )
-
-
-def largest_error(kind: Kind) -> float:
-    """Return the largest error of a small case's table and gradients; NaN if any is NaN.
-
-    Errors are relative to the largest values. The reference is in float64 on the CPU, where a
-    backward pass does not wait for one on the GPU.
-    """
-    with torch.device('meta'):  # draws no random numbers: the user's sequence stays the same
-        pos = DynamicPositionBias(16 * kind.width, kind.heads, kind.residual).double()
-    pos.to_empty(device='cpu')
-    for norm in (pos.pos1[0], pos.pos2[0], pos.pos3[0]):
-        norm.eps = kind.eps
-
-    parameters = list(pos.parameters())
-    with torch.no_grad():
-        for index, parameter in enumerate(parameters):
-            parameter.copy_(scattered(5000 * index, parameter.shape, 'cpu'))
-    height, width = 6, 9
-    table = pos(height, width)
-    grad = scattered(777, table.shape, 'cpu')
-    exact = [table.detach(), *torch.autograd.grad(table, parameters, grad)]
-    copies = [one.detach().to(kind.device, torch.float32) for one in parameters]
-    kernels = triton_kernels()
-    ours = [kernels.forward(copies, height, width, kind.residual, kind.eps)]
-    ours += kernels.backward(grad.to(kind.device, torch.float32), copies, kind.residual, kind.eps)
-    errors = [(a.cpu() - b).abs().max() / b.abs().max() for a, b in zip(ours, exact)]
-    return float(torch.stack(errors).max())

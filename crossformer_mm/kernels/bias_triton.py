@@ -302,13 +302,14 @@ def backward_kernel(
 
 
 def forward(
-    parameters: Sequence[Tensor], height: int, width: int, residual: bool, eps: float
+    height: int, width: int, parameters: Sequence[Tensor], residual: bool, eps: float
 ) -> Tensor:
     """Bias (heads, 2*height-1, 2*width-1) in float32.
 
     Args:
+        height, width (int): members of a group.
         parameters (Sequence[Tensor]): of a DynamicPositionBias, in its order, in float32.
-        others: as of :func:`.bias.fused_table`.
+        residual (bool), eps (float): its options.
     """
     rows, columns = 2 * height - 1, 2 * width - 1
     table = parameters[-1].new_empty(len(parameters[-1]), rows, columns)

@@ -25,7 +25,7 @@ if missing_torch('2.4'):
     )
 pytest.importorskip('triton', reason='the kernel needs the package triton')
 pytestmark = needs_interpreter
-from crossformer_mm.kernels import bias, bias_triton, fused  # noqa: E402
+from crossformer_mm.kernels import bias, bias_triton, fused, self_test  # noqa: E402
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -185,7 +185,7 @@ def test_transforms_and_tracers_run_the_modules(kernel_runs):
     )
     torch.testing.assert_close(vmapped, functional.expand(2, -1, -1, -1))
     compiled = torch.compile(
-        lambda: bias.position_table(pos, 2, 3, DEVICE, 'fused'), backend='eager'
+        lambda: bias.position_table(pos, 2, 3, DEVICE, 'fused'), backend='eager', fullgraph=True
     )
     torch.testing.assert_close(compiled(), functional)
     assert not kernel_runs
@@ -213,8 +213,9 @@ KIND = bias.Kind(DEVICE, 6, 3, False, 1e-5)
 
 @pytest.fixture
 def untested(monkeypatch):
-    monkeypatch.setattr(bias, 'TRUSTED', {})
-    bias.say.cache_clear()
+    for memory in ('PASSED', 'BROKEN', 'FAILURES'):
+        monkeypatch.setattr(self_test, memory, type(getattr(self_test, memory))())
+    self_test.say.cache_clear()
 
 
 def raise_error(*args):
@@ -254,10 +255,10 @@ def spoilt(name, spoil):
 def test_kernels_that_do_not_work_are_not_used(break_kernels, said, monkeypatch, untested):
     break_kernels(monkeypatch)
     with pytest.warns(UserWarning, match=f'position bias does not work on .*{said}'):
-        assert not bias.is_trusted(KIND)
+        assert not self_test.passes(KIND, True)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert not bias.is_trusted(KIND)  # said once
+        assert not self_test.passes(KIND, True)  # said once
 
 
 @pytest.mark.parametrize('name', ['forward', 'backward'])
@@ -268,7 +269,7 @@ def test_a_launch_that_fails_later_warns_and_the_modules_take_over(
     pos = build(96, 3)
     kind = bias.find_kind(pos, DEVICE, 'fused')
     monkeypatch.setattr(bias, 'find_kind', lambda *args: kind)
-    assert bias.is_trusted(kind)
+    assert self_test.passes(kind, True)
     expected = torch.autograd.grad(pos(4, 5).square().sum(), list(pos.parameters()))
     monkeypatch.setattr(bias_triton, name, raise_error)
 
@@ -290,13 +291,14 @@ def test_a_gradient_of_a_gradient_is_an_error():
 
 
 def test_kernels_that_had_no_memory_are_tested_again(monkeypatch, untested):
-    def no_memory(kind):
+    def no_memory(kind, trains):
         raise torch.cuda.OutOfMemoryError
 
     with monkeypatch.context() as context:
-        context.setattr(bias, 'largest_error', no_memory)
-        assert not bias.is_trusted(KIND)
-    assert bias.is_trusted(KIND)
+        context.setattr(bias.Kind, 'find_fault', no_memory)
+        with pytest.warns(UserWarning, match="not be tested .*PyTorch's operators are used until"):
+            assert not self_test.passes(KIND, True)
+    assert self_test.passes(KIND, True)
 
 
 def test_self_test_neither_sees_nor_changes_the_state_around_it(untested):
@@ -309,7 +311,7 @@ def test_self_test_neither_sees_nor_changes_the_state_around_it(untested):
             torch.autocast(DEVICE.type, torch.bfloat16),
             torch.autograd.graph.saved_tensors_hooks(saved.append, raise_error),
         ):
-            assert bias.is_trusted(KIND)
+            assert self_test.passes(KIND, True)
     finally:
         torch.set_default_dtype(dtype)
     assert not saved and torch.equal(torch.get_rng_state(), state)

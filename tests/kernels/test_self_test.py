@@ -325,6 +325,26 @@ def test_what_fails_for_want_of_memory_is_tested_again_a_few_times(triton):
     assert triton.calls.count('forward') == 2 + self_test.TRIES
 
 
+@pytest.mark.parametrize(
+    'error, lasts',
+    [
+        (RuntimeError('Failed to find C compiler. Please specify via CC'), True),
+        (FileNotFoundError(2, 'No such file or directory', 'gcc'), False),
+        (torch.cuda.OutOfMemoryError('CUDA out of memory'), False),
+    ],
+)
+def test_line_for_the_log_says_why_triton_compiled_nothing(triton, monkeypatch, error, lasts):
+    def find_fault(kind, trains):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(self_test.Kind, 'find_fault', find_fault)
+    with pytest.warns(UserWarning, match='CrossFormer'):
+        line = describe_path(Call(torch.device('cuda', 0), torch.float16))
+    assert line == f'plain on cuda:0 (float16), not fused: {type(error).__name__}: {error}'
+    assert bool(self_test.BROKEN) == lasts
+
+
 def test_a_block_may_get_the_kernels_between_its_two_passes(triton):
     """It was computed without them for want of memory, and is recomputed with them."""
     reference = train(build(attention_path='plain'))
