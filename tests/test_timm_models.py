@@ -425,9 +425,10 @@ def trained(tmp_path):
 
 def test_a_checkpoint_of_timm_is_read_as_data(trained):
     model, _, save = trained
-    args = read_checkpoint(save())['args']
+    file = save()
+    args = read_checkpoint(file)['args']
     assert vars(args) == dict(model='crossformer_small', lr=0.1, opt_betas=(0.9, 0.99), sync=None)
-    again = load(save(), num_classes=3)
+    again = load(file, num_classes=3)
     assert torch.equal(again(image()), model(image()))
 
 
