@@ -24,9 +24,9 @@ from crossformer_mm.checkpoint import CheckpointError, fit_checkpoint, read_chec
 from crossformer_mm.engine.layer_decay import LayerDecayOptimWrapperConstructor  # noqa: E402
 
 from . import authors  # noqa: E402
+from .authors import earlier, imagenet_file, later, no_buffers  # noqa: E402
 from .oracle import plain_features  # noqa: E402
 from .test_golden import check  # noqa: E402
-from .test_released_files import earlier, imagenet_file, later, no_buffers  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
