@@ -245,17 +245,18 @@ class CrossFormerClassifier(nn.Module):
                 what is missing, unexpected or of another shape.
         """
         weights, own = self.named_weights(checkpoint, name), self.state_dict()
-        theirs = {key: weights[key].shape for key in LINEAR if key in weights}
-        if theirs and theirs != {key: own[key].shape for key in LINEAR if key in own}:
-            weights.update({key: own[key] for key in LINEAR if key in own})
-            for key in theirs.keys() - own.keys():
-                del weights[key]
-            if self.num_classes:
+        theirs = weights.get(LINEAR[0])
+        linear = {key: own[key] for key in LINEAR if key in own}
+        if theirs is not None and (not linear or theirs.shape != linear[LINEAR[0]].shape):
+            for key in LINEAR:
+                weights.pop(key, None)
+            weights.update(linear)
+            if linear:
                 logging.getLogger(__name__).warning(
                     "The linear layer in '%s' has another shape %s: this one, for %d classes, "
                     'starts from random weights.',
                     name,
-                    tuple(theirs[LINEAR[0]]),
+                    tuple(theirs.shape),
                     self.num_classes,
                 )
         fit_checkpoint(self, dict(state_dict=weights), name)

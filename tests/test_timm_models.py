@@ -350,6 +350,7 @@ def cut(state, *missing, **added):
         (dict(), dict(arch='s'), 'of another shape backbone.'),
         (dict(), dict(arch='s', features_only=True), 'of another shape '),
         (['head.weight', 'head.bias'], dict(), 'missing head.fc.bias, head.fc.weight'),
+        (['head.bias'], dict(), 'missing head.fc.bias'),
         (['norm.weight'], dict(num_classes=3), 'missing neck.norm.weight'),
         (['layers.0.blocks.0.norm1.bias'], dict(), 'missing backbone.layers.0.blocks.0.norm1'),
         (['layers.0.blocks.0.norm1.bias'], dict(features_only=True), 'missing layers.0.blocks.0'),
