@@ -3,6 +3,8 @@
 #             of mmcv's
 # make test-compiled   the tests with a compiled mmcv, in an environment of its own
 # make test-compiled-core   only those of the operators
+# make test-others   the recipes of docs/other_libraries.md with their libraries, in an environment of
+#                    its own; CROSSFORMER_TIMM=DIR names a checkout of timm, for its train.py
 # make soak   what takes too long for a test: trainings killed again and again, thousands of steps;
 #             writes benchmarks/soak.md
 # make lint   ruff and mypy on the code, in an environment of their own
@@ -23,6 +25,7 @@ SOURCES := pyproject.toml setup.py $(wildcard crossformer_mm/kernels/csrc/*)
 BUILD_SOURCES := requirements/build.txt requirements/torchvision.txt $(SOURCES)
 
 COMPILED := .venv-compiled
+OTHERS := .venv-others
 OPENMMLAB := .venv-openmmlab
 TORCH21 := .venv-torch21
 LINT := .venv-lint
@@ -45,6 +48,13 @@ MMCV_FLAGS := CFLAGS="-g0 -O1 $(CFLAGS)"
 # elsewhere than the code: metadata in the checkout, which tests put first on the path.
 metadata_here = $(1) setup.py --quiet egg_info
 
+define compiled
+$(1) -m pip install --no-compile -r requirements/torch.txt ninja psutil
+@echo "mmcv compiles its operators now where no wheel of it is at hand: some minutes on 2 cores"
+$(MMCV_FLAGS) $(1) -m pip install --no-compile --no-build-isolation -r requirements/run.txt -c requirements/torch.txt
+$(1) -m pip install --no-build-isolation --no-deps -e .
+endef
+
 # One that cannot be imported would take MMDetection with it.
 define torchvision
 $(1) -m pip install --no-deps -r requirements/torchvision.txt
@@ -52,7 +62,7 @@ $(1) -m pip install --no-deps -r requirements/torchvision.txt
     echo "torchvision does not fit this torch and is taken out: pretraining does not work here"; }
 endef
 
-.PHONY: demo test lint docs soak test-compiled test-compiled-core test-openmmlab \
+.PHONY: demo test lint docs soak test-compiled test-compiled-core test-others test-openmmlab \
     test-openmmlab-core test-torch21 test-torch21-core setup clean
 setup: $(READY)
 
@@ -71,10 +81,17 @@ $(READY): $(SOURCES) requirements/torch.txt requirements/run.txt
 # With a torchvision that has operators, which are compared with the compiled ones.
 $(COMPILED)/ready: requirements/torch.txt requirements/run.txt $(SOURCES)
 	$(PYTHON) -m venv $(COMPILED)
-	$(COMPILED)/bin/python -m pip install --no-compile -r requirements/torch.txt ninja psutil
-	@echo "mmcv compiles its operators now where no wheel of it is at hand: some minutes on 2 cores"
-	$(MMCV_FLAGS) $(COMPILED)/bin/python -m pip install --no-compile --no-build-isolation -r requirements/run.txt -c requirements/torch.txt
-	$(COMPILED)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(call compiled,$(COMPILED)/bin/python)
+	touch $@
+
+# MMRotate needs a compiled mmcv. MMPretrain cannot be imported next to Transformers 5, and MMRotate
+# imports it where it is installed.
+$(OTHERS)/ready: requirements/torch.txt requirements/run.txt requirements/others.txt requirements/mmpose.txt $(SOURCES)
+	$(PYTHON) -m venv $(OTHERS)
+	$(call compiled,$(OTHERS)/bin/python)
+	$(OTHERS)/bin/python -m pip install --no-compile -r requirements/others.txt -c requirements/torch.txt -c requirements/run.txt
+	$(OTHERS)/bin/python -m pip install --no-compile --no-deps --no-build-isolation --no-binary xtcocotools -r requirements/mmpose.txt
+	$(OTHERS)/bin/python -m pip uninstall --yes onedl-mmpretrain
 	touch $@
 
 $(OPENMMLAB)/ready: $(BUILD_SOURCES) requirements/openmmlab.txt
@@ -130,6 +147,9 @@ test-compiled: $(COMPILED)/ready
 test-compiled-core:
 	$(MAKE) test-compiled TESTS="$(COMPILED_CORE)"
 
+test-others: $(OTHERS)/ready
+	PYTHONPATH=$(CURDIR) $(OTHERS)/bin/python -m pytest tests/test_other_libraries.py
+
 test-openmmlab: $(OPENMMLAB)/ready
 	PYTHONPATH=$(CURDIR) $(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
@@ -143,4 +163,4 @@ test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"
 
 clean:
-	rm -rf $(VENV) $(COMPILED) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes
+	rm -rf $(VENV) $(COMPILED) $(OTHERS) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes

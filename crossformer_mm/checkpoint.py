@@ -1,5 +1,6 @@
 """Read weights, ours and the authors', without executing code in the file."""
 
+import argparse
 import json
 import logging
 import zipfile
@@ -41,9 +42,11 @@ def log_statistic(owner, name: str):
 
 
 # Allowed in a file next to tensors and plain values: the log in mmengine's own checkpoints, which
-# resuming needs, and the configuration in the authors' files, read as a plain dict.
+# resuming needs, the configuration in the authors' files, read as a plain dict, and the arguments
+# in checkpoints of timm's train.py.
 SAFE_GLOBALS = [
     HistoryBuffer,
+    argparse.Namespace,
     numpy.ndarray,
     numpy.dtype,
     (log_statistic, 'builtins.getattr'),
@@ -164,14 +167,15 @@ def read_safetensors(path: str) -> dict:
 def weights_in(checkpoint: Mapping, name: str) -> Dict[str, Tensor]:
     """Return the tensors of a checkpoint.
 
-    Takes a plain state dict, the authors' ImageNet files (``model``) and checkpoints of whole
-    detectors and segmentors (``state_dict``).
+    Takes a plain state dict, the authors' ImageNet files (``model``), checkpoints of whole
+    detectors and segmentors (``state_dict``) and those of timm's train.py, of which, as timm does,
+    the averaged weights (``state_dict_ema``) if there are any.
 
     Raises:
         CheckpointError: there are no tensors.
     """
     whole = checkpoint if isinstance(checkpoint, Mapping) else {}
-    places = whole.get('state_dict'), whole.get('model'), whole
+    places = whole.get('state_dict_ema'), whole.get('state_dict'), whole.get('model'), whole
     found = next(place for place in places if isinstance(place, Mapping))
     weights: Any = OrderedDict(
         (str(key).removeprefix('module.'), value)
@@ -194,11 +198,7 @@ def is_known_extra(key: str) -> bool:
 
 
 def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> None:
-    """Load the weights in a file into a backbone, all of them or none.
-
-    Parameters that the file cannot have are kept as they are and named in the log: the norms of
-    ``out_norm=True``. Stages that a backbone with fewer ``out_indices`` has not built are left out,
-    and what :func:`is_known_extra` knows.
+    """Load the weights in a file into a backbone; see :func:`fit_backbone`.
 
     Args:
         backbone (nn.Module): a CrossFormer.
@@ -207,10 +207,31 @@ def load_backbone(backbone: nn.Module, path: str, prefix: str = 'backbone.') -> 
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, or the file's weights are not this architecture's; the
-            message lists what is missing, unexpected or of another shape.
+        CheckpointError: not a checkpoint, or the weights do not fit.
     """
-    weights, own = weights_in(read_checkpoint(path), path), backbone.state_dict()
+    fit_backbone(backbone, weights_in(read_checkpoint(path), path), path, prefix)
+
+
+def fit_backbone(
+    backbone: nn.Module, weights: Mapping[str, Tensor], path: str, prefix: str = 'backbone.'
+) -> None:
+    """Load weights into a backbone, all of them or none.
+
+    Parameters that the file cannot have are kept as they are and named in the log: the norms of
+    ``out_norm=True``. Stages that a backbone with fewer ``out_indices`` has not built are left out,
+    and what :func:`is_known_extra` knows.
+
+    Args:
+        backbone (nn.Module): a CrossFormer.
+        weights (Mapping): the backbone's, or those of a whole model.
+        path (str): of their file, for messages.
+        prefix (str): of the backbone's keys among those of a whole model.
+
+    Raises:
+        CheckpointError: they are not this architecture's; the message lists what is missing,
+            unexpected or of another shape.
+    """
+    own = backbone.state_dict()
     prefix = prefix.rstrip('.') + '.'  # 'backbone' is as good as 'backbone.', as in mmengine
     part = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
@@ -244,7 +265,7 @@ def model_weights(model: nn.Module, checkpoint: Mapping, name: str) -> Dict[str,
         CheckpointError: there are no tensors.
     """
     own, weights = model.state_dict(), weights_in(checkpoint, name)
-    classifier = all(f'{part}weight' in own for part in CLASSIFIER_NAMES.values())
+    classifier = f"{CLASSIFIER_NAMES['norm.']}weight" in own
     if classifier and any(key.startswith('patch_embed.') for key in weights):
         weights = OrderedDict((name_in_classifier(key), value) for key, value in weights.items())
     for key in weights.keys() - own.keys():

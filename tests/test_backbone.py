@@ -393,7 +393,7 @@ def test_detection_and_segmentation_build_it_by_name(library):
 def test_importing_the_package_imports_no_application_library():
     code = (
         "import sys, crossformer_mm; print([name for name in sys.modules "
-        "if name.split('.')[0] in ('mmdet', 'mmseg', 'mmpretrain')])"
+        "if name.split('.')[0] in ('mmdet', 'mmseg', 'mmpretrain', 'timm')])"
     )
     result = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True

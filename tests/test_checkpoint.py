@@ -1,5 +1,6 @@
 """Weights from files: ours, the authors' and whole models'; and files that must be refused."""
 
+import argparse
 import logging
 import os
 import pickle
@@ -72,6 +73,17 @@ def parallel(state):
     return dict(state_dict={f'module.{key}': value for key, value in state.items()})
 
 
+def timm(state):
+    """Return a checkpoint as timm's train.py saves it: its arguments are an object."""
+    other = {f'backbone.{key}': torch.zeros_like(value) for key, value in state.items()}
+    return dict(
+        detector(state),
+        state_dict=other,
+        state_dict_ema=detector(state)['state_dict'],  # averaged weights, which timm prefers
+        args=argparse.Namespace(model='crossformer_small', opt_betas=(0.9, 0.99), lr=None),
+    )
+
+
 @pytest.fixture
 def donor(small):
     return small()
@@ -103,7 +115,7 @@ def assert_holds(backbone, reference, but=()):
 
 
 @pytest.mark.parametrize('old_format', [False, True])
-@pytest.mark.parametrize('layout', [plain, imagenet, detector, runner, parallel])
+@pytest.mark.parametrize('layout', [plain, imagenet, detector, runner, parallel, timm])
 def test_every_layout_of_file_gives_its_backbone(donor, save, layout, old_format):
     path = save(layout(donor.state_dict()), _use_new_zipfile_serialization=not old_format)
     assert_holds(pretrained(path), donor)

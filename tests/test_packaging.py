@@ -251,13 +251,15 @@ FAMILIES = {
 }
 
 
-def write_stub(folder: Path, name: str, version: str) -> None:
-    """A wheel with a name and a version, and nothing in it."""
+def write_stub(folder: Path, name: str, version: str, *requires: str) -> None:
+    """A wheel with a name, a version and requirements, and nothing in it."""
     stem = f"{name.replace('-', '_')}-{version}"
     info = f'{stem}.dist-info'
     with zipfile.ZipFile(folder / f'{stem}-py3-none-any.whl', 'w') as file:
         file.writestr(
-            f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+            f'{info}/METADATA',
+            f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+            + ''.join(f'Requires-Dist: {package}\n' for package in requires),
         )
         file.writestr(
             f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
@@ -272,6 +274,7 @@ def stubs(tmp_path_factory) -> Dict[str, Path]:
     for name, version in {**OLD, **FAMILIES['openmmlab'], **FAMILIES['onedl']}.items():
         write_stub(folders['old'], name, version)
         write_stub(folders['new'], name, '99.0')
+    write_stub(folders['new'], 'timm', '99.0', 'torch', 'torchvision')
     return folders
 
 
@@ -316,7 +319,14 @@ def users_environment(request, stubs, tmp_path_factory):
 
 # Every kind of archive, with the extra and without, in every family; not every triple of them.
 @pytest.mark.parametrize(
-    'kind, extra', [('wheel', ''), ('wheel', '[family]'), ('sdist', '[family]'), ('editable', '')]
+    'kind, extra',
+    [
+        ('wheel', ''),
+        ('wheel', '[family]'),
+        ('wheel', '[timm]'),
+        ('sdist', '[family]'),
+        ('editable', ''),
+    ],
 )
 def test_pip_replaces_nothing(users_environment, kind, extra, stubs, wheel, sdist, tmp_path):
     family, pip = users_environment

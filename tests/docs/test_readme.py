@@ -77,6 +77,14 @@ def test_plain_pytorch_snippet_gives_the_shapes_it_names():
     ]
 
 
+def test_timm_snippet_gives_features():
+    pytest.importorskip('timm', reason='timm is not installed')
+    (snippet,) = [block for block in blocks('python') if 'import timm' in block]
+    names = dict(images=torch.rand(1, 3, 65, 97))
+    exec(snippet, names)
+    assert [feature.shape[1] for feature in names['features']] == [96, 192, 384, 768]
+
+
 def test_constructor_table_has_every_option_with_its_default():
     said = {}
     for names, defaults, _ in rows('option | default', DOCS / 'backbone.md'):
