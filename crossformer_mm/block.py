@@ -1,7 +1,6 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
 
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .attention import GroupAttention
@@ -31,7 +30,7 @@ class DropPath(nn.Module):
         return x * kept.div_(keep)
 
 
-class CrossFormerBlock(BaseModule):
+class CrossFormerBlock(nn.Module):
     """Pre-norm transformer block on a map (B, H, W, C).
 
     Args:

@@ -4,7 +4,7 @@ import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, List, Sequence
 
 import torch
 from mmengine.hooks import Hook
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .backbone import CrossFormer, CrossFormerStage
-from .compat import autocast_dtype, is_autocast_enabled
 from .errors import UserError
 from .grouping import AxisRule, group_map
-from .kernels import Call, describe_path
 from .pictures import names_in, picture_in
 from .position_bias import bias_windows
 from .without_torch.files import write_labels
@@ -38,29 +36,10 @@ class AttentionPathHook(Hook):
         # The type of mixed precision is known only inside this context.
         inside = wrapper.optim_context(model) if isinstance(wrapper, OptimWrapper) else None
         with inside or nullcontext():
-            lines = [line for m in model.modules() for line in attention_paths(m)]
+            stages = [m for m in model.modules() if isinstance(m, CrossFormerStage)]
+            lines = [line for stage in stages for line in stage.attention_paths()]
         for line in dict.fromkeys(lines):  # each once
             runner.logger.info(f'attention: {line}')
-
-
-def attention_paths(stage: nn.Module) -> Iterator[str]:
-    """:func:`.kernels.describe_path` for each block of a stage; nothing for other modules."""
-    if not isinstance(stage, CrossFormerStage):
-        return
-    weight = next(stage.parameters())
-    device, dtype = weight.device, weight.dtype
-    if is_autocast_enabled(device.type):
-        dtype = autocast_dtype(device.type)
-    for index, block in enumerate(stage.blocks):
-        attention = block.attn
-        call = Call(
-            device,
-            dtype,
-            attention.proj.in_features // attention.num_heads,
-            attention.attn_drop_rate,
-            has_lead=stage.lda == 'shifted' and index % 2 == 1,
-        )
-        yield describe_path(call, attention.attention_path)
 
 
 @HOOKS.register_module()

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 ROOM_OF = {
     **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
-    **dict.fromkeys(('class_names', 'config_parts', 'pictures', 'mmcv_ops'), 'base'),
+    **dict.fromkeys(('class_names', 'config_parts', 'pictures', 'mmcv_ops', 'openmmlab'), 'base'),
     **{room: room for room in ('without_torch', 'kernels', 'engine', 'export', 'explain')},
     **{room: room for room in ('prediction', 'sweep', 'cli')},
 }
