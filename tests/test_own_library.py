@@ -45,7 +45,7 @@ from .registry import DATASETS, METRICS, MODELS
 
 @DATASETS.register_module()
 class Corners(BaseDataset):
-    METAINFO = dict(classes=('left', 'right', 'top'))
+    METAINFO = dict(classes=('left', 'right', 'top'), sigmas=np.array([0.1, 0.2]))
 
     def __init__(self, split, **kwargs):
         super().__init__(ann_file=f'{split}.json', **kwargs)
@@ -235,9 +235,11 @@ def test_a_misspelt_option_is_named(capfd, trained, tmp_path):
 def test_tools_that_know_results_name_the_librarys_inferencer(
     capfd, trained, library, tmp_path, tool
 ):
+    file = tmp_path / 'empty.pth'
+    file.touch()
     arguments = {
-        'predict.py': [trained, 'none.pth', 'photos'],
-        'explain.py': [trained, 'none.pth', 'photo.jpg', '--out', tmp_path],
+        'predict.py': [trained, file, file],
+        'explain.py': [trained, file, file, '--out', tmp_path],
         'export.py': [trained, '--what', 'backbone', '--out', tmp_path / 'a.onnx'],
     }[tool]
     if tool == 'export.py':

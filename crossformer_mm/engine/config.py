@@ -53,7 +53,8 @@ def load_config(
             f"{', '.join(map(repr, scopes))}.{inferencers_of(scope)}"
         )
     if not isinstance(cfg.get('model'), dict):
-        raise UserError(f"config '{file}' has default_scope {scope!r} and no model.")
+        no_scope = 'default_scope None and ' if scope is None else ''
+        raise UserError(f"config '{file}' has {no_scope}no model.")
     if scope is None:
         use_mmengines_scope(cfg, file)
     else:
