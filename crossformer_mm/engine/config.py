@@ -98,15 +98,13 @@ def check_library(scope: str, file: str) -> None:
         UserError: it is not installed, cannot be imported, or registers nothing with MMEngine.
     """
     if scope not in registered_scopes():  # by one of the config's custom_imports
+        if find_spec(scope) is None:
+            package = MODULE2PACKAGE.get(scope, scope)
+            raise UserError(f"config '{file}' needs the package {package}, which is not installed.")
         try:
             if find_spec(f'{scope}.registry') is not None:
                 import_module(f'{scope}.registry')
-        except Exception as error:  # of the library, or there is none
-            if isinstance(error, ModuleNotFoundError) and error.name == scope:
-                package = MODULE2PACKAGE.get(scope, scope)
-                raise UserError(
-                    f"config '{file}' needs the package {package}, which is not installed."
-                ) from None
+        except Exception as error:  # of the library
             raise UserError(
                 f"config '{file}' needs {scope}, whose import ends in {said(error)}."
             ) from error
