@@ -2,8 +2,7 @@
 
     python benchmarks/gpu.py --out work_dirs/gpu.json
 
-Needs PyTorch with CUDA, Triton and einops. mmengine and mmcv are used if they can be imported;
-otherwise stand-ins take their place. Swin-T is MMDetection's, torchvision's or timm's.
+Needs PyTorch with CUDA, Triton and einops. Swin-T is MMDetection's, torchvision's or timm's.
 
 Each section runs in a process of its own with a time limit, in this order:
   compile    fill Triton's cache, on all cores
@@ -63,9 +62,7 @@ from torch import nn
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 import harness
 from harness import NotRun, both_passes, device_time, peer, relative, run_all, within
-from stand_ins import replace_missing
 
-STAND_INS = replace_missing()
 try:
     import triton
 
@@ -77,7 +74,6 @@ except ModuleNotFoundError as error:
 if missing_torch('2.4'):
     sys.exit(f'error: benchmarks/gpu.py: {missing_torch("2.4")}.')
 from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules
-from crossformer_mm.hooks import attention_paths
 from crossformer_mm.kernels import bias, fused, plain, self_test, triton_launch
 from crossformer_mm.position_bias import bias_of_pairs
 
@@ -182,7 +178,7 @@ def run_default(log) -> None:
         largest = float(max(grad.abs().max() for grad in exact))
         errors = relative(losses, expected, 1e-9) + relative(grads, exact, largest)
         with amp(dtype):
-            paths = sorted({path for module in model.modules() for path in attention_paths(module)})
+            paths = sorted({path for stage in model.layers for path in stage.attention_paths()})
         passed = within(errors, NEAR[dtype]) and all(path.startswith('fused') for path in paths)
         return dict(paths=paths, largest_error=harness.worst(errors), passed=passed)
 
@@ -428,7 +424,7 @@ def main() -> None:
         native = kernels.PATHS['native']  # which would be chosen
         kernels.PATHS['native'] = native._replace(why_not=lambda call: 'this is a smoke test')
     results = dict(command=' '.join(['python', *sys.argv]), torch=torch.__version__)
-    results.update(triton=triton.__version__, stand_ins=STAND_INS, image=list(OPTIONS.image))
+    results.update(triton=triton.__version__, image=list(OPTIONS.image))
     if shutil.which('nvidia-smi'):
         query = ['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader']
         results['gpu'] = subprocess.run(query, capture_output=True, text=True).stdout.strip()

@@ -1,39 +1,37 @@
-"""CrossFormer and CrossFormer++ backbones for the OpenMMLab libraries.
+"""CrossFormer and CrossFormer++ backbones for the OpenMMLab libraries, or PyTorch alone.
 
 ``custom_imports = dict(imports=['crossformer_mm'])`` in a config registers the
 backbone, the hooks, the runners of ``engine`` and what a classifier needs besides;
-``type='CrossFormer'`` builds the backbone.
+``type='CrossFormer'`` builds the backbone. Without MMEngine there is the backbone only.
 """
 
-from . import mmcv_ops
-from .installed import check_installed
+import sys
 
-check_installed()
-mmcv_ops.install()
+from . import installed, mmcv_ops
 
-from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
+installed.check_installed(installed.OLDEST if installed.HAS_MMENGINE else installed.BACKBONE)
 
-from . import engine, sharding  # noqa: E402
 from .backbone import ARCHITECTURES, CrossFormer  # noqa: E402
 from .classification import NormedGlobalAveragePooling  # noqa: E402
-from .hooks import AttentionPathHook, MagnitudeHook, ValidationSamplesHook  # noqa: E402
 from .version import __version__  # noqa: E402
 
-__all__ = [
-    'ARCHITECTURES',
-    'AttentionPathHook',
-    'CrossFormer',
-    'MagnitudeHook',
-    'NormedGlobalAveragePooling',
-    'ValidationSamplesHook',
-    '__version__',
-    'engine',
-    'sharding',
-]
+__all__ = ['ARCHITECTURES', 'CrossFormer', 'NormedGlobalAveragePooling', '__version__']
 
-# Every training logs which path computes attention.
-engine.runner.ADDED_HOOKS.append(AttentionPathHook)
+if installed.HAS_MMENGINE:
+    mmcv_ops.install()
 
-# Packages whose configs mmengine finds by name: mmengine.hub.get_config('crossformer_mm::...')
-# and _base_ = 'crossformer_mm::...' in a config read only those of this table.
-MODULE2PACKAGE.setdefault('crossformer_mm', 'crossformer_mm')
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    from . import engine, sharding
+    from .hooks import AttentionPathHook, MagnitudeHook, ValidationSamplesHook
+
+    __all__ += ['AttentionPathHook', 'MagnitudeHook', 'ValidationSamplesHook', 'engine', 'sharding']
+
+    # Every training logs which path computes attention.
+    engine.runner.ADDED_HOOKS.append(AttentionPathHook)
+
+    # Packages whose configs mmengine finds by name: mmengine.hub.get_config('crossformer_mm::...')
+    # and _base_ = 'crossformer_mm::...' in a config read only those of this table.
+    MODULE2PACKAGE.setdefault('crossformer_mm', 'crossformer_mm')
+else:
+    sys.meta_path.insert(0, installed.Finder)

@@ -2,7 +2,6 @@
 
 from typing import Optional
 
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .grouping import AxisRule
@@ -12,7 +11,7 @@ from .layers import linear
 from .position_bias import build_position_bias
 
 
-class GroupAttention(BaseModule):
+class GroupAttention(nn.Module):
     """Multi-head attention among the members of each group, with position bias.
 
     The groups, short or long distance, are arguments of the call; the parameters are the same for

@@ -3,20 +3,19 @@
 import logging
 import math
 import re
-from typing import Optional, Sequence, Tuple, Union
+from typing import Iterator, Optional, Sequence, Tuple, Union
 
 import torch
-from mmengine.logging import print_log
-from mmengine.model import BaseModule, initialize
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .block import CrossFormerBlock
 from .checkpoint import load_backbone, whole_model_follows
-from .compat import compiled_since_2_4
+from .compat import autocast_dtype, compiled_since_2_4, is_autocast_enabled
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import Rules, stage_rules
+from .kernels import Call, describe_path
+from .openmmlab import BaseModule, print_log, register_model, set_random_weights
 from .options import (
     check_choices,
     check_embeddings,
@@ -51,7 +50,7 @@ ARCHITECTURES = {
 }
 
 
-class CrossFormerStage(BaseModule):
+class CrossFormerStage(nn.Module):
     """Blocks that alternate short and long distance attention, then a merging.
 
     Args:
@@ -94,8 +93,26 @@ class CrossFormerStage(BaseModule):
                 x = block(x, *rules[index % 2])
         return x
 
+    def attention_paths(self) -> Iterator[str]:
+        """Yield :func:`.kernels.describe_path` for each block, in the type of autocast if it is
+        enabled."""
+        weight = next(self.parameters())
+        device, dtype = weight.device, weight.dtype
+        if is_autocast_enabled(device.type):
+            dtype = autocast_dtype(device.type)
+        for index, block in enumerate(self.blocks):
+            attention = block.attn
+            call = Call(
+                device,
+                dtype,
+                attention.proj.in_features // attention.num_heads,
+                attention.attn_drop_rate,
+                has_lead=self.lda == 'shifted' and index % 2 == 1,
+            )
+            yield describe_path(call, attention.attention_path)
 
-@MODELS.register_module()
+
+@register_model
 class CrossFormer(BaseModule):
     """CrossFormer and CrossFormer++ as a backbone for dense prediction.
 
@@ -319,8 +336,7 @@ class CrossFormer(BaseModule):
                 'current',
                 logging.WARNING,
             )
-        linear = dict(type='TruncNormal', layer='Linear', std=0.02)
-        initialize(self, [linear, dict(type='Constant', layer='LayerNorm', val=1)])
+        set_random_weights(self)
 
     def train(self, mode: bool = True) -> 'CrossFormer':
         """Set training mode, frozen stages staying in evaluation mode."""

@@ -1,7 +1,6 @@
 """One CrossFormer block: attention, MLP and, in CrossFormer++, a cooling layer."""
 
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .attention import GroupAttention
@@ -71,7 +70,7 @@ class ScaledSum(torch.autograd.Function):
         return grad, torch.mul(grad, factors, out=grad_branch), None
 
 
-class CrossFormerBlock(BaseModule):
+class CrossFormerBlock(nn.Module):
     """Pre-norm transformer block on a map (B, H, W, C).
 
     Args:

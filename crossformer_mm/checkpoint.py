@@ -6,17 +6,14 @@ import logging
 import zipfile
 from collections import OrderedDict
 from contextvars import ContextVar
-from importlib.util import find_spec
 from typing import Any, Dict, Iterable, List, Mapping, Optional
 
-import numpy
-from mmengine.fileio import get_local_path
-from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from .compat import ForeignObject, load_plain
 from .errors import UserError
+from .installed import is_installed
+from .openmmlab import HistoryBuffer, get_local_path, print_log
 
 # What the authors' ImageNet files hold besides the backbone: the classifier's final norm and linear
 # layer, with their names in a classifier here (configs/_base_/models/classifier.py), and buffers
@@ -44,21 +41,24 @@ def log_statistic(owner, name: str):
 # Allowed in a file next to tensors and plain values: the log in mmengine's own checkpoints, which
 # resuming needs, the configuration in the authors' files, read as a plain dict, and the arguments
 # in checkpoints of timm's train.py.
-SAFE_GLOBALS = [
-    HistoryBuffer,
+SAFE_GLOBALS: List[Any] = [
+    (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
     argparse.Namespace,
-    numpy.ndarray,
-    numpy.dtype,
     (log_statistic, 'builtins.getattr'),
-    *{type(numpy.dtype(code)) for code in '?bBhHiIlLqQefdU'},  # numbers and names, no objects
     (OrderedDict, 'yacs.config.CfgNode'),
+]
+if is_installed('numpy'):  # PyTorch does without it
+    import numpy
+
+    SAFE_GLOBALS += [numpy.ndarray, numpy.dtype]
+    # Numbers and names, no objects.
+    SAFE_GLOBALS += {type(numpy.dtype(code)) for code in '?bBhHiIlLqQefdU'}
     # numpy 2 moved its functions; files of either are read with either.
-    *(
+    SAFE_GLOBALS += [
         (value.__reduce__()[0], f'numpy.{core}.multiarray.{function}')
         for core in ('core', '_core')
         for function, value in [('_reconstruct', numpy.array(0)), ('scalar', numpy.float64(0))]
-    ),
-]
+    ]
 
 
 # mmengine's addresses: those that name a file, and names in model zoos, which mmengine turns into a
@@ -87,6 +87,8 @@ def use_safe_loading(known: Optional[Dict[str, dict]] = None) -> None:
             f"Checkpoint '{path}' is a name in a model zoo, which cannot be read "
             'as plain data: download the file and give its path.'
         )
+
+    from mmengine.runner import CheckpointLoader
 
     CheckpointLoader.register_scheme(FILE_SCHEMES, loader=load_from_plain_data, force=True)
     CheckpointLoader.register_scheme(ZOO_SCHEMES, loader=load_from_zoo, force=True)
@@ -123,6 +125,8 @@ def read_plain(file, map_location) -> dict:
     try:
         return load_plain(file, map_location, SAFE_GLOBALS)
     except ForeignObject as error:
+        if error.name.startswith('numpy.') and not is_installed('numpy'):
+            raise CheckpointError('it needs the package numpy, which is not installed') from None
         raise CheckpointError(
             f'it holds {error.name}, which is no plain data and was not run'
         ) from None
@@ -144,7 +148,7 @@ def is_torchscript(file) -> bool:
 
 
 def require_safetensors() -> None:
-    if find_spec('safetensors') is None:
+    if not is_installed('safetensors'):
         raise CheckpointError(
             'a safetensors file needs the package safetensors, which is not '
             'installed (pip install safetensors)'

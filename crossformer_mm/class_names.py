@@ -9,10 +9,12 @@ def recorded(checkpoint: Mapping) -> dict:
     """Return ``classes`` and ``palette`` of the training data, as far as a checkpoint has them."""
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, dict) else {}
-    known = meta.get('dataset_meta') or {
-        key: meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key)
+    known = meta.get('dataset_meta') or meta
+    return {
+        name.lower(): known[name]
+        for name in ('CLASSES', 'PALETTE', 'classes', 'palette')
+        if known.get(name) is not None and len(known[name])
     }
-    return {key.lower(): value for key, value in known.items() if value}
 
 
 def drop_unnamed(sample, count: int) -> None:

@@ -2,12 +2,12 @@
 
 from typing import Sequence, Tuple
 
-from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from .openmmlab import BaseModule, register_model
 
-@MODELS.register_module()
+
+@register_model
 class NormedGlobalAveragePooling(BaseModule):
     """LayerNorm at each position, then the mean over all positions.
 

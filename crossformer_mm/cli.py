@@ -89,7 +89,7 @@ def read_config(args: argparse.Namespace) -> Config:
         UserError: an argument or the config cannot work.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, scopes=None)
     variable = LAUNCHERS.get(args.launcher)
     if variable and variable not in os.environ:
         raise UserError(

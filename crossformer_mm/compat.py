@@ -8,6 +8,7 @@ import codecs
 import collections
 import contextlib
 import functools
+import math
 import pickle
 import tarfile
 import warnings
@@ -72,6 +73,16 @@ def autocast_dtype(device_type: str) -> torch.dtype:
     return (
         torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
     )
+
+
+def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
+    """Fill a tensor as ``torch.nn.init.trunc_normal_`` of 2.1 does, with mean 0, cut at -2 and 2.
+
+    Newer releases draw other random numbers; MMEngine draws these.
+    """
+    within = math.erf(2 / std / math.sqrt(2))
+    with torch.no_grad():
+        return tensor.uniform_(-within, within).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2, 2)
 
 
 # 2.4: torch.library.custom_op --------------------------------------------------------------------

@@ -4,7 +4,6 @@ from typing import List, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .compat import is_compiling
@@ -47,7 +46,7 @@ class CrossScaleConvs(nn.ModuleList):
         return torch.cat(convolve([*self], x), dim=1).permute(0, 2, 3, 1)
 
 
-class PatchEmbedding(BaseModule):
+class PatchEmbedding(nn.Module):
     """The first CEL: image to map, a LayerNorm after it.
 
     Args:
@@ -66,7 +65,7 @@ class PatchEmbedding(BaseModule):
         return self.norm(self.projs(image))
 
 
-class PatchMerging(BaseModule):
+class PatchMerging(nn.Module):
     """A CEL between stages: LayerNorm, then half the sides and twice the channels.
 
     Args:

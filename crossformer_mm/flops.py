@@ -30,7 +30,8 @@ class Inference(nn.Module):
     """Run all layers that one image passes, the second stage without its selection of boxes.
 
     Args:
-        model (nn.Module): a detector of one or two stages, a segmentor or a classifier.
+        model (nn.Module): a detector of one or two stages, a segmentor, a classifier, or any model
+            of MMEngine's with ``mode='tensor'``.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,7 +40,7 @@ class Inference(nn.Module):
 
     def forward(self, image: Tensor) -> None:
         if not getattr(self.model, 'with_roi_head', False):
-            self.model(image, mode='tensor')
+            self.model(image, None, mode='tensor')  # without data samples
             return
         features = self.model.extract_feat(image)
         if self.model.with_rpn:
@@ -65,7 +66,7 @@ class Inference(nn.Module):
 def parts_of(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
     """Yield the parts of a model with their names: stages of the backbone, neck, heads."""
     for name, child in model.named_children():
-        if name == 'backbone':
+        if name == 'backbone' and any(child.children()):
             for inner, part in child.named_children():
                 if inner == 'layers':
                     yield from ((f'backbone.layers.{i}', stage) for i, stage in enumerate(part))

@@ -1,24 +1,24 @@
 """Hooks that log attention paths and magnitudes, and draw or keep predictions."""
 
 import re
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
+from typing import Dict, List, Sequence
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
+from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 
 from .attention import GroupAttention
 from .backbone import CrossFormer, CrossFormerStage
-from .compat import autocast_dtype, is_autocast_enabled
 from .errors import UserError
 from .grouping import AxisRule, group_map
-from .kernels import Call, describe_path
 from .pictures import names_in, picture_in
 from .position_bias import bias_windows
 from .without_torch.files import write_labels
@@ -38,29 +38,10 @@ class AttentionPathHook(Hook):
         # The type of mixed precision is known only inside this context.
         inside = wrapper.optim_context(model) if isinstance(wrapper, OptimWrapper) else None
         with inside or nullcontext():
-            lines = [line for m in model.modules() for line in attention_paths(m)]
+            stages = [m for m in model.modules() if isinstance(m, CrossFormerStage)]
+            lines = [line for stage in stages for line in stage.attention_paths()]
         for line in dict.fromkeys(lines):  # each once
             runner.logger.info(f'attention: {line}')
-
-
-def attention_paths(stage: nn.Module) -> Iterator[str]:
-    """:func:`.kernels.describe_path` for each block of a stage; nothing for other modules."""
-    if not isinstance(stage, CrossFormerStage):
-        return
-    weight = next(stage.parameters())
-    device, dtype = weight.device, weight.dtype
-    if is_autocast_enabled(device.type):
-        dtype = autocast_dtype(device.type)
-    for index, block in enumerate(stage.blocks):
-        attention = block.attn
-        call = Call(
-            device,
-            dtype,
-            attention.proj.in_features // attention.num_heads,
-            attention.attn_drop_rate,
-            has_lead=stage.lda == 'shifted' and index % 2 == 1,
-        )
-        yield describe_path(call, attention.attention_path)
 
 
 @HOOKS.register_module()
@@ -221,6 +202,9 @@ class ValidationSamplesHook(Hook):
         self.count = count
         self.tags: Dict[str, str] = {}  # of the images that were drawn, by path
 
+    def before_run(self, runner) -> None:
+        check_drawing(runner.visualizer)
+
     def before_val(self, runner) -> None:
         if runner.rank == 0 and not self.tags:
             self.names = names_in(runner.val_dataloader.dataset)
@@ -243,6 +227,20 @@ class ValidationSamplesHook(Hook):
         return tag if tag not in self.tags.values() else f'{tag}-{len(self.tags)}'
 
 
+def check_drawing(visualizer: Visualizer) -> None:
+    """Check that a visualizer draws predictions: MMEngine's own does nothing.
+
+    Raises:
+        UserError: it does not.
+    """
+    kind = type(visualizer)
+    if not hasattr(kind, 'visualize_cls') and kind.add_datasample is Visualizer.add_datasample:
+        raise UserError(
+            f"{kind.__name__} draws no predictions: give the visualizer of the model's library in "
+            'the visualizer of the config.'
+        )
+
+
 def draw(visualizer, dataset, sample, **options) -> None:
     """Draw a prediction next to its ground truth on the image of a data set.
 
@@ -263,7 +261,8 @@ class ShowPredictionsHook(Hook):
 
     Each picture has the path that its image has below the folder that all images share. (The
     libraries' hooks take the file's name only, so that of images of one name in several folders
-    one is left.)
+    one is left.) The second and later samples of one image, such as persons of MMPose's, have
+    their number at the end of the name.
 
     Args:
         folder (str): to write.
@@ -272,6 +271,10 @@ class ShowPredictionsHook(Hook):
 
     def __init__(self, folder: str, **options):
         self.folder, self.options = Path(folder), options
+        self.drawn: Counter = Counter()  # samples of images, by path
+
+    def before_run(self, runner) -> None:
+        check_drawing(runner.visualizer)
 
     def before_test(self, runner) -> None:
         self.dataset = runner.test_dataloader.dataset
@@ -284,6 +287,10 @@ class ShowPredictionsHook(Hook):
             name, _ = self.names[sample.img_path]
             if Path(name).suffix.lower() not in ('.jpg', '.jpeg', '.png'):
                 name += '.png'
+            self.drawn[name] += 1
+            if self.drawn[name] > 1:
+                path = Path(name)
+                name = str(path.with_name(f'{path.stem}_{self.drawn[name]}{path.suffix}'))
             file = str(self.folder / name)
             draw(runner.visualizer, self.dataset, sample, name=name, out_file=file, **self.options)
 

@@ -4,7 +4,6 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .compat import autocast_dtype, is_autocast_enabled
@@ -91,7 +90,7 @@ def cast_dtype(x: Tensor) -> Optional[torch.dtype]:
     return autocast_dtype(device)
 
 
-class Mlp(BaseModule):
+class Mlp(nn.Module):
     """Linear, GELU, linear, with dropout after each linear layer.
 
     Args:

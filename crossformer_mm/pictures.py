@@ -7,13 +7,20 @@ import cv2
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 
+from .errors import UserError
 from .without_torch.files import unique_names
 
 
 def names_in(dataset) -> Dict[str, Tuple[str, str]]:
-    """Name the images of a data set, by their ``img_path``, as :func:`unique_names` does."""
+    """Name the images of a data set, by their ``img_path``, as :func:`unique_names` does.
+
+    Raises:
+        UserError: the data set does not name a file for each image.
+    """
     infos = (dataset.get_data_info(index) for index in range(len(dataset)))
-    paths = list(dict.fromkeys(info['img_path'] for info in infos))
+    paths = list(dict.fromkeys(info.get('img_path') for info in infos))
+    if None in paths:
+        raise UserError('Predictions are drawn on image files, and the data set names none.')
     return dict(zip(paths, unique_names([Path(path).absolute() for path in paths])))
 
 

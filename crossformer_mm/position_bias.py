@@ -18,14 +18,14 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
-from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
+
+from .compat import trunc_normal_
 
 POSITION_BIASES = ('dynamic', 'dynamic_residual', 'relative', 'absolute', 'none')
 
 
-class DynamicPositionBias(BaseModule):
+class DynamicPositionBias(nn.Module):
     """Position bias for groups of any size (arXiv 2108.00154, section 3.3).
 
     Args:
@@ -85,7 +85,7 @@ class DynamicPositionBias(BaseModule):
         return self.pos3(x)
 
 
-class RelativePositionBias(BaseModule):
+class RelativePositionBias(nn.Module):
     """A learnt bias for each offset inside a group, as Swin has (arXiv 2103.14030, section 3.2).
 
     Args:
@@ -104,7 +104,7 @@ class RelativePositionBias(BaseModule):
         return resize_map(self.relative_position_bias_table, 2 * height - 1, 2 * width - 1)
 
 
-class NoPositionBias(BaseModule):
+class NoPositionBias(nn.Module):
     """A bias of 0, for attention that is not told where its tokens are.
 
     Args:
@@ -122,7 +122,7 @@ class NoPositionBias(BaseModule):
         return zero.expand(-1, 2 * height - 1, 2 * width - 1)
 
 
-class AbsolutePosition(BaseModule):
+class AbsolutePosition(nn.Module):
     """A learnt map that is added to a map of tokens (arXiv 2103.14030, table 4: "abs. pos.").
 
     Args:
@@ -140,7 +140,7 @@ class AbsolutePosition(BaseModule):
         return x + resize_map(self.absolute_pos_embed, *x.shape[1:3]).permute(1, 2, 0)
 
 
-def build_position_bias(name: str, channels: int, num_heads: int, group_size: int) -> BaseModule:
+def build_position_bias(name: str, channels: int, num_heads: int, group_size: int) -> nn.Module:
     """Build the bias of one attention in a stage of ``channels`` with groups of ``group_size``."""
     if name == 'relative':
         return RelativePositionBias(num_heads, group_size)

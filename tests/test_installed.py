@@ -101,6 +101,17 @@ def test_import_ends_in_the_sentence():
     )
 
 
+def test_a_package_that_a_finder_blocks_is_not_installed(monkeypatch):
+    def find_spec(name, path=None, target=None):
+        if name == 'mmengine':
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.delitem(sys.modules, 'mmengine')
+    assert installed.is_installed('mmengine')
+    monkeypatch.setattr(sys, 'meta_path', [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
+    assert not installed.is_installed('mmengine')
+
+
 def test_package_and_tools_work_without_docstrings():
     """python -OO drops them, as frozen and minimal installations do."""
     program = (

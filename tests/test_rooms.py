@@ -30,7 +30,7 @@ MAY_IMPORT = {
 }
 ROOM_OF = {
     **dict.fromkeys(('errors', 'files', 'checkpoint', 'compat', 'version', 'installed'), 'base'),
-    **dict.fromkeys(('class_names', 'config_parts', 'pictures', 'mmcv_ops'), 'base'),
+    **dict.fromkeys(('class_names', 'config_parts', 'pictures', 'mmcv_ops', 'openmmlab'), 'base'),
     **{room: room for room in ('without_torch', 'kernels', 'engine', 'export', 'explain')},
     **{room: room for room in ('prediction', 'sweep', 'cli')},
 }
@@ -43,6 +43,7 @@ COMPILED = f'{PACKAGE}.kernels._native'
 
 # Imports whose target is not written where they are made, with the reason.
 UNKNOWN_TARGETS = {
+    'crossformer_mm.engine.config': 'the library of a config, none of these modules',
     'crossformer_mm.installed': 'packages of the table above it, none of them this one',
     'crossformer_mm.mmcv_ops': 'its own operators as a module of mmcv, and modules that import mmcv',
 }

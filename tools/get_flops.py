@@ -40,7 +40,7 @@ def parse_args():
         help='height and width of the image (default: '
         f'{" ".join(map(str, SHAPES["mmdet"]))} for a detector, '
         f'{" ".join(map(str, SHAPES["mmseg"]))} for a segmentor, '
-        f'{" ".join(map(str, SHAPES["mmpretrain"]))} for a classifier)',
+        f'{" ".join(map(str, SHAPES["mmpretrain"]))} for a classifier, none for other models)',
     )
     parser.add_argument(
         '--json',
@@ -52,8 +52,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config)
-    shape = args.shape or SHAPES[cfg.default_scope]
+    cfg = load_config(args.config, scopes=None)
+    shape = args.shape or SHAPES.get(cfg.default_scope)
+    if shape is None:
+        raise UserError(f'--shape H W is needed for a model of {cfg.default_scope}.')
     if min(shape) < 1:
         raise UserError(f'--shape must be two numbers of at least 1, got {shape[0]} {shape[1]}.')
     try:

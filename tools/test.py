@@ -1,9 +1,10 @@
-"""Evaluate a checkpoint of a detector, a segmentor or a classifier.
+"""Evaluate a checkpoint of a detector, a segmentor, a classifier, or another model of MMEngine's.
 
     python tools/test.py configs/upernet/cf_s_160k.py \\
         work_dirs/upernet/cf_s_160k/iter_160000.pth --tta
 """
 
+import inspect
 from pathlib import Path
 
 from mmengine.config import ConfigDict
@@ -57,11 +58,10 @@ def use_test_time_augmentation(cfg, config_file: str) -> None:
 
 
 def drawing_options(cfg) -> dict:
-    """Remove the library's drawing hook from a config; return its options for a detector."""
+    """Remove the library's drawing hook from a config; return its options of a visualizer."""
     ensure_visualizer(cfg)
     hook = (cfg.get('default_hooks') or {}).pop('visualization', None) or {}
-    detection = cfg.default_scope == 'mmdet'
-    return dict(pred_score_thr=hook.get('score_thr', 0.3)) if detection else {}
+    return dict(pred_score_thr=hook.get('score_thr', 0.3))
 
 
 def main():
@@ -75,7 +75,7 @@ def main():
     scope = cfg.default_scope
     maps = scope == 'mmseg'  # label maps go to a folder, other predictions to a file
     if args.out and not maps and not args.out.endswith(('.pkl', '.pickle')):
-        what = {'mmdet': 'detector', 'mmpretrain': 'classifier'}[scope]
+        what = {'mmdet': 'detector', 'mmpretrain': 'classifier'}.get(scope, f'model of {scope}')
         raise UserError(f"--out: '{args.out}' must end in .pkl for a {what}.")
     if args.show_dir:
         drawing = drawing_options(cfg)
@@ -89,6 +89,8 @@ def main():
         check_writable('--out', args.out if maps else Path(args.out).parent)
     runner = build_runner(cfg)
     if args.show_dir:
+        if 'pred_score_thr' not in inspect.signature(runner.visualizer.add_datasample).parameters:
+            drawing = {}
         runner.register_hook(ShowPredictionsHook(args.show_dir, **drawing))
     if args.out and maps:
         runner.register_hook(KeepLabelMapsHook(args.out))

@@ -1,4 +1,4 @@
-"""Train a detector, a segmentor or a classifier.
+"""Train a detector, a segmentor, a classifier, or another model of MMEngine's.
 
 python tools/train.py configs/mask_rcnn/cf_s_1x.py --amp
 """
@@ -113,7 +113,8 @@ def check_weights(cfg, args) -> None:
         cfg.resume, cfg.load_from = True, args.resume
     pretrained, backbone = check_weight_files(cfg), cfg.model.get('backbone')
     if not pretrained and not args.resume:
-        if backbone and kind_of(backbone) != 'CrossFormer':  # CrossFormer itself warns
+        # CrossFormer itself warns.
+        if isinstance(backbone, dict) and kind_of(backbone) != 'CrossFormer':
             print(
                 'No pretrained checkpoint is given, the backbone starts from random weights: '
                 'name a file with --cfg-options model.backbone.init_cfg.checkpoint=FILE.'

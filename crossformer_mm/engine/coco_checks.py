@@ -111,8 +111,12 @@ def check_metrics(runner, mode: str, loop) -> None:
     given = runner.cfg.get(f'{mode}_evaluator')
     given = given if isinstance(given, (list, tuple)) else [given]
     for number, metric in enumerate(loop.evaluator.metrics):
+        if not isinstance(metric, CocoMetric):
+            continue
+        # A subclass with results of its own form, such as rotated boxes, reads annotations of it.
+        own_form = not type(metric).results2json.__module__.startswith('mmdet.')
         # _coco_api is the only place of the file that the metric has read.
-        if isinstance(metric, CocoMetric) and metric._coco_api is not None:
+        if not own_form and metric._coco_api is not None:
             named = given[number] if number < len(given) else None
             named = named.get('ann_file') if isinstance(named, dict) else None
             image_ids = [

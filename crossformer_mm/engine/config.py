@@ -1,31 +1,35 @@
 """Read a config, choose its library, and adapt it to this machine and to the user's folders."""
 
 import os
+import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterable, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import MODULE2PACKAGE
 
 from ..config_parts import data_sets, kind_of, metrics_of
 from ..errors import UserError, said
-from .overrides import check_keys, ensure_pretrained_cfg, warn_of_typos
+from .overrides import check_keys, class_of, ensure_pretrained_cfg, registered_scopes, warn_of_typos
 
-# Package that each default_scope needs, by its name for pip. DENSE: scopes of dense prediction.
-SCOPES = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'}
+# Values of default_scope whose models, data sets and results are known. DENSE: of dense prediction.
+SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
 DENSE = ('mmdet', 'mmseg')
 
 
 def load_config(
-    file: str, options: Optional[dict] = None, scopes: Iterable[str] = tuple(SCOPES)
+    file: str, options: Optional[dict] = None, scopes: Optional[Iterable[str]] = SCOPES
 ) -> Config:
     """Read a config and replace some of its settings.
 
     Args:
         file (str): the config.
         options (dict, optional): settings by key, as from ``--cfg-options``.
-        scopes (Iterable[str]): values of ``default_scope`` that the caller can use.
+        scopes (Iterable[str], optional): values of ``default_scope`` that the caller can use. None:
+            any library of MMEngine's.
 
     Raises:
         UserError: the config cannot be read or has no model, its library is not installed, or an
@@ -43,19 +47,18 @@ def load_config(
     if cfg.get('default_scope') is None and isinstance(cfg.get('model'), dict):
         cfg.default_scope = scope_of(cfg.model.get('type'))
     scope = cfg.get('default_scope')
-    if scope not in scopes:
+    if scopes is not None and scope not in scopes:
         raise UserError(
             f"config '{file}' has default_scope {scope!r}, allowed are "
-            f"{', '.join(map(repr, scopes))}."
+            f"{', '.join(map(repr, scopes))}.{inferencers_of(scope)}"
         )
-    if find_spec(scope) is None:
-        raise UserError(
-            f"config '{file}' needs the package {SCOPES[scope]}, which is not installed."
-        )
-    if scope == 'mmpretrain':
-        check_torchvision(file)
     if not isinstance(cfg.get('model'), dict):
-        raise UserError(f"config '{file}' has no model.")
+        no_scope = 'default_scope None and ' if scope is None else ''
+        raise UserError(f"config '{file}' has {no_scope}no model.")
+    if scope is None:
+        use_mmengines_scope(cfg, file)
+    else:
+        check_library(scope, file)
     ensure_pretrained_cfg(cfg, options or {})
     warn_of_typos(cfg, file)
     check_keys(cfg, options or {})
@@ -69,7 +72,63 @@ def load_config(
 def scope_of(kind) -> Optional[str]:
     """Return the library of a model's class or of its bases, in a pure Python config."""
     modules = [one.__module__.partition('.')[0] for one in getattr(kind, '__mro__', ())]
-    return next((module for module in modules if module in SCOPES), None)
+    known = [module for module in modules if module in SCOPES]
+    return next(iter([*known, *filter(registered_scopes().__contains__, modules)]), None)
+
+
+def use_mmengines_scope(cfg: Config, file: str) -> None:
+    """Use MMEngine's own registries for a config without ``default_scope``, as MMEngine does.
+
+    Raises:
+        UserError: they do not have the model.
+    """
+    cfg.default_scope = 'mmengine'
+    kind = cfg.model.get('type')
+    if class_of(kind, 'mmengine') is None:
+        raise UserError(
+            f"config '{file}' has default_scope None, and MMEngine itself has no model {kind!r}: "
+            'name the library of the model.'
+        )
+
+
+def check_library(scope: str, file: str) -> None:
+    """Import the library of a config's ``default_scope``.
+
+    Raises:
+        UserError: it is not installed, cannot be imported, or registers nothing with MMEngine.
+    """
+    if scope not in registered_scopes():  # by one of the config's custom_imports
+        if find_spec(scope) is None:
+            package = MODULE2PACKAGE.get(scope, scope)
+            raise UserError(f"config '{file}' needs the package {package}, which is not installed.")
+        try:
+            if find_spec(f'{scope}.registry') is not None:
+                import_module(f'{scope}.registry')
+        except Exception as error:  # of the library
+            raise UserError(
+                f"config '{file}' needs {scope}, whose import ends in {said(error)}."
+            ) from error
+    if scope == 'mmpretrain':
+        check_torchvision(file)
+    if scope not in registered_scopes():
+        raise UserError(
+            f"config '{file}' has default_scope {scope!r}, and this package has no registry of "
+            "MMEngine's: import the module that defines it by custom_imports."
+        )
+
+
+def inferencers_of(scope: Optional[str]) -> str:
+    """Return a sentence that names the inferencers of a library, or ''."""
+    try:
+        found = find_spec(f'{scope}.apis')
+    except Exception:  # not installed, or cannot be imported
+        return ''
+    if found is None or not found.origin:
+        return ''
+    text = Path(found.origin).read_text(encoding='utf-8')  # importing it may take long
+    names = re.findall(r'\b(?!Base)\w+Inferencer\b', text) or re.findall(r'\binference_\w+', text)
+    some = ', '.join(list(dict.fromkeys(names))[:3])
+    return f' {scope} predicts by its own {scope}.apis: {some}.' if some else ''
 
 
 def check_torchvision(file: str) -> None:
@@ -103,9 +162,13 @@ def strip_scope(part) -> None:
 def ensure_visualizer(cfg: Config) -> ConfigDict:
     """Return the config's visualizer; if it has none, add that of its library."""
     if not cfg.get('visualizer'):
-        kind = {'mmdet': 'DetLocalVisualizer', 'mmseg': 'SegLocalVisualizer'}
+        kind = {
+            'mmdet': 'DetLocalVisualizer',
+            'mmseg': 'SegLocalVisualizer',
+            'mmpretrain': 'UniversalVisualizer',
+        }
         cfg.visualizer = dict(
-            type=kind.get(cfg.default_scope, 'UniversalVisualizer'),
+            type=kind.get(cfg.default_scope, 'mmengine.Visualizer'),
             name='visualizer',
             vis_backends=[dict(type='LocalVisBackend')],
         )

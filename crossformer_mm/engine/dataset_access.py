@@ -1,5 +1,6 @@
 """Access to OpenMMLab's data sets: those inside wrappers, their files and transforms."""
 
+import os
 from typing import Dict, Iterator, Optional
 
 
@@ -42,7 +43,12 @@ def files_of(dataset, info: dict) -> Dict[str, str]:
     # MMDetection names a label map for images whose pipeline loads none.
     if any(getattr(step, 'with_seg', False) for step in steps_of(dataset)):
         files['Label map'] = info.get('seg_map_path')
-    return {what: str(path) for what, path in files.items() if path}
+    # Other libraries' may be lists, of the images of a video or of a pair.
+    return {what: str(path) for what, path in files.items() if path and is_path(path)}
+
+
+def is_path(value) -> bool:
+    return isinstance(value, (str, os.PathLike))
 
 
 def steps_of(part) -> Iterator:

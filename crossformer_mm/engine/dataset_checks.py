@@ -50,7 +50,7 @@ def check_files(dataset, skip_to: Optional[str] = None) -> None:
             seen.add(label)
             if classes and label not in range(len(classes)):
                 raise DataError(
-                    f"Image '{info['img_path']}' has label {label} in {source}, "
+                    f"Image '{info.get('img_path')}' has label {label} in {source}, "
                     f'allowed are 0 to {len(classes) - 1}, the classes.'
                 )
         for path in files_of(dataset, info).values() if local else ():

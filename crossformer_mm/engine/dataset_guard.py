@@ -128,7 +128,7 @@ class Guard:
             found = self.problem(index)
             if found is None:
                 files = files_of(self.dataset, self.dataset.get_data_info(index)).values()
-                names = ' and '.join(map(repr, files))
+                names = ' and '.join(map(repr, files)) or f'The files of item {index}'
                 print_log(
                     f'{names} can be read, but preparing it ended in {said(error)}: a '
                     "transform or the image's annotation is at fault.",

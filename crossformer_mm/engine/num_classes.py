@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, Optional, Tuple
 
+from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
 from ..class_names import drop_unnamed
@@ -33,7 +34,7 @@ def check_number_of_classes(runner, mode: str) -> Optional[str]:
         if isinstance(getattr(module, 'num_classes', None), int)
         and module.num_classes != len(classes)
     ]
-    scope = getattr(runner.default_scope, 'scope_name', None)
+    library = library_of(runner)
 
     def is_large(head) -> bool:
         return head[1].num_classes > len(classes)
@@ -41,7 +42,7 @@ def check_number_of_classes(runner, mode: str) -> Optional[str]:
     def is_called(head, kind: str) -> bool:
         return head[0].rstrip('.0123456789').endswith(kind)
 
-    if scope == 'mmseg':  # auxiliary heads may have fewer outputs, such as borders
+    if library == 'mmseg':  # auxiliary heads may have fewer outputs, such as borders
         heads = [
             head
             for head in heads
@@ -49,8 +50,10 @@ def check_number_of_classes(runner, mode: str) -> Optional[str]:
             or is_called(head, 'auxiliary_head')
             and is_large(head)
         ]
-    elif heads and type(runner.model).__module__.startswith('mmdet') or scope == 'mmdet':
+    elif library == 'mmdet':
         heads = [head for head in heads if not passes_in_mmdet(runner, head, dataset)]
+    elif library != 'mmpretrain':
+        return None  # its num_classes may be of anything
     else:  # MMPretrain's data sets may have names of classes without an image
         heads = [head for head in heads if is_called(head, 'head') and is_large(head)]
     numbers = [f'model.{name}.num_classes = {module.num_classes}' for name, module in heads]
@@ -69,6 +72,15 @@ def check_number_of_classes(runner, mode: str) -> Optional[str]:
         f'to {classes[-1]}. The other outputs have no training data and no names: set num_classes '
         'to the number of your classes.'
     )
+
+
+def library_of(runner) -> Optional[str]:
+    """Return the library that a model's class is of or derived from, or else its scope."""
+    libraries = ('mmdet', 'mmseg', 'mmpretrain')
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    modules = [kind.__module__.partition('.')[0] for kind in type(model).__mro__]
+    scope = getattr(runner.default_scope, 'scope_name', None)
+    return next((module for module in modules if module in libraries), scope)
 
 
 def passes_in_mmdet(runner, part: Tuple[str, Any], dataset) -> bool:

@@ -148,12 +148,32 @@ def class_of(name, scope: Optional[str]) -> Optional[type]:
     """Return the class that a config builds by ``type``; None: unknown."""
     if inspect.isclass(name):
         return name
-    for registry in vars(mmengine.registry).values() if isinstance(name, str) else ():
-        if isinstance(registry, Registry):
-            found = registry.get(f'{scope}.{name}' if scope and '.' not in name else name)
+    if not isinstance(name, str):
+        return None
+    # A library may lack a registry of its own for a part, and use MMEngine's.
+    for key in [f'{scope}.{name}', name] if scope and '.' not in name else [name]:
+        for registry in registries():
+            try:
+                found = registry.get(key)
+            except RuntimeError:  # 'Failed to get'
+                continue
             if inspect.isclass(found):
                 return found
     return None
+
+
+def registries() -> List[Registry]:
+    """List MMEngine's own registries, whose children are those of libraries."""
+    return [one for one in vars(mmengine.registry).values() if isinstance(one, Registry)]
+
+
+def registered_scopes() -> Set[str]:
+    """Return the scopes of all registries."""
+    found, parts = set(), registries()
+    for registry in parts:
+        found.add(registry.scope)
+        parts += registry.children.values()
+    return found
 
 
 def arguments(built: Optional[type]) -> Tuple[Set[str], bool]:

@@ -4,13 +4,19 @@ from pathlib import Path
 from typing import List, Optional
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 
 from ..config_parts import data_sets
 from ..errors import ConfigError, UserError
+from .config import SCOPES
+from .dataset_access import is_path
+from .overrides import class_of
 
 
 def check_dataset(cfg: Config, *splits: str) -> None:
     """Check that the folders and files of the splits' data sets exist, unless on a remote backend.
+
+    In other libraries only data sets derived from MMEngine's are known to join paths in this way.
 
     Raises:
         UserError: one does not exist, or splits have different folders of classes.
@@ -20,8 +26,14 @@ def check_dataset(cfg: Config, *splits: str) -> None:
         if not cfg.get(f'{split}_dataloader'):
             continue
         for dataset in data_sets(cfg[f'{split}_dataloader'].dataset):
+            if cfg.default_scope not in SCOPES:
+                kind = class_of(dataset.get('type'), cfg.default_scope)
+                if kind is None or not issubclass(kind, BaseDataset):
+                    continue
             root = Path(dataset.get('data_root') or '.')
-            parts = [dataset.get('ann_file'), *image_folders(dataset).values()]
+            folder_of_split = cfg.default_scope == 'mmpretrain'
+            parts = [dataset.get('ann_file'), *image_folders(dataset, folder_of_split).values()]
+            parts = [part if is_path(part) else None for part in parts]
             if dataset.get('backend_args') or any(
                 '://' in str(part) for part in (dataset.get('data_root'), *parts)
             ):
@@ -39,7 +51,7 @@ def check_dataset(cfg: Config, *splits: str) -> None:
                 and not reached
                 and not list_of_images(dataset)
             ):
-                folders[split] = class_folders(split, root, image_folders(dataset))
+                folders[split] = class_folders(split, root, image_folders(dataset, True))
     if len(set(map(tuple, folders.values()))) > 1:
         (first, names), (second, others) = folders.items()
         name = sorted(set(names) ^ set(others))[0]
@@ -49,10 +61,12 @@ def check_dataset(cfg: Config, *splits: str) -> None:
         )
 
 
-def image_folders(dataset: dict) -> dict:
-    """Return the folders of a data set below its root, by content."""
-    # MMPretrain's may be one folder, named after the split if not otherwise.
-    prefix = dataset.get('data_prefix') or dataset.get('split') or {}
+def image_folders(dataset: dict, folder_of_split: bool) -> dict:
+    """Return the folders of a data set below its root, by content.
+
+    ``folder_of_split``: the folder is named after the split if not otherwise, as in MMPretrain.
+    """
+    prefix = dataset.get('data_prefix') or folder_of_split and dataset.get('split') or {}
     return dict(img_path=prefix) if isinstance(prefix, str) else prefix
 
 
@@ -100,7 +114,8 @@ def check_weight_files(cfg: Config) -> bool:
     Raises:
         UserError: ``load_from`` or a checkpoint of the backbone's ``init_cfg`` does not exist.
     """
-    given = (cfg.model.get('backbone') or {}).get('init_cfg') or {}
+    backbone = cfg.model.get('backbone')
+    given = (backbone.get('init_cfg') if isinstance(backbone, dict) else None) or {}
     files = [
         ('model.backbone.init_cfg.checkpoint', one.get('checkpoint'))
         for one in (given if isinstance(given, list) else [given])
@@ -117,6 +132,8 @@ def check_classifier(cfg) -> None:
     Raises:
         ConfigError: they do not.
     """
+    if cfg.get('default_scope') not in ('mmpretrain', None):
+        return
     head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None
     classes = head.get('num_classes') if isinstance(head, dict) else None
     mixed = (

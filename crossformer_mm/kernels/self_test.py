@@ -20,10 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Set, Tuple, Union
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
 from ..grouping import AxisRule
+from ..openmmlab import print_log
 from . import fused, plain
 from .call import SMALL, Call, largest_group
 from .operator import map_operator

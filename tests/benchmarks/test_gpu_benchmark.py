@@ -52,7 +52,6 @@ def test_every_section_runs_on_a_bare_machine(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())
-    assert results['stand_ins'] == ['mmengine', 'mmcv']
     sections = results['sections']
     assert list(sections) == [
         'compile',

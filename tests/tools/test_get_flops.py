@@ -170,4 +170,5 @@ def test_a_model_that_cannot_be_built_is_named(get_flops, config):
 
 def test_a_missing_package_is_named(get_flops, monkeypatch):
     monkeypatch.setitem(sys.modules, 'mmseg', None)
+    monkeypatch.setattr('crossformer_mm.engine.config.registered_scopes', set)  # as at a start
     assert 'needs the package mmsegmentation' in get_flops(DEMO_SEGMENTOR, code=2)

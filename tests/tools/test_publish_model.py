@@ -240,7 +240,7 @@ def test_truncated_safetensors_file_is_refused(small, tmp_path, share):
 
 
 def test_without_the_package_one_sentence_names_it(refusal_of, monkeypatch, small, tmp_path):
-    monkeypatch.setattr(checkpoint_module, 'find_spec', lambda name: None)
+    monkeypatch.setattr(checkpoint_module, 'is_installed', lambda name: False)
     path = safetensors_file(tmp_path / 'weights.safetensors', small().state_dict())
     with pytest.raises(CheckpointError, match='pip install safetensors'):
         load(path)
