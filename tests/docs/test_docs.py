@@ -126,6 +126,9 @@ def test_command_names_what_exists(command, examples, monkeypatch):
         if tool == '-m':
             assert find_spec(f'{rest[0]}.__main__')
             return
+        if tool == '-c':  # tests/test_commands.py runs it
+            compile(rest[0], command, 'exec')
+            return
         if tool == 'tools/export.py' and missing_torch(EXPORT):
             pytest.skip(f'export: {missing_torch(EXPORT)}')
     else:  # dist_train.sh CONFIG GPUS ..., dist_test.sh CONFIG CHECKPOINT GPUS ...,
