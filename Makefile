@@ -3,6 +3,8 @@
 #             of mmcv's
 # make test-compiled   the tests with a compiled mmcv, in an environment of its own
 # make test-compiled-core   only those of the operators
+# make test-newest   the tests on the newest release of every package that pip finds, in an environment
+#                    of its own, made by PYTHON; TESTS=... names some of them
 # make soak   what takes too long for a test: trainings killed again and again, thousands of steps;
 #             writes benchmarks/soak.md
 # make lint   ruff and mypy on the code, in an environment of their own
@@ -23,6 +25,7 @@ SOURCES := pyproject.toml setup.py $(wildcard crossformer_mm/kernels/csrc/*)
 BUILD_SOURCES := requirements/build.txt requirements/torchvision.txt $(SOURCES)
 
 COMPILED := .venv-compiled
+NEWEST := .venv-newest
 OPENMMLAB := .venv-openmmlab
 TORCH21 := .venv-torch21
 LINT := .venv-lint
@@ -52,7 +55,7 @@ $(1) -m pip install --no-deps -r requirements/torchvision.txt
     echo "torchvision does not fit this torch and is taken out: pretraining does not work here"; }
 endef
 
-.PHONY: demo test lint docs soak test-compiled test-compiled-core test-openmmlab \
+.PHONY: demo test lint docs soak test-compiled test-compiled-core test-newest test-openmmlab \
     test-openmmlab-core test-torch21 test-torch21-core setup clean
 setup: $(READY)
 
@@ -75,6 +78,18 @@ $(COMPILED)/ready: requirements/torch.txt requirements/run.txt $(SOURCES)
 	@echo "mmcv compiles its operators now where no wheel of it is at hand: some minutes on 2 cores"
 	$(MMCV_FLAGS) $(COMPILED)/bin/python -m pip install --no-compile --no-build-isolation -r requirements/run.txt -c requirements/torch.txt
 	$(COMPILED)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# The packages of `make test` without their versions. imaug, which onedl-mmdetection requires, excludes
+# OpenCV 5, and OpenCV 4.12 excludes NumPy 2.3 and newer; nothing here uses imaug. Both packages of
+# OpenCV install `cv2`. Remove the environment to get newer releases.
+$(NEWEST)/ready: requirements/torch.txt requirements/run.txt $(SOURCES)
+	$(PYTHON) -m venv $(NEWEST)
+	sed 's/==[^;]*//' requirements/torch.txt requirements/run.txt > $(NEWEST)/newest.txt
+	$(NEWEST)/bin/python -m pip install --no-compile --no-cache-dir --no-binary onedl-mmcv -r $(NEWEST)/newest.txt openvino
+	$(NEWEST)/bin/python -m pip install --no-compile --no-deps --upgrade numpy opencv-python opencv-python-headless
+	$(NEWEST)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(NEWEST)/bin/python -m crossformer_mm.mmcv_ops
 	touch $@
 
 $(OPENMMLAB)/ready: $(BUILD_SOURCES) requirements/openmmlab.txt
@@ -130,6 +145,9 @@ test-compiled: $(COMPILED)/ready
 test-compiled-core:
 	$(MAKE) test-compiled TESTS="$(COMPILED_CORE)"
 
+test-newest: $(NEWEST)/ready
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python -m pytest $(PARALLEL) $(TESTS)
+
 test-openmmlab: $(OPENMMLAB)/ready
 	PYTHONPATH=$(CURDIR) $(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
@@ -143,4 +161,4 @@ test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"
 
 clean:
-	rm -rf $(VENV) $(COMPILED) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes
+	rm -rf $(VENV) $(COMPILED) $(NEWEST) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes
