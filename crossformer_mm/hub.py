@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import yaml
 from mmengine.config import Config
 
-from .config_parts import data_sets, kind_of
+from .config_parts import data_sets, innermost, kind_of
 from .errors import UserError
 from .version import __version__
 
@@ -23,10 +23,10 @@ NAMES = {
     **{'l': 'crossformer_large', 'pp-s': 'crossformer_pp_small', 'pp-b': 'crossformer_pp_base'},
     **{'pp-l': 'crossformer_pp_large', 'pp-h': 'crossformer_pp_huge'},
 }
-# Arguments of the backbone that timm gives in its own way, and those that only a training has.
+# Arguments that timm passes in its own way, and arguments that only training needs.
 NOT_OF_TIMM = {'arch', 'in_channels', 'drop_rate', 'out_indices'}
 TRAINING = {'type', 'init_cfg', 'frozen_stages', 'with_cp', 'attention_path'}
-# Groups are always in the file: defaults for them differ from one program to the next.
+# Always written: the defaults of a CrossFormer++ in timm differ from these.
 GROUPS = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
 TASKS = dict(
     mmdet='object-detection', mmseg='image-segmentation', mmpretrain='image-classification'
@@ -110,7 +110,9 @@ def json_config(cfg: Config) -> dict:
         return config
     classes = cfg.model.head.num_classes if cfg.get('default_scope') == 'mmpretrain' else 0
     images = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    steps = {kind_of(step): step for step in cfg.test_dataloader.dataset.pipeline}
+    test = cfg.get('test_dataloader')
+    pipeline = innermost(test.dataset).get('pipeline', ()) if test else ()
+    steps = {kind_of(step): step for step in pipeline}
     size, crop = 224, steps.get('CenterCrop', {}).get('crop_size')
     pretrained = dict(num_classes=classes, classifier='head.fc', interpolation='bicubic')
     for key in ('mean', 'std'):
@@ -168,7 +170,7 @@ def model_card(name: str, cfg: Config, meta: dict, source: Path, licence: str) -
     """Return the text of README.md."""
     task = TASKS.get(cfg.get('default_scope', ''), 'other')
     metrics = read_metrics(cfg, meta, source)
-    measured, learnt = (
+    val, train = (
         list(data_sets(cfg[f'{split}_dataloader'].dataset))
         if cfg.get(f'{split}_dataloader')
         else []
@@ -177,8 +179,8 @@ def model_card(name: str, cfg: Config, meta: dict, source: Path, licence: str) -
     classes = [str(one) for one in (meta.get('dataset_meta') or {}).get('classes', ())]
     header: Dict[str, Any] = dict(license=licence, library_name='crossformer_mm', pipeline_tag=task)
     header['tags'] = ['crossformer', cfg.get('default_scope', 'mmengine')]
-    if metrics and measured:
-        data = dict(name=kind_of(measured[0]), type=place(measured[0]))
+    if metrics and val:
+        data = dict(name=kind_of(val[0]), type=annotations_of(val[0]))
         rows = [dict(type=key, value=one) for key, one in metrics.items()]
         result = dict(task=dict(type=task), dataset=data, metrics=rows)
         header['model-index'] = [dict(name=name, results=[result])]
@@ -195,19 +197,20 @@ def model_card(name: str, cfg: Config, meta: dict, source: Path, licence: str) -
         metrics=f'| metric | value |\n|---|---|\n{table}'
         if metrics
         else "The training's log has no validation of these weights.\n",
-        learnt=listed(learnt),
-        measured=listed(measured),
+        train=describe(train),
+        val=describe(val),
         classes=f"{len(classes)}: {', '.join(classes)}" if classes else 'unknown',
         licence=licence,
         arguments=arguments,
     )
 
 
-def listed(datasets: list) -> str:
-    return '; '.join(f'{kind_of(one)}, `{place(one)}`' for one in datasets) or 'unknown'
+def describe(datasets: list) -> str:
+    """Return the type and the annotations of each data set."""
+    return '; '.join(f'{kind_of(one)}, `{annotations_of(one)}`' for one in datasets) or 'unknown'
 
 
-def place(dataset: dict) -> str:
+def annotations_of(dataset: dict) -> str:
     """Return where a data set's annotations are."""
     prefix = dataset.get('data_prefix') or {}
     inside = dataset.get('ann_file') or (
@@ -227,12 +230,12 @@ CARD = '''\
 ## Metrics
 
 {metrics}
-Measured by the training itself, on its processor: {processor}.
+Processor of the training and of its validation: {processor}.
 
 ## Data
 
-- Training: {learnt}
-- Validation: {measured}
+- Training: {train}
+- Validation: {val}
 - Classes: {classes}
 
 ## Intended use
