@@ -15,10 +15,8 @@ from crossformer_mm import checkpoint as checkpoint_module
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
 from crossformer_mm.hub import NAMES, json_config
 
-from .test_publish_model import CLASSES, runner_file
-from .test_released_files import model_of, outputs
-from .test_tools import DETECTOR, ROOT, Marker, sentence
-from .tool_process import run_as_main
+from .helpers import CLASSES, DEMO_DETECTOR, ROOT, Marker, model_of, outputs, run_as_main
+from .tools.test_publish_model import runner_file
 
 RUN = '20261129_185938'
 
@@ -28,7 +26,7 @@ def save(tmp_path):
     """Save what a training of the small detector leaves; entries of ``meta`` replace its own."""
 
     def save(log: str = '', **meta) -> Path:
-        content = runner_file(model_of(DETECTOR))
+        content = runner_file(model_of(DEMO_DETECTOR))
         content['meta'].update(experiment_name=f'small_{RUN}', **meta)
         torch.save(content, tmp_path / 'epoch_3.pth')
         logs = tmp_path / RUN / 'vis_data'
@@ -61,7 +59,7 @@ def card(folder: Path) -> tuple:
 def test_a_folder_loads_here_with_equal_outputs(monkeypatch, save):
     file = save()
     folder = publish(monkeypatch, file)
-    donor = model_of(DETECTOR)
+    donor = model_of(DEMO_DETECTOR)
     donor.load_state_dict(read_checkpoint(str(file))['state_dict'])
     weights = str(folder / 'model.safetensors')
 
@@ -148,7 +146,7 @@ def test_timm_reads_the_json(monkeypatch, tmp_path):
     assert arguments == json.loads(json.dumps(config['model_args']))
 
 
-def test_what_cannot_be_a_folder_for_a_hub_is_said(capsys, monkeypatch, save, tmp_path):
+def test_what_cannot_be_a_folder_for_a_hub_is_said(refusal_of, monkeypatch, save, tmp_path):
     pytest.importorskip('safetensors')
     file = save()
     content = torch.load(file, weights_only=False)
@@ -157,7 +155,7 @@ def test_what_cannot_be_a_folder_for_a_hub_is_said(capsys, monkeypatch, save, tm
         content['meta']['cfg'] = cfg
         torch.save(content, file)
         options = options or ('--hub', tmp_path / 'small')
-        return sentence(capsys, monkeypatch, 'publish_model.py', file, *options)
+        return refusal_of('publish_model.py', file, *options)
 
     text = content['meta']['cfg']
     marker = f"__import__('pathlib').Path({str(tmp_path / 'marker')!r}).touch()"
@@ -175,10 +173,9 @@ def test_what_cannot_be_a_folder_for_a_hub_is_said(capsys, monkeypatch, save, tm
     assert {one.name for one in tmp_path.iterdir()} == {RUN, 'epoch_3.pth', 'small'}
 
 
-def test_objects_in_the_checkpoint_are_not_run(capsys, monkeypatch, save, tmp_path):
+def test_objects_in_the_checkpoint_are_not_run(refusal_of, save, tmp_path):
     pytest.importorskip('safetensors')
     file = save(hook_msgs=Marker(tmp_path / 'marker'))
-    assert 'was not run' in sentence(
-        capsys, monkeypatch, 'publish_model.py', file, '--hub', tmp_path / 'small'
-    )
+    said = refusal_of('publish_model.py', file, '--hub', tmp_path / 'small')
+    assert 'was not run' in said
     assert not (tmp_path / 'marker').exists()
