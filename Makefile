@@ -5,6 +5,8 @@
 # make test-compiled-core   only those of the operators
 # make test-others   the recipes of docs/other_libraries.md with their libraries, in an environment of
 #                    its own; CROSSFORMER_TIMM=DIR names a checkout of timm, for its train.py
+# make test-newest   the tests on the newest release of every package that pip finds, in an environment
+#                    of its own, made by PYTHON; TESTS=... names some of them
 # make soak   what takes too long for a test: trainings killed again and again, thousands of steps;
 #             writes benchmarks/soak.md
 # make lint   ruff and mypy on the code, in an environment of their own
@@ -26,6 +28,7 @@ BUILD_SOURCES := requirements/build.txt requirements/torchvision.txt $(SOURCES)
 
 COMPILED := .venv-compiled
 OTHERS := .venv-others
+NEWEST := .venv-newest
 OPENMMLAB := .venv-openmmlab
 TORCH21 := .venv-torch21
 LINT := .venv-lint
@@ -62,7 +65,7 @@ $(1) -m pip install --no-deps -r requirements/torchvision.txt
     echo "torchvision does not fit this torch and is taken out: pretraining does not work here"; }
 endef
 
-.PHONY: demo test lint docs soak test-compiled test-compiled-core test-others test-openmmlab \
+.PHONY: demo test lint docs soak test-compiled test-compiled-core test-others test-newest test-openmmlab \
     test-openmmlab-core test-torch21 test-torch21-core setup clean
 setup: $(READY)
 
@@ -92,6 +95,18 @@ $(OTHERS)/ready: requirements/torch.txt requirements/run.txt requirements/others
 	$(OTHERS)/bin/python -m pip install --no-compile -r requirements/others.txt -c requirements/torch.txt -c requirements/run.txt
 	$(OTHERS)/bin/python -m pip install --no-compile --no-deps --no-build-isolation --no-binary xtcocotools -r requirements/mmpose.txt
 	$(OTHERS)/bin/python -m pip uninstall --yes onedl-mmpretrain
+	touch $@
+
+# The packages of `make test` without their versions. imaug, which onedl-mmdetection requires, excludes
+# OpenCV 5, and OpenCV 4.12 excludes NumPy 2.3 and newer; nothing here uses imaug. Both packages of
+# OpenCV install `cv2`. Remove the environment to get newer releases.
+$(NEWEST)/ready: requirements/torch.txt requirements/run.txt $(SOURCES)
+	$(PYTHON) -m venv $(NEWEST)
+	sed 's/==[^;]*//' requirements/torch.txt requirements/run.txt > $(NEWEST)/newest.txt
+	$(NEWEST)/bin/python -m pip install --no-compile --no-cache-dir --no-binary onedl-mmcv -r $(NEWEST)/newest.txt openvino
+	$(NEWEST)/bin/python -m pip install --no-compile --no-deps --upgrade numpy opencv-python opencv-python-headless
+	$(NEWEST)/bin/python -m pip install --no-build-isolation --no-deps -e .
+	$(NEWEST)/bin/python -m crossformer_mm.mmcv_ops
 	touch $@
 
 $(OPENMMLAB)/ready: $(BUILD_SOURCES) requirements/openmmlab.txt
@@ -150,6 +165,9 @@ test-compiled-core:
 test-others: $(OTHERS)/ready
 	PYTHONPATH=$(CURDIR) $(OTHERS)/bin/python -m pytest tests/test_other_libraries.py
 
+test-newest: $(NEWEST)/ready
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python -m pytest $(PARALLEL) $(TESTS)
+
 test-openmmlab: $(OPENMMLAB)/ready
 	PYTHONPATH=$(CURDIR) $(OPENMMLAB)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
@@ -163,4 +181,4 @@ test-torch21-core:
 	$(MAKE) test-torch21 TESTS="$(TORCH21_CORE)"
 
 clean:
-	rm -rf $(VENV) $(COMPILED) $(OTHERS) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes
+	rm -rf $(VENV) $(COMPILED) $(OTHERS) $(NEWEST) $(OPENMMLAB) $(TORCH21) $(LINT) $(DOCS) build dist site *.egg-info work_dirs data/shapes

@@ -85,8 +85,9 @@ attention is `lda='interval'` unless the table says otherwise.''',
     none='none',
     note='''\
 Links are the authors' own, with Baidu's extraction key in parentheses; the files load as
-downloaded. Where the table says none, the authors offer no file. They give the same link for
-CrossFormer++-L and ++-H.''',
+downloaded. Save a file under the name before its links, which the commands of these pages use.
+Where the table says none, the authors offer no file. They give the same link for CrossFormer++-L
+and ++-H.''',
     baselines='''\
 ## Baselines
 
@@ -127,6 +128,7 @@ CHINESE = Words(
     none='无',
     note=(
         '链接均由原作者提供，括号内为百度网盘的提取码；下载后可直接加载。'
+        '文件名与文档中的命令一致：请以该名称保存文件。'
         '标为“无”的模型，原作者没有提供权重。'
         '原作者为 CrossFormer++-L 和 ++-H 给出的是同一个链接。'
     ),
@@ -179,15 +181,23 @@ class Model:
     def backbone(self) -> str:
         return f"{self.paper['name']}-{self.size.upper()}"
 
+    @property
+    def file(self) -> str:
+        """Name of the authors' weights in the commands of the pages: theirs of classifiers."""
+        if self.folder == 'imagenet':
+            return f"crossformer-{'pp-' * (self.family == 'cfpp')}{self.size}.pth"
+        method, dataset = self.folder.replace('_', '-'), self.method['dataset'].lower()
+        return f'{method}-{self.family}-{self.size}-{dataset}-{self.schedule}.pth'
+
     def weights(self, words: Words) -> str:
-        """Links to the authors' weights; empty if there are none."""
+        """File name of the authors' weights and links to them; empty if there are none."""
         offered = self.published.get('weights', {})
         links = []
         if 'google' in offered:
             links.append(f"[Google]({offered['google']})")
         if 'baidu' in offered:
             links.append(f"[{words('Baidu')}]({offered['baidu']}) ({offered['key']})")
-        return ', '.join(links)
+        return f"`{self.file}`: {', '.join(links)}" if links else ''
 
     @property
     def groups(self) -> str:
@@ -324,11 +334,7 @@ def readme_table(models: List[Model], words: Words) -> str:
             f'{words(metric)}'
             for metric in members[0].published['results']
         )
-        offered = '; '.join(
-            f'{model.size.upper()}: {model.weights(words)}'
-            for model in members
-            if model.weights(words)
-        )
+        offered = '; '.join(filter(None, (model.weights(words) for model in members)))
         rows.append(
             f'| `configs/{folder}/{family}_{sizes}_{schedule}.py` | {results} | '
             f'{words(members[0].recipe)} | {offered or words.none} |'

@@ -3,12 +3,18 @@
     python tools/publish_model.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth mask_rcnn_cf_s_1x.pth
 
 writes mask_rcnn_cf_s_1x-1a2b3c4d.pth, with the first 8 digits of the file's sha256 in its name.
+
+    python tools/publish_model.py work_dirs/mask_rcnn/cf_s_1x/epoch_12.pth --hub mask_rcnn_cf_s_1x
+
+writes a folder that model hubs take: model.safetensors, config.py, config.json, a model card in
+README.md, and SHA256SUMS.
 """
 
 import argparse
 import hashlib
 import io
 import json
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -23,7 +29,8 @@ from crossformer_mm.checkpoint import (
 from crossformer_mm.cli import run
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
-from crossformer_mm.files import write_whole
+from crossformer_mm.files import check_writable, write_whole
+from crossformer_mm.hub import hub_files
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
 # Keys of `meta` that inferencers and readers, current and of MMDetection 2, look for.
@@ -47,12 +54,24 @@ def parse_args():
     )
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        'out', help='NAME.pth or NAME.safetensors: NAME-HASH with this suffix is written'
+        'out', nargs='?', help='NAME.pth or NAME.safetensors: NAME-HASH with this suffix is written'
     )
     parser.add_argument(
         '--safetensors', action='store_true', help='write safetensors, whatever the suffix'
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--hub', metavar='DIR', help='write a folder with safetensors, configs and a model card'
+    )
+    parser.add_argument(
+        '--license',
+        metavar='ID',
+        default='unknown',
+        help='licence of the weights in the model card, such as apache-2.0 (default: unknown)',
+    )
+    args = parser.parse_args()
+    if (args.out is None) == (args.hub is None):
+        parser.error('give the file to write, or --hub DIR.')
+    return args
 
 
 def target(out: str, safetensors: bool) -> Path:
@@ -70,11 +89,38 @@ def target(out: str, safetensors: bool) -> Path:
     if not path.parent.is_dir():
         raise UserError(f"folder '{path.parent}' does not exist.")
     if path.suffix == '.safetensors':
-        try:
-            require_safetensors()
-        except CheckpointError as error:
-            raise UserError(f'{error}.') from None
+        need_safetensors()
     return path
+
+
+def need_safetensors() -> None:
+    try:
+        require_safetensors()
+    except CheckpointError as error:
+        raise UserError(f'{error}.') from None
+
+
+def write_folder(folder: Path, args: argparse.Namespace) -> None:
+    """Write a folder for a hub: all of it, or nothing.
+
+    Raises:
+        UserError: it is there already or cannot be written, or the checkpoint is not suitable.
+    """
+    need_safetensors()
+    if folder.exists():
+        raise UserError(f"'{folder}' is there already; nothing was written.")
+    check_writable('--hub', folder.parent)
+    checkpoint = read_checkpoint(args.checkpoint)
+    weights = serialized(published(checkpoint, args.checkpoint), safetensors=True)
+    meta = checkpoint.get('meta') or {}
+    files = hub_files(folder.name, weights, meta, Path(args.checkpoint), args.license)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        staged = Path(temporary, folder.name)
+        staged.mkdir()
+        for name, data in files.items():
+            write_whole(staged / name, data)
+        staged.rename(folder)
+    print(folder)
 
 
 def published(checkpoint, name: str) -> dict:
@@ -103,6 +149,9 @@ def serialized(content: dict, safetensors: bool) -> bytes:
 def main():
     args = parse_args()
     check_file('checkpoint', args.checkpoint)
+    if args.hub is not None:
+        write_folder(Path(args.hub), args)
+        return
     path = target(args.out, args.safetensors)
     content = published(read_checkpoint(args.checkpoint), args.checkpoint)
     data = serialized(content, path.suffix == '.safetensors')

@@ -171,7 +171,8 @@ def make_checkpoints(place: Path, words: list) -> None:
         if 'model.backbone.arch.depths=(2,2,4,2)' in words:
             cfg.model.backbone.arch.depths = (2, 2, 4, 2)
         init_default_scope(cfg.default_scope)
-        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), place / file)
+        weights, meta = MODELS.build(cfg.model).state_dict(), dict(cfg=cfg.pretty_text)
+        torch.save(dict(state_dict=weights, meta=meta), place / file)
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_command_runs(command, place, capfd, request):
         words = [tool, *(word for word in words[1:] if word != '8')]
     if tool == 'tools/sweep_groups.py':
         request.getfixturevalue('settings_here')
-    if tool.startswith('benchmarks/'):
+    if tool == '-c' or tool.startswith('benchmarks/'):
         done = subprocess.run(
             [sys.executable, *words],
             cwd=place,
