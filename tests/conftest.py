@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 # and a long one that begins last leaves the other processes idle.
 LONG = ('commands', 'fused', 'zoo_runs', 'run_onnx', 'export_file', 'compile', 'packaging')
 LONG += ('train_and_test', 'model_zoo', 'backbone', 'pretraining', 'ranks', 'killed', 'page')
-LONG += ('soak', 'dataset_checks')
+LONG += ('restarts', 'epoch_loop', 'preemption', 'soak', 'dataset_checks')
 
 
 def pytest_collection_modifyitems(items):

@@ -8,12 +8,13 @@ from mmengine.config import Config
 from crossformer_mm import cli
 from crossformer_mm.checkpoint import CheckpointError
 from crossformer_mm.cli import run
+from crossformer_mm.engine import mixed_precision
 from crossformer_mm.engine.config import load_config
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import ConfigError, DataError, UserError
 from crossformer_mm.files import check_writable, write_whole
 
-from .helpers import DEMO_DETECTOR, ROOT, load_script
+from .helpers import DEMO_DETECTOR, ROOT
 
 
 def ended(main, capsys) -> tuple:
@@ -69,14 +70,13 @@ def test_a_library_raises_and_never_ends_the_process(tmp_path, call):
 
 @pytest.mark.parametrize('device, said', [('cpu', True), ('npu', False), ('mlu', False)])
 def test_other_accelerators_are_not_taken_for_a_cpu(monkeypatch, device, said):
-    train = load_script(ROOT / 'tools' / 'train.py')
-    monkeypatch.setattr(train, 'get_device', lambda: device)
+    monkeypatch.setattr(mixed_precision, 'get_device', lambda: device)
     cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
     if said:
         with pytest.raises(UserError, match='--amp needs a GPU'):
-            train.use_mixed_precision(cfg, 'float16')
+            mixed_precision.use_mixed_precision(cfg, 'float16')
     else:
-        train.use_mixed_precision(cfg, 'float16')
+        mixed_precision.use_mixed_precision(cfg, 'float16')
         assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     monkeypatch.setattr(cli, 'get_device', lambda: device)
     options = dict(launcher='none', local_rank=0, work_dir='x', tensorboard=False, data_root=None)

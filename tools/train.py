@@ -7,20 +7,18 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-from mmengine.device import get_device
-
 from crossformer_mm.cli import argument_parser, read_config, run
 from crossformer_mm.config_parts import kind_of
 from crossformer_mm.engine.atomic_checkpoints import FULL, newest_checkpoint
-from crossformer_mm.engine.config import ensure_visualizer
+from crossformer_mm.engine.config import ensure_visualizer, import_package
+from crossformer_mm.engine.mixed_precision import PRECISIONS, use_mixed_precision
+from crossformer_mm.engine.preemption import NAMES, PreemptionHook
 from crossformer_mm.engine.preflight import check_dataset, check_file, check_weight_files
 from crossformer_mm.engine.runner import RobustRunnerMixin, build_runner
 from crossformer_mm.errors import UserError
 from crossformer_mm.files import check_writable
 
 SKIPPED = 'skipped_images.txt'
-PRECISIONS = ('float16', 'bfloat16')
 
 
 def parse_args():
@@ -57,6 +55,20 @@ def parse_args():
         help='skip images that cannot be used and list them in '
         f'WORK_DIR/{SKIPPED} (default: stop at the first)',
     )
+    parser.add_argument(
+        '--signals',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        choices=NAMES,
+        help='signals, such as SIGUSR2, that end the training with a checkpoint and status 75, '
+        'as SIGTERM and SIGUSR1 do',
+    )
+    parser.add_argument(
+        '--allow-non-finite',
+        action='store_true',
+        help='train on with a loss or a gradient that is not finite (default: stop)',
+    )
     # --amp without a type may stand before the config.
     args = parser.parse_args(
         [
@@ -71,39 +83,6 @@ def parse_args():
             )
         args.tensorboard = True
     return args
-
-
-def use_mixed_precision(cfg, precision: str) -> None:
-    """Make a config train in mixed precision.
-
-    Raises:
-        UserError: this machine cannot.
-    """
-    if precision == 'float16':
-        if get_device() in ('cpu', 'mps'):
-            raise UserError(
-                '--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
-                'train in bfloat16 with --amp bfloat16.'
-            )
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-        return
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError(
-            '--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.'
-        )
-    for name in ('loss_scale', 'dtype'):  # of a config that trains in float16
-        cfg.optim_wrapper.pop(name, None)
-    cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
-    import_package(cfg)
-
-
-def import_package(cfg) -> None:
-    """Make a config import this package, so that other tools can use the copy that a run keeps."""
-    given = dict(cfg.get('custom_imports') or {})
-    names = given.get('imports') or []
-    names = [names] if isinstance(names, str) else list(names)
-    cfg.custom_imports = dict(given, imports=list(dict.fromkeys([*names, 'crossformer_mm'])))
 
 
 def check_weights(cfg, args) -> None:
@@ -147,11 +126,14 @@ def main():
     runner = build_runner(cfg)
     if isinstance(runner, RobustRunnerMixin):
         runner.resume_newest = args.resume == 'auto'
+        runner.hook_of(PreemptionHook).listen_to(args.signals)
+        if args.allow_non_finite:
+            runner.allow_non_finite()
         if args.skip_bad_images:
             runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not args.resume)
-    elif args.resume or args.skip_bad_images:
+    elif args.resume or args.skip_bad_images or args.signals:
         raise UserError(
-            f'--resume and --skip-bad-images need a runner of MMEngine, config '
+            '--resume, --signals and --skip-bad-images need a runner of MMEngine, config '
             f"'{args.config}' has runner_type {cfg.runner_type!r}."
         )
     logging.raiseExceptions = False  # a full disk ends the run below, not with each line of the log

@@ -20,7 +20,8 @@ from mmengine.runner import EpochBasedTrainLoop
 from ..checkpoint import CheckpointError, read_checkpoint, read_plain
 from ..errors import UserError
 from .runner_access import is_resumed
-from .weight_checks import epoch_of
+from .total_batch import batch_advice
+from .weight_checks import is_resumable
 
 TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth')  # mmengine's names of resumable checkpoints
 
@@ -151,11 +152,15 @@ def numbered(folder: str, template: str, backend: Optional[dict] = None):
     return sorted(found, reverse=True)
 
 
-def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
+def newest_checkpoint(runner, since: float = 0.0) -> Tuple[Optional[str], dict]:
     """Return the newest complete checkpoint of a training.
 
     The numbers in names count: mtimes do not survive copying, and ``last_checkpoint`` may itself be
     half-written or out of date. A warning names each newer one that cannot be resumed.
+
+    Args:
+        runner (Runner): the training.
+        since (float): modification time before which local files do not count.
 
     Returns:
         tuple: its path, or None; its content, empty if it is sharded.
@@ -165,9 +170,11 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
     """
     epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
     best: Tuple[int, Optional[str], dict] = (-1, None, {})
-    mid_epoch = None
+    mid_epoch, advice = None, ''
     for place in places(runner):
         for number, path in numbered(*place):
+            if since and '://' not in path and os.stat(path).st_mtime < since:
+                continue
             content = whole_content(path)
             if content is None:
                 print_log(
@@ -178,11 +185,12 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
                 continue
             if 'meta' not in content or 'message_hub' not in content:
                 done = number  # sharded: only the strategy can read it
-            elif epochs and epoch_of(content, len(runner.train_dataloader)) is None:
-                mid_epoch = path
+            elif epochs and not is_resumable(runner.train_loop, content):
+                mid_epoch, advice = path, batch_advice(content)
                 print_log(
-                    f"Checkpoint '{path}' was written mid-epoch, where a loop of epochs cannot "
-                    'resume: the one before it is used.',
+                    f"Checkpoint '{path}' was written mid-epoch, where this loop of epochs cannot "
+                    'resume with another total batch size: the one before it is used. To go on '
+                    f'from it, set {advice}.',
                     'current',
                     logging.WARNING,
                 )
@@ -194,9 +202,9 @@ def newest_checkpoint(runner) -> Tuple[Optional[str], dict]:
             break
     if best[1] is None and mid_epoch:
         raise UserError(
-            f"'{Path(mid_epoch).parent}' has no checkpoint from the end of an epoch, and a loop of "
-            'epochs cannot resume from these, which were written mid-epoch: let '
-            'default_hooks.checkpoint save by epochs.'
+            f"'{Path(mid_epoch).parent}' has no checkpoint from the end of an epoch. From those "
+            'written mid-epoch, this loop of epochs cannot resume with another total batch '
+            f'size: set {advice}.'
         )
     return best[1:]
 

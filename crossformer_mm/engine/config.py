@@ -230,3 +230,11 @@ def replace_data_root(cfg: Config, root: str) -> None:
             below = os.path.relpath(evaluator.get('ann_file') or '..', old or '.')
             if not below.startswith('..'):  # a file elsewhere stays where it is
                 evaluator['ann_file'] = str(Path(root) / below)
+
+
+def import_package(cfg) -> None:
+    """Make a config import this package, so that other tools can use the copy that a run keeps."""
+    given = dict(cfg.get('custom_imports') or {})
+    names = given.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    cfg.custom_imports = dict(given, imports=list(dict.fromkeys([*names, 'crossformer_mm'])))

@@ -1,4 +1,4 @@
-"""Training in bfloat16, on GPUs and CPUs."""
+"""Training in mixed precision: float16 on GPUs, bfloat16 on GPUs and CPUs."""
 
 import functools
 from contextlib import contextmanager
@@ -9,6 +9,11 @@ from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
+
+from ..errors import UserError
+from .config import import_package
+
+PRECISIONS = ('float16', 'bfloat16')
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -77,3 +82,28 @@ def to_float32(forward: Callable) -> Callable:
         return widened(forward(*args, **kwargs))
 
     return wide
+
+
+def use_mixed_precision(cfg, precision: str) -> None:
+    """Make a config train in mixed precision.
+
+    Raises:
+        UserError: this machine cannot.
+    """
+    if precision == 'float16':
+        if get_device() in ('cpu', 'mps'):
+            raise UserError(
+                '--amp needs a GPU, and PyTorch sees none: leave it out to train in float32, or '
+                'train in bfloat16 with --amp bfloat16.'
+            )
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        return
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            '--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.'
+        )
+    for name in ('loss_scale', 'dtype'):  # of a config that trains in float16
+        cfg.optim_wrapper.pop(name, None)
+    cfg.optim_wrapper.type = 'BFloat16OptimWrapper'
+    import_package(cfg)

@@ -7,6 +7,7 @@ from collections import Counter
 from numbers import Number
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import (
     CheckpointHook,
     EMAHook,
@@ -23,7 +24,10 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import Size, Tensor, nn
 
 from ..checkpoint import CheckpointError
+from .epoch_loop import iterations_in_epoch
+from .preemption import PreemptionHook
 from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
+from .total_batch import compare_batches, record_batch
 
 # Their counters concern one process only; MMEngine saves the rest of their state.
 WITHOUT_STATE = (
@@ -32,6 +36,7 @@ WITHOUT_STATE = (
     IterTimerHook,
     LoggerHook,
     ParamSchedulerHook,
+    PreemptionHook,
     RuntimeInfoHook,
 )
 # Attributes of schedulers that change from step to step.
@@ -55,7 +60,9 @@ class ResumeHook(Hook):
     The hook saves and restores attributes of hooks and of the model's modules that are numbers, or
     lists, tuples and dicts of numbers, and that have changed since the training began. Examples are
     the wait count of EarlyStoppingHook and the size that BatchSyncRandomResize has drawn. Flags and
-    names are not saved: they concern one process.
+    names are not saved: they concern one process. Between two updates the gradients that have been
+    accumulated are saved, too: their mean over all processes, if the runner calls
+    :meth:`gather_gradients`.
 
     MMEngine writes checkpoints before the validation that follows. The hook repeats that validation
     before a resumed training continues, if something depends on its result: ``save_best``,
@@ -75,6 +82,19 @@ class ResumeHook(Hook):
         self._restored: Optional[dict] = None
         self._initial: Dict[str, dict] = {}
         self._before_val: Optional[dict] = None
+        self._gradients: Optional[Dict[str, Tensor]] = None
+        self._at_start: Dict[str, dict] = {}
+
+    def gather_gradients(self, runner) -> None:
+        """Take the mean of accumulated gradients over all processes, for the next checkpoint."""
+        gradients = {}
+        wrappers = [one for _, one in optimizers_of(runner).values()]
+        if not is_sharded(runner) and not all(map(is_updated, wrappers)):
+            for name, parameter in bare_model(runner).named_parameters():
+                if parameter.grad is not None:
+                    gradients[name] = parameter.grad.clone()
+                    all_reduce(gradients[name], 'mean')
+        self._gradients = gradients if is_main_process() else {}
 
     def before_val(self, runner) -> None:
         if built_loop(runner, 'train') is not None:
@@ -93,6 +113,12 @@ class ResumeHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         # CheckpointHook rewrites the last checkpoint during a validation that is the best so far,
         # when some hooks have seen its result and others have not.
+        record_batch(runner, checkpoint)
+        if self._gradients is None and get_world_size() == 1:
+            self.gather_gradients(runner)
+        if self._gradients and 'optimizer' in checkpoint:
+            checkpoint['gradients'] = {name: one.cpu() for name, one in self._gradients.items()}
+        self._gradients = None
         before = self._before_val
         checkpoint['resume_state'] = before['changed'] if before else self.changed(runner)
         if not before:
@@ -122,18 +148,24 @@ class ResumeHook(Hook):
         if built_loop(runner, 'train') is not None and is_resumed(runner):
             self._resumed = checkpoint_name(runner)
             self._restored = checkpoint.get('resume_state')
+            self._gradients = checkpoint.get('gradients')
             if not is_sharded(runner):
                 check_optimizer(runner, checkpoint, self._resumed)
             warn_of_unused_settings(runner, checkpoint, self._resumed)
+            compare_batches(runner, checkpoint, self._resumed)
 
     def before_train(self, runner) -> None:
         self._initial = {name: copy.deepcopy(numbers_in(owner)) for name, owner in owners(runner)}
         if not self._resumed:
             return
-        for name, owner in owners(runner):
-            for key, value in (self._restored or {}).get(name, {}).items():
-                if is_numbers(vars(owner).get(key)):  # not replaced by an object
-                    vars(owner)[key] = copy.deepcopy(value)
+        restore_numbers(runner, self._restored or {})
+        gradients = self._gradients or {}
+        for name, parameter in bare_model(runner).named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter)
+        if gradients:
+            runner.logger.info('Gradients accumulated before the checkpoint are restored.')
+        self._gradients = None
         hooks = hooks_that_read_validation(runner)
         if hooks and self._restored is None:
             runner.logger.warning(
@@ -147,6 +179,21 @@ class ResumeHook(Hook):
                 f"its result counts for {', '.join(users)}."
             )
             validate_as_before(runner)
+        self._at_start = self.changed(runner)
+
+    def before_train_epoch(self, runner) -> None:
+        loop = runner.train_loop
+        if not isinstance(loop, EpochBasedTrainLoop) or iterations_in_epoch(loop):
+            restore_numbers(runner, self._at_start)  # hooks have counted the epoch before
+        self._at_start = {}
+
+
+def restore_numbers(runner, numbers: Dict[str, dict]) -> None:
+    """Set the attributes that :meth:`ResumeHook.changed` returned."""
+    for name, owner in owners(runner):
+        for key, value in numbers.get(name, {}).items():
+            if is_numbers(vars(owner).get(key)):  # not replaced by an object
+                vars(owner)[key] = copy.deepcopy(value)
 
 
 def numbers_in(owner) -> Dict[str, Any]:
@@ -219,6 +266,8 @@ def validation_is_due(runner) -> bool:
     loop = runner.train_loop
     if runner.val_loop is None or not hasattr(loop, 'val_interval'):
         return False
+    if isinstance(loop, EpochBasedTrainLoop) and iterations_in_epoch(loop):
+        return False  # it follows when the epoch is done
     done, last = (
         (loop.epoch, loop.max_epochs)
         if isinstance(loop, EpochBasedTrainLoop)
@@ -264,6 +313,11 @@ def optimizers_of(runner) -> Dict[str, Tuple[str, OptimWrapper]]:
     if isinstance(wrapper, OptimWrapperDict):
         return {f'optim_wrapper.{name}.optimizer': (name, one) for name, one in wrapper.items()}
     return {'optim_wrapper.optimizer': ('', wrapper)}
+
+
+def is_updated(wrapper) -> bool:
+    """Check that an optimizer holds no gradients that wait for those of further iterations."""
+    return not isinstance(wrapper, OptimWrapper) or wrapper.should_update()
 
 
 def optimizer_state(checkpoint: dict, name: str) -> dict:

@@ -12,8 +12,8 @@ from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapperDict
-from mmengine.registry import DATA_SAMPLERS, MODELS, RUNNERS
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.registry import DATA_SAMPLERS, LOOPS, MODELS, RUNNERS
+from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from torch import nn
 
 from ..checkpoint import use_safe_loading, whole_model_follows
@@ -22,9 +22,14 @@ from .atomic_checkpoints import FULL, WholeFileBackend, WholeFilesHook, newest_c
 from .coco_checks import annotations_checked
 from .dataset_checks import explained_data
 from .dataset_guard import CheckDataHook, list_skipped
+from .epoch_loop import ResumableTrainLoop
+from .nonfinite import NonFiniteHook
+from .preemption import PreemptionHook
 from .preflight import check_classifier
 from .randomness import COUNTED, SeedHook
+from .restarts import first_start, may_restart
 from .resuming import ResumeHook
+from .total_batch import is_grouped_by_shape
 from .weight_checks import CheckWeightsHook, SafeLoadingHook
 
 # Added in this order after the config's hooks, unless the config has one of the class. The package
@@ -35,6 +40,8 @@ ADDED_HOOKS: List[Type[Hook]] = [
     CheckDataHook,
     WholeFilesHook,
     CheckWeightsHook,
+    NonFiniteHook,
+    PreemptionHook,
     ResumeHook,
 ]
 
@@ -103,6 +110,10 @@ class RobustRunnerMixin(Mixin):
         """Return the runner's hook of a class, or None."""
         return next((hook for hook in self.hooks if isinstance(hook, kind)), None)
 
+    def allow_non_finite(self) -> None:
+        """Train on with losses and gradients that are not finite."""
+        self.hooks.remove(self.hook_of(NonFiniteHook))
+
     def skip_bad_images(self, path: str, anew: bool) -> None:
         """Skip training images that cannot be used.
 
@@ -120,6 +131,12 @@ class RobustRunnerMixin(Mixin):
 
     @name_config_section('train_cfg or train_dataloader')
     def build_train_loop(self, loop):
+        if isinstance(loop, dict):
+            kind = loop.get('type', EpochBasedTrainLoop if loop.get('by_epoch') else None)
+            kind = LOOPS.get(kind) if isinstance(kind, str) else kind
+            if kind is EpochBasedTrainLoop:
+                loop = {key: value for key, value in loop.items() if key != 'by_epoch'}
+                loop['type'] = ResumableTrainLoop
         return super().build_train_loop(loop)
 
     @name_config_section('val_cfg, val_dataloader or val_evaluator')
@@ -141,19 +158,31 @@ class RobustRunnerMixin(Mixin):
             kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
             if kind in (DefaultSampler, InfiniteSampler):
                 dataloader = {**dataloader, 'sampler': {**sampler, 'type': COUNTED[kind]}}
+            batches = dataloader.get('batch_sampler')
+            if kind is DefaultSampler and is_grouped_by_shape(batches):
+                shared = dict(type='SharedBatchSampler', grouped=batches)
+                dataloader = {**dataloader, 'batch_sampler': shared}
         with explained_data(), annotations_checked(skip):
             return super().build_dataloader(dataloader, seed, diff_rank_seed)
 
+    def save_checkpoint(self, *args, **kwargs) -> None:
+        self.hook_of(ResumeHook).gather_gradients(self)
+        super().save_checkpoint(*args, **kwargs)
+
     def choose_checkpoint(self) -> None:
-        """Choose the checkpoint to resume from, in one process for all; without one, start anew."""
+        """Choose the checkpoint to resume from, in one process for all; without one, start anew.
+
+        A job that torchrun has restarted takes the newest that it wrote, if there is any.
+        """
         automatic = self.resume_newest or (self._resume is True and self._load_from is None)
-        if self._chosen or not automatic:
+        if self._chosen or not (automatic or may_restart()):
             return
         self._chosen = True
         found: list = [None]
         if is_main_process():
             try:
-                path, content = newest_checkpoint(self)
+                since = 0.0 if automatic else first_start(self.work_dir)
+                path, content = (None, {}) if since is None else newest_checkpoint(self, since)
                 found = [path]
                 if path and content:
                     use_safe_loading({path: content})  # not to read it again
@@ -162,11 +191,11 @@ class RobustRunnerMixin(Mixin):
         broadcast_object_list(found)
         if isinstance(found[0], UserError):
             raise found[0]
-        self._resume = found[0] is not None
-        if found[0] is None:
+        if found[0] is not None:
+            self._resume, self._load_from = True, found[0]
+        elif automatic:
+            self._resume = False
             self.logger.warning('There is no whole checkpoint to resume, training starts anew.')
-        else:
-            self._load_from = found[0]
 
     def train(self):
         self._train_loop = self.train_loop  # builds it: choosing a checkpoint depends on it
@@ -176,6 +205,7 @@ class RobustRunnerMixin(Mixin):
             return self.run_logging_errors(super().train)
         finally:
             whole_model_follows.reset(token)
+            self.hook_of(PreemptionHook).restore()
 
     def val(self) -> dict:
         return self.run_logging_errors(super().val)

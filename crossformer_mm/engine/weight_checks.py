@@ -11,7 +11,9 @@ from mmengine.runner import EpochBasedTrainLoop
 from ..checkpoint import CheckpointError, fit_checkpoint, model_weights, use_safe_loading
 from ..class_names import recorded
 from ..errors import UserError
+from .epoch_loop import ResumableTrainLoop
 from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
+from .total_batch import batch_advice
 
 
 @HOOKS.register_module()
@@ -94,32 +96,60 @@ def epoch_of(checkpoint: dict, length: int) -> Optional[int]:
         checkpoint (dict): with the log of a training.
         length (int): iterations in an epoch, for a log that does not have the number.
     """
-    log = checkpoint['message_hub'].get('runtime_info') or {}
-    if log.get('max_iters') and log.get('max_epochs'):
-        length = log['max_iters'] // log['max_epochs']
+    length = epoch_length(checkpoint, length)
     epoch, done = checkpoint['meta']['epoch'], checkpoint['meta']['iter']
     if done == (epoch + 1) * length:  # written after its last iteration, before it was counted
         return epoch + 1
     return None if epoch * length < done < (epoch + 1) * length else epoch
 
 
+def epoch_length(checkpoint: dict, length: int) -> int:
+    """Return the iterations in an epoch when a checkpoint was written, ``length`` if unknown."""
+    log = checkpoint['message_hub'].get('runtime_info') or {}
+    if log.get('max_iters') and log.get('max_epochs'):
+        return log['max_iters'] // log['max_epochs']
+    return length
+
+
+def is_resumable(loop: EpochBasedTrainLoop, checkpoint: dict) -> bool:
+    """Check whether a loop of epochs can resume from a checkpoint.
+
+    MMEngine's own loop can do so only from the end of an epoch, and none where an epoch had another
+    number of iterations.
+    """
+    length = len(loop.dataloader)
+    if epoch_of(checkpoint, length) is not None:
+        return True
+    return isinstance(loop, ResumableTrainLoop) and epoch_length(checkpoint, length) == length
+
+
 def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
-    """Make a resumed loop of epochs begin with a full epoch.
+    """Make a resumed loop of epochs begin where the checkpoint was written.
 
     MMEngine would repeat the epoch of a checkpoint that was written by iterations, and count on.
 
     Raises:
-        CheckpointError: the checkpoint was written mid-epoch.
+        CheckpointError: the checkpoint was written mid-epoch, and the loop cannot resume there.
     """
-    length, meta = len(runner.train_dataloader), checkpoint['meta']
-    epoch = epoch_of(checkpoint, length)
-    if epoch is None:
+    loop, meta = runner.train_loop, checkpoint['meta']
+    length = len(loop.dataloader)
+    if not is_resumable(loop, checkpoint):
         raise CheckpointError(
             f"Checkpoint '{name}' was written in the middle of epoch {meta['epoch'] + 1}, after "
-            f"iteration {meta['iter']}, where a loop of epochs cannot resume: use one that was "
-            'written at the end of an epoch.'
+            f"iteration {meta['iter']}, where {type(loop).__name__} cannot resume"
+            + (
+                f', because an epoch had {epoch_length(checkpoint, length)} iterations and now has '
+                f'{length}: set {batch_advice(checkpoint)}, or use'
+                if isinstance(loop, ResumableTrainLoop)
+                else ": give train_cfg the type 'ResumableTrainLoop', or use"
+            )
+            + ' a checkpoint that was written at the end of an epoch.'
         )
-    if epoch and epoch * length != meta['iter']:
+    epoch = epoch_of(checkpoint, length)
+    same = isinstance(loop, ResumableTrainLoop) and epoch_length(checkpoint, length) == length
+    if epoch is None or (same and epoch != meta['epoch']):
+        return  # mid-epoch, or before what hooks do after the last iteration of an epoch
+    if epoch and epoch * length != meta['iter'] and not meta.get('batch_size'):
         print_log(
             f"Checkpoint '{name}' was written when an epoch had {meta['iter'] / epoch:g} "
             f'iterations, now it has {length}: with other processes or another batch the '

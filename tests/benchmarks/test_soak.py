@@ -27,8 +27,12 @@ def test_what_a_kill_has_left_is_counted(tmp_path, monkeypatch):
     soak = load_script(ROOT / 'benchmarks' / 'soak.py')
     assert soak.newest(tmp_path) == 0
     for number in (1, 9, 10):
-        torch.save(dict(weights=torch.ones(99)), tmp_path / f'epoch_{number}.pth')
-    assert soak.newest(tmp_path) == 10
+        torch.save(dict(meta=dict(iter=3 * number)), tmp_path / f'epoch_{number}.pth')
+    assert soak.newest(tmp_path) == 30
     cut = tmp_path / 'epoch_10.pth'
+    torch.save(dict(meta=dict(iter=29)), tmp_path / 'iter_29.pth')  # of a signal
+    assert soak.newest(tmp_path) == 30
     cut.write_bytes(cut.read_bytes()[:-50])
-    assert soak.newest(tmp_path) == 9
+    assert soak.newest(tmp_path) == 29
+    (tmp_path / 'iter_29.pth').unlink()
+    assert soak.newest(tmp_path) == 27

@@ -26,6 +26,8 @@ PIECES = dict(
             'CheckDataHook',
             'WholeFilesHook',
             'CheckWeightsHook',
+            'NonFiniteHook',
+            'PreemptionHook',
             'ResumeHook',
         )
     ]
@@ -131,6 +133,22 @@ def test_resumed_under_mmdetections_tool_it_is_the_same_training(data, tmp_path,
     train(config, '--work-dir', resumed, '--resume')
     assert_same_training(tmp_path / 'whole' / 'epoch_2.pth', resumed / 'epoch_2.pth')
     assert not list(resumed.glob('*.part'))
+
+
+def test_mid_epoch_mmengines_loop_is_refused_and_ours_resumes(data, tmp_path):
+    each = dict(checkpoint=dict(by_epoch=False, interval=1, max_keep_ckpts=-1))
+    config = write(tmp_path / 'mid_epoch.py', data, PIECES, default_hooks=each)
+    train(config, '--work-dir', tmp_path / 'whole')
+    resumed = tmp_path / 'resumed'
+    resumed.mkdir()
+    shutil.copy(tmp_path / 'whole' / 'iter_3.pth', resumed)
+    (resumed / 'last_checkpoint').write_text(str(resumed / 'iter_3.pth'))
+    with pytest.raises(CheckpointError, match="train_cfg the type 'ResumableTrainLoop'"):
+        train(config, '--work-dir', resumed, '--resume')
+    with open(config, 'a') as file:
+        file.write("train_cfg = dict(_delete_=True, type='ResumableTrainLoop', max_epochs=2)\n")
+    train(config, '--work-dir', resumed, '--resume')
+    assert_same_training(tmp_path / 'whole' / 'iter_4.pth', resumed / 'iter_4.pth')
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def test_resuming_takes_the_highest_number_and_says_what_has_changed(
     assert epochs_of(said) == [3]
     assert read == [str(kept / 'after_2.pth')]  # once, to see that it is whole and to load it
     assert 'random weights' not in said
-    assert re.search(r'\b2 iterations\b.*\b1\b', said)
+    assert 'with 2 images each' in said and 'with 4' in said
+    assert 'set train_dataloader.batch_size=2' in said
     (kept / 'after_3.pth').unlink()
 
 
@@ -137,23 +138,30 @@ def test_a_test_leaves_the_config_of_the_training_as_it_is(output_of, elsewhere)
 # Checkpoints by iterations in a loop of epochs
 
 
-def test_amid_an_epoch_nothing_can_be_resumed(output_of, by_iteration):
+def test_with_another_total_batch_nothing_amid_an_epoch_can_be_resumed(
+    output_of, by_iteration, tmp_path
+):
     config, work = by_iteration
     assert len(list(work.glob('iter_*.pth'))) == 4
-    said = output_of('train.py', f'{config} --work-dir {work} --resume {work}/iter_3.pth', expect=2)
+    for name in ('iter_1.pth', 'iter_2.pth', 'iter_3.pth'):
+        shutil.copy(work / name, tmp_path)
+    run = f'{config} --work-dir {tmp_path}'
+    other = '--cfg-options train_dataloader.batch_size=1 train_cfg.max_epochs=1'
+    said = output_of('train.py', f'{run} --resume {tmp_path}/iter_3.pth {other}', expect=2)
     last = said.strip().splitlines()[-1]
-    assert all(part in last for part in (str(work / 'iter_3.pth'), 'epoch 2', 'iteration 3'))
+    assert str(tmp_path / 'iter_3.pth') in last and 'epoch 2, after iteration 3' in last
+    assert 'set train_dataloader.batch_size=2' in last
+    said = output_of('train.py', f'{run} --resume {other}')
+    assert f"Checkpoint '{tmp_path / 'iter_3.pth'}' was written mid-epoch" in said
+    assert epochs_of(said) == []  # iter_2.pth is the end of the only epoch
 
 
-def test_the_newest_from_the_end_of_an_epoch_is_taken(output_of, by_iteration, tmp_path):
+def test_the_newest_is_taken_amid_an_epoch(output_of, by_iteration, tmp_path):
     config, work = by_iteration
     for name in ('iter_1.pth', 'iter_2.pth', 'iter_3.pth'):
         shutil.copy(work / name, tmp_path)
     said = output_of('train.py', config, '--work-dir', tmp_path, '--resume')
-    assert epochs_of(said) == [2]
-    assert sorted(path.name for path in tmp_path.glob('iter_*.pth')) == [
-        f'iter_{number}.pth' for number in (1, 2, 3, 4)
-    ]
+    assert re.findall(r'Epoch\(train\) +(\S+)', said) == ['[2][2/2]']
     meta = reading.read_checkpoint(str(tmp_path / 'iter_4.pth'))['meta']
     assert meta['iter'] == 4
 
