@@ -197,7 +197,7 @@ def test_only_commands_end_a_process_or_print_errors():
     ending = {module for module, tree in trees().items() if any(map(ends, ast.walk(tree)))}
     assert {module for module in ending if module.startswith(PACKAGE)} == {
         'crossformer_mm.cli',
-        'crossformer_mm.engine.preemption',  # a training that is told to, and its workers
+        'crossformer_mm.engine.workers',  # of data loaders
     }
 
 

@@ -1,14 +1,12 @@
 """End a training on a signal, with a checkpoint of the iteration under way."""
 
-import ctypes
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Set
+from typing import Any, Dict, Optional, Sequence, Set
 
 import torch
 from mmengine.dist import all_reduce, barrier, broadcast_object_list, is_main_process
@@ -17,13 +15,13 @@ from mmengine.registry import HOOKS
 
 from .atomic_checkpoints import WholeFileBackend
 from .runner_access import built_loop, checkpoint_name, is_resumed
+from .workers import start_worker
 
 SIGNALS = ('SIGTERM', 'SIGUSR1')  # what Slurm, Kubernetes and spot machines send
 RESUME_ME = 75  # exit status, EX_TEMPFAIL of sysexits.h: try again later
 AT_ONCE = 1.0  # seconds in which signals count as one: a launcher passes on what its group gets
 # Those that a handler can be for.
 NAMES = sorted({one.name for one in signal.Signals} - {'SIGKILL', 'SIGSTOP'})
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class Preempted(SystemExit):
@@ -163,25 +161,3 @@ class PreemptionHook(Hook):
             self._saved = checkpoint['meta']['iter']
             if checkpoint['meta'].get('preempted'):
                 self._resumed = checkpoint_name(runner)
-
-
-def start_worker(signals, start: Optional[Callable], index: int) -> None:
-    """Start a worker of a data loader that ends with the training, but not on its signals.
-
-    A signal often goes to all processes of a job. PyTorch's workers would end on it, which is an
-    error in the iteration that waits for them.
-    """
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=obey_training, args=(signals,), daemon=True).start()
-    if start is not None:
-        start(index)
-
-
-def obey_training(signals) -> None:
-    """End this worker on a signal that the training sends."""
-    training = os.getppid()
-    while signal.sigwaitinfo(signals).si_pid != training:
-        pass
-    os._exit(0)
