@@ -23,7 +23,7 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.compat import EXPORT, missing_torch
 
 from ..authors import earlier, imagenet_file
-from ..helpers import EXAMPLES, PAGES, ROOT, commands, run_tool, shrink
+from ..helpers import EXAMPLES, OTHERS, PAGES, ROOT, commands, run_tool, shrink
 
 TINY = dict(embed_dims=16, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2))
 CHANNELS = [16, 32, 64, 128]
@@ -197,6 +197,8 @@ def test_command_runs(command, place, capfd, request):
     if words[0] == 'python':
         words = words[1:]
     tool = words[0]
+    if tool.split('/')[0] in OTHERS:
+        pytest.skip('a tool of another library: test_other_libraries.py runs it')
     if tool in ('tools/export.py', 'tools/run_onnx.py'):
         if missing_torch(EXPORT):
             pytest.skip(f'export: {missing_torch(EXPORT)}')

@@ -21,10 +21,17 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.engine.config import load_config
 
-from ..helpers import EXAMPLES, PAGES, ROOT, TRANSLATED, blocks, commands, load_script, run_tool
-
-# Checkouts of libraries whose own tools tests/test_other_libraries.py runs.
-OTHERS = ('pytorch-image-models', 'mmrotate', 'mmpose')
+from ..helpers import (
+    EXAMPLES,
+    OTHERS,
+    PAGES,
+    ROOT,
+    TRANSLATED,
+    blocks,
+    commands,
+    load_script,
+    run_tool,
+)
 
 EVERY = [
     pytest.param(command, id=f'{page.stem}: {command}')

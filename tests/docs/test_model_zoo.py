@@ -94,13 +94,12 @@ def test_committed_files_are_up_to_date(files):
         assert path.read_text(encoding='utf-8') == text, "run 'python docs/write_model_zoo.py'"
 
 
-def test_published_results_are_in_the_zoo_and_in_the_readme():
-    zoo, readme = ((ROOT / file).read_text() for file in ('docs/model_zoo.md', 'README.md'))
+def test_published_results_are_in_the_zoo():
+    zoo = (ROOT / 'docs/model_zoo.md').read_text()
     for name, row in PUBLISHED['models'].items():
         (line,) = re.findall(rf'^.*/configs/{name}\.py.*$', zoo, flags=re.MULTILINE)
         for _metric, value in row['results'].items():
             assert f'| {value} |' in line
-            assert str(value) in readme
     for name, row in PUBLISHED['baselines'].items():
         (line,) = re.findall(rf'^.*/configs/{name}\.py.*$', zoo, flags=re.MULTILINE)
         assert all(f'{value} {metric}' in line for metric, value in row['results'].items())
