@@ -13,6 +13,7 @@ from mmengine.dist import all_reduce, barrier, broadcast_object_list, is_main_pr
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.registry import HOOKS
 
+from ..files import write_whole
 from .atomic_checkpoints import WholeFileBackend
 from .runner_access import built_loop, checkpoint_name, is_resumed
 from .workers import start_worker
@@ -146,7 +147,7 @@ class PreemptionHook(Hook):
         )
         if is_main_process():
             last = Path(runner.work_dir, 'last_checkpoint')
-            last.write_text(f'{hook.out_dir}/{name}', encoding='utf-8')
+            write_whole(last, f'{hook.out_dir}/{name}'.encode())
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         checkpoint['meta'].update(self._position or {})
