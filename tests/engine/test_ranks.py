@@ -21,7 +21,7 @@ from crossformer_mm import cli
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine.runner import CarefulRunner
 
-from ..helpers import PROCESSES, ROOT, ToolProcess, free_port, metrics, run_tool, run_two
+from ..helpers import PROCESSES, ROOT, ToolProcess, free_port, metrics, run_tool, run_two, words
 from ..trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 # No norm that sees the batch of one process alone, nothing random but the images: and one large
@@ -83,7 +83,7 @@ def started(config: Path, path: Path) -> Path:
 def script(name: str, *arguments) -> subprocess.Popen:
     """tools/NAME.sh, as a user starts it."""
     return subprocess.Popen(
-        [str(ROOT / 'tools' / name), *map(str, arguments)],
+        [str(ROOT / 'tools' / name), *words(arguments)],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
