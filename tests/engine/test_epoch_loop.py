@@ -55,7 +55,10 @@ param_scheduler = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=6
 EMA = dict(type='EMAHook', momentum=0.1)
 custom_hooks = [EMA, dict(type='mmengine.CountsEpochs')]
 '''
-EACH = "default_hooks['checkpoint'] = dict(by_epoch=False, interval=1, max_keep_ckpts=-1)\n"
+EACH = '''
+default_hooks['checkpoint'] = dict(by_epoch=False, interval=1, max_keep_ckpts=-1,
+                                   save_best='coco/bbox_mAP')
+'''
 LAST = "default_hooks['checkpoint'] = dict(max_keep_ckpts=-1)\n"
 
 
@@ -97,13 +100,15 @@ def test_it_resumes_at_any_iteration(data, uninterrupted, tmp_path, start, worke
     assert sorted(loaded) == sorted(all_of_them[2 * start :])
     assert workers or loaded == all_of_them[2 * start :]
     assert_same_training(work / 'iter_12.pth', reference / 'work' / 'iter_12.pth')
-    logs = [
-        read_checkpoint(str(one / 'work' / 'iter_12.pth'))['message_hub']['log_scalars']
+    kept = [
+        read_checkpoint(str(one / 'work' / 'iter_12.pth'))['message_hub']
         for one in (reference, tmp_path)
     ]
     for name in ('train/loss', 'train/lr'):
-        first, second = (log[name]._log_history for log in logs)
+        first, second = (hub['log_scalars'][name]._log_history for hub in kept)
         assert list(first) == list(second) and len(first) == 12
+    best, other = (hub['runtime_info']['best_score'] for hub in kept)
+    assert best == other is not None
 
 
 @pytest.mark.parametrize('at', [5, 7], ids=['amid an epoch', 'its last iteration'])
