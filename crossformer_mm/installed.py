@@ -25,7 +25,7 @@ FAMILIES = {
 WITHOUT_OPERATORS = 'without compiled operators pip install mmengine mmcv-lite'
 # Modules and names of the package that need MMEngine.
 NEED_MMENGINE = {
-    *('cli', 'engine', 'flops', 'hooks', 'pictures', 'prediction', 'sharding', 'sweep'),
+    *('cli', 'engine', 'flops', 'hooks', 'hub', 'pictures', 'prediction', 'sharding', 'sweep'),
     *('AttentionPathHook', 'MagnitudeHook', 'ValidationSamplesHook'),
 }
 

@@ -165,7 +165,7 @@ def test_what_cannot_be_a_folder_for_a_hub_is_said(refusal_of, monkeypatch, save
     assert 'with the backbone CrossFormer' in said("model = dict(backbone=dict(type='ResNet'))")
     assert 'give the file to write, or --hub' in said(text, '--safetensors')
     assert 'give the file to write, or --hub' in said(text, 'out.pth', '--hub', 'small')
-    monkeypatch.setattr(checkpoint_module, 'find_spec', lambda name: None)
+    monkeypatch.setattr(checkpoint_module, 'is_installed', lambda name: name != 'safetensors')
     assert 'pip install safetensors' in said(text)
     monkeypatch.undo()
     (tmp_path / 'small').mkdir()
