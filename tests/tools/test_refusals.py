@@ -15,7 +15,7 @@ REFUSED = '''
 train.py -> required: config
 test.py DETECTOR -> required: checkpoint
 get_flops.py -> required: config
-publish_model.py README.md -> required: out
+publish_model.py README.md -> give the file to write, or --hub DIR.
 make_shapes.py -> required: out
 
 # unknown
