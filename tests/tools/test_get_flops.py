@@ -42,6 +42,31 @@ def config(tmp_path):
     return write
 
 
+def test_a_norm_with_arguments_of_its_own_is_called(get_flops, config):
+    pytest.importorskip('mmpretrain')
+    channels = [16, 32, 64, 128]
+    file = config(
+        DEMO_SEGMENTOR,
+        **{
+            'custom_imports.imports': ['crossformer_mm', 'mmpretrain.models'],
+            'model.backbone': dict(
+                _delete_=True,
+                type='mmpretrain.ConvNeXt',
+                arch=dict(depths=[1, 1, 1, 1], channels=channels),
+                out_indices=(0, 1, 2, 3),
+                gap_before_final_norm=False,
+            ),
+            'model.decode_head.in_channels': channels,
+            'model.auxiliary_head.in_channels': 64,
+        },
+    )
+    counted = json.loads(get_flops(file, '--shape', 64, 64, '--json'))
+    stem = 16 * 16 * 3 * 16 * 4 * 4
+    assert counted['parts']['backbone.downsample_layers']['flops'] == stem + sum(
+        (8 >> stage) ** 2 * 4 * low * 2 * low for stage, low in enumerate(channels[:-1])
+    )
+
+
 def test_one_block_costs_what_its_definition_says(get_flops, config):
     """56 x 56 pixels are 14 x 14 positions, in four groups of 7 x 7."""
     file = config(
