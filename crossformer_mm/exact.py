@@ -91,7 +91,7 @@ def is_unpatched(cls: Any) -> bool:
 
 @functools.cache  # of each function once
 def is_own_forward(cls: type, forward: Callable) -> bool:
-    """Check that nobody else assigned a ``forward`` to its class."""
+    """Check that the ``forward`` of its class is the one that the class was defined with."""
     return (
         forward.__module__ == cls.__module__
         and forward.__qualname__ == f'{cls.__qualname__}.forward'

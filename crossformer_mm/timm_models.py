@@ -275,7 +275,7 @@ class CrossFormerClassifier(nn.Module):
 
 
 class CrossFormerFeatures(CrossFormerClassifier):
-    """What ``features_only=True`` builds first: it loads any checkpoint with this backbone."""
+    """The model that ``features_only=True`` builds first: it loads any checkpoint of a backbone."""
 
     def fit(self, checkpoint: Mapping, name: str) -> None:
         """Load the backbone's weights strictly; those of a neck and of heads are left out.

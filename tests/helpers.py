@@ -1,5 +1,5 @@
-"""What several test files use: tools in this process or one of their own, small models and data sets,
-marks for older PyTorch, the pages."""
+"""Helpers that several test files use: tools in this process or one of their own, small models and
+data sets, marks for older PyTorch, the pages."""
 
 import functools
 import gc
@@ -317,6 +317,13 @@ class Photos(BaseDataset):
 TINY_BACKBONE = '''backbone=dict(
         arch=dict(_delete_=True, embed_dims=16, depths=(2,), num_heads=(2,)), merge_sizes=(),
         group_size=(3,), interval=(2,), out_indices=(0,))'''
+TINY_SEGMENTOR = f'''
+_base_ = {str(ROOT / 'configs/upernet/cf_s_160k.py')!r}
+model = dict(
+    {TINY_BACKBONE},
+    decode_head=dict(in_channels=[16], in_index=[0], channels=8, num_classes=5),
+    auxiliary_head=None)
+'''
 
 # Data sets in the layouts of COCO 2017 and ADE20K, with all their classes
 

@@ -1,4 +1,4 @@
-"""Let a job that torchrun has restarted go on from the checkpoints that it wrote."""
+"""Resume a job that torchrun has restarted, from the checkpoints that it wrote."""
 
 import os
 from pathlib import Path

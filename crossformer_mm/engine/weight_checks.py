@@ -117,9 +117,14 @@ def is_resumable(loop: EpochBasedTrainLoop, checkpoint: dict) -> bool:
     MMEngine's own loop can do so only from the end of an epoch, and none where an epoch had another
     number of iterations.
     """
+    return epoch_of(checkpoint, len(loop.dataloader)) is not None or resumes_mid_epoch(
+        loop, checkpoint
+    )
+
+
+def resumes_mid_epoch(loop: EpochBasedTrainLoop, checkpoint: dict) -> bool:
+    """Check that a loop can resume amid an epoch, which had as many iterations."""
     length = len(loop.dataloader)
-    if epoch_of(checkpoint, length) is not None:
-        return True
     return isinstance(loop, ResumableTrainLoop) and epoch_length(checkpoint, length) == length
 
 
@@ -146,8 +151,7 @@ def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
             + ' a checkpoint that was written at the end of an epoch.'
         )
     epoch = epoch_of(checkpoint, length)
-    same = isinstance(loop, ResumableTrainLoop) and epoch_length(checkpoint, length) == length
-    if epoch is None or (same and epoch != meta['epoch']):
+    if epoch is None or (resumes_mid_epoch(loop, checkpoint) and epoch != meta['epoch']):
         return  # mid-epoch, or before what hooks do after the last iteration of an epoch
     if epoch and epoch * length != meta['iter'] and not meta.get('batch_size'):
         print_log(

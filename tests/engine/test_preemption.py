@@ -110,7 +110,7 @@ def test_a_signal_costs_no_iteration(data, uninterrupted, tmp_path, signals, wri
 
 
 def test_any_runner_can_have_the_hook(data, tmp_path):
-    """As MMDetection's own tool runs a config."""
+    """Run a config as MMDetection's own tool does."""
     from mmengine.config import Config
     from mmengine.runner import Runner
 

@@ -174,7 +174,7 @@ def test_a_job_that_loses_a_process_three_times_ends_as_if_nothing_had_happened(
     pids.mkdir()
     work.mkdir()
     log.touch()
-    # A longer training of the same name was here before; nobody has asked to resume it.
+    # The folder has checkpoints of an earlier, longer training, which is not to be resumed.
     shutil.copy(undisturbed / 'iter_12.pth', work / 'iter_12.pth')
     moments = random.Random(0)
     steps = lambda: len(re.findall(r'Epoch\(train\)', log.read_text()))  # noqa: E731

@@ -1,4 +1,4 @@
-"""What MMDetection's and MMSegmentation's own tools take works, and what cannot work names its section."""
+"""Configs that MMDetection's and MMSegmentation's tools take work; errors name the section."""
 
 import pickle
 import re

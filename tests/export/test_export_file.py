@@ -20,7 +20,7 @@ from crossformer_mm.export import AnySizePool, compare, export_any_size, export_
 from crossformer_mm.export.networks import Detector, Segmentor  # noqa: E402
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 
-from ..helpers import ROOT, TINY_BACKBONE, refusals
+from ..helpers import ROOT, TINY_BACKBONE, TINY_SEGMENTOR, refusals
 
 # Odd sides, sides below every stride, batches; none is that of export_any_size.
 SIZES = [(1, 97, 131), (2, 64, 96), (3, 17, 30), (1, 1, 5), (2, 40, 33)]
@@ -96,13 +96,6 @@ def test_one_export_serves_all_sizes(options):
             assert_near([torch.from_numpy(out)], backbone(image))
 
 
-SEGMENTOR = f'''
-_base_ = {str(ROOT / 'configs/upernet/cf_s_160k.py')!r}
-model = dict(
-    {TINY_BACKBONE},
-    decode_head=dict(in_channels=[16], in_index=[0], channels=8, num_classes=5),
-    auxiliary_head=None)
-'''
 RETINANET = f'''
 _base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
 model = dict(
@@ -150,7 +143,7 @@ def test_a_segmentor_as_onnx(output_of, config, tmp_path):
     pytest.importorskip('onnxscript')
     import onnx
 
-    file = config(SEGMENTOR)
+    file = config(TINY_SEGMENTOR)
     model = build(file)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
     out = tmp_path / 'model.onnx'
@@ -226,7 +219,7 @@ none.pth --format torch-export --out x.pt2 -> checkpoint: file 'none.pth' does n
 """),
 )
 def test_what_cannot_work_is_said_in_one_sentence(refusal_of, config, arguments, sentence):
-    assert sentence in refusal_of('export.py', config(SEGMENTOR), arguments)
+    assert sentence in refusal_of('export.py', config(TINY_SEGMENTOR), arguments)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +240,7 @@ def test_what_cannot_work_is_said_in_one_sentence(refusal_of, config, arguments,
 def test_images_that_run_onnx_would_load_otherwise_are_refused(refusal_of, config, step, sentence):
     pytest.importorskip('onnxscript')
     options = f'--out x.onnx --cfg-options test_dataloader.dataset.pipeline.{step}'
-    assert sentence in refusal_of('export.py', config(SEGMENTOR), options)
+    assert sentence in refusal_of('export.py', config(TINY_SEGMENTOR), options)
 
 
 def test_a_class_of_the_user_that_loads_images_is_refused(refusal_of, config):
@@ -260,7 +253,7 @@ def test_a_class_of_the_user_that_loads_images_is_refused(refusal_of, config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TRANSFORMS.module_dict, 'LoadImageFromFile', Inverted)
-        said = refusal_of('export.py', config(SEGMENTOR), '--out x.onnx')
+        said = refusal_of('export.py', config(TINY_SEGMENTOR), '--out x.onnx')
     assert 'must begin with the LoadImageFromFile of MMCV, found that of tests.' in said
 
 
@@ -270,10 +263,10 @@ def test_images_of_other_channels_are_for_heads_and_backbones(
 ):
     pytest.importorskip('onnxscript')
     options = f'--cfg-options model.backbone.in_channels={channels}'
-    said = refusal_of('export.py', config(SEGMENTOR), '--out x.onnx', options)
+    said = refusal_of('export.py', config(TINY_SEGMENTOR), '--out x.onnx', options)
     assert f'has in_channels={channels}; --what head or --what backbone' in said
     out, sizes = tmp_path / 'x.onnx', '--what backbone --shape 64 64 --fixed-shape 64 64'
-    output_of('export.py', config(SEGMENTOR), '--out', out, sizes, options)
+    output_of('export.py', config(TINY_SEGMENTOR), '--out', out, sizes, options)
     import onnx
 
     proto = onnx.load(out)
@@ -284,13 +277,17 @@ def test_images_of_other_channels_are_for_heads_and_backbones(
 
 def test_weights_that_a_file_cannot_hold_are_refused(refusal_of, config, monkeypatch, tmp_path):
     monkeypatch.setattr(export.build, 'MAX_BYTES', 1000)
-    said = refusal_of('export.py', config(SEGMENTOR), '--out', tmp_path / 'x.onnx')
+    said = refusal_of('export.py', config(TINY_SEGMENTOR), '--out', tmp_path / 'x.onnx')
     assert "the model's weights take 0.0 GB" in said and 'at most 0.0 GB' in said
     assert not list(tmp_path.glob('*.onnx'))
 
 
 def test_a_file_that_differs_is_not_left(output_of, refusal_of, config, monkeypatch, tmp_path):
-    arguments = config(SEGMENTOR), '--what backbone --format torch-export --out', tmp_path / 'x.pt2'
+    arguments = (
+        config(TINY_SEGMENTOR),
+        '--what backbone --format torch-export --out',
+        tmp_path / 'x.pt2',
+    )
 
     class Other(nn.Module):
         def forward(self, image):

@@ -1,4 +1,4 @@
-"""What the Triton kernels alone promise: when they are chosen, how they are compiled and launched.
+"""Promises of the Triton kernels alone: when they are chosen, how they are compiled and launched.
 
 That they compute attention is tested in test_paths.py, for all kernels.
 """

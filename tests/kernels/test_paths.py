@@ -43,7 +43,7 @@ SEVERAL = 'fused, in several blocks'
 
 
 def lacks(path: str) -> str:
-    """What a path lacks here, or ''."""
+    """Return what a path lacks here, or ''."""
     if path == 'plain':
         return ''
     if path == 'native':

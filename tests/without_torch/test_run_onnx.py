@@ -30,7 +30,7 @@ from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
 from crossformer_mm.without_torch.predict import predict_files
 from crossformer_mm.without_torch.results import Ids
 
-from ..helpers import ROOT, TINY_BACKBONE, refusals, run_tool
+from ..helpers import ROOT, TINY_BACKBONE, TINY_SEGMENTOR, refusals, run_tool
 from ..trainings import make_data
 
 if missing_torch(EXPORT):
@@ -75,13 +75,7 @@ model = dict(
 '''
     + DETECTION
 )
-SEGMENTOR = f'''
-_base_ = {str(ROOT / 'configs/upernet/cf_s_160k.py')!r}
-model = dict(
-    {TINY_BACKBONE},
-    decode_head=dict(in_channels=[16], in_index=[0], channels=8, num_classes=5),
-    auxiliary_head=None)
-''' + PIPELINE.format(scale=(96, 64), kind='Seg')
+SEGMENTOR = TINY_SEGMENTOR + PIPELINE.format(scale=(96, 64), kind='Seg')
 CLASSIFIER = f'''
 _base_ = {str(ROOT / 'configs/imagenet/cf_s_300e.py')!r}
 model = dict(
