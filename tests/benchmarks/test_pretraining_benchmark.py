@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('own_loaders')
 
 
 @pytest.fixture
-def benchmark(self):
+def benchmark():
     return load_script(ROOT / 'benchmarks/pretraining.py')
 
 
