@@ -149,7 +149,7 @@ def stubs(tmp_path_factory) -> Dict[str, Path]:
     return folders
 
 
-@pytest.fixture(scope='module', params=FAMILIES)
+@pytest.fixture(scope='module')
 def users_environment(request, stubs, tmp_path_factory):
     """Packages of a user of a family, and a pip for them: ``family, pip``."""
     folder = tmp_path_factory.mktemp(request.param) / 'venv'
@@ -188,16 +188,17 @@ def users_environment(request, stubs, tmp_path_factory):
     return request.param, pip
 
 
-# Every kind of archive, with the extra and without, in every family; not every triple of them.
+# Every kind of archive, with an extra and without; the extra of every family.
 @pytest.mark.parametrize(
-    'kind, extra',
+    'users_environment, kind, extra',
     [
-        ('wheel', ''),
-        ('wheel', '[family]'),
-        ('wheel', '[timm]'),
-        ('sdist', '[family]'),
-        ('editable', ''),
+        ('onedl', 'wheel', '[family]'),
+        ('openmmlab', 'wheel', ''),
+        ('openmmlab', 'wheel', '[timm]'),
+        ('openmmlab', 'sdist', '[family]'),
+        ('openmmlab', 'editable', ''),
     ],
+    indirect=['users_environment'],
 )
 def test_pip_replaces_nothing(users_environment, kind, extra, stubs, wheel, sdist, tmp_path):
     family, pip = users_environment
