@@ -102,6 +102,7 @@ $(OTHERS)/ready: requirements/torch.txt requirements/run.txt requirements/others
 # OpenCV install `cv2`. Remove the environment to get newer releases.
 $(NEWEST)/ready: requirements/torch.txt requirements/run.txt $(SOURCES)
 	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --no-compile --upgrade pip
 	sed 's/==[^;]*//' requirements/torch.txt requirements/run.txt > $(NEWEST)/newest.txt
 	$(NEWEST)/bin/python -m pip install --no-compile --no-cache-dir --no-binary onedl-mmcv -r $(NEWEST)/newest.txt openvino
 	$(NEWEST)/bin/python -m pip install --no-compile --no-deps --upgrade numpy opencv-python opencv-python-headless
