@@ -68,24 +68,6 @@ def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
     ]
 
 
-def test_plain_pytorch_snippet_gives_the_shapes_it_names():
-    (snippet,) = [block for block in blocks('python') if 'import torch' in block]
-    names = {}
-    exec(snippet, names)
-    said = re.findall(r'\((\d+), (\d+), (\d+), (\d+)\)', snippet.split('#')[1])
-    assert [tuple(feature.shape) for feature in names['features']] == [
-        tuple(map(int, shape)) for shape in said
-    ]
-
-
-def test_timm_snippet_gives_features():
-    pytest.importorskip('timm', reason='timm is not installed')
-    (snippet,) = [block for block in blocks('python') if 'import timm' in block]
-    names = dict(images=torch.rand(1, 3, 65, 97))
-    exec(snippet, names)
-    assert [feature.shape[1] for feature in names['features']] == [96, 192, 384, 768]
-
-
 def test_constructor_table_has_every_option_with_its_default():
     said = {}
     for names, defaults, _ in rows('option | default', DOCS / 'backbone.md'):
