@@ -1,5 +1,6 @@
 """README.md and the tables of docs/ are true, and the Chinese pages give the same facts."""
 
+import copy
 import inspect
 import io
 import json
@@ -241,9 +242,15 @@ def test_preprocessing_is_that_of_the_configs():
     mean, deviation = (
         [float(cell) for cell in row[1:]] for row in rows('channel | R', DOCS / 'backbone.md')
     )
+    text, names = (DOCS / 'backbone.md').read_text('utf-8'), {}
+    exec(re.search(r'```python\n(model = .*?)```', text, re.DOTALL)[1], names)
     for config in ('mask_rcnn/cf_s_1x', 'retinanet/cf_s_1x', 'upernet/cf_s_160k'):
-        used = Config.fromfile(ROOT / f'configs/{config}.py').model.data_preprocessor
+        cfg = Config.fromfile(ROOT / f'configs/{config}.py')
+        used = cfg.model.data_preprocessor
         assert used.bgr_to_rgb and (used.mean, used.std) == (mean, deviation)
+        kept = copy.deepcopy(used)
+        cfg.merge_from_dict(dict(model=names['model']))  # the page's snippet changes nothing
+        assert cfg.model.data_preprocessor == kept
 
 
 def test_plain_pytorch_of_the_page_on_the_backbone_runs(tmp_path, monkeypatch):
