@@ -1,5 +1,6 @@
 """README.md and the tables of docs/ are true, and the Chinese pages give the same facts."""
 
+import copy
 import inspect
 import io
 import json
@@ -66,24 +67,6 @@ def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
         (3, 3),
         (2, 2),
     ]
-
-
-def test_plain_pytorch_snippet_gives_the_shapes_it_names():
-    (snippet,) = [block for block in blocks('python') if 'import torch' in block]
-    names = {}
-    exec(snippet, names)
-    said = re.findall(r'\((\d+), (\d+), (\d+), (\d+)\)', snippet.split('#')[1])
-    assert [tuple(feature.shape) for feature in names['features']] == [
-        tuple(map(int, shape)) for shape in said
-    ]
-
-
-def test_timm_snippet_gives_features():
-    pytest.importorskip('timm', reason='timm is not installed')
-    (snippet,) = [block for block in blocks('python') if 'import timm' in block]
-    names = dict(images=torch.rand(1, 3, 65, 97))
-    exec(snippet, names)
-    assert [feature.shape[1] for feature in names['features']] == [96, 192, 384, 768]
 
 
 def test_constructor_table_has_every_option_with_its_default():
@@ -259,9 +242,15 @@ def test_preprocessing_is_that_of_the_configs():
     mean, deviation = (
         [float(cell) for cell in row[1:]] for row in rows('channel | R', DOCS / 'backbone.md')
     )
+    text, names = (DOCS / 'backbone.md').read_text('utf-8'), {}
+    exec(re.search(r'```python\n(model = .*?)```', text, re.DOTALL)[1], names)
     for config in ('mask_rcnn/cf_s_1x', 'retinanet/cf_s_1x', 'upernet/cf_s_160k'):
-        used = Config.fromfile(ROOT / f'configs/{config}.py').model.data_preprocessor
+        cfg = Config.fromfile(ROOT / f'configs/{config}.py')
+        used = cfg.model.data_preprocessor
         assert used.bgr_to_rgb and (used.mean, used.std) == (mean, deviation)
+        kept = copy.deepcopy(used)
+        cfg.merge_from_dict(dict(model=names['model']))  # the page's snippet changes nothing
+        assert cfg.model.data_preprocessor == kept
 
 
 def test_plain_pytorch_of_the_page_on_the_backbone_runs(tmp_path, monkeypatch):

@@ -263,7 +263,7 @@ def test_install_lines_of_the_pages_work_in_a_checkout(checkout, command):
 WAYS = [
     way.splitlines()
     for block in blocks(ROOT / 'README.md', 'shell')
-    for way in block.split('\n\n')
+    for way in re.split(r'\n(?=# )', block)
     if way.startswith('# 1. into an existing') or re.match(r'# [234]\. .*(new env|backbone)', way)
 ]
 
