@@ -26,11 +26,12 @@ from typing import Callable, NamedTuple, Optional
 from torch import Tensor
 
 from ..compat import math_attention
+from ..exact import TRANSFORMS
 from ..grouping import AxisRule
 from . import fused, native, plain, self_test
-from .call import Call, capture_mode
+from .call import Call
 
-__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention', 'capture_mode']
+__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention']
 
 
 class Path(NamedTuple):
@@ -142,5 +143,5 @@ def map_attention(
     else:
         kernel, attend = PATHS[choose_path(call, path)], None
     # PyTorch's fused attention has no rule for a transform of the bias.
-    with math_attention() if call.transform else nullcontext():
+    with math_attention() if call.interception in TRANSFORMS else nullcontext():
         return (attend or kernel.attend)(qkv, table, rows, columns, num_heads, scale, dropout)

@@ -18,7 +18,6 @@ from ..compat import missing_torch
 from ..exact import is_exact, submodules
 from ..position_bias import DynamicPositionBias
 from . import fused
-from .call import capture_mode
 from .self_test import describe_errors, passes, run, scattered
 
 LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
@@ -85,7 +84,7 @@ def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Opti
     """Return the kind of a bias that the kernels can compute instead of its modules, or None."""
     if path not in (None, 'fused') or path is None and device.type != 'cuda':
         return None
-    if capture_mode() or not is_exact(submodules(pos), TYPES, device):
+    if not is_exact(submodules(pos), TYPES, device):
         return None
     if missing_torch('2.4') or fused.why_no_triton(device):
         return None

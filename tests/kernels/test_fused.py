@@ -119,11 +119,11 @@ def gpu(monkeypatch):
 def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
     device = gpu((9, 0))
     assert choose_path(Call(device)) == 'fused'
-    assert choose_path(Call(device, capture_mode='compile')) == 'fused'
+    assert choose_path(Call(device, interception='compile')) == 'fused'
     assert choose_path(Call(device, dropout=0.1)) == 'plain'
     assert choose_path(Call(device, torch.float64)) == 'plain'
     assert choose_path(Call(device, has_lead=True)) == 'plain'
-    assert choose_path(Call(device, capture_mode='export')) == 'plain'
+    assert choose_path(Call(device, interception='export')) == 'plain'
     assert choose_path(Call(device, head_dim=fused.HEAD_DIM + 1)) == 'plain'
     assert choose_path(Call(device), 'plain') == 'plain'
 
