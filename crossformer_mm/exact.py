@@ -17,6 +17,8 @@ from torch.utils._device import DeviceContext
 
 from .compat import is_compiling, is_exporting
 
+# Results of interception().
+CAPTURES = 'export', 'compile'
 TRANSFORMS = 'torch.func', 'forward-mode AD'
 
 
@@ -61,9 +63,9 @@ def submodules(module: nn.Module) -> List[nn.Module]:
 def interception() -> str:
     """Name what follows or changes operators here, or ''.
 
-    'export' and 'compile' capture a graph: an exported one runs where this package's operators may
-    be missing, a compiled one in this process. A kernel of this package has no rule for one of
-    ``TRANSFORMS``. 'modes' are all that :func:`is_observed` finds.
+    ``CAPTURES`` write a graph: an exported one runs where this package's operators may be missing,
+    a compiled one in this process. Kernels of this package have no rule for ``TRANSFORMS``. The
+    rest is 'modes', all that :func:`is_observed` finds.
     """
     if torch.jit.is_tracing() or is_exporting():
         return 'export'
@@ -74,11 +76,6 @@ def interception() -> str:
     if forward_ad._current_level >= 0:
         return 'forward-mode AD'
     return 'modes' if is_observed() else ''
-
-
-def is_captured() -> bool:
-    """Check for a graph capture."""
-    return interception() in ('export', 'compile')
 
 
 def is_observed() -> bool:

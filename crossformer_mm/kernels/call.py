@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..exact import TRANSFORMS, interception
+from ..exact import CAPTURES, TRANSFORMS, interception
 from ..grouping import AxisRule, fit_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C++ enum DType
@@ -46,7 +46,7 @@ class Call(NamedTuple):
             dropout,
             bool(rows.lead or columns.lead),
             follower,
-            None if follower in ('export', 'compile') else largest_group(qkv, rows, columns),
+            None if follower in CAPTURES else largest_group(qkv, rows, columns),
             torch.is_grad_enabled(),
         )
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..exact import interception, is_captured
+from ..exact import CAPTURES, interception
 from ..grouping import AxisRule, group_map
 from ..position_bias import bias_of_pairs
 
@@ -157,6 +157,6 @@ class Permutation(torch.autograd.Function):
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Compute ``x.index_select(1, order)`` by :class:`Permutation` where a gradient is needed."""
-    if x.requires_grad and torch.is_grad_enabled() and not is_captured():
+    if x.requires_grad and torch.is_grad_enabled() and interception() not in CAPTURES:
         return Permutation.apply(x, order, inverse)
     return x.index_select(1, order)
