@@ -8,6 +8,8 @@ from .exact import is_exact
 from .grouping import AxisRule
 from .layers import Mlp
 
+SUMS_ON = 'cuda'  # type of the devices on which ScaledSum is faster
+
 
 class DropPath(nn.Module):
     """Stochastic depth: drop a branch for a sample, and scale it where it stays.
@@ -35,14 +37,9 @@ class DropPath(nn.Module):
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
     """Return ``x + drop_path(branch)``; on a GPU in training with fewer passes over the map."""
-    if joins_sum(x, drop_path):
+    if x.device.type == SUMS_ON and drops_paths(drop_path, x.device):
         return ScaledSum.apply(x, branch, drop_path.draw(branch))
     return x + drop_path(branch)
-
-
-def joins_sum(x: Tensor, drop_path: nn.Module) -> bool:
-    """Check that :class:`ScaledSum` computes what the module does to a branch, and the sum."""
-    return x.device.type == 'cuda' and drops_paths(drop_path, x.device)
 
 
 def drops_paths(drop_path: nn.Module, device: torch.device) -> bool:

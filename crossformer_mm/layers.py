@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .compat import autocast_dtype, is_autocast_enabled
 from .exact import is_exact
-from .kernels import capture_mode
 from .kernels.mlp import SMALL, mlp
 from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
 
@@ -79,7 +78,7 @@ def copies(tensors: Sequence[Optional[Tensor]], dtype: torch.dtype) -> Tuple[Opt
 
 def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """Return the type to which layers cast their parameters in one launch, or None."""
-    return None if x.device.type != 'cuda' or capture_mode() else cast_dtype(x)
+    return cast_dtype(x) if x.device.type == 'cuda' else None
 
 
 def cast_dtype(x: Tensor) -> Optional[torch.dtype]:

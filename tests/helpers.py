@@ -313,7 +313,14 @@ class Photos(BaseDataset):
         return list(self.infos)  # which the data set empties
 
 
-# The smallest backbone, in a config
+# The smallest backbone: a block of short and one of long distance attention. And in a config.
+ONE_STAGE = dict(
+    arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+    merge_sizes=(),
+    group_size=(3,),
+    interval=(2,),
+    out_indices=(0,),
+)
 TINY_BACKBONE = '''backbone=dict(
         arch=dict(_delete_=True, embed_dims=16, depths=(2,), num_heads=(2,)), merge_sizes=(),
         group_size=(3,), interval=(2,), out_indices=(0,))'''

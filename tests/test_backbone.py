@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from crossformer_mm import ARCHITECTURES, CrossFormer
 
 from .conftest import SMALL
-from .helpers import FLOAT16, ROOT, needs_float16
+from .helpers import FLOAT16, ONE_STAGE, ROOT, needs_float16
 from .oracle import assert_equals_plain, out_sides, parameters_of, plain_features
 
 # Sizes of image that leave ragged edges, small maps or single positions somewhere.
@@ -85,14 +85,8 @@ def test_parameters_have_the_names_of_the_authors():
     [(1, []), (2, []), (3, []), (4, [2]), (6, [2]), (7, [2, 5]), (18, [2, 5, 8, 11, 14])],
 )
 def test_cooling_follows_every_third_block_but_the_last(depth, cooled):
-    backbone = CrossFormer(
-        dict(embed_dims=16, depths=(depth,), num_heads=(1,)),
-        merge_sizes=(),
-        group_size=(7,),
-        interval=(8,),
-        out_indices=(0,),
-        cooling=True,
-    )
+    arch = dict(embed_dims=16, depths=(depth,), num_heads=(1,))
+    backbone = CrossFormer(**{**ONE_STAGE, 'arch': arch}, cooling=True)
     blocks = backbone.layers[0].blocks
     assert [i for i, block in enumerate(blocks) if hasattr(block, 'ex_conv')] == cooled
 

@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import is_autocast_enabled
-from .call import capture_mode
 
 
 def is_float32_on_cpu(x: Tensor) -> bool:
-    """Check for float32 on the CPU, outside graph capture and autocast."""
-    return (
-        x.device.type == 'cpu'
-        and x.dtype == torch.float32
-        and not capture_mode()
-        and not is_autocast_enabled('cpu')
-    )
+    """Check for float32 on the CPU, outside autocast."""
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and not is_autocast_enabled('cpu')
 
 
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:

@@ -20,7 +20,7 @@ from crossformer_mm.engine.dataset_checks import check_files
 
 from .. import authors
 from ..authors import earlier, imagenet_file, later, no_buffers
-from ..helpers import DEMO_DETECTOR, ROOT, run_tool
+from ..helpers import DEMO_DETECTOR, ROOT, add_noise, run_tool
 from ..oracle import plain_features
 
 pytestmark = pytest.mark.usefixtures('own_loaders')
@@ -190,10 +190,7 @@ def released_file(config: Path, buffers, classes: int = 3) -> dict:
     torch.manual_seed(0)
     cfg = Config.fromfile(config)
     backbone = CrossFormer(**{k: v for k, v in cfg.model.backbone.items() if k != 'type'})
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    content = imagenet_file(backbone, buffers)
+    content = imagenet_file(add_noise(backbone), buffers)
     state = content['model']
     channels = len(state['norm.weight'])
     state.update(

@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 from mmengine.registry import DATASETS, init_default_scope
 
-from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.without_torch.model import Model
 
 from ..trainings import make_data
 from ..without_torch.exported import RETINANET
-
-if missing_torch(EXPORT):
-    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
-pytest.importorskip('onnxruntime')
-pytest.importorskip('onnxscript')
 
 
 def test_a_file_of_one_size_in_int8(output_of, refusal_of, tmp_path):

@@ -10,20 +10,16 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.grouping import AxisRule
 from crossformer_mm.kernels import map_attention, native
 
+from ..helpers import ONE_STAGE
 from .definition import random_inputs, values_and_gradients
 from .paths import RULE, device_of, every_kernel, of
 
 
 def stored_for_backward(path, side):
     """Bytes that a training step keeps between its two passes, each storage once."""
-    model = CrossFormer(
-        dict(embed_dims=16, depths=(2,), num_heads=(4,)),
-        merge_sizes=(),
-        group_size=(7,),
-        interval=(8,),
-        out_indices=(0,),
-        attention_path=path,
-    )
+    arch = dict(embed_dims=16, depths=(2,), num_heads=(4,))
+    groups = dict(group_size=(7,), interval=(8,))
+    model = CrossFormer(**{**ONE_STAGE, 'arch': arch, **groups}, attention_path=path)
     storages = {}
 
     def pack(x):

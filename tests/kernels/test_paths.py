@@ -289,12 +289,12 @@ def test_backbone_is_the_same_as_on_plain(path, lda, size, with_cp):
     [
         (Call(CPU), 'native'),
         (Call(CPU, has_lead=True), 'native'),
-        (Call(CPU, capture_mode='compile'), 'native'),
+        (Call(CPU, interception='compile'), 'native'),
         (Call(CPU, torch.bfloat16, 40), 'native'),
         (Call(CPU, dropout=0.1), 'plain'),
         (Call(CPU, torch.float64), 'plain'),
         (Call(CPU, head_dim=129), 'plain'),
-        (Call(CPU, capture_mode='export'), 'plain'),
+        (Call(CPU, interception='export'), 'plain'),
         (Call(torch.device('meta')), 'plain'),
     ],
 )
@@ -312,7 +312,7 @@ def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
         (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
         (dict(dtype=torch.float64), 'got torch.float64'),
         (dict(head_dim=129), 'at most 128 channels, but they have 129'),
-        (dict(capture_mode='export'), 'an exporter'),
+        (dict(interception='export'), 'an exporter'),
         (dict(device=torch.device('meta')), 'got .* meta'),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -70,10 +71,14 @@ def test_sdist_is_complete_and_has_no_links(sdist):
     assert not any('.mim' in name or name.endswith('.so') for name in inside)
 
 
-def test_metadata_lets_pip_replace_nothing(wheel):
+def metadata_of(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-        metadata = Parser().parsestr(archive.read(name).decode())
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_metadata_lets_pip_replace_nothing(wheel):
+    metadata = metadata_of(wheel)
     assert metadata['Version'] == __version__
     assert metadata['Requires-Python'] == '>=3.9'
     required = metadata.get_all('Requires-Dist')
@@ -315,12 +320,9 @@ def test_each_way_of_the_readme_installs_the_package(way, checkout, index):
 
 def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):
     """pip says nothing of an extra that is not there where it looks for no requirements."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-        texts = [archive.read(name).decode()]
     with tarfile.open(sdist) as archive:
         name = f'{sdist.name[: -len(".tar.gz")]}/PKG-INFO'
-        texts.append(archive.extractfile(name).read().decode())
+        info = Parser().parsestr(archive.extractfile(name).read().decode())
     named = {
         extra
         for _, command in INSTALLED
@@ -328,8 +330,8 @@ def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):
         for extra in extras.split(',')
     }
     assert {'openmmlab', 'export'} <= named
-    for text in texts:
-        assert named <= set(Parser().parsestr(text).get_all('Provides-Extra'))
+    for metadata in (metadata_of(wheel), info):
+        assert named <= set(metadata.get_all('Provides-Extra'))
 
 
 def test_no_page_installs_the_package_from_an_index():

@@ -6,8 +6,6 @@ import cv2
 import numpy as np
 import pytest
 
-from .exported import Exported
-
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory) -> Path:
@@ -26,9 +24,11 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def exported(tmp_path_factory, photos):
+    from .exported import Exported  # which skips its importer where exports cannot be made
+
     made = {}
 
-    def get(kind: str) -> Exported:
+    def get(kind: str):
         if kind not in made:
             made[kind] = Exported(kind, tmp_path_factory.mktemp(kind), photos)
         return made[kind]

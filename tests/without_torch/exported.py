@@ -6,12 +6,21 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from pycocotools import mask as rle
 
+from crossformer_mm.compat import EXPORT, missing_torch
+
 from ..helpers import ROOT, TINY_BACKBONE, TINY_SEGMENTOR, run_tool
+
+# What imports this is skipped.
+if missing_torch(EXPORT):
+    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
 
 PIPELINE = """
 test_dataloader = dict(dataset=dict(pipeline=[

@@ -14,18 +14,12 @@ import cv2
 import numpy as np
 import pytest
 
-from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.without_torch.files import find_files
 from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
 from crossformer_mm.without_torch.predict import predict_files
 
 from ..helpers import ROOT
 from .exported import answers_differ, copy_to_server
-
-if missing_torch(EXPORT):
-    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
-pytest.importorskip('onnxruntime')
-pytest.importorskip('onnxscript')
 
 
 @pytest.mark.parametrize('provider', ['cpu', 'openvino'])

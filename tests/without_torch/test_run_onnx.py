@@ -12,7 +12,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.errors import UserError
 from crossformer_mm.without_torch.model import Model
 from crossformer_mm.without_torch.results import Ids
@@ -26,11 +25,6 @@ from .exported import (
     masks_are_alike,
     spread,
 )
-
-if missing_torch(EXPORT):
-    pytest.skip(f'export: {missing_torch(EXPORT)}', allow_module_level=True)
-pytest.importorskip('onnxruntime')
-pytest.importorskip('onnxscript')
 
 
 def test_there_are_images_with_no_few_and_the_most_boxes(exported):
