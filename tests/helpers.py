@@ -445,7 +445,7 @@ README = ROOT / 'README.md'
 # Checkouts of other libraries, whose own tools docs/other_libraries.md calls.
 OTHERS = ('pytorch-image-models', 'mmrotate', 'mmpose')
 TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
-PAGES = [  # of the Chinese ones test_readme.py asserts that their code is the same
+PAGES = [  # of the Chinese ones test_pages.py asserts that their code is the same
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
     *sorted(set((ROOT / 'docs').glob('*.md')) - set(TRANSLATED)),
 ]
