@@ -53,6 +53,16 @@ def is_autocast_enabled(device_type: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """No release yet: a public way to ask whether oneDNN multiplies bfloat16 on this processor.
+
+    It does with AVX-512 or better. Elsewhere PyTorch computes products and convolutions of bfloat16
+    by loops of its own, in several times the time of float32.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
     """2.3: ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``."""

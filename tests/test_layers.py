@@ -213,3 +213,35 @@ def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
     convs[1].register_forward_hook(lambda *args: seen.append(args))
     convolved(convs, torch.randn(1, 3, 4, 4))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    'layer, shape',
+    [
+        (nn.Linear(24, 40), (2, 5, 24)),
+        (nn.Conv2d(6, 8, 4, 2, bias=False), (2, 6, 8, 8)),
+        (nn.Conv2d(6, 6, 3, groups=6), (2, 6, 8, 8)),
+    ],
+    ids=['linear', 'convolution', 'depthwise'],
+)
+def test_layers_are_computed_in_float32_where_bfloat16_is_slow(layer, shape, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    x, results = torch.randn(shape, requires_grad=True), []
+    with torch.autocast('cpu', torch.bfloat16):
+        linear_layer = isinstance(layer, nn.Linear)
+        results.append(linear(layer, x) if linear_layer else layers.convolve([layer], x)[0])
+    results.append(layer(x).bfloat16())  # the type that autocast gives
+    needed = [x, *layer.parameters()]
+    for ours, theirs in zip(*[(out, *torch.autograd.grad(out.sum(), needed)) for out in results]):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('kind', [nn.Linear, nn.Conv2d])
+def test_a_layer_with_a_hook_stays_under_autocast_where_bfloat16_is_slow(kind, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    layer, seen = nn.Linear(3, 3) if kind is nn.Linear else nn.Conv2d(3, 3, 1), []
+    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cpu_enabled()))
+    with torch.autocast('cpu', torch.bfloat16):
+        linear(layer, torch.ones(1, 3, 3, 3))
+        layers.convolve([layer], torch.ones(1, 3, 3, 3))
+    assert seen == [True, True]
