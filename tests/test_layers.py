@@ -169,6 +169,7 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
@@ -194,6 +195,7 @@ def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     needed = [x, *(p for conv in convs for p in conv.parameters() if p.requires_grad)]
     results = []
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
     for dtype in (layers.cast_dtype, cast_by_itself):
         monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
         out = convolved(convs, x)
