@@ -55,7 +55,7 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
 
 
 def widens(x: Tensor) -> bool:
-    """Check that autocast casts to bfloat16, whose products are slow on this processor."""
+    """Check that autocast casts to bfloat16, and this CPU has no instructions for it."""
     return (
         x.device.type == 'cpu'
         and cast_dtype(x) == torch.bfloat16

@@ -100,8 +100,8 @@ def check_bfloat16(option: str, device_type: str) -> None:
     """
     if device_type == 'cpu' and not multiplies_bfloat16():
         raise UserError(
-            f'{option}: on this processor PyTorch computes bfloat16 several times slower than '
-            'float32 (fast bfloat16 needs AVX-512); leave it out to compute in float32.'
+            f'{option}: this processor has no instructions for bfloat16 (AVX512_BF16 or AMX), and '
+            'PyTorch is slower without them than in float32; leave it out to compute in float32.'
         )
 
 

@@ -333,7 +333,7 @@ def test_what_cannot_work_is_said_in_one_sentence(
 def test_bfloat16_is_refused_where_it_is_slow(refusal_of, random_detector, shapes, monkeypatch):
     monkeypatch.setattr(mixed_precision, 'multiplies_bfloat16', lambda: False)
     command = f'{DEMO_DETECTOR} {random_detector} {shapes} --device cpu --bf16'
-    assert refusal_of('predict.py', command).startswith('--bf16: on this processor')
+    assert refusal_of('predict.py', command).startswith('--bf16: this processor has no')
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(refusal_of, shapes, random_detector):
