@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .attention import GroupAttention
 from .exact import is_exact
 from .grouping import AxisRule
-from .layers import Mlp
+from .layers import Mlp, convolve
 
 SUMS_ON = 'cuda'  # type of the devices on which ScaledSum is faster
 
@@ -112,4 +112,4 @@ class CrossFormerBlock(nn.Module):
 
     def cool(self, x: Tensor) -> Tensor:
         """The amplitude cooling layer."""
-        return self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.ex_ln(convolve([self.ex_conv], x.permute(0, 3, 1, 2))[0].permute(0, 2, 3, 1))

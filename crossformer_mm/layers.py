@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat import autocast_dtype, is_autocast_enabled
+from .compat import autocast_dtype, is_autocast_enabled, multiplies_bfloat16
 from .exact import is_exact
 from .kernels.mlp import SMALL, mlp
 from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
@@ -27,6 +27,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
             out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
             return out.view(*x.shape[:-1], -1)
         return layer(x)
+    if widens(x) and is_exact([layer], [nn.Linear], x.device):
+        return widened(layer, x)
     # In one launch; autocast casts each by itself. In training a Python autograd function for two
     # tensors would take longer than that.
     dtype = None if torch.is_grad_enabled() else joint_cast_dtype(x)
@@ -42,11 +44,24 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
         layers (Sequence[nn.Module]): of ``nn.Conv2d``, or what users replaced them by.
         x (Tensor): (B, in_channels, H, W).
     """
-    dtype = joint_cast_dtype(x)
+    if widens(x) and is_exact(layers, [nn.Conv2d] * len(layers), x.device):
+        return [widened(layer, x) for layer in layers]
+    dtype = joint_cast_dtype(x) if len(layers) > 1 else None  # see linear()
     if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
         return [layer(x) for layer in layers]
     cast = JointCast.apply(dtype, *[one for conv in layers for one in (conv.weight, conv.bias)])
     return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
+
+
+def widens(x: Tensor) -> bool:
+    """Check that autocast casts to bfloat16, and this CPU has no instructions for it."""
+    return x.device.type == 'cpu' and cast_dtype(x) == torch.bfloat16 and not multiplies_bfloat16()
+
+
+def widened(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)`` in bfloat16, as autocast does, computed in float32."""
+    with torch.autocast('cpu', enabled=False):
+        return layer(x.float()).bfloat16()
 
 
 class JointCast(torch.autograd.Function):

@@ -32,7 +32,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import missing_torch, multiplies_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -421,6 +421,10 @@ def float16_on_cpu_lacks() -> str:
 
 needs_float16 = pytest.mark.skipif(
     bool(float16_on_cpu_lacks()), reason=f'float16 on the CPU: {float16_on_cpu_lacks()}'
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not (torch.cuda.is_available() or multiplies_bfloat16()),
+    reason='tools refuse bfloat16 on this processor',
 )
 FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
 

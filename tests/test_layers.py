@@ -169,6 +169,7 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
@@ -194,6 +195,7 @@ def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     needed = [x, *(p for conv in convs for p in conv.parameters() if p.requires_grad)]
     results = []
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
     for dtype in (layers.cast_dtype, cast_by_itself):
         monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
         out = convolved(convs, x)
@@ -213,3 +215,35 @@ def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
     convs[1].register_forward_hook(lambda *args: seen.append(args))
     convolved(convs, torch.randn(1, 3, 4, 4))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    'layer, shape',
+    [
+        (nn.Linear(24, 40), (2, 5, 24)),
+        (nn.Conv2d(6, 8, 4, 2, bias=False), (2, 6, 8, 8)),
+        (nn.Conv2d(6, 6, 3, groups=6), (2, 6, 8, 8)),
+    ],
+    ids=['linear', 'convolution', 'depthwise'],
+)
+def test_layers_are_computed_in_float32_where_bfloat16_is_slow(layer, shape, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    x, results = torch.randn(shape, requires_grad=True), []
+    with torch.autocast('cpu', torch.bfloat16):
+        linear_layer = isinstance(layer, nn.Linear)
+        results.append(linear(layer, x) if linear_layer else layers.convolve([layer], x)[0])
+    results.append(layer(x).bfloat16())  # the type that autocast gives
+    needed = [x, *layer.parameters()]
+    for ours, theirs in zip(*[(out, *torch.autograd.grad(out.sum(), needed)) for out in results]):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('kind', [nn.Linear, nn.Conv2d])
+def test_a_layer_with_a_hook_stays_under_autocast_where_bfloat16_is_slow(kind, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    layer, seen = nn.Linear(3, 3) if kind is nn.Linear else nn.Conv2d(3, 3, 1), []
+    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cpu_enabled()))
+    with torch.autocast('cpu', torch.bfloat16):
+        linear(layer, torch.ones(1, 3, 3, 3))
+        layers.convolve([layer], torch.ones(1, 3, 3, 3))
+    assert seen == [True, True]

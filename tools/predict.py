@@ -26,6 +26,7 @@ from mmengine.logging import MMLogger
 
 from crossformer_mm.cli import add_cfg_options, run
 from crossformer_mm.engine.config import DENSE, load_config
+from crossformer_mm.engine.mixed_precision import check_bfloat16
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
 from crossformer_mm.prediction import build_predictor, predict_files, sources_of
@@ -80,10 +81,13 @@ def check_options(args: argparse.Namespace, cfg: Config) -> torch.device:
     check_result_options(args)
     name = args.device or get_device().replace('mps', 'cpu')  # MMCV has no operators for MPS
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         message = f"--device: '{name}' cannot be used: {str(error).splitlines()[0]}"
         raise UserError(message) from None
+    if args.bf16:
+        check_bfloat16('--bf16', device.type)
+    return device
 
 
 def main():

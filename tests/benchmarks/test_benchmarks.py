@@ -115,8 +115,9 @@ def test_times_of_two_methods_are_not_mixed(common, tmp_path, monkeypatch, capsy
     assert (tmp_path / 'results.json').read_text() == earlier
 
 
-def test_kept_results_of_deployment_give_the_kept_table(common):
-    folder = FOLDER / 'deployment' / 'amd-zen3'
+@pytest.mark.parametrize('processor', ['amd-zen3', 'amd-zen4'])
+def test_kept_results_of_deployment_give_the_kept_table(common, processor):
+    folder = FOLDER / 'deployment' / processor
     deployment = load_script(FOLDER / 'deployment.py')
     record = json.loads((folder / 'results.json').read_text())
     assert deployment.table_of(record) == (folder / 'table.md').read_text()

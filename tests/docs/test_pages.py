@@ -225,7 +225,7 @@ def test_the_page_on_speed_gives_what_was_measured(measured):
 
 
 def test_the_page_on_deployment_gives_what_was_measured():
-    table = (ROOT / 'benchmarks/deployment/amd-zen3/table.md').read_text(encoding='utf-8')
+    table = (ROOT / 'benchmarks/deployment/amd-zen4/table.md').read_text(encoding='utf-8')
     measured = [
         [cell.strip(' *') for cell in line.split('|')[1:-1]]
         for line in table.splitlines()

@@ -11,7 +11,7 @@ from crossformer_mm.prediction import sources_of
 from crossformer_mm.prediction.output import Video, mp4_fps
 from crossformer_mm.without_torch.files import find_files
 
-from ..helpers import CLASSES, DEMO_DETECTOR, DEMO_SEGMENTOR, read_json
+from ..helpers import CLASSES, DEMO_DETECTOR, DEMO_SEGMENTOR, needs_bfloat16, read_json
 
 # For speed: a hundred labels take a second to draw.
 UNDRAWN = ('--score-thr', 1)
@@ -26,7 +26,9 @@ def write_video(path: Path, fps: float, frames: list) -> Path:
     return path
 
 
-@pytest.mark.parametrize('options', [(), ('--bf16', '--batch-size', 2)])
+@pytest.mark.parametrize(
+    'options', [(), pytest.param(('--bf16', '--batch-size', 2), marks=needs_bfloat16)]
+)
 def test_a_video_gives_a_video(output_of, shapes, random_segmentor, tmp_path, options):
     frames = [cv2.imread(str(shapes / f'ade/images/validation/{i:012d}.jpg')) for i in (1, 2, 3)]
     write_video(tmp_path / 'clip.avi', 5, frames)

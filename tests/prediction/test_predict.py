@@ -13,11 +13,14 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from crossformer_mm.engine import mixed_precision
+
 from ..helpers import (
     CLASSES,
     DEMO_DETECTOR,
     DEMO_SEGMENTOR,
     ROOT,
+    needs_bfloat16,
     random_model,
     read_json,
     refusals,
@@ -171,6 +174,7 @@ class TestDetector:
             '000000000002.jpg',
         ]
 
+    @needs_bfloat16
     def test_batches_and_bfloat16(self, output_of, shapes, random_detector, tmp_path):
         photos = tmp_path / 'photos'
         photos.mkdir()
@@ -286,6 +290,12 @@ def test_what_cannot_work_is_said_in_one_sentence(
     arguments = arguments.replace('IMAGE', f'{shapes}/coco/val2017/000000000001.png')
     assert said in refusal_of('predict.py', config, checkpoint, arguments)
     assert not (ROOT / 'predictions').exists()  # nothing is left of a refusal
+
+
+def test_bfloat16_is_refused_where_it_is_slow(refusal_of, random_detector, shapes, monkeypatch):
+    monkeypatch.setattr(mixed_precision, 'multiplies_bfloat16', lambda: False)
+    command = f'{DEMO_DETECTOR} {random_detector} {shapes} --device cpu --bf16'
+    assert refusal_of('predict.py', command).startswith('--bf16: this processor has no')
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(refusal_of, shapes, random_detector):
