@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from .compat import autocast_dtype, is_autocast_enabled, multiplies_bfloat16
 from .exact import is_exact
 from .kernels.mlp import SMALL, mlp
-from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
+from .kernels.onednn import (
+    blocks_suit,
+    convolve_blocks,
+    is_float32_on_cpu,
+    onednn_linear,
+    onednn_suits,
+)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
         return [widened(layer, x) for layer in layers]
     dtype = joint_cast_dtype(x) if len(layers) > 1 else None  # see linear()
     if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
-        return [layer(x) for layer in layers]
+        return [convolve_one(layer, x) for layer in layers]
     cast = JointCast.apply(dtype, *[one for conv in layers for one in (conv.weight, conv.bias)])
     return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
 
@@ -62,6 +68,13 @@ def widened(layer: nn.Module, x: Tensor) -> Tensor:
     """Return ``layer(x)`` in bfloat16, as autocast does, computed in float32."""
     with torch.autocast('cpu', enabled=False):
         return layer(x.float()).bfloat16()
+
+
+def convolve_one(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)`` of a convolution, computed faster where the result is the same."""
+    if is_float32_on_cpu(x) and is_exact([layer], [nn.Conv2d], x.device) and blocks_suit(x, layer):
+        return convolve_blocks(x, layer)
+    return layer(x)
 
 
 class JointCast(torch.autograd.Function):
