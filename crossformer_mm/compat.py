@@ -67,7 +67,7 @@ def multiplies_bfloat16() -> bool:
     checks = [getattr(torch.cpu, f'_is_{one}_supported', None) for one in sets]
     if torch.backends.cpu.get_cpu_capability() != 'AVX512' or None in checks:
         return True
-    return any([check() for check in checks])
+    return any([check() for check in checks if check])
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
             out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
             return out.view(*x.shape[:-1], -1)
         return layer(x)
-    if widens(x) and is_exact([layer], [nn.Linear], x.device):
+    if widens([layer], nn.Linear, x):
         return widened(layer, x)
     # In one launch; autocast casts each by itself. In training a Python autograd function for two
     # tensors would take longer than that.
@@ -50,7 +50,7 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
         layers (Sequence[nn.Module]): of ``nn.Conv2d``, or what users replaced them by.
         x (Tensor): (B, in_channels, H, W).
     """
-    if widens(x) and is_exact(layers, [nn.Conv2d] * len(layers), x.device):
+    if widens(layers, nn.Conv2d, x):
         return [widened(layer, x) for layer in layers]
     dtype = joint_cast_dtype(x) if len(layers) > 1 else None  # see linear()
     if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
@@ -59,9 +59,14 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
     return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
 
 
-def widens(x: Tensor) -> bool:
-    """Check that autocast casts to bfloat16, and this CPU has no instructions for it."""
-    return x.device.type == 'cpu' and cast_dtype(x) == torch.bfloat16 and not multiplies_bfloat16()
+def widens(layers: Sequence[nn.Module], kind: type, x: Tensor) -> bool:
+    """Check that autocast casts layers to bfloat16, and this CPU has no instructions for it."""
+    return (
+        x.device.type == 'cpu'
+        and cast_dtype(x) == torch.bfloat16
+        and is_exact(layers, [kind] * len(layers), x.device)
+        and not multiplies_bfloat16()
+    )
 
 
 def widened(layer: nn.Module, x: Tensor) -> Tensor:
