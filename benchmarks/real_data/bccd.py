@@ -3,12 +3,18 @@ _base_ = '../../configs/retinanet/cf_s_1x.py'
 
 model = dict(
     neck=dict(out_channels=64, norm_cfg=dict(type='BN')),
-    bbox_head=dict(num_classes=3, in_channels=64, feat_channels=64, stacked_convs=2),
+    bbox_head=dict(
+        num_classes=3,
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        anchor_generator=dict(octave_base_scale=2),  # platelets are 12 pixels wide
+    ),
 )
 
 data_root = 'data/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
-scale = (256, 192)
+scale = (192, 144)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),

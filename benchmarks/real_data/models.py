@@ -11,7 +11,8 @@ def crossformer(**changes) -> tuple:
     return {**CROSSFORMER, **changes}, WIDTHS
 
 
-# Of each: the backbone, and the channels of its stages.
+# Of each: the backbone, and the channels of its stages. Their costs are equal: for that the third
+# stage of CrossFormer++ has 22 blocks instead of 18, and ConvNeXt and ResNet are slightly wider.
 MODELS = {
     'CrossFormer': crossformer(),
     'CrossFormer, block': crossformer(lda='block'),
@@ -20,7 +21,7 @@ MODELS = {
             type='CrossFormer',
             arch=dict(
                 embed_dims=32,
-                depths=(2, 2, 18, 2),
+                depths=(2, 2, 22, 2),
                 num_heads=(2, 4, 8, 16),
                 drop_path_rate=0.1,
                 cooling=True,
@@ -36,15 +37,15 @@ MODELS = {
     'ConvNeXt': (
         dict(
             type='mmpretrain.ConvNeXt',
-            arch=dict(depths=[3, 3, 9, 3], channels=WIDTHS),
+            arch=dict(depths=[3, 3, 9, 3], channels=[52, 104, 208, 416]),
             drop_path_rate=0.1,
             gap_before_final_norm=False,
         ),
-        WIDTHS,
+        [52, 104, 208, 416],
     ),
     'ResNet': (
-        dict(type='ResNet', depth=50, base_channels=34, stem_channels=34, norm_eval=False),
-        [136, 272, 544, 1088],
+        dict(type='ResNet', depth=50, base_channels=35, stem_channels=35, norm_eval=False),
+        [140, 280, 560, 1120],
     ),
 }
 ABLATION = {

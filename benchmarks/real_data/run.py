@@ -34,11 +34,11 @@ from crossformer_mm.flops import count  # noqa: E402
 
 # Of each set: name and key of its metric, the image's height and width.
 SETS = {
-    'bccd': ('box AP', 'coco/bbox_mAP', (192, 256)),
+    'bccd': ('box AP', 'coco/bbox_mAP', (144, 192)),
     'nuclei': ('mask AP', 'coco/segm_mAP', (256, 256)),
     'camvid': ('mIoU', 'mIoU', (192, 256)),
 }
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 5e-4, 2e-3)
 SEEDS = {'CrossFormer': 5, 'Swin': 5}
 OTHER_SEEDS = 3
 # Same attention and parameters in the linear layers: the rate of CrossFormer serves.
@@ -124,11 +124,13 @@ class Study:
         write_config(config, self.name, model, rate, seed)
         options = ['--data-root', self.data, '--resume']
         print(f'{self.name}: {label}', flush=True)
+        resumed = any(work.glob('*.pth'))
         seconds = run_tool(work / 'log.txt', 'train.py', config, '--work-dir', work, *options)
         scores = curve(work, self.key)
         counted = count(load_config(str(config)), self.shape)
-        row = dict(model=model, rate=rate, seed=seed, curve=scores, cpu_seconds=round(seconds))
+        row = dict(model=model, rate=rate, seed=seed, curve=scores)
         row.update(parameters=counted['params'], flops=counted['flops'])
+        row['cpu_seconds'] = None if resumed else round(seconds)
         if self.name == 'camvid' and model in SIZED:
             row['sizes'] = {size: self.at_size(work, config, size) for size in SIZES}
         with self.lock:
@@ -136,6 +138,9 @@ class Study:
             record = dict(processor=processor(), metric=self.metric, runs=self.rows)
             text = json.dumps(record, indent=1, sort_keys=True) + '\n'
             write_whole(self.file, text.encode())
+        if seed:  # predictions are drawn with the others
+            for checkpoint in work.glob('*.pth'):
+                checkpoint.unlink()
 
     def at_size(self, work: Path, config: Path, size: float) -> float:
         """Return the metric of a trained model on images that are resized by a factor."""
@@ -160,7 +165,7 @@ class Study:
     def run(self) -> None:
         models = [*MODELS, *(ABLATION if self.name == 'camvid' else ())]
         searched = [model for model in models if model not in SAME_RATE]
-        self.train_all((model, rate, 0) for model in searched for rate in RATES)
+        self.train_all((model, rate, 0) for rate in RATES for model in searched)
         counts = {model: SEEDS.get(model, OTHER_SEEDS) for model in models}
         self.train_all(
             (model, self.best_rate(model), seed)
