@@ -2,7 +2,7 @@
 _base_ = '../../configs/upernet/cf_s_160k.py'
 
 num_classes, void = 11, 11
-scale = (256, 192)
+scale = (192, 144)
 model = dict(
     data_preprocessor=dict(size=None, size_divisor=32, seg_pad_val=void),
     decode_head=dict(channels=64, num_classes=num_classes, ignore_index=void),
@@ -59,7 +59,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -83,11 +83,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ignore_index=void)
 test_evaluator = val_evaluator
 
-iterations = 700  # 7.6 epochs
-train_cfg = dict(max_iters=iterations, val_interval=100)
+iterations = 900  # 4.9 epochs
+train_cfg = dict(max_iters=iterations, val_interval=180)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=0, end=iterations),
 ]
 optim_wrapper = dict(optimizer=dict(weight_decay=0.05), clip_grad=dict(max_norm=1.0))
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=180, max_keep_ckpts=1))

@@ -1,12 +1,13 @@
 """Small CrossFormers next to Swin, ConvNeXt and ResNet, from random weights, on real images.
 
-    python benchmarks/real_data/run.py camvid --data DIR [--jobs 2]
+    python benchmarks/real_data/run.py bccd --data DIR
 
 Trains every model of models.py at three learning rates with seed 0, then at its best one with
-other seeds, and measures on the held-out images after every few epochs. On camvid it trains the
-ablation, too, and tests three position biases at other image sizes. Each training runs in a process
-of its own with one thread. Stop it at any time: run again, it goes on where it was.
-Writes results/SET.json, results/SET.md and results/SET.png.
+other seeds, and evaluates on the held-out images after every few epochs. On camvid it also trains
+the ablation, and tests three position biases at other image sizes. Each training runs in a process
+of its own with one thread. Stop it at any time: run again, it resumes.
+Writes results/SET.json after each training, and at the end results/SET.md, its curves SET.png and,
+of a set for detection, SET_predictions.jpg; `--redraw` writes these of what is trained so far.
 """
 
 import argparse
@@ -17,38 +18,37 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Dict, Iterable, List
-
-import numpy as np
-from scipy import stats
+from typing import Callable, Dict, Iterable, List
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent))
-from common import draw_curves, processor  # noqa: E402
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from common import processor  # noqa: E402
 from models import ABLATION, MODELS  # noqa: E402
+from predictions import draw_predictions  # noqa: E402
+from report import (  # noqa: E402
+    OTHER_SEEDS,
+    RATES,
+    SETS,
+    SIZED,
+    SIZES,
+    best_rate,
+    draw,
+    searched,
+    seeds_of,
+    table_of,
+)
 
 from crossformer_mm.engine.config import load_config  # noqa: E402
 from crossformer_mm.files import write_whole  # noqa: E402
 from crossformer_mm.flops import count  # noqa: E402
 
-# Of each set: name and key of its metric, the image's height and width.
-SETS = {
-    'bccd': ('box AP', 'coco/bbox_mAP', (144, 192)),
-    'nuclei': ('mask AP', 'coco/segm_mAP', (256, 256)),
-    'camvid': ('mIoU', 'mIoU', (192, 256)),
-}
-RATES = (1e-3, 5e-4, 2e-3)
-SEEDS = {'CrossFormer': 5, 'Swin': 5}
-OTHER_SEEDS = 3
-# Same attention and parameters in the linear layers: the rate of CrossFormer serves.
-SAME_RATE = ('CrossFormer, block', *ABLATION)
-SIZES = (0.75, 1.0, 1.5, 2.0)
-SIZED = ('CrossFormer', 'relative position bias', 'no position bias')
+DRAWN = ('CrossFormer', 'Swin', 'ResNet')
+DRAWN_IMAGES = 4
 
 
 def write_config(file: Path, name: str, model: str, rate: float, seed: int) -> None:
-    """Write the config of one training, complete but for its base."""
+    """Write the config of one training."""
     backbone, channels = {**MODELS, **ABLATION}[model]
     stages = (1, 2, 3) if name == 'bccd' else (0, 1, 2, 3)
     parts = dict(backbone=dict(_delete_=True, out_indices=stages, **backbone))
@@ -71,7 +71,7 @@ def write_config(file: Path, name: str, model: str, rate: float, seed: int) -> N
 
 
 def run_tool(log: Path, tool: str, *arguments) -> float:
-    """Run a tool on one thread; return its CPU seconds. RuntimeError: it failed."""
+    """Run a tool on one thread and return its CPU seconds; RuntimeError: it failed."""
     command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / tool), *map(str, arguments)]
     with log.open('ab') as out:
         pid = os.posix_spawn(
@@ -86,7 +86,7 @@ def run_tool(log: Path, tool: str, *arguments) -> float:
     return used.ru_utime + used.ru_stime
 
 
-def curve(work: Path, key: str) -> List[List[float]]:
+def read_curve(work: Path, key: str) -> List[List[float]]:
     """Return step and metric of each validation, over all starts of a training."""
     found = {}
     for file in sorted(work.glob('*/vis_data/scalars.json')):
@@ -102,134 +102,118 @@ class Study:
         name (str): one of ``SETS``.
         data (Path): folder of the images and annotations.
         work (Path): folder for logs and checkpoints.
-        out (Path): folder for the results.
-        jobs (int): trainings at a time.
+        file (Path): JSON file of the results.
     """
 
-    def __init__(self, name: str, data: Path, work: Path, out: Path, jobs: int):
+    def __init__(self, name: str, data: Path, work: Path, file: Path):
         self.name, self.data, self.work = name, data.resolve(), work.resolve() / name
-        self.metric, self.key, self.shape = SETS[name]
-        self.file, self.lock, self.jobs = out / f'{name}.json', Lock(), jobs
-        self.rows: Dict[str, dict] = {}
-        if self.file.is_file():
-            self.rows = json.loads(self.file.read_text())['runs']
+        self.file, self.lock = file, Lock()
+        self.runs: Dict[str, dict] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def folder(self, model: str, rate: float, seed: int) -> Path:
+        return self.work / label_of(model, rate, seed).replace(', ', '_').replace(' ', '_')
+
+    def best(self, model: str, seed: int) -> tuple:
+        return model, best_rate(self.runs.values(), model), seed
+
+    def keep(self, label: str, **values) -> None:
+        """Add values to the result of a training."""
+        with self.lock:
+            self.runs[label] = {**self.runs.get(label, {}), **values}
+            write_whole(self.file, (json.dumps(self.runs, indent=1) + '\n').encode())
 
     def train(self, model: str, rate: float, seed: int) -> None:
-        """Train and measure one model, unless its result is known."""
-        label = f'{model}, {rate:g}, seed {seed}'
-        if label in self.rows:
+        """Train and evaluate one model, unless its result is known."""
+        label, work = label_of(model, rate, seed), self.folder(model, rate, seed)
+        if label in self.runs:
             return
-        work = self.work / label.replace(', ', '_').replace(' ', '_')
-        config = work / 'run.py'
-        write_config(config, self.name, model, rate, seed)
-        options = ['--data-root', self.data, '--resume']
         print(f'{self.name}: {label}', flush=True)
-        resumed = any(work.glob('*.pth'))
-        seconds = run_tool(work / 'log.txt', 'train.py', config, '--work-dir', work, *options)
-        scores = curve(work, self.key)
-        counted = count(load_config(str(config)), self.shape)
-        row = dict(model=model, rate=rate, seed=seed, curve=scores)
-        row.update(parameters=counted['params'], flops=counted['flops'])
-        row['cpu_seconds'] = None if resumed else round(seconds)
-        if self.name == 'camvid' and model in SIZED:
-            row['sizes'] = {size: self.at_size(work, config, size) for size in SIZES}
-        with self.lock:
-            self.rows[label] = row
-            record = dict(processor=processor(), metric=self.metric, runs=self.rows)
-            text = json.dumps(record, indent=1, sort_keys=True) + '\n'
-            write_whole(self.file, text.encode())
-        if seed:  # predictions are drawn with the others
-            for checkpoint in work.glob('*.pth'):
-                checkpoint.unlink()
-
-    def at_size(self, work: Path, config: Path, size: float) -> float:
-        """Return the metric of a trained model on images that are resized by a factor."""
-        height, width = self.shape
-        scale = f'({round(width * size)},{round(height * size)})'
-        out, checkpoint = work / f'size_{size}', (work / 'last_checkpoint').read_text()
-        change = f'test_dataloader.dataset.pipeline.1.scale={scale}'
-        options = ['--data-root', self.data, '--work-dir', out, '--cfg-options', change]
-        run_tool(work / 'log.txt', 'test.py', config, checkpoint, *options)
-        return json.loads(next(out.glob('*/*.json')).read_text())[self.key]
-
-    def train_all(self, trainings: Iterable[tuple]) -> None:
-        with ThreadPoolExecutor(self.jobs) as pool:
-            for result in [pool.submit(self.train, *training) for training in trainings]:
-                result.result()
-
-    def best_rate(self, model: str) -> float:
-        model = 'CrossFormer' if model in SAME_RATE else model
-        first = [row for row in self.rows.values() if row['model'] == model and not row['seed']]
-        return max(first, key=lambda row: row['curve'][-1][1])['rate']
-
-    def run(self) -> None:
-        models = [*MODELS, *(ABLATION if self.name == 'camvid' else ())]
-        searched = [model for model in models if model not in SAME_RATE]
-        self.train_all((model, rate, 0) for rate in RATES for model in searched)
-        counts = {model: SEEDS.get(model, OTHER_SEEDS) for model in models}
-        self.train_all(
-            (model, self.best_rate(model), seed)
-            for seed in range(max(counts.values()))
-            for model in models
-            if seed < counts[model]
+        config, resumed = work / 'run.py', any(work.glob('*.pth'))
+        write_config(config, self.name, model, rate, seed)
+        options = ['--data-root', self.data, '--work-dir', work, '--resume']
+        seconds = run_tool(work / 'log.txt', 'train.py', config, *options)
+        counted = count(load_config(str(config)), SETS[self.name].shape)
+        self.keep(
+            label,
+            model=model,
+            rate=rate,
+            seed=seed,
+            parameters=counted['params'],
+            flops=counted['flops'],
+            # Of a training in several parts it is not known.
+            cpu_seconds=None if resumed else round(seconds),
+            processor=processor(),
+            curve=read_curve(work, SETS[self.name].key),
         )
 
-    def results(self, model: str) -> List[dict]:
-        """Return the rows of a model at its best rate, one for each seed."""
-        rate = self.best_rate(model)
-        rows = [row for row in self.rows.values() if (row['model'], row['rate']) == (model, rate)]
-        return sorted(rows, key=lambda row: row['seed'])
+    def repeat(self, model: str, seed: int) -> None:
+        """Train a model at its best learning rate; test it at other sizes where these are asked."""
+        training = self.best(model, seed)
+        self.train(*training)
+        label, work = label_of(*training), self.folder(*training)
+        sized = self.name == 'camvid' and model in SIZED and seed < OTHER_SEEDS
+        if sized and 'sizes' not in self.runs[label]:
+            self.keep(label, sizes={f'{size:g}': self.at_size(work, size) for size in SIZES})
+        if seed:  # predictions are drawn with the first
+            remove_checkpoints(work)
 
+    def at_size(self, work: Path, size: float) -> float:
+        """Return the metric of a trained model on images that are resized by a factor."""
+        this = SETS[self.name]
+        height, width = (round(side * size) for side in this.shape)
+        out, checkpoint = work / f'size_{size}', (work / 'last_checkpoint').read_text()
+        change = f'test_dataloader.dataset.pipeline.1.scale=({width},{height})'
+        options = ['--data-root', self.data, '--work-dir', out, '--cfg-options', change]
+        run_tool(work / 'log.txt', 'test.py', work / 'run.py', checkpoint, *options)
+        return json.loads(next(out.glob('*/*.json')).read_text())[this.key]
 
-def interval(values: List[float], unit: float = 1.0) -> str:
-    """Format a mean with the half width of its 95 % interval, by Student's t."""
-    values = np.array(values) * unit
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f'{values.mean():.1f} ± {half:.1f}'
-
-
-def report(study: Study) -> str:
-    """Describe the results as tables."""
-    unit = 1.0 if study.name == 'camvid' else 100.0
-    height, width = study.shape
-    lines = [
-        f'Written by `python benchmarks/real_data/run.py {study.name}` on {processor()}. '
-        f'{study.metric} in % on the held-out images after the last step: mean of the seeds and '
-        f'its 95 % interval. Multiply-accumulates are of the whole model at {height} x {width}; '
-        'CPU seconds are the median of a training, its validations included, on one thread.'
-    ]
-    for models in (MODELS, ABLATION if study.name == 'camvid' else {}):
-        head = 'model | learning rate | seeds | parameters, M | G | CPU seconds'
-        lines += ['', f'| {head} | {study.metric} |', '|---' * 7 + '|'] if models else []
+    def run(self, jobs: int) -> None:
+        """Do all that has no result yet, some trainings at a time."""
+        models, seeds = searched(self.name), seeds_of(self.name)
+        in_parallel(jobs, self.train, ((model, rate, 0) for rate in RATES for model in models))
         for model in models:
-            rows = study.results(model)
-            cells = [model, f"{rows[0]['rate']:g}", len(rows)]
-            cells += [f"{rows[0]['parameters'] / 1e6:.1f}", f"{rows[0]['flops'] / 1e9:.2f}"]
-            cells += [int(np.median([row['cpu_seconds'] for row in rows]))]
-            cells += [interval([row['curve'][-1][1] for row in rows], unit)]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    if study.name == 'camvid':
-        sizes = ' | '.join(f'{size:g}' for size in SIZES)
-        lines += ['', f'| tested at, times the size of training | {sizes} |', '|---' * 5 + '|']
-        for model in SIZED:
-            rows = study.results(model)
-            cells = (interval([row['sizes'][str(size)] for row in rows]) for size in SIZES)
-            lines.append(f"| {model} | {' | '.join(cells)} |")
-    return '\n'.join(lines) + '\n'
+            for rate in RATES:
+                if (model, rate, 0) != self.best(model, 0):
+                    remove_checkpoints(self.folder(model, rate, 0))
+        in_parallel(
+            jobs,
+            self.repeat,
+            (
+                (model, seed)
+                for seed in range(max(seeds.values()))
+                for model in seeds
+                if seed < seeds[model]
+            ),
+        )
+
+    def draw_predictions(self, file: Path) -> None:
+        """Draw what three models find on the first held-out images, by name."""
+        ann_file = self.data / 'annotations' / 'val.json'
+        images = sorted((self.data / 'val').iterdir())[:DRAWN_IMAGES]
+        results = {}
+        for model in DRAWN:
+            work = self.folder(*self.best(model, 0))
+            out, checkpoint = work / 'predictions', (work / 'last_checkpoint').read_text()
+            arguments = [work / 'run.py', checkpoint, *images, '--out', out, '--ann-file', ann_file]
+            run_tool(work / 'log.txt', 'predict.py', *arguments)
+            results[model] = max(out.glob('results.*.json'))  # of masks, if it has any
+        draw_predictions(ann_file, images, results, file)
 
 
-def draw(study: Study, file: Path) -> None:
-    """Draw the metric after each validation, mean and range of the seeds."""
-    unit = 1.0 if study.name == 'camvid' else 100.0
-    lines = []
-    for model in MODELS:
-        curves = np.array([row['curve'] for row in study.results(model)])
-        steps, scores = curves[0, :, 0], curves[:, :, 1] * unit
-        band = scores.min(0), scores.max(0)
-        lines.append(dict(x=steps, y=scores.mean(0), band=band, label=model))
-    step = 'iteration' if study.name == 'camvid' else 'epoch'
-    panel = dict(title=study.name, xlabel=step, ylabel=f'{study.metric} in %', lines=lines)
-    draw_curves(file, [panel], 1)
+def label_of(model: str, rate: float, seed: int) -> str:
+    return f'{model}, {rate:g}, seed {seed}'
+
+
+def remove_checkpoints(work: Path) -> None:
+    for checkpoint in work.glob('*.pth'):
+        checkpoint.unlink()
+
+
+def in_parallel(jobs: int, function: Callable, calls: Iterable[tuple]) -> None:
+    """Call a function in threads; raise the first error once running calls have ended."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for result in [pool.submit(function, *call) for call in calls]:
+            result.result()
 
 
 def main():
@@ -240,12 +224,17 @@ def main():
     add('--jobs', type=int, default=2, help='trainings at a time, each on one thread')
     add('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'real_data')
     add('--out', type=Path, default=HERE / 'results')
+    add('--redraw', action='store_true', help='train nothing; write what is known by now')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    study = Study(args.set, args.data, args.work_dir, args.out, args.jobs)
-    study.run()
-    (args.out / f'{args.set}.md').write_text(report(study))
-    draw(study, args.out / f'{args.set}.png')
+    study = Study(args.set, args.data, args.work_dir, args.out / f'{args.set}.json')
+    if not args.redraw:
+        study.run(args.jobs)
+    runs = list(study.runs.values())
+    (args.out / f'{args.set}.md').write_text(table_of(args.set, runs))
+    draw(args.set, runs, args.out / f'{args.set}.png')
+    if args.set != 'camvid':  # its images may not be used commercially
+        study.draw_predictions(args.out / f'{args.set}_predictions.jpg')
 
 
 if __name__ == '__main__':
