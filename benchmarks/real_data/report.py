@@ -43,6 +43,11 @@ def searched(name: str) -> List[str]:
     return [model for model in seeds_of(name) if model not in SAME_RATE]
 
 
+def planned(name: str) -> int:
+    """Return the number of trainings on a set."""
+    return sum(seeds_of(name).values()) + len(searched(name)) * (len(RATES) - 1)
+
+
 def best_rate(rows: Iterable[dict], model: str) -> float:
     """Return the learning rate with the highest last metric at seed 0."""
     model = 'CrossFormer' if model in SAME_RATE else model
@@ -83,67 +88,78 @@ def difference(values: List[float], others: List[float]) -> str:
     return f'{low:+.1f} to {high:+.1f}'
 
 
+def markdown(head: Iterable, rows: Iterable[Iterable]) -> List[str]:
+    """Return the lines of a table after an empty one; none for a table without rows."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return ['', lines[0], '|---' * (lines[0].count(' | ') + 1) + '|', *lines[1:]] * (len(lines) > 1)
+
+
+def comparison(name: str, rows: List[dict], models: Iterable[str]) -> List[str]:
+    """Describe the models that were trained."""
+    this, cells = SETS[name], []
+    reference = last(results(rows, 'CrossFormer'), this.unit)
+    for model in models:
+        mine = results(rows, model)
+        if mine:
+            scores = last(mine, this.unit)
+            seconds = [row['cpu_seconds'] for row in mine if row['cpu_seconds']]
+            cells.append(
+                (
+                    model,
+                    f"{mine[0]['rate']:g}",
+                    len(mine),
+                    f"{mine[0]['parameters'] / 1e6:.1f}",
+                    f"{mine[0]['flops'] / 1e9:.2f}",
+                    f'{np.median(seconds):.0f}' if seconds else '',
+                    with_interval(scores),
+                    difference(scores, reference) if model != 'CrossFormer' else '',
+                )
+            )
+    head = 'model', 'learning rate', 'seeds', 'parameters, M', 'G', 'CPU seconds', this.metric
+    return markdown((*head, 'minus CrossFormer'), cells)
+
+
+def search(name: str, rows: List[dict]) -> List[str]:
+    """Describe the search for learning rates."""
+    first = {(r['model'], r['rate']): r['curve'][-1][1] for r in rows if r['seed'] == 0}
+    rates = sorted(RATES)
+    cells = [
+        [model]
+        + [
+            f'{first[model, rate] * SETS[name].unit:.1f}' if (model, rate) in first else ''
+            for rate in rates
+        ]
+        for model in searched(name)
+    ]
+    head = f'{SETS[name].metric} at seed 0, learning rate', *(f'{rate:g}' for rate in rates)
+    return markdown(head, cells)
+
+
+def other_sizes(name: str, rows: List[dict]) -> List[str]:
+    """Describe the tests at other image sizes."""
+    cells = []
+    for model in SIZED:
+        sizes = [row['sizes'] for row in results(rows, model) if 'sizes' in row]
+        if sizes:
+            metrics = ([each[f'{size:g}'] * SETS[name].unit for each in sizes] for size in SIZES)
+            cells.append([model, *map(with_interval, metrics)])
+    return markdown(['tested at, times the size of training', *SIZES], cells)
+
+
 def table_of(name: str, rows: List[dict]) -> str:
     """Describe the results on a set as tables."""
-    this = SETS[name]
-    height, width = this.shape
-    seeds = seeds_of(name)
-    planned = sum(seeds.values()) + len(searched(name)) * (len(RATES) - 1)
-    whole = '' if len(rows) == planned else f'**{len(rows)} of {planned} trainings so far.** '
-    processors = ' and '.join(sorted({row['processor'] for row in rows}))
-    lines = [
-        f'{whole}Written by `python benchmarks/real_data/run.py {name}` on {processors}. '
-        f'{this.metric} in % on the held-out images after the last step: mean of the seeds and its '
-        '95 % interval, and the 95 % interval of what it is above CrossFormer. '
-        f'Multiply-accumulates (G) are of the whole model at {height} x {width}; CPU seconds are '
-        'the median of the trainings, validation included, on one thread.'
-    ]
-    reference = last(results(rows, 'CrossFormer'), this.unit)
-    head = 'model | learning rate | seeds | parameters, M | G | CPU seconds'
-    for models in (MODELS, ABLATION):
-        found = {model: results(rows, model) for model in models}
-        if not any(found.values()):
-            continue
-        lines += ['', f'| {head} | {this.metric} | minus CrossFormer |', '|---' * 8 + '|']
-        for model, mine in found.items():
-            if not mine:
-                continue
-            seconds = [row['cpu_seconds'] for row in mine if row['cpu_seconds']]
-            cells = [
-                model,
-                f"{mine[0]['rate']:g}",
-                len(mine),
-                f"{mine[0]['parameters'] / 1e6:.1f}",
-                f"{mine[0]['flops'] / 1e9:.2f}",
-                f'{np.median(seconds):.0f}' if seconds else '',
-                with_interval(last(mine, this.unit)),
-                difference(last(mine, this.unit), reference) if model != 'CrossFormer' else '',
-            ]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [
-        '',
-        f"| {this.metric} at seed 0, learning rate | "
-        f"{' | '.join(f'{rate:g}' for rate in sorted(RATES))} |",
-        '|---' * 4 + '|',
-    ]
-    for model in searched(name):
-        tried = {row['rate']: row for row in rows if (row['model'], row['seed']) == (model, 0)}
-        cells = (
-            f'{last([tried[rate]], this.unit)[0]:.1f}' if rate in tried else ''
-            for rate in sorted(RATES)
-        )
-        lines.append(f"| {model} | {' | '.join(cells)} |")
-    sized = {model: [r for r in results(rows, model) if 'sizes' in r] for model in SIZED}
-    if any(sized.values()):
-        sizes = ' | '.join(f'{size:g}' for size in SIZES)
-        lines += ['', f'| tested at, times the size of training | {sizes} |', '|---' * 5 + '|']
-        for model, mine in sized.items():
-            cells = (
-                with_interval([row['sizes'][f'{size:g}'] * this.unit for row in mine])
-                for size in SIZES
-            )
-            lines.append(f"| {model} | {' | '.join(cells) if mine else ' |' * 3} |")
-    return '\n'.join(lines) + '\n'
+    this, of = SETS[name], planned(name)
+    so_far = '' if len(rows) == of else f'**{len(rows)} of {of} trainings so far.** '
+    text = (
+        f'{so_far}Written by `python benchmarks/real_data/run.py {name}` on '
+        f"{' and '.join(sorted({row['processor'] for row in rows}))}. {this.metric} in % on the "
+        'held-out images after the last step: mean of the seeds and its 95 % interval, and the '
+        '95 % interval of its difference from that of CrossFormer. Multiply-accumulates (G) are '
+        f"of the whole model at {' x '.join(map(str, this.shape))}; CPU seconds are the median of "
+        'the trainings, validation included, on one thread.'
+    )
+    lines = [text, *comparison(name, rows, MODELS), *comparison(name, rows, ABLATION)]
+    return '\n'.join([*lines, *search(name, rows), *other_sizes(name, rows)]) + '\n'
 
 
 def draw(name: str, rows: List[dict], file: Path) -> None:

@@ -187,17 +187,17 @@ class Study:
         )
 
     def draw_predictions(self, file: Path) -> None:
-        """Draw what three models find on the first held-out images, by name."""
+        """Draw what trained models of ``DRAWN`` find on the first held-out images, by name."""
         ann_file = self.data / 'annotations' / 'val.json'
         images = sorted((self.data / 'val').iterdir())[:DRAWN_IMAGES]
-        results = {}
-        for model in DRAWN:
+        found, trained = {}, {row['model'] for row in self.runs.values()}
+        for model in filter(trained.__contains__, DRAWN):
             work = self.folder(*self.best(model, 0))
             out, checkpoint = work / 'predictions', (work / 'last_checkpoint').read_text()
             arguments = [work / 'run.py', checkpoint, *images, '--out', out, '--ann-file', ann_file]
             run_tool(work / 'log.txt', 'predict.py', *arguments)
-            results[model] = max(out.glob('results.*.json'))  # of masks, if it has any
-        draw_predictions(ann_file, images, results, file)
+            found[model] = max(out.glob('results.*.json'))  # of masks, if it has any
+        draw_predictions(ann_file, images, found, file)
 
 
 def label_of(model: str, rate: float, seed: int) -> str:
@@ -210,7 +210,7 @@ def remove_checkpoints(work: Path) -> None:
 
 
 def in_parallel(jobs: int, function: Callable, calls: Iterable[tuple]) -> None:
-    """Call a function in threads; raise the first error once running calls have ended."""
+    """Call a function in threads; raise its first error after all calls."""
     with ThreadPoolExecutor(jobs) as pool:
         for result in [pool.submit(function, *call) for call in calls]:
             result.result()
@@ -224,13 +224,19 @@ def main():
     add('--jobs', type=int, default=2, help='trainings at a time, each on one thread')
     add('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'real_data')
     add('--out', type=Path, default=HERE / 'results')
-    add('--redraw', action='store_true', help='train nothing; write what is known by now')
+    add(
+        '--redraw',
+        action='store_true',
+        help='train nothing; write tables and pictures of the results so far',
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     study = Study(args.set, args.data, args.work_dir, args.out / f'{args.set}.json')
     if not args.redraw:
         study.run(args.jobs)
     runs = list(study.runs.values())
+    if not runs:
+        sys.exit(f"error: --redraw: '{study.file}' has no results yet.")
     (args.out / f'{args.set}.md').write_text(table_of(args.set, runs))
     draw(args.set, runs, args.out / f'{args.set}.png')
     if args.set != 'camvid':  # its images may not be used commercially

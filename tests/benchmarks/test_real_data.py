@@ -5,10 +5,13 @@ import re
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
+from pycocotools.mask import encode
 
 from crossformer_mm.engine.config import load_config
 
@@ -63,7 +66,9 @@ def study(run, tmp_path, monkeypatch):
     return study
 
 
-def test_every_seed_is_trained_once_at_the_best_rate(run, report, study, tmp_path):
+def test_every_seed_is_trained_once_at_the_best_rate_and_the_first_is_kept(
+    run, report, study, tmp_path
+):
     study.run(jobs=2)
     rows, done = list(study.runs.values()), len(study.calls)
     for model, seeds in run.seeds_of('camvid').items():
@@ -72,15 +77,11 @@ def test_every_seed_is_trained_once_at_the_best_rate(run, report, study, tmp_pat
         assert [(row['rate'], row['seed']) for row in mine] == [(best, n) for n in range(seeds)]
         assert [row['seed'] for row in mine if 'sizes' in row] == [0, 1, 2] * (model in run.SIZED)
     assert 'so far' not in run.table_of('camvid', rows)
+    kept = {file.parent for file in study.work.glob('*/*.pth')}
+    assert kept == {study.folder(*study.best(model, 0)) for model in run.seeds_of('camvid')}
     again = run.Study('camvid', tmp_path, tmp_path / 'work', tmp_path / 'camvid.json')
     again.run(jobs=2)
     assert again.runs == study.runs and len(study.calls) == done
-
-
-def test_only_checkpoints_that_are_drawn_are_kept(run, study):
-    study.run(jobs=1)
-    kept = {file.parent.name for file in study.work.glob('*/*.pth')}
-    assert kept == {study.folder(*study.best(model, 0)).name for model in run.seeds_of('camvid')}
 
 
 def test_results_so_far_are_named_as_such(run, study):
@@ -113,6 +114,35 @@ def test_intervals_are_those_of_student_and_welch(report):
     assert report.difference([1, 2, 3], [4, 5, 6]) == '-5.3 to -0.7'
 
 
+def test_found_objects_are_drawn_from_a_score_on(run, tmp_path):
+    image = tmp_path / 'cells.png'
+    cv2.imwrite(str(image), np.full((48, 64, 3), 255, np.uint8))
+    mask = encode(np.asfortranarray(np.eye(48, 64, dtype=np.uint8)))
+    found = dict(image_id=7, category_id=1, bbox=[8, 8, 30, 20])
+    coco = dict(
+        images=[dict(id=7, file_name=image.name, width=64, height=48)],
+        categories=[dict(id=1, name='cell')],
+        annotations=[dict(found, id=1, area=600, iscrowd=0)],
+    )
+    (tmp_path / 'val.json').write_text(json.dumps(coco))
+    pictures = {}
+    segmentation = dict(mask, counts=mask['counts'].decode())
+    kinds = dict(none=None, low=dict(score=0.1), box={}, mask=dict(segmentation=segmentation))
+    for kind, values in kinds.items():
+        objects = [] if values is None else [{**found, 'score': 0.9, **values}]
+        (tmp_path / 'found.json').write_text(json.dumps(objects))
+        results, file = dict(model=tmp_path / 'found.json'), tmp_path / 'picture.png'
+        run.draw_predictions(tmp_path / 'val.json', [image], results, file)
+        pictures[kind] = cv2.imread(str(file)).astype(int)
+    left, right = np.s_[:, : pictures['none'].shape[1] // 2], np.s_[:, -200:]
+    assert (pictures['none'][left] < 128).any()  # the annotation
+    assert (pictures['low'] == pictures['none']).all()
+    for kind in ('box', 'mask'):
+        assert (pictures[kind][left] == pictures['none'][left]).all()
+        assert (pictures[kind][right] != pictures['none'][right]).any()
+    assert (pictures['box'] != pictures['mask']).any()
+
+
 @pytest.mark.parametrize('name', ['bccd', 'camvid', 'nuclei'])
 def test_necks_and_heads_fit_every_backbone(name, run, tmp_path):
     """Forward of each backbone, on an image of one set; channels, on the others."""
@@ -140,11 +170,14 @@ def test_kept_results_give_the_kept_table(name, run):
     assert all(abs(each / flops['CrossFormer'] - 1) < 0.1 for each in flops.values())
 
 
-def test_the_page_gives_what_was_measured():
+def test_the_page_gives_what_was_measured(report):
     page = (ROOT / 'docs' / 'learning.md').read_text(encoding='utf-8')
     said = f'a relative error of {LOSS_TOLERANCE:.0e}', f'agree to {NORM_TOLERANCE:.0e}'
     assert all(each.replace('e-0', 'e-') in page for each in said)
     assert len(TRAJECTORY['interval']['losses']) == 40 and '40 steps of AdamW' in page
+    missing = re.search(r'\*\*Not run yet.*?\n\n', page, flags=re.DOTALL)
+    for name in {*report.SETS} - {*KEPT}:
+        assert f'({report.planned(name)}' in missing[0]
     for name in KEPT:
         table = (FOLDER / 'results' / f'{name}.md').read_text()
         assert all(line in page for line in table.splitlines() if line.startswith('|'))
