@@ -1,7 +1,8 @@
 """The commands of README.md and docs/ run, as they stand, on little data and with small models.
 
 Those of docs/custom_projects.md, which build on each other, are run by test_docs.py,
-benchmarks/gpu.py by test_gpu_benchmark.py and benchmarks/pretraining.py by test_pretraining_benchmark.py.
+benchmarks/gpu.py by test_gpu_benchmark.py, benchmarks/pretraining.py by
+test_pretraining_benchmark.py and benchmarks/real_data/run.py by test_real_data.py.
 """
 
 import os
@@ -55,6 +56,7 @@ EVERY = {
             'tensorboard ',
             'python benchmarks/gpu.py',
             'python benchmarks/pretraining.py',
+            'python benchmarks/real_data/run.py',
         )
     )
 }
