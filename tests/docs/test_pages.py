@@ -209,7 +209,8 @@ def test_the_page_on_speed_gives_what_was_measured(measured):
     tables = (DOCS / 'speed.md').read_text(encoding='utf-8').split('| | inference |')[1:]
     for processor, table in zip(('amd-zen4', 'amd-zen4-avx2'), tables, strict=True):
         lines = table.split('\n\n')[0].splitlines()[2:]
-        assert len(lines) == len(models)
+        known = [m for m in models.values() if (processor, '800x1216', 'train', m) in measured]
+        assert len(lines) == len(known) >= 4
         for line in lines:
             name, *said = [cell.strip() for cell in line.split('|')[1:-1]]
             expected = []
