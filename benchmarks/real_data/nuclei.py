@@ -14,8 +14,7 @@ model = dict(
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))
     ),
-    # Some images hold more than 100 nuclei.
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=300), rcnn=dict(max_per_img=200)),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=300)),  # pycocotools counts 100 objects
 )
 
 data_root = 'data/nuclei/'
@@ -61,7 +60,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + 'annotations/val.json', proposal_nums=(1, 10, 200))
+val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
 epochs = 2

@@ -170,7 +170,7 @@ def draw(name: str, rows: List[dict], file: Path) -> None:
         if mine:
             curves = np.array([row['curve'] for row in mine])
             scores = curves[:, :, 1] * this.unit
-            band, label = (scores.min(0), scores.max(0)), f'{model}, {len(mine)} seeds'
+            band, label = (scores.min(0), scores.max(0)), f'{model}, seeds: {len(mine)}'
             lines.append(dict(x=curves[0, :, 0], y=scores.mean(0), band=band, label=label))
     step = 'iteration' if name == 'camvid' else 'epoch'
     panel = dict(title=name, xlabel=step, ylabel=f'{this.metric} in %', lines=lines)

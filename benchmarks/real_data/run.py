@@ -91,7 +91,7 @@ def read_curve(work: Path, key: str) -> List[List[float]]:
     found = {}
     for file in sorted(work.glob('*/vis_data/scalars.json')):
         rows = map(json.loads, file.read_text().splitlines())
-        found.update({row['step']: row[key] for row in rows if key in row})
+        found.update({row['step']: round(row[key], 4) for row in rows if key in row})
     return [[step, found[step]] for step in sorted(found)]
 
 
@@ -165,7 +165,7 @@ class Study:
         change = f'test_dataloader.dataset.pipeline.1.scale=({width},{height})'
         options = ['--data-root', self.data, '--work-dir', out, '--cfg-options', change]
         run_tool(work / 'log.txt', 'test.py', work / 'run.py', checkpoint, *options)
-        return json.loads(next(out.glob('*/*.json')).read_text())[this.key]
+        return round(json.loads(next(out.glob('*/*.json')).read_text())[this.key], 4)
 
     def run(self, jobs: int) -> None:
         """Do all that has no result yet, some trainings at a time."""
