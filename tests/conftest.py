@@ -37,7 +37,23 @@ torch.set_num_threads(1)
 # and a long one that begins last leaves the other processes idle.
 LONG = ('commands', 'fused', 'zoo_runs', 'run_onnx', 'export_file', 'compile', 'wheels')
 LONG += ('installing', 'train_and_test', 'model_zoo', 'backbone', 'pretraining', 'ranks', 'killed')
-LONG += ('page', 'restarts', 'epoch_loop', 'preemption', 'soak', 'loaded_images', 'output')
+LONG += (
+    'page',
+    'restarts',
+    'gpu_benchmark',
+    'resuming',
+    'paths',
+    'epoch_loop',
+    'preemption',
+    'soak',
+)
+LONG += ('golden', 'sweep_groups', 'loaded_images', 'output')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Start one process more than there are cores: a sixth of the time tests wait for others."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):
