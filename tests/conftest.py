@@ -37,17 +37,8 @@ torch.set_num_threads(1)
 # and a long one that begins last leaves the other processes idle.
 LONG = ('commands', 'fused', 'zoo_runs', 'run_onnx', 'export_file', 'compile', 'wheels')
 LONG += ('installing', 'train_and_test', 'model_zoo', 'backbone', 'pretraining', 'ranks', 'killed')
-LONG += (
-    'page',
-    'restarts',
-    'gpu_benchmark',
-    'resuming',
-    'paths',
-    'epoch_loop',
-    'preemption',
-    'soak',
-)
-LONG += ('golden', 'sweep_groups', 'loaded_images', 'output')
+LONG += ('page', 'restarts', 'gpu_benchmark', 'resuming', 'paths', 'epoch_loop', 'preemption')
+LONG += ('soak', 'golden', 'sweep_groups', 'loaded_images', 'output')
 
 
 @pytest.hookimpl(optionalhook=True)
