@@ -41,12 +41,6 @@ LONG += ('page', 'restarts', 'gpu_benchmark', 'resuming', 'paths', 'epoch_loop',
 LONG += ('soak', 'golden', 'sweep_groups', 'loaded_images', 'output')
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Start one process more than there are cores: a sixth of the time tests wait for others."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(items):
     places = {f'test_{name}': place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
