@@ -36,12 +36,12 @@ DOCS := .venv-docs
 TESTS ?= tests
 # Files in the order of tests/conftest.py, the longest first.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
-COMPILED_CORE := tests/test_mmcv_ops.py tests/test_installed.py
-CORE := tests/test_backbone.py tests/test_golden.py tests/test_checkpoint.py \
+COMPILED_CORE := tests/mmcv_ops tests/test_installed.py
+CORE := tests/test_backbone.py tests/test_options.py tests/test_golden.py tests/test_checkpoint.py \
     tests/configs/test_configs.py tests/test_released_files.py tests/tools/test_publish_model.py
 TORCH21_CORE := tests/test_golden.py tests/test_checkpoint.py tests/test_compat.py \
     tests/test_installed.py tests/kernels/test_paths.py tests/test_grouping.py \
-    tests/engine/test_killed.py tests/tools/test_publish_model.py tests/test_mmcv_ops.py
+    tests/engine/test_killed.py tests/tools/test_publish_model.py tests/mmcv_ops
 
 # Debugging information makes mmcv's extension forty times larger and slower to compile; its operators
 # are compiled for the GPU by another compiler, so that -O1 costs little.
@@ -102,6 +102,7 @@ $(OTHERS)/ready: requirements/torch.txt requirements/run.txt requirements/others
 # OpenCV install `cv2`. Remove the environment to get newer releases.
 $(NEWEST)/ready: requirements/torch.txt requirements/run.txt $(SOURCES)
 	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --no-compile --upgrade pip
 	sed 's/==[^;]*//' requirements/torch.txt requirements/run.txt > $(NEWEST)/newest.txt
 	$(NEWEST)/bin/python -m pip install --no-compile --no-cache-dir --no-binary onedl-mmcv -r $(NEWEST)/newest.txt openvino
 	$(NEWEST)/bin/python -m pip install --no-compile --no-deps --upgrade numpy opencv-python opencv-python-headless

@@ -1,12 +1,13 @@
 """Time and memory of the backbone, next to the backbones that users would choose instead.
 
-    python benchmarks/backbone.py --out benchmarks/cpu/NAME --sizes 224x224 512x512 800x1216
+    for run in 1 2 3; do python benchmarks/backbone.py --out benchmarks/cpu/NAME --add; done
 
 Time: every model runs in a process of its own, with the system's own allocator. The processes take
-turns, one step each, so that other load on the machine affects all alike: compare figures of one
-run only. Memory: the peak of a further process for each model, which returns freed memory to the
-system at once, so that the figure is what is in use. ``crossformer_s-floor`` is CrossFormer-S
-without its attention core: linear layers, convolutions and norms.
+turns, one step each, so that other load on the machine affects all alike. Ratios are to models of
+the same run; the table has their median and range over runs. Memory: the peak of a
+further process for each model, which returns freed memory to the system at once, so that the
+figure is what is in use. ``crossformer_s-floor`` is CrossFormer-S without its attention core:
+linear layers, convolutions and norms.
 
 Leaves results.json, table.md, time.png and memory.png in --out.
 """
@@ -18,10 +19,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Optional
 from unittest import mock
 
 from common import (
@@ -50,13 +50,6 @@ SWIN = dict(swin_t=(2, 2, 6, 2), swin_s=(2, 2, 18, 2))
 MODELS = (*OURS, 'mask_and_pad', *SWIN, 'resnet_50')
 DEFAULT = [name for name in MODELS if name != 'crossformer_s-fused']
 MODES = dict(infer='Inference', train='Training step')
-KEYS = ('model', 'mode', 'dtype', 'size', 'batch', 'threads', 'device')
-# How times were measured, by the record's entry.
-METHODS = {
-    'system': "Times are those of the system's own allocator.",
-    None: 'Times include returning freed memory to the system at once, as this benchmark had it '
-    'up to version 0.2.0: they are longer than in use, and ratios differ.',
-}
 # glibc returns freed blocks of a megabyte or more to the system.
 GIVE_BACK = {'MALLOC_MMAP_THRESHOLD_': '1000000', 'MALLOC_TRIM_THRESHOLD_': '1000000'}
 
@@ -199,40 +192,48 @@ def time_of_parts(model, step) -> dict:
 # All models in turn
 
 
-def measure(cases: list, repeats: int) -> list:
-    """Measure cases of one size; one result for each that runs."""
+def measure_time(cases: list, repeats: int) -> list:
+    """Time cases of one size, in turn; one result for each that runs."""
     results = []
     for worker in [Worker(__file__, case) for case in cases]:
         try:
             worker.ask('step')  # warms up
             results.append((worker, {**worker.case, 'seconds': []}))
         except RuntimeError as error:
-            print(f"   {worker.case['model']} {worker.case['mode']}: left out, {error}", flush=True)
+            report(worker.case, f'left out, {error}')
             worker.close()
     for _ in range(repeats):
         for worker, result in results:
             result['seconds'].append(round(worker.ask('step'), 4))
     for worker, result in results:
-        low, median, high = statistics.quantiles(result['seconds'], n=4)
-        result.update(median=round(median, 4), spread=round(high - low, 4))
+        result['median'] = round(statistics.median(result['seconds']), 4)
         if result['model'] == 'crossformer_s' and result['mode'] == 'infer':
             result['parts'] = worker.ask('parts')
         worker.close()
-    for worker, result in results:
-        alone = Worker(__file__, worker.case, **GIVE_BACK)
-        for _ in range(2):
-            alone.ask('step')
-        result['peak_memory'] = alone.ask('peak')
-        if result['model'] != 'mask_and_pad':
-            result['flops'] = alone.ask('flops')
-        alone.close()
-        print(
-            f"   {result['model']:24} {result['mode']:6} {result['dtype']:9} "
-            f"{result['median']:8.3f} s  +- {result['spread']:.3f}  "
-            f"{result['peak_memory'] / 2**30:6.2f} GiB",
-            flush=True,
-        )
+        report(result, f'{result["median"]:8.3f} s')
     return [result for _, result in results]
+
+
+def measure_memory(cases: list) -> list:
+    """Measure peak memory of cases, and count FLOPs; one result for each that runs."""
+    results = []
+    for worker in (Worker(__file__, case, **GIVE_BACK) for case in cases):
+        try:
+            for _ in range(2):
+                worker.ask('step')
+            result = {**worker.case, 'peak_memory': worker.ask('peak')}
+            if result['model'] != 'mask_and_pad':
+                result['flops'] = worker.ask('flops')
+            results.append(result)
+            report(result, f'{result["peak_memory"] / 2**30:8.2f} GiB')
+        except RuntimeError as error:
+            report(worker.case, f'left out, {error}')
+        worker.close()
+    return results
+
+
+def report(case: dict, figure: str) -> None:
+    print(f'   {case["model"]:24} {case["mode"]:6} {case["dtype"]:9} {figure}', flush=True)
 
 
 # Table and pictures
@@ -247,75 +248,90 @@ def slope(points: list) -> float:
 
 def series(results: list, quantity: str) -> list:
     """Return (model, mode, dtype, [(pixels, quantity)]) of single images of several sizes."""
-    found = defaultdict(list)
+    found = defaultdict(lambda: defaultdict(list))
     for r in results:
-        if r['batch'] == 1:
+        if r['batch'] == 1 and quantity in r:
             area = r['size'][0] * r['size'][1]
-            found[r['model'], r['mode'], r['dtype']].append((area, r[quantity]))
-    return [(*key, sorted(points)) for key, points in found.items() if len(points) > 1]
+            found[r['model'], r['mode'], r['dtype']][area].append(r[quantity])
+    return [
+        (*key, sorted((area, statistics.median(values)) for area, values in points.items()))
+        for key, points in found.items()
+        if len(points) > 1
+    ]
 
 
-def range_of(result: dict, base: Optional[dict]) -> str:
-    """Return the smallest and the largest ratio of two models that took turns."""
-    if base is None or len(result['seconds']) != len(base['seconds']):
+def over_runs(values: list, unit: str = '', digits: int = 2) -> str:
+    """Return the median of a figure of several runs, and its range."""
+    if not values:
         return '–'
-    ratios = [one / other for one, other in zip(result['seconds'], base['seconds'])]
-    return f'{min(ratios):.2f} to {max(ratios):.2f}'
+    low, median, high = (
+        f'{value:.{digits}f}' for value in (min(values), statistics.median(values), max(values))
+    )
+    return f'{median}{unit} ({low} to {high})' if len(values) > 1 else f'{median}{unit}'
+
+
+def ratios(results: list, bases: list, quantity: str) -> list:
+    """Return the ratio of two models in each run that has both."""
+    base = {r['run']: r[quantity] for r in bases if quantity in r}
+    return [r[quantity] / base[r['run']] for r in results if quantity in r and r['run'] in base]
 
 
 def table_of(record: dict) -> str:
     """Write a section of Markdown for each size, batch, mode and type."""
-    lines = [*(f'    {command}' for command in record['commands']), '', record['machine'], '']
-    for rates in record.get('rates', []):
-        said = ', '.join(f'{name} {rate:.0f}' for name, rate in rates.items())
-        lines.append(f'- Products of two matrices, GFLOP/s: {said}')
+    commands = Counter(record['commands'])
+    lines = [*(f'    {command}  # {count}x' for command, count in commands.items()), '']
+    lines += [record['machine'], '']
+    if record['rates']:
+        rates = {name: [rate[name] for rate in record['rates']] for name in record['rates'][0]}
+        said = ', '.join(f'{name} {over_runs(rate, "", 0)}' for name, rate in rates.items())
+        lines += [f'Products of two matrices, GFLOP/s: {said}.', '']
     lines += [
-        '',
-        METHODS[record.get('allocator')],
-        '',
-        'Ratios are to models of the same run: of medians, and as their range of single turns. '
+        "Times are those of the system's own allocator, medians of a run's turns. Each figure is "
+        'the median of the runs, with their range; ratios are to models of the same run. '
         'Floor is CrossFormer-S without its attention core. GFLOP/s counts convolutions, linear '
         'layers and products of attention, a training step as three forward passes.',
         '',
     ]
-    groups = defaultdict(dict)
+    groups = defaultdict(lambda: defaultdict(list))
     for r in record['results']:
-        groups[tuple(r['size']), r['batch'], r['mode'], r['dtype']][r['model']] = r
+        groups[tuple(r['size']), r['batch'], r['mode'], r['dtype']][r['model']].append(r)
     for ((height, width), batch, mode, dtype), models in sorted(groups.items()):
         lines += [
             f'**{height}x{width}, batch {batch}, {mode}, {dtype}**',
             '',
-            '| model | median | spread | GFLOP/s | peak memory | time / Swin-T | range | '
-            'time / floor | memory / Swin-T |',
-            '|---' * 9 + '|',
+            '| model | time | GFLOP/s | peak memory | time / Swin-T | time / floor '
+            '| memory / Swin-T |',
+            '|---' * 7 + '|',
         ]
-        for name, r in models.items():
-
-            def ratio(base: str, quantity: str, r=r, models=models) -> str:
-                return f'{r[quantity] / models[base][quantity]:.2f}' if base in models else '–'
-
-            rate = (3 if mode == 'train' else 1) * r.get('flops', 0) / r['median'] / 1e9
-            lines.append(
-                f"| {name} | {r['median']:.3f} s | {r['spread']:.3f} s | "
-                + (f'{rate:.0f}' if rate else '–')
-                + f" | {r['peak_memory'] / 2**30:.2f} GiB | {ratio('swin_t', 'median')} | "
-                f"{range_of(r, models.get('swin_t'))} | "
-                f"{ratio('crossformer_s-floor', 'median')} | {ratio('swin_t', 'peak_memory')} |"
-            )
+        swin_t, floor = (models.get(name, []) for name in ('swin_t', 'crossformer_s-floor'))
+        for name, rs in models.items():
+            flops = [r['flops'] / 1e9 * (3 if mode == 'train' else 1) for r in rs if 'flops' in r]
+            times = [r['median'] for r in rs if 'median' in r]
+            memory = [r['peak_memory'] / 2**30 for r in rs if 'peak_memory' in r]
+            cells = [
+                name,
+                over_runs(times, ' s', 3),
+                over_runs([flops[0] / time for time in times] if flops else [], '', 0),
+                over_runs(memory, ' GiB'),
+                over_runs(ratios(rs, swin_t, 'median')),
+                over_runs(ratios(rs, floor, 'median')),
+                over_runs(ratios(rs, swin_t, 'peak_memory')),
+            ]
+            lines.append(f'| {" | ".join(cells)} |')
         lines.append('')
         full = groups.get(((height, width), batch, mode, 'float32'), {})
-        for name, r in models.items():
+        for name, rs in models.items():
             if dtype != 'float32' and name in full:
                 lines.append(
                     f'- {name}, {mode}, {height}x{width}: {dtype} takes '
-                    f"{r['median'] / full[name]['median']:.2f} of the time of float32"
+                    f'{over_runs(ratios(rs, full[name], "median"))} of the time of float32'
                 )
-    for r in record['results']:
-        if 'parts' in r:
-            total = sum(r['parts'].values())
-            shares = ', '.join(f'{part} {t / total:.0%}' for part, t in sorted(r['parts'].items()))
-            size = '{}x{}, batch {}'.format(*r['size'], r['batch'])
-            lines.append(f'- Time of a forward by part, {size}, {r["dtype"]}: {shares}')
+        parts = [r['parts'] for rs in models.values() for r in rs if 'parts' in r]
+        if parts:
+            shares = [{part: t / sum(of.values()) for part, t in of.items()} for of in parts]
+            means = {part: statistics.mean(of[part] for of in shares) for part in sorted(shares[0])}
+            said = ', '.join(f'{part} {share:.0%}' for part, share in means.items())
+            lines += [f'Time of a forward of CrossFormer-S by part: {said}', '']
     for name, mode, dtype, points in series(record['results'], 'median'):
         lines.append(
             f'- {name}, {mode}, {dtype}: time grows with area to the power {slope(points):.2f}'
@@ -363,11 +379,12 @@ def parse_args():
     sizes = [(224, 224), (512, 512), (800, 1216)]
     add('--sizes', nargs='+', type=size_of, metavar='HxW', default=sizes)
     add('--batch', type=int, default=1)
-    add('--repeats', type=int, default=5, help='steps of each, at least 2')
+    add('--repeats', type=int, default=5, help='timed steps of each, at least 2')
+    add('--only', choices=('time', 'memory'), help='instead of both')
     add('--threads', type=int, default=2, help='of the CPU; 0: as PyTorch chooses')
     add('--device', default='cpu', help='cpu or cuda')
     add('--out', type=Path, default='work_dirs/benchmark', help='folder for the results')
-    add('--add', action='store_true', help='keep the other cases in results.json of --out')
+    add('--add', action='store_true', help='a further run next to those of results.json in --out')
     add('--redraw', action='store_true', help='only write table and pictures of results.json anew')
     add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -384,32 +401,30 @@ def run(args, file: Path) -> dict:
     if gpu and not torch.cuda.is_available():
         sys.exit('error: --device cuda: PyTorch sees no GPU.')
     name = machine(args.threads, torch.cuda.get_device_name() if gpu else '')
-    record = dict(commands=[], machine=name, allocator='system', rates=[], results=[])
+    record = dict(commands=[], machine=name, rates=[], results=[])
     if args.add and file.is_file():
         record = json.loads(file.read_text())
-        if record.get('allocator') != 'system':
-            sys.exit(f"error: --add: the times in '{file}' were measured in another way.")
+        if record['machine'] != name:
+            sys.exit(f"error: --add: '{file}' is of {record['machine']}; this is {name}.")
+    number = len(record['commands'])
     record['commands'].append('python ' + shlex.join([os.path.relpath(__file__), *sys.argv[1:]]))
     if not gpu:
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        record.setdefault('rates', []).append(product_rates())
+        record['rates'].append(product_rates())
         print('GFLOP/s of products:', record['rates'][-1], flush=True)
     rest = dict(batch=args.batch, threads=args.threads, device=args.device)
     for size in args.sizes:
         for mode in args.modes:
             print(f'== {size[0]}x{size[1]}, {mode}', flush=True)
-            measured = measure(
-                [
-                    dict(model=model, mode=mode, dtype=dtype, size=list(size), **rest)
-                    for dtype in args.dtypes
-                    for model in args.models
-                    if not (mode == 'infer' and model.endswith('with_cp'))
-                ],
-                args.repeats,
-            )
-            new = [[r[key] for key in KEYS] for r in measured]
-            kept = [r for r in record['results'] if [r[key] for key in KEYS] not in new]
-            record['results'] = kept + measured
+            cases = [
+                dict(model=model, mode=mode, dtype=dtype, size=list(size), **rest)
+                for dtype in args.dtypes
+                for model in args.models
+                if not (mode == 'infer' and model.endswith('with_cp'))
+            ]
+            measured = [] if args.only == 'memory' else measure_time(cases, args.repeats)
+            measured += [] if args.only == 'time' else measure_memory(cases)
+            record['results'] += [dict(r, run=number) for r in measured]
             file.write_text(json.dumps(record, indent=1) + '\n')
     if not record['results']:
         sys.exit('error: none of the models could be run.')

@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Callable, Dict, List
 
 ROOT = Path(__file__).resolve().parent.parent
+# Variables that limit the instruction sets of PyTorch, oneDNN, MKL and this package's kernel.
+LIMITS = (
+    'ATEN_CPU_CAPABILITY',
+    'ONEDNN_MAX_CPU_ISA',
+    'MKL_ENABLE_INSTRUCTIONS',
+    'CROSSFORMER_MM_INSTRUCTIONS',
+)
 FLAGS = ('avx2', 'fma', 'avx512f', 'avx512bw', 'avx512_bf16', 'amx_bf16', 'asimd')
 # Settings of glibc's allocator; without them it is the system's own.
 ALLOCATOR = re.compile('MALLOC_|GLIBC_TUNABLES')
@@ -35,7 +42,8 @@ def machine(threads: int, name: str = '') -> str:
     """Describe what a benchmark runs on; ``name`` is that of a GPU."""
     import torch
 
-    name = name or f'{processor()}, {threads or os.cpu_count()} threads'
+    limits = ''.join(f', {name}={os.environ[name]}' for name in LIMITS if name in os.environ)
+    name = name or f'{processor()}{limits}, {threads or os.cpu_count()} threads'
     return f'{name}, PyTorch {torch.__version__}, Python {platform.python_version()}'
 
 

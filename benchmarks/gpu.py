@@ -172,7 +172,7 @@ def run_default(log) -> None:
             with torch.inference_mode(), amp(dtype):
                 model(image)
         losses = train(model, image, dtype, 2)
-        with mock.patch.object(block, 'joins_sum', lambda *args: False):
+        with mock.patch.object(block, 'SUMS_ON', ''):
             expected = train(reference, image, dtype, 2)
         grads, exact = ([p.grad for p in m.parameters()] for m in (model, reference))
         largest = float(max(grad.abs().max() for grad in exact))

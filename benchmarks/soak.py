@@ -80,10 +80,10 @@ def growth(used: list) -> float:
 
 def newest(folder: Path) -> int:
     """Return the iterations done at the newest complete checkpoint, 0 for none."""
-    from crossformer_mm.engine.atomic_checkpoints import TEMPLATES, numbered, whole_content
+    from crossformer_mm.engine.newest_checkpoint import TEMPLATES, numbered_files, read_undamaged
 
-    paths = (path for template in TEMPLATES for _, path in numbered(str(folder), template))
-    return max((found['meta']['iter'] for found in map(whole_content, paths) if found), default=0)
+    paths = (path for template in TEMPLATES for _, path in numbered_files(str(folder), template))
+    return max((found['meta']['iter'] for found in map(read_undamaged, paths) if found), default=0)
 
 
 def parts_of(folder: Path) -> set:

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from .attention import GroupAttention
 from .exact import is_exact
 from .grouping import AxisRule
-from .layers import Mlp
+from .layers import Mlp, convolve
+
+SUMS_ON = 'cuda'  # type of the devices on which ScaledSum is faster
 
 
 class DropPath(nn.Module):
@@ -35,14 +37,9 @@ class DropPath(nn.Module):
 
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
     """Return ``x + drop_path(branch)``; on a GPU in training with fewer passes over the map."""
-    if joins_sum(x, drop_path):
+    if x.device.type == SUMS_ON and drops_paths(drop_path, x.device):
         return ScaledSum.apply(x, branch, drop_path.draw(branch))
     return x + drop_path(branch)
-
-
-def joins_sum(x: Tensor, drop_path: nn.Module) -> bool:
-    """Check that :class:`ScaledSum` computes what the module does to a branch, and the sum."""
-    return x.device.type == 'cuda' and drops_paths(drop_path, x.device)
 
 
 def drops_paths(drop_path: nn.Module, device: torch.device) -> bool:
@@ -115,4 +112,4 @@ class CrossFormerBlock(nn.Module):
 
     def cool(self, x: Tensor) -> Tensor:
         """The amplitude cooling layer."""
-        return self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.ex_ln(convolve([self.ex_conv], x.permute(0, 3, 1, 2))[0].permute(0, 2, 3, 1))

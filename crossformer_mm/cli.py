@@ -20,8 +20,13 @@ from mmengine.dist import get_world_size, is_distributed
 from mmengine.logging import print_log
 
 from .checkpoint import use_safe_loading
-from .engine.atomic_checkpoints import name_of_config
-from .engine.config import ensure_visualizer, load_config, prepare_for_cpu, replace_data_root
+from .engine.config import (
+    ensure_visualizer,
+    load_config,
+    name_of_config,
+    prepare_for_cpu,
+    replace_data_root,
+)
 from .errors import UserError, is_users_code
 
 # Variable that each launcher sets in the processes that it starts.

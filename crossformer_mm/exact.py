@@ -15,7 +15,11 @@ from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .compat import is_compiling
+from .compat import is_compiling, is_exporting
+
+# Results of interception().
+CAPTURES = 'export', 'compile'
+TRANSFORMS = 'torch.func', 'forward-mode AD'
 
 
 def is_exact(modules: Iterable[nn.Module], types: Sequence[type], device: torch.device) -> bool:
@@ -33,7 +37,7 @@ def is_exact(modules: Iterable[nn.Module], types: Sequence[type], device: torch.
         types (Sequence[type]): the type of each, in the same order.
         device (torch.device): device of the shortcut's input.
     """
-    if torch.jit.is_tracing() or is_compiling() or active_transform() or is_observed():
+    if interception():
         return False
     modules = list(modules)
     return (
@@ -56,14 +60,22 @@ def submodules(module: nn.Module) -> List[nn.Module]:
     return modules
 
 
-def active_transform() -> str:
-    """Name of the active transform, 'torch.func' or 'forward-mode AD', or ''.
+def interception() -> str:
+    """Name what follows or changes operators here, or ''.
 
-    A kernel of this package has no rule for them.
+    ``CAPTURES`` write a graph: an exported one runs where this package's operators may be missing,
+    a compiled one in this process. Kernels of this package have no rule for ``TRANSFORMS``. The
+    rest is 'modes', all that :func:`is_observed` finds.
     """
+    if torch.jit.is_tracing() or is_exporting():
+        return 'export'
+    if is_compiling():
+        return 'compile'
     if torch._C._are_functorch_transforms_active():
         return 'torch.func'
-    return 'forward-mode AD' if forward_ad._current_level >= 0 else ''
+    if forward_ad._current_level >= 0:
+        return 'forward-mode AD'
+    return 'modes' if is_observed() else ''
 
 
 def is_observed() -> bool:

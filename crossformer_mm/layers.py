@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat import autocast_dtype, is_autocast_enabled
+from .compat import autocast_dtype, is_autocast_enabled, multiplies_bfloat16
 from .exact import is_exact
-from .kernels import capture_mode
 from .kernels.mlp import SMALL, mlp
-from .kernels.onednn import is_float32_on_cpu, onednn_linear, onednn_suits
+from .kernels.onednn import (
+    blocks_suit,
+    convolve_blocks,
+    is_float32_on_cpu,
+    onednn_linear,
+    onednn_suits,
+)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -28,6 +33,8 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
             out = onednn_linear(x.flatten(0, -2), layer.weight, layer.bias)
             return out.view(*x.shape[:-1], -1)
         return layer(x)
+    if widens([layer], nn.Linear, x):
+        return widened(layer, x)
     # In one launch; autocast casts each by itself. In training a Python autograd function for two
     # tensors would take longer than that.
     dtype = None if torch.is_grad_enabled() else joint_cast_dtype(x)
@@ -43,11 +50,36 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
         layers (Sequence[nn.Module]): of ``nn.Conv2d``, or what users replaced them by.
         x (Tensor): (B, in_channels, H, W).
     """
-    dtype = joint_cast_dtype(x)
+    if widens(layers, nn.Conv2d, x):
+        return [widened(layer, x) for layer in layers]
+    dtype = joint_cast_dtype(x) if len(layers) > 1 else None  # see linear()
     if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
-        return [layer(x) for layer in layers]
+        return [convolve_one(layer, x) for layer in layers]
     cast = JointCast.apply(dtype, *[one for conv in layers for one in (conv.weight, conv.bias)])
     return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
+
+
+def widens(layers: Sequence[nn.Module], kind: type, x: Tensor) -> bool:
+    """Check that autocast casts layers to bfloat16, and this CPU has no instructions for it."""
+    return (
+        x.device.type == 'cpu'
+        and cast_dtype(x) == torch.bfloat16
+        and is_exact(layers, [kind] * len(layers), x.device)
+        and not multiplies_bfloat16()
+    )
+
+
+def widened(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)`` in bfloat16, as autocast does, computed in float32."""
+    with torch.autocast('cpu', enabled=False):
+        return layer(x.float()).bfloat16()
+
+
+def convolve_one(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)`` of a convolution, computed faster where the result is the same."""
+    if is_float32_on_cpu(x) and is_exact([layer], [nn.Conv2d], x.device) and blocks_suit(x, layer):
+        return convolve_blocks(x, layer)
+    return layer(x)
 
 
 class JointCast(torch.autograd.Function):
@@ -79,7 +111,7 @@ def copies(tensors: Sequence[Optional[Tensor]], dtype: torch.dtype) -> Tuple[Opt
 
 def joint_cast_dtype(x: Tensor) -> Optional[torch.dtype]:
     """Return the type to which layers cast their parameters in one launch, or None."""
-    return None if x.device.type != 'cuda' or capture_mode() else cast_dtype(x)
+    return cast_dtype(x) if x.device.type == 'cuda' else None
 
 
 def cast_dtype(x: Tensor) -> Optional[torch.dtype]:

@@ -102,8 +102,9 @@ and ++-H.''',
 MMDetection's and MMSegmentation's own backbones instead of CrossFormer-S. Each config differs
 from the `cf_s` config next to it only in `model.backbone` and in the channels that the neck takes.
 The results are those that the authors list for these backbones; the recipes behind them are not
-always this one. Published parameters of a ResNet leave out its frozen layers (0.2 M), and
-published FLOPs of PVT and Swin on COCO leave out the products of attention (90.1 G and 3.1 G).''',
+always this one. The README's table has MMDetection's own results. Published parameters of a ResNet
+leave out its frozen layers (0.2 M), and published FLOPs of PVT and Swin on COCO leave out the
+products of attention (90.1 G and 3.1 G).''',
     baseline_columns='config | backbone | parameters | published | FLOPs | published | '
     'published result',
     notes={},
@@ -120,7 +121,8 @@ CHINESE = Words(
     },
     title='模型库',
     introduction=(
-        '本项目非官方实现，可加载原作者权重。这里列出的都是原作者报告过结果的模型。表中的结果均为原作者报告的数值，本项目没有重新训练。'
+        '本项目为非官方实现，可加载原作者权重。这里列出的都是原作者报告过结果的模型。'
+        '表中的结果均为原作者报告的数值，本项目没有重新训练。'
         '检测和分割模型以 ImageNet 预训练权重初始化：可以使用原作者权重'
         '（链接见“图像分类”一节），也可以[自行预训练](pretraining.md)。'
         '原作者报告了 3x 训练的结果，但没有公布训练方案，这里采用 Swin 的方案。\n\n'
@@ -145,6 +147,7 @@ CHINESE = Words(
         '用 MMDetection 和 MMSegmentation 自带的主干网络代替 CrossFormer-S。'
         '这些配置文件与同目录的 `cf_s` 配置相比，只有 `model.backbone` 以及 neck 的输入通道数不同。'
         '结果为原作者列出的数值，其训练方案不一定与这里相同。'
+        'README 的表格采用 MMDetection 自己的结果。'
         '报告的 ResNet 参数量不含冻结层（0.2 M）；'
         '报告的 PVT 和 Swin 在 COCO 上的 FLOPs 不含注意力矩阵乘法（90.1 G 和 3.1 G）。'
     ),

@@ -35,9 +35,10 @@ torch.set_num_threads(1)
 
 # Files that take a minute or more, the longest first: `--dist loadfile` gives each to one process,
 # and a long one that begins last leaves the other processes idle.
-LONG = ('commands', 'fused', 'zoo_runs', 'run_onnx', 'export_file', 'compile', 'packaging')
-LONG += ('train_and_test', 'model_zoo', 'backbone', 'pretraining', 'ranks', 'killed', 'page')
-LONG += ('restarts', 'epoch_loop', 'preemption', 'soak', 'dataset_checks')
+LONG = ('commands', 'fused', 'zoo_runs', 'run_onnx', 'export_file', 'compile', 'wheels')
+LONG += ('installing', 'train_and_test', 'model_zoo', 'backbone', 'pretraining', 'ranks', 'killed')
+LONG += ('page', 'restarts', 'gpu_benchmark', 'resuming', 'paths', 'epoch_loop', 'preemption')
+LONG += ('soak', 'golden', 'sweep_groups', 'loaded_images', 'output')
 
 
 def pytest_collection_modifyitems(items):

@@ -32,7 +32,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import missing_torch, multiplies_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -313,7 +313,14 @@ class Photos(BaseDataset):
         return list(self.infos)  # which the data set empties
 
 
-# The smallest backbone, in a config
+# The smallest backbone: a block of short and one of long distance attention. And in a config.
+ONE_STAGE = dict(
+    arch=dict(embed_dims=16, depths=(2,), num_heads=(1,)),
+    merge_sizes=(),
+    group_size=(3,),
+    interval=(2,),
+    out_indices=(0,),
+)
 TINY_BACKBONE = '''backbone=dict(
         arch=dict(_delete_=True, embed_dims=16, depths=(2,), num_heads=(2,)), merge_sizes=(),
         group_size=(3,), interval=(2,), out_indices=(0,))'''
@@ -415,6 +422,10 @@ def float16_on_cpu_lacks() -> str:
 needs_float16 = pytest.mark.skipif(
     bool(float16_on_cpu_lacks()), reason=f'float16 on the CPU: {float16_on_cpu_lacks()}'
 )
+needs_bfloat16 = pytest.mark.skipif(
+    not (torch.cuda.is_available() or multiplies_bfloat16()),
+    reason='tools refuse bfloat16 on this processor',
+)
 FLOAT16 = pytest.param(torch.float16, marks=needs_float16)
 
 
@@ -438,7 +449,7 @@ README = ROOT / 'README.md'
 # Checkouts of other libraries, whose own tools docs/other_libraries.md calls.
 OTHERS = ('pytorch-image-models', 'mmrotate', 'mmpose')
 TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
-PAGES = [  # of the Chinese ones test_readme.py asserts that their code is the same
+PAGES = [  # of the Chinese ones test_pages.py asserts that their code is the same
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
     *sorted(set((ROOT / 'docs').glob('*.md')) - set(TRANSLATED)),
 ]

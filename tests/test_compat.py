@@ -4,6 +4,7 @@ import io
 import pickle
 import tarfile
 import zipfile
+from types import SimpleNamespace
 from typing import List
 
 import cv2
@@ -236,3 +237,27 @@ def test_end_of_a_preview_is_not_that_of_the_jpeg():
 @pytest.mark.parametrize('data', [b'', b'\x89PNG', b'GIF8'])
 def test_other_files_are_none_of_its_business(data):
     assert not is_cut_short(data)
+
+
+@pytest.mark.parametrize(
+    'onednn, capability, sets, fast',
+    [
+        (False, 'AVX2', (True, True), False),
+        (True, 'AVX512', (False, False), False),
+        (True, 'AVX512', (True, False), True),
+        (True, 'AVX512', (False, True), True),
+        (True, 'AVX512', None, True),  # an older PyTorch
+        (True, 'DEFAULT', (False, False), True),  # not x86
+    ],
+)
+def test_bfloat16_needs_instructions_for_it(onednn, capability, sets, fast, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: True)
+    operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: onednn)
+    monkeypatch.setattr(torch.ops, 'mkldnn', operators, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    for index, name in enumerate(('_is_avx512_bf16_supported', '_is_amx_tile_supported')):
+        if sets:
+            monkeypatch.setattr(torch.cpu, name, lambda index=index: sets[index], raising=False)
+        else:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert compat.multiplies_bfloat16.__wrapped__() == fast

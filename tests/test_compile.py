@@ -11,7 +11,7 @@ from crossformer_mm import CrossFormer
 from crossformer_mm.compat import EXPORT, missing_torch
 from crossformer_mm.kernels import native
 
-from .helpers import needs_torch
+from .helpers import ONE_STAGE, add_noise, needs_torch
 
 needs_native = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING or 'compiled')
 COMPILED = needs_torch('2.4', 'torch.library.register_fake, of which a graph takes sizes,')
@@ -30,13 +30,7 @@ TWO_STAGES = dict(
 
 def tiny(arch=TINY, **options) -> CrossFormer:
     """One short and one long distance block on ragged groups: each path once."""
-    backbone = CrossFormer(
-        arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,), **options
-    ).eval()
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return backbone
+    return add_noise(CrossFormer(**{**ONE_STAGE, 'arch': arch}, **options).eval())
 
 
 @pytest.fixture(autouse=True)

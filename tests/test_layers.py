@@ -1,6 +1,8 @@
 """Linear layers and MLPs: every way to compute them gives PyTorch's values and gradients."""
 
+from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from crossformer_mm import layers
+from crossformer_mm.embedding import CrossScaleConvs
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
@@ -169,6 +172,7 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
@@ -194,6 +198,7 @@ def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     needed = [x, *(p for conv in convs for p in conv.parameters() if p.requires_grad)]
     results = []
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
     for dtype in (layers.cast_dtype, cast_by_itself):
         monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
         out = convolved(convs, x)
@@ -213,3 +218,90 @@ def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
     convs[1].register_forward_hook(lambda *args: seen.append(args))
     convolved(convs, torch.randn(1, 3, 4, 4))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    'layer, shape',
+    [
+        (nn.Linear(24, 40), (2, 5, 24)),
+        (nn.Conv2d(6, 8, 4, 2, bias=False), (2, 6, 8, 8)),
+        (nn.Conv2d(6, 6, 3, groups=6), (2, 6, 8, 8)),
+    ],
+    ids=['linear', 'convolution', 'depthwise'],
+)
+def test_layers_are_computed_in_float32_where_bfloat16_is_slow(layer, shape, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    x, results = torch.randn(shape, requires_grad=True), []
+    with torch.autocast('cpu', torch.bfloat16):
+        linear_layer = isinstance(layer, nn.Linear)
+        results.append(linear(layer, x) if linear_layer else layers.convolve([layer], x)[0])
+    results.append(layer(x).bfloat16())  # the type that autocast gives
+    needed = [x, *layer.parameters()]
+    for ours, theirs in zip(*[(out, *torch.autograd.grad(out.sum(), needed)) for out in results]):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('kind', [nn.Linear, nn.Conv2d])
+def test_a_layer_with_a_hook_stays_under_autocast_where_bfloat16_is_slow(kind, monkeypatch):
+    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    layer, seen = nn.Linear(3, 3) if kind is nn.Linear else nn.Conv2d(3, 3, 1), []
+    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cpu_enabled()))
+    with torch.autocast('cpu', torch.bfloat16):
+        linear(layer, torch.ones(1, 3, 3, 3))
+        layers.convolve([layer], torch.ones(1, 3, 3, 3))
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize('kernel, stride', [(16, 4), (32, 4), (18, 2), (27, 3)])
+def test_a_convolution_of_blocks_equals_that_of_pixels(kernel, stride):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 6 * stride, 8 * stride), torch.randn(5, 3, kernel, kernel)
+    padding = (kernel - stride) // 2
+    options = dict(stride=(stride,) * 2, padding=(padding,) * 2)
+
+    def ours(x, weight, bias):
+        return onednn.convolve_blocks(x, SimpleNamespace(weight=weight, bias=bias, **options))
+
+    check(ours, partial(F.conv2d, **options), x, weight, torch.randn(5))
+
+
+@needs_onednn
+def test_with_avx2_no_large_kernel_is_applied_to_pixels(monkeypatch):
+    """oneDNN takes a hundred times as long for them, with one thread."""
+    be_processor(monkeypatch, 'AVX2')
+    convs, image, kernels = CrossScaleConvs(3, 16, (4, 8, 16, 32)), torch.randn(1, 3, 30, 40), []
+    expected = deepcopy(convs).double()(image.double()).float()
+    convolution = F.conv2d
+
+    def convolve(x, weight, *args, **kwargs):
+        kernels.append(weight.shape[-1])
+        return convolution(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(F, 'conv2d', convolve)
+    torch.testing.assert_close(convs(image), expected)
+    assert kernels == [4, 8, 16 // 4, 32 // 4]
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    'changed',
+    [
+        dict(kernel_size=8, padding=2),
+        dict(kernel_size=18, padding=7),
+        dict(padding=4),
+        dict(stride=(4, 2)),
+        dict(dilation=2),
+        dict(padding_mode='reflect'),
+        dict(in_channels=8),
+        dict(in_channels=2, groups=2),
+    ],
+)
+def test_other_convolutions_are_not_computed_in_blocks(changed, monkeypatch):
+    usual = dict(in_channels=3, out_channels=2, kernel_size=16, stride=4, padding=6)
+    be_processor(monkeypatch, 'AVX2')
+    image = torch.randn(1, 3, 32, 32)
+    assert onednn.blocks_suit(image, nn.Conv2d(**usual))
+    assert not onednn.blocks_suit(image, nn.Conv2d(**{**usual, **changed}))
+    assert not onednn.blocks_suit(image[..., 1:], nn.Conv2d(**usual))
+    be_processor(monkeypatch, 'AVX512')
+    assert not onednn.blocks_suit(image, nn.Conv2d(**usual))

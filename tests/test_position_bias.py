@@ -16,7 +16,7 @@ from crossformer_mm.position_bias import (
     build_position_bias,
 )
 
-from .helpers import FLOAT16
+from .helpers import FLOAT16, add_noise
 
 
 @pytest.fixture
@@ -146,10 +146,7 @@ def test_without_bias_attention_does_not_see_where_tokens_are():
 
 def build_attention(position_bias, num_heads=2, group_size=6):
     attention = GroupAttention(32, num_heads, position_bias=position_bias, group_size=group_size)
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    return attention.eval()
+    return add_noise(attention.eval(), 0.5)
 
 
 @pytest.mark.parametrize('shifted', [False, True])

@@ -12,21 +12,16 @@ from crossformer_mm import layers as linears
 from crossformer_mm.kernels import choose_path, onednn
 from crossformer_mm.kernels.call import Call
 
+from .helpers import ONE_STAGE
+
 CPU = torch.device('cpu')
 PATHS = pytest.mark.parametrize('path', [None, 'plain'])
 
 
 def build(path=None, **options) -> CrossFormer:
     torch.manual_seed(0)
-    model = CrossFormer(
-        dict(embed_dims=64, depths=(2,), num_heads=(2,)),
-        group_size=(3,),
-        interval=(2,),
-        merge_sizes=(),
-        out_indices=(0,),
-        attention_path=path,
-        **options,
-    )
+    arch = dict(embed_dims=64, depths=(2,), num_heads=(2,))
+    model = CrossFormer(**{**ONE_STAGE, 'arch': arch}, attention_path=path, **options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model.eval()

@@ -26,10 +26,12 @@ from mmengine.logging import MMLogger
 
 from crossformer_mm.cli import add_cfg_options, run
 from crossformer_mm.engine.config import DENSE, load_config
+from crossformer_mm.engine.mixed_precision import check_bfloat16
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
 from crossformer_mm.prediction import build_predictor, predict_files, sources_of
 from crossformer_mm.without_torch.files import find_files
+from crossformer_mm.without_torch.options import add_result_options, check_result_options
 
 
 def parse_args():
@@ -40,9 +42,6 @@ def parse_args():
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         'images', nargs='+', help="images, videos, folders of them, or globs such as 'photos/*.jpg'"
-    )
-    parser.add_argument(
-        '--out', default='predictions', metavar='DIR', help='folder to write (default: %(default)s)'
     )
     parser.add_argument(
         '--batch-size',
@@ -60,18 +59,7 @@ def parse_args():
         action='store_true',
         help='compute in bfloat16: backbone and neck of a detector, all of a segmentor',
     )
-    parser.add_argument(
-        '--score-thr',
-        type=float,
-        metavar='SCORE',
-        help='lowest score of objects in pictures (default: 0.3); the .json files have all objects',
-    )
-    parser.add_argument(
-        '--ann-file',
-        metavar='FILE.json',
-        help='take ids of images and categories from these COCO annotations, by name; '
-        'otherwise ids start at 1',
-    )
+    add_result_options(parser)
     add_cfg_options(parser)
     return parser.parse_args()
 
@@ -83,8 +71,6 @@ def check_options(args: argparse.Namespace, cfg: Config) -> torch.device:
         raise UserError(f'--batch-size must be at least 1, got {args.batch_size}.')
     if args.score_thr is not None and not detection:
         raise UserError('--score-thr is of detectors; label maps have no scores.')
-    if args.score_thr is not None and not 0 <= args.score_thr <= 1:
-        raise UserError(f'--score-thr must be from 0 to 1, got {args.score_thr}.')
     if args.ann_file and not detection:
         raise UserError("--ann-file is of detectors; label maps have no ids.")
     if not cfg.get('test_dataloader'):
@@ -92,14 +78,16 @@ def check_options(args: argparse.Namespace, cfg: Config) -> torch.device:
             f"config '{args.config}' has no test_dataloader, whose pipeline prepares the images."
         )
     check_file('checkpoint', args.checkpoint)
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise UserError(f"--out: '{args.out}' is a file.")
+    check_result_options(args)
     name = args.device or get_device().replace('mps', 'cpu')  # MMCV has no operators for MPS
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         message = f"--device: '{name}' cannot be used: {str(error).splitlines()[0]}"
         raise UserError(message) from None
+    if args.bf16:
+        check_bfloat16('--bf16', device.type)
+    return device
 
 
 def main():
@@ -118,19 +106,14 @@ def main():
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
     results = predict_files(
-        predictor,
-        sources,
-        out,
-        args.ann_file,
-        args.batch_size,
-        args.bf16,
-        0.3 if args.score_thr is None else args.score_thr,
+        predictor, sources, out, args.ann_file, args.batch_size, args.bf16, args.score_thr
     )
-    skipped = results.skipped
-    print(f"{len(results.images)} images predicted, see '{out}'; {len(skipped)} files skipped")
-    for one in skipped:
+    print(
+        f"{len(results.images)} images predicted, see '{out}'; {len(results.skipped)} files skipped"
+    )
+    for one in results.skipped:
         print(f"error: '{one['file_name']}' was skipped: {one['reason']}.", file=sys.stderr)
-    sys.exit(1 if skipped else 0)
+    sys.exit(1 if results.skipped else 0)
 
 
 if __name__ == '__main__':

@@ -37,6 +37,7 @@ sys.path += [str(Path(__file__).resolve().parent / up) for up in ('../crossforme
 from without_torch.errors import UserError  # noqa: E402
 from without_torch.files import find_files  # noqa: E402
 from without_torch.model import PROVIDERS, Model  # noqa: E402
+from without_torch.options import add_result_options, check_result_options  # noqa: E402
 from without_torch.predict import predict_files  # noqa: E402
 
 
@@ -49,9 +50,6 @@ def parse_args():
         'images', nargs='+', help="images, folders of images, or globs such as 'photos/*.jpg'"
     )
     parser.add_argument(
-        '--out', default='predictions', metavar='DIR', help='folder to write (default: %(default)s)'
-    )
-    parser.add_argument(
         '--provider',
         choices=list(PROVIDERS),
         default='cpu',
@@ -60,19 +58,7 @@ def parse_args():
     parser.add_argument(
         '--threads', type=int, default=0, help='CPU threads (default: chosen by the runtime)'
     )
-    parser.add_argument(
-        '--score-thr',
-        type=float,
-        default=0.3,
-        metavar='SCORE',
-        help='lowest score of objects in pictures (default: 0.3); the .json files have all objects',
-    )
-    parser.add_argument(
-        '--ann-file',
-        metavar='FILE.json',
-        help='take ids of images and categories from these COCO annotations, by name; '
-        'otherwise ids start at 1',
-    )
+    add_result_options(parser)
     return parser.parse_args()
 
 
@@ -89,10 +75,7 @@ def peak_memory() -> str:
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: '{args.out}' is a file.")
-    if not 0 <= args.score_thr <= 1:
-        raise UserError(f'--score-thr must be from 0 to 1, got {args.score_thr}.')
+    check_result_options(args)
     if args.threads < 0:
         raise UserError(f'--threads must be at least 0, got {args.threads}.')
     files = find_files(args.images, out)

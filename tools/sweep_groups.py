@@ -32,8 +32,12 @@ from mmengine.config import Config
 
 from crossformer_mm.cli import add_cfg_options, run
 from crossformer_mm.config_parts import kind_of
-from crossformer_mm.engine.atomic_checkpoints import name_of_config
-from crossformer_mm.engine.config import load_config, prepare_for_cpu, replace_data_root
+from crossformer_mm.engine.config import (
+    load_config,
+    name_of_config,
+    prepare_for_cpu,
+    replace_data_root,
+)
 from crossformer_mm.engine.preflight import check_dataset, check_file
 from crossformer_mm.errors import UserError
 from crossformer_mm.files import check_writable

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from crossformer_mm.cli import argument_parser, read_config, run
 from crossformer_mm.config_parts import kind_of
-from crossformer_mm.engine.atomic_checkpoints import FULL, newest_checkpoint
+from crossformer_mm.engine.atomic_checkpoints import FULL
 from crossformer_mm.engine.config import ensure_visualizer, import_package
 from crossformer_mm.engine.mixed_precision import PRECISIONS, use_mixed_precision
+from crossformer_mm.engine.newest_checkpoint import newest_checkpoint
 from crossformer_mm.engine.preemption import NAMES, PreemptionHook
 from crossformer_mm.engine.preflight import check_dataset, check_file, check_weight_files
 from crossformer_mm.engine.runner import RobustRunnerMixin, build_runner

@@ -69,6 +69,17 @@ def load_config(
     return cfg
 
 
+def name_of_config(file: Optional[str]) -> Optional[str]:
+    """Return a config's name with its folders below the last one that is called ``configs``."""
+    if not file:
+        return None
+    path = Path(file).absolute().with_suffix('')
+    folders = path.parts[:-1]
+    if 'configs' not in folders:
+        return path.name
+    return '/'.join(path.parts[len(folders) - folders[::-1].index('configs') :])
+
+
 def scope_of(kind) -> Optional[str]:
     """Return the library of a model's class or of its bases, in a pure Python config."""
     modules = [one.__module__.partition('.')[0] for one in getattr(kind, '__mro__', ())]

@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 
+from ..compat import multiplies_bfloat16
 from ..errors import UserError
 from .config import import_package
 
@@ -25,7 +26,14 @@ class BFloat16OptimWrapper(OptimWrapper):
     operators are not compiled for bfloat16: its modules, such as RoIAlign, compute in float32, and
     heads return their predictions in float32, for NMS among proposals. Validation and test are in
     float32, as with AmpOptimWrapper. The arguments are those of OptimWrapper.
+
+    Raises:
+        UserError: bfloat16 is slower than float32 on this CPU.
     """
+
+    def __init__(self, *args, **kwargs):
+        check_bfloat16("optim_wrapper.type='BFloat16OptimWrapper'", get_device())
+        super().__init__(*args, **kwargs)
 
     @contextmanager
     def optim_context(self, model: nn.Module):
@@ -84,6 +92,19 @@ def to_float32(forward: Callable) -> Callable:
     return wide
 
 
+def check_bfloat16(option: str, device_type: str) -> None:
+    """Refuse bfloat16 on a CPU on which it is slower than float32.
+
+    Raises:
+        UserError: this is such a CPU.
+    """
+    if device_type == 'cpu' and not multiplies_bfloat16():
+        raise UserError(
+            f'{option}: this processor has no instructions for bfloat16 (AVX512_BF16 or AMX), and '
+            'PyTorch is slower without them than in float32; leave it out to compute in float32.'
+        )
+
+
 def use_mixed_precision(cfg, precision: str) -> None:
     """Make a config train in mixed precision.
 
@@ -99,6 +120,7 @@ def use_mixed_precision(cfg, precision: str) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
         return
+    check_bfloat16('--amp bfloat16', get_device())
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError(
             '--amp bfloat16: this GPU cannot compute in bfloat16, leave the word out for float16.'

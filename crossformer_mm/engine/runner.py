@@ -18,11 +18,12 @@ from torch import nn
 
 from ..checkpoint import use_safe_loading, whole_model_follows
 from ..errors import ConfigError, UserError, said
-from .atomic_checkpoints import FULL, WholeFileBackend, WholeFilesHook, newest_checkpoint
+from .atomic_checkpoints import FULL, WholeFileBackend, WholeFilesHook
 from .coco_checks import annotations_checked
 from .dataset_checks import explained_data
 from .dataset_guard import CheckDataHook, list_skipped
 from .epoch_loop import ResumableTrainLoop
+from .newest_checkpoint import newest_checkpoint
 from .nonfinite import NonFiniteHook
 from .preemption import PreemptionHook
 from .preflight import check_classifier

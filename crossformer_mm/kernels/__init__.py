@@ -26,11 +26,12 @@ from typing import Callable, NamedTuple, Optional
 from torch import Tensor
 
 from ..compat import math_attention
+from ..exact import TRANSFORMS
 from ..grouping import AxisRule
 from . import fused, native, plain, self_test
-from .call import Call, capture_mode
+from .call import Call
 
-__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention', 'capture_mode']
+__all__ = ['PATHS', 'Call', 'choose_path', 'describe_path', 'map_attention']
 
 
 class Path(NamedTuple):
@@ -40,22 +41,19 @@ class Path(NamedTuple):
         attend (Callable): as :func:`map_attention` without ``path``.
         why_not (Callable[[Call], str]): reason why a call is unsupported, or ''.
         is_trusted (Callable[[Call], bool]): self-test, used in automatic selection only.
-        guarded, substitute (Callable, optional): called instead of ``attend`` in automatic
-            selection, where the path is trusted and where it is not.
+        select (Callable[[Call], Callable], optional): returns what automatic selection calls
+            instead of ``attend``, whether the path is trusted or not.
     """
 
     attend: Callable
     why_not: Callable[[Call], str] = lambda call: ''
     is_trusted: Callable[[Call], bool] = lambda call: True
-    guarded: Optional[Callable] = None
-    substitute: Optional[Callable] = None
+    select: Optional[Callable[[Call], Callable]] = None
 
 
 PATHS = {  # the best first
     'native': Path(native.attend, native.why_not),
-    'fused': Path(
-        fused.attend, fused.why_not, self_test.is_trusted, self_test.guarded, self_test.substitute
-    ),
+    'fused': Path(fused.attend, fused.why_not, self_test.is_trusted, self_test.select),
     'plain': Path(plain.attend),
 }
 
@@ -138,9 +136,9 @@ def map_attention(
     call = Call.of(qkv, rows, columns, num_heads, dropout)
     if path is None:
         kernel = next(kernel for kernel in PATHS.values() if not kernel.why_not(call))
-        attend = kernel.guarded if kernel.is_trusted(call) else kernel.substitute
+        attend = kernel.select(call) if kernel.select else kernel.attend
     else:
-        kernel, attend = PATHS[choose_path(call, path)], None
+        attend = PATHS[choose_path(call, path)].attend
     # PyTorch's fused attention has no rule for a transform of the bias.
-    with math_attention() if call.transform else nullcontext():
-        return (attend or kernel.attend)(qkv, table, rows, columns, num_heads, scale, dropout)
+    with math_attention() if call.interception in TRANSFORMS else nullcontext():
+        return attend(qkv, table, rows, columns, num_heads, scale, dropout)

@@ -18,11 +18,11 @@ from ..compat import missing_torch
 from ..exact import is_exact, submodules
 from ..position_bias import DynamicPositionBias
 from . import fused
-from .call import capture_mode
 from .self_test import describe_errors, passes, run, scattered
 
 LAYER = (nn.Sequential, nn.LayerNorm, nn.ReLU, nn.Linear)
 TYPES = (DynamicPositionBias, nn.Linear, *LAYER, *LAYER, *LAYER)  # of a bias and its parts
+SELECTED_ON = 'cuda'  # type of the devices on which the kernels are selected automatically
 WIDTH, HEADS = 64, 32  # at most: wider networks do not fit in the registers of a program
 
 
@@ -75,17 +75,16 @@ def position_table(
         path (str, optional): path of :func:`.map_attention`. ``fused``: the kernels are used
             without a self-test.
     """
-    kind = find_kind(pos, device, path)
-    if kind is None:
-        return pos(height, width, device)
-    return FusedBias.apply(pos, (height, width), kind, path is None, *parameters_of(pos))
+    if path == 'fused' or path is None and device.type == SELECTED_ON:
+        kind = find_kind(pos, device)
+        if kind is not None:
+            return FusedBias.apply(pos, (height, width), kind, path is None, *parameters_of(pos))
+    return pos(height, width, device)
 
 
-def find_kind(pos: nn.Module, device: torch.device, path: Optional[str]) -> Optional[Kind]:
+def find_kind(pos: nn.Module, device: torch.device) -> Optional[Kind]:
     """Return the kind of a bias that the kernels can compute instead of its modules, or None."""
-    if path not in (None, 'fused') or path is None and device.type != 'cuda':
-        return None
-    if capture_mode() or not is_exact(submodules(pos), TYPES, device):
+    if not is_exact(submodules(pos), TYPES, device):
         return None
     if missing_torch('2.4') or fused.why_no_triton(device):
         return None

@@ -27,12 +27,9 @@ def load_vector(start, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_matrix(
-    start,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    start, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """(BLOCK_ROWS, BLOCK_COLUMNS), 0 beyond ROWS and COLUMNS."""
     r, c = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLUMNS)[None, :]
     return tl.load(start + r * COLUMNS + c, mask=(r < ROWS) & (c < COLUMNS), other=0.0)
@@ -46,17 +43,16 @@ def store_vector(start, values, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_matrix(
-    start,
-    values,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """The reverse of load_matrix."""
-    r, c = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLUMNS)[None, :]
-    tl.store(start + r * COLUMNS + c, values, mask=(r < ROWS) & (c < COLUMNS))
+def store_layer(
+    start, gamma, beta, weight, bias, OUT: tl.constexpr, P: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a layer's parameters one after another."""
+    store_vector(start, gamma, P, BLOCK_P)
+    store_vector(start + P, beta, P, BLOCK_P)
+    r, c = tl.arange(0, BLOCK_OUT)[:, None], tl.arange(0, BLOCK_P)[None, :]
+    tl.store(start + 2 * P + r * P + c, weight, mask=(r < OUT) & (c < P))
+    store_vector(start + (2 + OUT) * P, bias, OUT, BLOCK_OUT)
 
 
 @triton.jit
@@ -96,61 +92,42 @@ def activate(normal, gamma, beta, P: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def multiply(
-    x,
-    weight,
-    bias,
-    OUT: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
+    x, weight, bias,
+    OUT: tl.constexpr, P: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
     """A linear layer in float32."""
     matrix = load_matrix(weight, OUT, P, BLOCK_OUT, BLOCK_P)
     product = tl.dot(x, tl.trans(matrix), input_precision='ieee')
     return product + load_vector(bias, OUT, BLOCK_OUT)[None, :]
 
 
+@triton.jit
+def layer(
+    x, gamma, beta, weight, bias, EPS: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm, ReLU and a linear layer: output, and what :func:`differentiate` takes."""
+    normal, scale = normalise(x, EPS, P, BLOCK_P)
+    hidden = activate(normal, gamma, beta, P, BLOCK_P)
+    return multiply(hidden, weight, bias, OUT, P, BLOCK_OUT, BLOCK_P), hidden, normal, scale
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    table,
-    rows,
-    columns,
-    weight0,
-    bias0,
-    gamma1,
-    beta1,
-    weight1,
-    bias1,
-    gamma2,
-    beta2,
-    weight2,
-    bias2,
-    gamma3,
-    beta3,
-    weight3,
-    bias3,
-    RESIDUAL: tl.constexpr,
-    EPS: tl.constexpr,
-    P: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    table, rows, columns,
+    weight0, bias0, gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2,
+    gamma3, beta3, weight3, bias3,
+    RESIDUAL: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Bias of a tile of offsets, (heads, rows, columns) in all."""
     number, row, column = locate_offsets(tl.program_id(0), rows, columns, TILE)
     x = project(row, column, weight0, bias0, P, BLOCK_P)
-    normal, _ = normalise(x, EPS, P, BLOCK_P)
-    hidden = activate(normal, gamma1, beta1, P, BLOCK_P)
-    out = multiply(hidden, weight1, bias1, P, P, BLOCK_P, BLOCK_P)
+    out, _, _, _ = layer(x, gamma1, beta1, weight1, bias1, EPS, P, P, BLOCK_P, BLOCK_P)
     x = x + out if RESIDUAL else out
-    normal, _ = normalise(x, EPS, P, BLOCK_P)
-    hidden = activate(normal, gamma2, beta2, P, BLOCK_P)
-    out = multiply(hidden, weight2, bias2, P, P, BLOCK_P, BLOCK_P)
+    out, _, _, _ = layer(x, gamma2, beta2, weight2, bias2, EPS, P, P, BLOCK_P, BLOCK_P)
     x = x + out if RESIDUAL else out
-    normal, _ = normalise(x, EPS, P, BLOCK_P)
-    hidden = activate(normal, gamma3, beta3, P, BLOCK_P)
-    out = multiply(hidden, weight3, bias3, HEADS, P, BLOCK_HEADS, BLOCK_P)
+    out, _, _, _ = layer(x, gamma3, beta3, weight3, bias3, EPS, HEADS, P, BLOCK_HEADS, BLOCK_P)
     count = rows * columns
     head = tl.arange(0, BLOCK_HEADS)
     tl.store(
@@ -187,34 +164,12 @@ def differentiate(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
-    grad_table,
-    sums,
-    rows,
-    columns,
-    tiles,
-    programs,
-    weight0,
-    bias0,
-    gamma1,
-    beta1,
-    weight1,
-    bias1,
-    gamma2,
-    beta2,
-    weight2,
-    bias2,
-    gamma3,
-    beta3,
-    weight3,
-    bias3,
-    RESIDUAL: tl.constexpr,
-    EPS: tl.constexpr,
-    P: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    grad_table, sums, rows, columns, tiles, programs,
+    weight0, bias0, gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2,
+    gamma3, beta3, weight3, bias3,
+    RESIDUAL: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_HEADS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Gradients of the parameters from every ``programs``-th tile, one after another in sums."""
     program = tl.program_id(0)
     count = rows * columns
@@ -237,16 +192,17 @@ def backward_kernel(
     for tile in range(program, tiles, programs):
         number, row, column = locate_offsets(tile, rows, columns, TILE)
         x = project(row, column, weight0, bias0, P, BLOCK_P)
-        normal1, scale1 = normalise(x, EPS, P, BLOCK_P)
-        hidden1 = activate(normal1, gamma1, beta1, P, BLOCK_P)
-        out = multiply(hidden1, weight1, bias1, P, P, BLOCK_P, BLOCK_P)
+        out, hidden1, normal1, scale1 = layer(
+            x, gamma1, beta1, weight1, bias1, EPS, P, P, BLOCK_P, BLOCK_P
+        )
         x = x + out if RESIDUAL else out
-        normal2, scale2 = normalise(x, EPS, P, BLOCK_P)
-        hidden2 = activate(normal2, gamma2, beta2, P, BLOCK_P)
-        out = multiply(hidden2, weight2, bias2, P, P, BLOCK_P, BLOCK_P)
+        out, hidden2, normal2, scale2 = layer(
+            x, gamma2, beta2, weight2, bias2, EPS, P, P, BLOCK_P, BLOCK_P
+        )
         x = x + out if RESIDUAL else out
-        normal3, scale3 = normalise(x, EPS, P, BLOCK_P)
-        hidden3 = activate(normal3, gamma3, beta3, P, BLOCK_P)
+        _, hidden3, normal3, scale3 = layer(
+            x, gamma3, beta3, weight3, bias3, EPS, HEADS, P, BLOCK_HEADS, BLOCK_P
+        )
         grad = tl.load(
             grad_table + head[None, :] * count + number[:, None],
             mask=(number < count)[:, None] & (head < HEADS)[None, :],
@@ -285,20 +241,11 @@ def backward_kernel(
     tl.store(start + 2 * p + 1, d_column, mask=p < P)
     store_vector(start + 2 * P, d_bias0, P, BLOCK_P)
     start += 3 * P
-    store_vector(start, d_gamma1, P, BLOCK_P)
-    store_vector(start + P, d_beta1, P, BLOCK_P)
-    store_matrix(start + 2 * P, d_weight1, P, P, BLOCK_P, BLOCK_P)
-    store_vector(start + (2 + P) * P, d_bias1, P, BLOCK_P)
+    store_layer(start, d_gamma1, d_beta1, d_weight1, d_bias1, P, P, BLOCK_P, BLOCK_P)
     start += (3 + P) * P
-    store_vector(start, d_gamma2, P, BLOCK_P)
-    store_vector(start + P, d_beta2, P, BLOCK_P)
-    store_matrix(start + 2 * P, d_weight2, P, P, BLOCK_P, BLOCK_P)
-    store_vector(start + (2 + P) * P, d_bias2, P, BLOCK_P)
+    store_layer(start, d_gamma2, d_beta2, d_weight2, d_bias2, P, P, BLOCK_P, BLOCK_P)
     start += (3 + P) * P
-    store_vector(start, d_gamma3, P, BLOCK_P)
-    store_vector(start + P, d_beta3, P, BLOCK_P)
-    store_matrix(start + 2 * P, d_weight3, HEADS, P, BLOCK_HEADS, BLOCK_P)
-    store_vector(start + (2 + HEADS) * P, d_bias3, HEADS, BLOCK_HEADS)
+    store_layer(start, d_gamma3, d_beta3, d_weight3, d_bias3, HEADS, P, BLOCK_HEADS, BLOCK_P)
 
 
 def forward(

@@ -5,8 +5,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..compat import is_compiling, is_exporting
-from ..exact import active_transform
+from ..exact import CAPTURES, TRANSFORMS, interception
 from ..grouping import AxisRule, fit_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C++ enum DType
@@ -21,8 +20,7 @@ class Call(NamedTuple):
         head_dim (int): channels of a head.
         dropout (float): dropout of attention weights.
         has_lead (bool): the first group of an axis begins before the axis does.
-        capture_mode (str): result of :func:`capture_mode`.
-        transform (str): result of :func:`crossformer_mm.exact.active_transform`.
+        interception (str): result of :func:`crossformer_mm.exact.interception`.
         members (int, optional): of the largest group. None: of any, as in a graph for all sizes.
         trains (bool): there may be a backward pass.
     """
@@ -32,8 +30,7 @@ class Call(NamedTuple):
     head_dim: int = 32
     dropout: float = 0.0
     has_lead: bool = False
-    capture_mode: str = ''
-    transform: str = ''
+    interception: str = ''
     members: Optional[int] = None
     trains: bool = True
 
@@ -41,16 +38,15 @@ class Call(NamedTuple):
     def of(
         cls, qkv: Tensor, rows: AxisRule, columns: AxisRule, num_heads: int, dropout: float
     ) -> 'Call':
-        capture = capture_mode()
+        follower = interception()
         return cls(
             qkv.device,
             qkv.dtype,
             qkv.shape[-1] // 3 // num_heads,
             dropout,
             bool(rows.lead or columns.lead),
-            capture,
-            '' if capture else active_transform(),
-            None if capture else largest_group(qkv, rows, columns),
+            follower,
+            None if follower in CAPTURES else largest_group(qkv, rows, columns),
             torch.is_grad_enabled(),
         )
 
@@ -62,10 +58,10 @@ def largest_group(qkv: Tensor, rows: AxisRule, columns: AxisRule) -> int:
 
 def why_not_compiled(call: Call, head_dim: int) -> str:
     """Reason why a call is unsupported by compiled kernels for heads of ``head_dim``, or ''."""
-    if call.capture_mode == 'export':
+    if call.interception == 'export':
         return 'an exporter cannot write it down'
-    if call.transform:
-        return f'it has no rule for {call.transform}'
+    if call.interception in TRANSFORMS:
+        return f'it has no rule for {call.interception}'
     if call.dtype not in DTYPES:
         return f'it takes {", ".join(map(str, DTYPES))}, but got {call.dtype}'
     if call.head_dim > head_dim:
@@ -73,14 +69,3 @@ def why_not_compiled(call: Call, head_dim: int) -> str:
     if call.dropout:
         return f'it has no dropout of attention weights, but attn_drop_rate is {call.dropout}'
     return ''
-
-
-def capture_mode() -> str:
-    """Active graph capture: 'export', 'compile' or ''.
-
-    An exported graph runs where this package's operators may be missing; a compiled one runs in
-    this process.
-    """
-    if torch.jit.is_tracing() or is_exporting():
-        return 'export'
-    return 'compile' if is_compiling() else ''

@@ -1,4 +1,5 @@
-"""Linear layers on the CPU through oneDNN, where it is faster than PyTorch's default.
+"""Layers on the CPU through oneDNN: linear layers where it is faster than PyTorch's default, and
+convolutions by large kernels in a form for which it has fast code.
 
 PyTorch multiplies float32 matrices on the CPU with Intel's MKL, which uses 512-bit instructions
 only on Intel's processors, and copies the bias into the result first. oneDNN, which runs PyTorch's
@@ -12,20 +13,14 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compat import is_autocast_enabled
-from .call import capture_mode
 
 
 def is_float32_on_cpu(x: Tensor) -> bool:
-    """Check for float32 on the CPU, outside graph capture and autocast."""
-    return (
-        x.device.type == 'cpu'
-        and x.dtype == torch.float32
-        and not capture_mode()
-        and not is_autocast_enabled('cpu')
-    )
+    """Check for float32 on the CPU, outside autocast."""
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and not is_autocast_enabled('cpu')
 
 
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
@@ -92,3 +87,46 @@ def onednn_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Te
         [False, True, True],
     )
     return grad_weight[:, :, 0, 0], grad_bias
+
+
+def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Check whether :func:`convolve_blocks` takes a convolution, and is faster.
+
+    For few channels and large kernels, oneDNN has vector code for AVX-512 only. With AVX2 it copies
+    the pixels of all windows, hundreds of MB. Where that is more memory than it allows itself, as
+    with one thread, it takes code without vectors, a hundred times as slow.
+    """
+    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    return (
+        is_float32_on_cpu(x)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+        and conv.in_channels <= 4
+        and kernel >= 16
+        and not any(side % stride for side in (kernel, *x.shape[2:]))
+        and (conv.kernel_size, conv.stride, conv.padding, 2 * padding)
+        == ((kernel, kernel), (stride, stride), (padding, padding), kernel - stride)
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, 'zeros')
+    )
+
+
+def convolve_blocks(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Compute ``conv(x)`` with blocks of stride x stride pixels as channels, at a stride of 1.
+
+    Args:
+        x (Tensor): (B, channels, H, W), sides that are multiples of the stride.
+        conv (nn.Conv2d): its kernel is a multiple of the stride, centred by its padding.
+
+    Returns:
+        Tensor: (B, out, H/stride, W/stride).
+    """
+    stride, padding = conv.stride[0], conv.padding[0]
+    beside = padding % stride
+    blocks = F.pixel_unshuffle(F.pad(x, (beside,) * 4), stride)
+    return F.conv2d(
+        blocks.contiguous(memory_format=torch.channels_last),
+        F.pixel_unshuffle(conv.weight, stride),
+        conv.bias,
+        padding=padding // stride,
+    )

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..compat import define_operator
-from ..exact import active_transform, is_observed
+from ..exact import interception
 from ..grouping import AxisRule
-from .call import capture_mode
 
 
 def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
@@ -132,7 +131,7 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
             return grads[0], grads[1].to(table.dtype), None, None, None, None
 
     def attend(qkv, table, rows, columns, num_heads, scale, dropout=0.0) -> Tensor:
-        if not capture_mode() and not is_intercepted(qkv, table):
+        if not is_intercepted(qkv, table):
             arguments = qkv, table, rows, columns, num_heads, scale
             if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
                 return Attention.apply(*arguments)
@@ -145,13 +144,12 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
 
 
 def is_intercepted(*tensors: Tensor) -> bool:
-    """Check for modes, transforms, subclasses of tensors and tensors without data.
+    """Check for graph capture, modes, transforms, subclasses of tensors and tensors without data.
 
     They take the operator: what they do with it is registered.
     """
     return bool(
-        active_transform()
-        or is_observed()
+        interception()
         or any(
             type(tensor) not in (Tensor, Parameter)
             or tensor.is_meta

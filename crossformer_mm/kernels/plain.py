@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..exact import CAPTURES, interception
 from ..grouping import AxisRule, group_map
 from ..position_bias import bias_of_pairs
-from .call import capture_mode
 
 MOST_GROUPS = 65535  # of one call: a limit of PyTorch's memory-efficient attention on CUDA
 MOST_PAIRS = 2**27  # of one step of `gradients`, which holds five matrices of them
@@ -115,7 +115,7 @@ def scaled_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, scale: float
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` of any number of groups."""
-    if capture_mode() == 'export' or len(q) <= MOST_GROUPS:  # an exported graph takes any number
+    if interception() == 'export' or len(q) <= MOST_GROUPS:  # an exported graph takes any number
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
     parts = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)))
     return torch.cat(
@@ -157,6 +157,6 @@ class Permutation(torch.autograd.Function):
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Compute ``x.index_select(1, order)`` by :class:`Permutation` where a gradient is needed."""
-    if x.requires_grad and torch.is_grad_enabled() and not capture_mode():
+    if x.requires_grad and torch.is_grad_enabled() and interception() not in CAPTURES:
         return Permutation.apply(x, order, inverse)
     return x.index_select(1, order)

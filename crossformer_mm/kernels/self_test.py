@@ -237,3 +237,8 @@ guarded: Callable[..., Tensor] = map_operator(
 substitute: Callable[..., Tensor] = map_operator(
     'substitute_attention', plain_forward, plain_backward
 )
+
+
+def select(call: Call) -> Callable[..., Tensor]:
+    """Return the attention for a call: guarded kernels, or their substitute if not trusted."""
+    return guarded if is_trusted(call) else substitute

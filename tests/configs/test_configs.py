@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 
-from ..helpers import ROOT
+from ..helpers import ONE_STAGE, ROOT
 
 CONFIGS = ROOT / 'configs'
 PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())
@@ -247,13 +247,7 @@ def test_imagenet_recipe(path):
 def test_weight_decay_of_norms_and_biases(config, decay, biases):
     cfg = Config.fromfile(CONFIGS / f'{config}.py')
     norms = decay if config.endswith('1x') else 0.0
-    model = CrossFormer(
-        arch=dict(embed_dims=16, depths=(1,), num_heads=(1,)),
-        group_size=(7,),
-        interval=(8,),
-        merge_sizes=(),
-        out_indices=(0,),
-    )
+    model = CrossFormer(**ONE_STAGE)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     decays = {
         id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']

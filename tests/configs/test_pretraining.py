@@ -1,6 +1,5 @@
 """Classifiers: trained, tested, loaded from the authors' files, and their weights in detectors."""
 
-import json
 import pickle
 import shutil
 import sys
@@ -21,7 +20,7 @@ from crossformer_mm.engine.dataset_checks import check_files
 
 from .. import authors
 from ..authors import earlier, imagenet_file, later, no_buffers
-from ..helpers import DEMO_DETECTOR, ROOT, load_script, run_tool
+from ..helpers import DEMO_DETECTOR, ROOT, add_noise, run_tool
 from ..oracle import plain_features
 
 pytestmark = pytest.mark.usefixtures('own_loaders')
@@ -191,10 +190,7 @@ def released_file(config: Path, buffers, classes: int = 3) -> dict:
     torch.manual_seed(0)
     cfg = Config.fromfile(config)
     backbone = CrossFormer(**{k: v for k, v in cfg.model.backbone.items() if k != 'type'})
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    content = imagenet_file(backbone, buffers)
+    content = imagenet_file(add_noise(backbone), buffers)
     state = content['model']
     channels = len(state['norm.weight'])
     state.update(
@@ -420,59 +416,6 @@ class TestData:
         assert (tmp_path / 'skipped_images.txt').read_text() == (
             f"Image '{bad}' is cut short or no image.\n"
         )
-
-
-class TestBenchmark:
-    @pytest.fixture
-    def benchmark(self):
-        return load_script(ROOT / 'benchmarks/pretraining.py')
-
-    def test_a_try_of_it_leaves_figures_and_a_picture(
-        self, output_of, benchmark, tmp_path, monkeypatch
-    ):
-        ran = []
-
-        def run(log, title, tool, *arguments):
-            ran.append(' '.join(map(str, arguments)))
-            output_of(Path(tool).name, *arguments)
-
-        monkeypatch.setattr(benchmark, 'run_tool', run)  # in this process, for speed
-        monkeypatch.setattr(
-            sys,
-            'argv',
-            [
-                'pretraining.py',
-                '--smoke',
-                '--seeds',
-                '3',
-                '--out',
-                str(tmp_path),
-                '--work-dir',
-                str(tmp_path / 'work'),
-            ],
-        )
-        benchmark.main()
-        result = json.loads((tmp_path / 'results.json').read_text())
-        assert len(result['top1']) == 1 and result['seeds'] == [3]
-        for arm in benchmark.ARMS:
-            assert all(np.shape(result[arm][key]) == (1, 1) for key in benchmark.METRICS)
-        # The two differ in the weights that they start from alone.
-        start = f"model.backbone.init_cfg.checkpoint={tmp_path / 'work/classifier/epoch_1.pth'} "
-        pretrained, random = (
-            line.replace(f'/{arm}_', '') for line, arm in zip(ran[-2:], benchmark.ARMS)
-        )
-        assert pretrained.replace(start, '') == random != pretrained
-        assert cv2.imread(str(tmp_path / 'curves.png')).std() > 10
-        assert '| 1 | ' in (tmp_path / 'table.md').read_text()
-
-    def test_every_class_is_drawn_in_its_own_way(self, benchmark):
-        drawn = [
-            benchmark.draw(np.random.default_rng(0), shape, pattern)
-            for shape in benchmark.CLASSES
-            for pattern in benchmark.PATTERNS
-        ]
-        assert len({image.tobytes() for image in drawn}) == 16
-        assert all(image.shape == (64, 64, 3) for image in drawn)
 
 
 IMAGENET = 'configs/imagenet/cf_t_300e.py'

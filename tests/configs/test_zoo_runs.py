@@ -3,6 +3,7 @@ Classifiers are in test_pretraining.py.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,13 @@ from ..helpers import ROOT, shrink
 
 CONFIGS = ROOT / 'configs'
 PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
-# Baselines that only have more layers than another, or its backbone in another method: what they
-# cost is counted in test_model_zoo.py, for which they are built and run.
-ALIKE = {
-    'mask_rcnn/r101_1x',
-    'mask_rcnn/swin_s_1x',
-    'retinanet/pvt_m_1x',
-    'retinanet/r101_1x',
-    'retinanet/swin_t_1x',
-}
+# Of a folder, the smallest CrossFormer and CrossFormer++ of each schedule, and baselines of another
+# backbone or method. What the larger ones cost is counted in test_model_zoo.py, which builds and runs them.
+LARGER = re.compile(r'/(cf_[bl]|cfpp_b|swin_s|r101)_|retinanet/(pvt|swin)')
 ZOO = [
     name
     for name in (*PUBLISHED['models'], *PUBLISHED['baselines'])
-    if not name.startswith('imagenet/') and name not in ALIKE
+    if not name.startswith('imagenet/') and not LARGER.search(name)
 ]
 
 

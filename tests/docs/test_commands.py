@@ -1,7 +1,8 @@
 """The commands of README.md and docs/ run, as they stand, on little data and with small models.
 
 Those of docs/custom_projects.md, which build on each other, are run by test_docs.py,
-benchmarks/gpu.py by test_gpu_benchmark.py and benchmarks/pretraining.py by test_pretraining.py.
+benchmarks/gpu.py by test_gpu_benchmark.py, benchmarks/pretraining.py by
+test_pretraining_benchmark.py and benchmarks/real_data/run.py by test_real_data.py.
 """
 
 import os
@@ -30,36 +31,15 @@ CHANNELS = [16, 32, 64, 128]
 
 # What would take long is made short by further options, the rest by small configs.
 SHORTER = {
-    'tools/export.py': ['--fixed-shape', '64', '64'],  # any size: test_export_file.py
-    'tools/make_shapes.py': ['--train', '8', '--val', '8'],
-    'benchmarks/backbone.py': [
-        '--sizes',
-        '32x32',
-        '--models',
-        'crossformer_s',
-        '--modes',
-        'infer',
-        '--repeats',
-        '2',
-    ],
-    'tools/sweep_groups.py': [
-        '--group-size',
-        '7,7,7,7',
-        '--interval',
-        '8,4,2,1',
-        '--lda',
-        'interval',
-        '--max-images',
-        '2',
-    ],  # the configs' own alone
-    'tools/train.py configs/demo/upernet_shapes.py': [
-        '--cfg-options',
-        'train_cfg.max_iters=2',
-        'train_cfg.val_interval=2',
-        'train_dataloader.batch_size=2',
-    ],
+    'tools/export.py': '--fixed-shape 64 64',  # any size: test_export_file.py
+    'tools/make_shapes.py': '--train 8 --val 8',
+    'benchmarks/backbone.py': '--sizes 32x32 --models crossformer_s --modes infer --repeats 2',
+    # the configs' own alone
+    'tools/sweep_groups.py': '--group-size 7,7,7,7 --interval 8,4,2,1 --lda interval --max-images 2',
+    'tools/train.py configs/demo/upernet_shapes.py': '--cfg-options train_cfg.max_iters=2 '
+    'train_cfg.val_interval=2 train_dataloader.batch_size=2',
 }
-# Of several machines and of Slurm: test_options.py and test_ranks.py run the same scripts.
+# Of several machines and of Slurm: test_scripts.py and test_ranks.py run the same scripts.
 APART = (EXAMPLES, ROOT / 'docs' / 'distributed.md')
 EVERY = {
     command: page.stem
@@ -72,10 +52,11 @@ EVERY = {
             '.venv/bin/python -m pytest ',
             'pip ',
             'git clone ',
-            'python -m crossformer_mm.mmcv_ops',  # test_mmcv_ops.py
+            'python -m crossformer_mm.mmcv_ops',  # mmcv_ops/test_finder.py
             'tensorboard ',
             'python benchmarks/gpu.py',
             'python benchmarks/pretraining.py',
+            'python benchmarks/real_data/run.py',
         )
     )
 }
@@ -205,7 +186,7 @@ def test_command_runs(command, place, capfd, request):
         if not find_spec('onnxruntime'):
             pytest.skip('tools/export.py needs the packages of the extra export')
     make_checkpoints(place, words)
-    words += SHORTER.get(' '.join(words[:2]), SHORTER.get(tool, []))
+    words += SHORTER.get(' '.join(words[:2]), SHORTER.get(tool, '')).split()
     if tool.endswith('.sh'):  # one process stands for eight; test_ranks.py has several
         tool = tool.replace('dist_', '').replace('.sh', '.py')
         words = [tool, *(word for word in words[1:] if word != '8')]

@@ -1,4 +1,11 @@
+"""Data sets of shapes: to train on, and for a test to spoil."""
+
+import shutil
+from pathlib import Path
+
 import pytest
+
+from crossformer_mm.engine import coco_checks, dataset_checks, dataset_guard
 
 from ..trainings import make_data
 
@@ -7,3 +14,23 @@ from ..trainings import make_data
 def data(tmp_path_factory):
     """Four images to train on and one to validate."""
     return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=4, val=1, size=48)
+
+
+@pytest.fixture(scope='module')
+def clean(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=6, val=5, size=48)
+
+
+@pytest.fixture
+def own_data(clean, tmp_path) -> Path:
+    """A data set of its own for a test to spoil."""
+    return Path(shutil.copytree(clean, tmp_path / 'shapes'))
+
+
+@pytest.fixture
+def warned(monkeypatch) -> list:
+    """Warnings that checks give."""
+    texts: list = []
+    for module in (coco_checks, dataset_checks, dataset_guard):
+        monkeypatch.setattr(module, 'print_log', lambda text, *_: texts.append(text))
+    return texts

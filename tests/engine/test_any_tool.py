@@ -11,7 +11,7 @@ from mmengine.config import Config
 from crossformer_mm.checkpoint import CheckpointError
 from crossformer_mm.engine import DataError
 
-from ..helpers import NO_VALIDATION, ROOT, Marker, run_as_main
+from ..helpers import NO_VALIDATION, ROOT, Marker, needs_bfloat16, run_as_main
 from ..trainings import ONE_STAGE, assert_same_training, make_data, write_config
 
 MMDETECTIONS = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
@@ -214,7 +214,11 @@ def test_the_check_of_data_alone_names_the_file(tmp_path):
     'options',
     # In bfloat16 PyTorch's gradient of a 3 x 3 convolution of a 1 x 1 map, as these images have in the
     # neck, is not finite on some CPUs.
-    [[], ['--allow-non-finite', '--amp', 'bfloat16'], ['--tensorboard-samples', 1]],
+    [
+        [],
+        pytest.param(['--allow-non-finite', '--amp', 'bfloat16'], marks=needs_bfloat16),
+        ['--tensorboard-samples', 1],
+    ],
     ids=['plain', 'bfloat16', 'samples'],
 )
 def test_the_config_that_a_run_keeps_is_for_any_tool(output_of, data, tmp_path, options):

@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 
 from crossformer_mm import checkpoint as reading
-from crossformer_mm.engine.atomic_checkpoints import name_of_config
+from crossformer_mm.engine.config import name_of_config
 
 from ..helpers import NO_VALIDATION, ROOT, run_tool
 from ..trainings import ONE_STAGE, write_config

@@ -72,8 +72,9 @@ def lines(record: Path, workers: int = 0, counts: int = 1) -> str:
     return text.replace('RECORD', repr(str(record)))
 
 
-@pytest.fixture(scope='module', params=[1, 5], ids=['each', 'accumulated'])
+@pytest.fixture(scope='module')
 def uninterrupted(request, data, tmp_path_factory):
+    """A training to its end; its parameter is the number of batches that a step accumulates."""
     folder = tmp_path_factory.mktemp('epochs')
     text = lines(folder / 'record', counts=request.param)
     config = write(folder / 'config', data, text + EACH)
@@ -82,9 +83,10 @@ def uninterrupted(request, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    'start, workers',
-    [(2, 2), (4, 0), (7, 0), (12, 0)],
-    ids=['workers', 'end of an epoch', 'no worker', 'end of the last epoch'],
+    'uninterrupted, start, workers',
+    [(1, 2, 2), (1, 4, 0), (1, 12, 0), (5, 7, 0)],
+    ids=['workers', 'end of an epoch', 'end of the last epoch', 'accumulated'],
+    indirect=['uninterrupted'],
 )
 def test_it_resumes_at_any_iteration(data, uninterrupted, tmp_path, start, workers):
     counts, reference = uninterrupted
@@ -111,7 +113,12 @@ def test_it_resumes_at_any_iteration(data, uninterrupted, tmp_path, start, worke
     assert best == other is not None
 
 
-@pytest.mark.parametrize('at', [5, 7], ids=['amid an epoch', 'its last iteration'])
+@pytest.mark.parametrize(
+    'uninterrupted, at',
+    [(1, 7), (5, 5)],
+    ids=['last iteration of an epoch', 'amid an epoch, accumulated'],
+    indirect=['uninterrupted'],
+)
 def test_a_signal_costs_no_iteration_of_an_epoch(data, uninterrupted, tmp_path, at):
     counts, reference = uninterrupted
     text = lines(tmp_path / 'record', counts=counts) + LAST
@@ -130,6 +137,7 @@ def test_a_signal_costs_no_iteration_of_an_epoch(data, uninterrupted, tmp_path, 
         assert weight.equal(other['state_dict'][name]), name
 
 
+@pytest.mark.parametrize('uninterrupted', [1], indirect=True)
 def test_another_total_batch_amid_an_epoch_is_refused(refusal_of, data, uninterrupted, tmp_path):
     counts, reference = uninterrupted
     config = write(tmp_path / 'config', data, lines(tmp_path / 'record', counts=counts))

@@ -10,7 +10,7 @@ import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import runner
-from crossformer_mm.engine.atomic_checkpoints import whole_content
+from crossformer_mm.engine.newest_checkpoint import read_undamaged
 
 from ..helpers import NO_VALIDATION
 from ..trainings import (
@@ -131,7 +131,7 @@ def test_each_process_reads_a_checkpoint_once(output_of, data, tmp_path, monkeyp
 def test_a_checkpoint_is_whole_or_nothing(tmp_path):
     file = tmp_path / 'epoch_1.pth'
     torch.save(dict(weights=torch.arange(1000.0), more=torch.ones(7, 9), epoch=1), file)
-    content, whole = whole_content(str(file)), file.read_bytes()
+    content, whole = read_undamaged(str(file)), file.read_bytes()
     assert content['epoch'] == 1 and torch.equal(content['weights'], torch.arange(1000.0))
     assert torch.equal(content['more'], torch.ones(7, 9))
     with zipfile.ZipFile(file) as parts:
@@ -141,11 +141,11 @@ def test_a_checkpoint_is_whole_or_nothing(tmp_path):
         # Somewhere among its data, which begin on a multiple of 64.
         place = (beginning // 64 + 3) * 64
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert whole_content(str(file)) is None, place
+        assert read_undamaged(str(file)) is None, place
     file.write_bytes(whole[:-100])
-    assert whole_content(str(file)) is None
+    assert read_undamaged(str(file)) is None
     file.write_bytes(b'')
-    assert whole_content(str(file)) is None
+    assert read_undamaged(str(file)) is None
 
 
 @pytest.mark.parametrize('tool', ['train.py', 'test.py'])

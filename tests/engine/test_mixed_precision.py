@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from mmcv.ops import RoIAlign
+from mmengine.config import Config
 from torch import nn
 
 from crossformer_mm.checkpoint import read_checkpoint
-from crossformer_mm.engine.mixed_precision import BFloat16OptimWrapper
+from crossformer_mm.engine import mixed_precision
+from crossformer_mm.engine.mixed_precision import BFloat16OptimWrapper, use_mixed_precision
+from crossformer_mm.errors import UserError
 
-from ..helpers import NO_VALIDATION, run_tool
+from ..helpers import NO_VALIDATION, needs_bfloat16, run_tool
 from ..trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 
@@ -32,6 +35,7 @@ def train(folder: Path, config: Path, *options) -> list:
     ]
 
 
+@needs_bfloat16
 @pytest.mark.skipif(torch.cuda.is_available(), reason='looks at the CPU')
 @pytest.mark.parametrize('kind', [DETECTOR, SEGMENTOR], ids=lambda kind: kind.name)
 def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, kind):
@@ -73,6 +77,7 @@ def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, k
             assert torch.equal(weight, resumed['state_dict'][name]), name
 
 
+@needs_bfloat16
 def test_matrix_products_are_rounded_and_operators_of_mmcv_are_not():
     linear, align = nn.Linear(8, 8), RoIAlign(2)
     model = nn.ModuleList([linear, align])
@@ -87,3 +92,18 @@ def test_matrix_products_are_rounded_and_operators_of_mmcv_are_not():
     assert linear(torch.rand(2, 8)).dtype == torch.float32
     wrapper.update_params(product.float().sum())
     assert linear.weight.dtype == torch.float32
+
+
+def test_bfloat16_is_refused_where_it_is_slower_than_float32(monkeypatch):
+    monkeypatch.setattr(mixed_precision, 'multiplies_bfloat16', lambda: False)
+    monkeypatch.setattr(mixed_precision, 'get_device', lambda: 'cpu')
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    with pytest.raises(UserError, match='--amp bfloat16: .* leave it out to compute in float32'):
+        use_mixed_precision(cfg, 'bfloat16')
+    assert cfg.optim_wrapper.type == 'OptimWrapper'
+    with pytest.raises(UserError, match='BFloat16OptimWrapper'):  # of a config
+        BFloat16OptimWrapper(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    monkeypatch.setattr(mixed_precision, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
+    use_mixed_precision(cfg, 'bfloat16')
+    assert cfg.optim_wrapper.type == 'BFloat16OptimWrapper'

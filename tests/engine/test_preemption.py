@@ -22,10 +22,15 @@ RESUME_ME = 75
 
 @HOOKS.register_module(force=True)
 class SignalsItself(Hook):
-    """The machine's owner: sends signals to the training that runs it."""
+    """The machine's owner: sends signals to the training that runs it.
 
-    def __init__(self, at: int, name: str = 'SIGTERM', when: str = 'train', times=1, rank=0):
+    Args:
+        attempt (int, optional): only in the process that torchrun started after so many restarts.
+    """
+
+    def __init__(self, at: int, name: str = 'SIGTERM', when='train', times=1, rank=0, attempt=None):
         self.at, self.name, self.when, self.times, self.rank = at, name, when, times, rank
+        self.attempt = attempt
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if self.when == 'train' and runner.iter == self.at:
@@ -40,6 +45,8 @@ class SignalsItself(Hook):
             self.send()
 
     def send(self) -> None:
+        if self.attempt not in (None, int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))):
+            return
         for _ in range(self.times if get_rank() == self.rank else 0):
             signal.raise_signal(signal.Signals[self.name])
 

@@ -21,7 +21,17 @@ from crossformer_mm import cli
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine.runner import CarefulRunner
 
-from ..helpers import PROCESSES, ROOT, ToolProcess, free_port, metrics, run_tool, run_two, words
+from ..helpers import (
+    PROCESSES,
+    ROOT,
+    ToolProcess,
+    add_noise,
+    free_port,
+    metrics,
+    run_tool,
+    run_two,
+    words,
+)
 from ..trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 # No norm that sees the batch of one process alone, nothing random but the images: and one large
@@ -73,9 +83,7 @@ def started(config: Path, path: Path) -> Path:
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+    add_noise(model, 0.02)
     torch.save(dict(state_dict=model.state_dict()), path)
     return path
 

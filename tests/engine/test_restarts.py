@@ -2,12 +2,10 @@
 
 import hashlib
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -154,10 +152,9 @@ def test_a_total_batch_that_differs_is_told(capfd, data, undisturbed, tmp_path):
     assert 'train_dataloader.batch_size=4' in said
 
 
-def work_noting_itself(folder: str, log: str, *command: str) -> None:
-    """A tool in a process that torchrun starts."""
-    name = f"{os.environ['RANK']}_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    Path(folder, name).write_text(str(os.getpid()))
+def work_of(notes: str, log: str, *command: str) -> None:
+    """Run a tool in a process that torchrun starts; leave a note of the attempt."""
+    Path(notes, os.environ['TORCHELASTIC_RESTART_COUNT']).touch()
     run_in_process(log, {}, *command)
 
 
@@ -165,33 +162,18 @@ def test_a_job_that_loses_a_process_three_times_ends_as_if_nothing_had_happened(
     monkeypatch, data, start, undisturbed, tmp_path
 ):
     monkeypatch.setenv('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')  # as tools/dist_train.sh does
-    config, work, pids, log = (
-        write(tmp_path, data),
-        tmp_path / 'work',
-        tmp_path / 'pids',
-        tmp_path / 'log',
-    )
-    pids.mkdir()
+    kills = [
+        dict(attempt=0, at=2, rank=1),
+        dict(attempt=1, at=5, when='save'),
+        dict(attempt=2, at=8, rank=1),
+    ]
+    hooks = [dict(type='mmengine.SignalsItself', name='SIGKILL', **kill) for kill in kills]
+    config, work, notes = write(tmp_path, data, hooks=hooks), tmp_path / 'work', tmp_path / 'notes'
+    notes.mkdir()
     work.mkdir()
-    log.touch()
+    (tmp_path / 'log').touch()
     # The folder has checkpoints of an earlier, longer training, which is not to be resumed.
     shutil.copy(undisturbed / 'iter_12.pth', work / 'iter_12.pth')
-    moments = random.Random(0)
-    steps = lambda: len(re.findall(r'Epoch\(train\)', log.read_text()))  # noqa: E731
-    killed = []
-
-    def kill_one() -> None:
-        for attempt in range(3):
-            pid = pids / f'{moments.randrange(2)}_{attempt}'
-            enough, end = steps() + moments.randint(1, 5), time.monotonic() + 200
-            while time.monotonic() < end and not (pid.exists() and steps() >= enough):
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.2))
-            os.kill(int(pid.read_text()), signal.SIGKILL)
-            killed.append(pid.name)
-
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -204,10 +186,8 @@ def test_a_job_that_loses_a_process_three_times_ends_as_if_nothing_had_happened(
         start_method='forkserver',
     )
     command = ['tools/train.py', config, '--launcher', 'pytorch', *options(work, start)]
-    elastic_launch(agent, work_noting_itself)(str(pids), str(log), *map(str, command))
-    killer.join()
-    assert [name[-1] for name in killed] == ['0', '1', '2'], log.read_text()[-3000:]
-    assert (pids / '0_3').exists()
+    elastic_launch(agent, work_of)(str(notes), str(tmp_path / 'log'), *map(str, command))
+    assert sorted(note.name for note in notes.iterdir()) == ['0', '1', '2', '3']
     assert_same_training(work / 'iter_12.pth', undisturbed / 'iter_12.pth')
 
 

@@ -121,10 +121,6 @@ train_dataloader['sampler'] = dict(type='InfiniteSampler', shuffle=True)
 default_hooks['checkpoint'] = dict(by_epoch=False, interval=2, max_keep_ckpts=-1)
 custom_hooks = [dict(type='mmengine.LowerEachThirdTime')]
 '''
-USERS_HOOK = '''
-param_scheduler = []
-custom_hooks = [dict(type='mmengine.LowerEachThirdTime')]
-'''
 UNSCORED = '''
 val_cfg = val_dataloader = val_evaluator = None
 default_hooks['checkpoint'] = dict(max_keep_ckpts=-1)
@@ -137,25 +133,14 @@ SYNC_RESIZE = "dict(type='BatchSyncRandomResize', random_size_range=(64, 160), i
 @pytest.mark.parametrize(
     'lines, resumed_from',
     [
-        (SCORED + PLATEAU, 'epoch_2.pth'),
         (SCORED + PLATEAU + "strategy = dict(type='SingleDeviceStrategy')", 'epoch_2.pth'),
         (SCORED + EARLY, 'epoch_2.pth'),
         (SCORED + PLATEAU + EARLY_STOPPING + BEST, 'epoch_1.pth'),
-        (SCORED + USERS_HOOK, 'epoch_2.pth'),
         (SCORED + BY_ITERATION, 'iter_4.pth'),
         (UNSCORED.replace('AUGMENT', SYNC_RESIZE), 'epoch_2.pth'),
         (UNSCORED.replace('AUGMENT', "dict(type='mmengine.Brighter')"), 'epoch_1.pth'),
     ],
-    ids=[
-        'plateau',
-        'strategy',
-        'early stopping',
-        'best',
-        'hook',
-        'iterations',
-        'resize',
-        'augmentation',
-    ],
+    ids=['strategy', 'early stopping', 'best', 'iterations', 'resize', 'augmentation'],
 )
 def test_what_is_counted_goes_on_where_it_was(output_of, data, tmp_path, lines, resumed_from):
     config = write(tmp_path, data, lines)

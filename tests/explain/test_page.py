@@ -16,7 +16,7 @@ from crossformer_mm.explain.capture import Capture, Scene, attention_map, captur
 from crossformer_mm.explain.page import write_page
 from crossformer_mm.grouping import stage_rules
 
-from ..helpers import ROOT
+from ..helpers import ROOT, add_noise
 from . import chromium
 
 HEIGHT, WIDTH = 90, 133  # maps of 23 x 34, 12 x 17, 6 x 9, 3 x 5 positions: ragged groups
@@ -38,10 +38,7 @@ def make(tmp_path_factory):
 
     def build(limit=10_000_000, **options):
         torch.manual_seed(0)
-        backbone = CrossFormer(ARCH, **{**GROUPS, **options}).eval()
-        with torch.no_grad():
-            for parameter in backbone.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        backbone = add_noise(CrossFormer(ARCH, **{**GROUPS, **options}).eval())
         picture = np.random.default_rng(0).random((HEIGHT, WIDTH, 3))
         captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
         scene = Scene(backbone, picture, captured, (60, 40), None)

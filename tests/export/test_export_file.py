@@ -20,7 +20,7 @@ from crossformer_mm.export import AnySizePool, compare, export_any_size, export_
 from crossformer_mm.export.networks import Detector, Segmentor  # noqa: E402
 from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 
-from ..helpers import ROOT, TINY_BACKBONE, TINY_SEGMENTOR, refusals
+from ..helpers import ONE_STAGE, ROOT, TINY_BACKBONE, TINY_SEGMENTOR, add_noise, refusals
 
 # Odd sides, sides below every stride, batches; none is that of export_any_size.
 SIZES = [(1, 97, 131), (2, 64, 96), (3, 17, 30), (1, 1, 5), (2, 40, 33)]
@@ -77,12 +77,7 @@ def test_one_export_serves_all_sizes(options):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     arch = dict(embed_dims=16, depths=(2,), num_heads=(2,))
-    backbone = CrossFormer(
-        arch, merge_sizes=(), group_size=(3,), interval=(2,), out_indices=(0,), **options
-    ).eval()
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    backbone = add_noise(CrossFormer(**{**ONE_STAGE, 'arch': arch}, **options).eval())
     backbone.requires_grad_(False)
     program = export_any_size(exportable(backbone, by_operators=True))
     proto = to_onnx(program, dict(image={0: 'batch', 2: 'height', 3: 'width'}), ['feature'], {})

@@ -20,6 +20,8 @@ from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 from crossformer_mm.export.operators.resize_image import resize_image  # noqa: E402
 from crossformer_mm.without_torch.model import paste  # noqa: E402
 
+from ..helpers import ONE_STAGE  # noqa: E402
+
 STRIDES = [4, 8]
 ANCHORS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1)
 ANCHORS['strides'] = STRIDES
@@ -42,14 +44,7 @@ TEST = dict(
     nms=dict(type='nms', iou_threshold=0.5),
     max_per_img=30,
 )
-BACKBONE = dict(
-    type='CrossFormer',
-    arch=dict(embed_dims=16, depths=(2,), num_heads=(2,)),
-    merge_sizes=(),
-    group_size=(3,),
-    interval=(2,),
-    out_indices=(0,),
-)
+BACKBONE = dict(ONE_STAGE, type='CrossFormer')
 
 
 def random_model(cfg: dict) -> torch.nn.Module:

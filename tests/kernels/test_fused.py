@@ -16,7 +16,7 @@ from crossformer_mm.compat import missing_torch
 from crossformer_mm.grouping import AxisRule, count_groups, fit_rule, group_axis, stage_rules
 from crossformer_mm.kernels import Call, choose_path, describe_path, fused, self_test
 
-from ..helpers import ROOT, needs_interpreter
+from ..helpers import ONE_STAGE, ROOT, needs_interpreter
 from .definition import GPU, assert_equals_definition, random_inputs, small_tiles
 
 if missing_torch('2.4'):
@@ -87,14 +87,8 @@ def test_no_token_is_moved(monkeypatch):
     """No table of groups is made."""
     monkeypatch.setattr('crossformer_mm.grouping.group_axis', None)
     with torch.no_grad():
-        CrossFormer(
-            dict(embed_dims=16, depths=(2,), num_heads=(1,)),
-            merge_sizes=(),
-            group_size=(3,),
-            interval=(2,),
-            out_indices=(0,),
-            attention_path='fused',
-        ).to(GPU)(torch.rand(1, 3, 20, 17).to(GPU))
+        backbone = CrossFormer(**ONE_STAGE, attention_path='fused').to(GPU)
+        backbone(torch.rand(1, 3, 20, 17).to(GPU))
 
 
 @pytest.fixture
@@ -119,11 +113,11 @@ def gpu(monkeypatch):
 def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
     device = gpu((9, 0))
     assert choose_path(Call(device)) == 'fused'
-    assert choose_path(Call(device, capture_mode='compile')) == 'fused'
+    assert choose_path(Call(device, interception='compile')) == 'fused'
     assert choose_path(Call(device, dropout=0.1)) == 'plain'
     assert choose_path(Call(device, torch.float64)) == 'plain'
     assert choose_path(Call(device, has_lead=True)) == 'plain'
-    assert choose_path(Call(device, capture_mode='export')) == 'plain'
+    assert choose_path(Call(device, interception='export')) == 'plain'
     assert choose_path(Call(device, head_dim=fused.HEAD_DIM + 1)) == 'plain'
     assert choose_path(Call(device), 'plain') == 'plain'
 
@@ -380,18 +374,7 @@ def test_rules_of_both_definitions_reach_the_kernels():
 
 def test_compiler_makes_one_graph_for_images_of_many_sizes():
     """Sides stay symbolic where no token moves; only a map too small for G is another case."""
-    backbone = (
-        CrossFormer(
-            dict(embed_dims=16, depths=(2,), num_heads=(1,)),
-            group_size=(3,),
-            interval=(2,),
-            merge_sizes=(),
-            out_indices=(0,),
-            attention_path='fused',
-        )
-        .eval()
-        .to(GPU)
-    )
+    backbone = CrossFormer(**ONE_STAGE, attention_path='fused').eval().to(GPU)
     graphs = []
 
     def count(graph, inputs):

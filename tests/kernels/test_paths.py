@@ -6,100 +6,19 @@ after another: so maps are tiny here, and blocks are made small enough for group
 What one kernel alone promises is in test_native.py and test_fused.py.
 """
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.compat import missing_torch
 from crossformer_mm.grouping import LDA_DEFINITIONS, AxisRule, stage_rules
-from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native, plain
+from crossformer_mm.kernels import Call, choose_path, fused, map_attention, native
 
-from ..helpers import add_noise, interpreter_lacks, needs_torch
-from .definition import (
-    GPU,
-    assert_equals_definition,
-    by_loops,
-    random_inputs,
-    small_tiles,
-    values_and_gradients,
-)
-
-CPU = torch.device('cpu')
-SMALL = dict(embed_dims=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8))
-RULE = AxisRule(3, 1), AxisRule(3, 1)
-
-# Which paths run here
-
-SEVERAL = 'fused, in several blocks'
-
-
-def lacks(path: str) -> str:
-    """Return what a path lacks here, or ''."""
-    if path == 'plain':
-        return ''
-    if path == 'native':
-        return native.why_not(Call(CPU))
-    no_triton = '' if find_spec('triton') else 'the package triton is not installed'
-    return missing_torch('2.4') or no_triton or interpreter_lacks()
-
-
-def marked(*paths: str) -> list:
-    return [
-        pytest.param(
-            path, marks=pytest.mark.skipif(bool(lacks(path)), reason=f'{path}: {lacks(path)}')
-        )
-        for path in paths
-    ]
-
-
-@pytest.fixture
-def path(request, monkeypatch) -> str:
-    if request.param != SEVERAL:
-        return request.param
-    from crossformer_mm.kernels import triton_launch
-
-    small = small_tiles(triton_launch)
-    for tiles in ('TILES', 'WIDE_TILES'):
-        monkeypatch.setattr(triton_launch, tiles, small)
-    return 'fused'
-
-
-def device_of(path: str) -> torch.device:
-    return GPU if path == 'fused' else CPU
-
-
-def of(*paths: str):
-    return pytest.mark.parametrize('path', marked(*paths), indirect=True)
-
-
-every_path = of('plain', 'native', 'fused', SEVERAL)
-every_kernel = of('native', 'fused')
-
-# The definition
-
-
-@pytest.mark.parametrize(
-    'rows, columns', [((3, 1), (2, 1)), ((2, 2), (3, 2)), ((4, 1, 2), (3, 1, 2)), ((9, 3), (1, 1))]
-)
-def test_definition_is_that_of_loops_over_positions(rows, columns):
-    rows, columns = AxisRule(*rows), AxisRule(*columns)
-    inputs = random_inputs((2, 5, 7), rows, columns, 2, 3, torch.float64, spare=1)
-    torch.testing.assert_close(
-        plain.attend(*inputs, rows, columns, 2, 0.7),
-        by_loops(*inputs, rows, columns, 2, 0.7),
-        atol=1e-6,
-        rtol=1e-6,
-    )
-
+from ..helpers import add_noise, needs_torch
+from .definition import assert_equals_definition, random_inputs, values_and_gradients
+from .paths import CPU, RULE, SEVERAL, device_of, every_kernel, every_path, marked, of
 
 CASES = {  # shape, rules of rows and columns, heads
     'one member': ((1, 1, 1), (7, 1), (7, 1), 2),
@@ -370,12 +289,12 @@ def test_backbone_is_the_same_as_on_plain(path, lda, size, with_cp):
     [
         (Call(CPU), 'native'),
         (Call(CPU, has_lead=True), 'native'),
-        (Call(CPU, capture_mode='compile'), 'native'),
+        (Call(CPU, interception='compile'), 'native'),
         (Call(CPU, torch.bfloat16, 40), 'native'),
         (Call(CPU, dropout=0.1), 'plain'),
         (Call(CPU, torch.float64), 'plain'),
         (Call(CPU, head_dim=129), 'plain'),
-        (Call(CPU, capture_mode='export'), 'plain'),
+        (Call(CPU, interception='export'), 'plain'),
         (Call(torch.device('meta')), 'plain'),
     ],
 )
@@ -393,7 +312,7 @@ def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
         (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
         (dict(dtype=torch.float64), 'got torch.float64'),
         (dict(head_dim=129), 'at most 128 channels, but they have 129'),
-        (dict(capture_mode='export'), 'an exporter'),
+        (dict(interception='export'), 'an exporter'),
         (dict(device=torch.device('meta')), 'got .* meta'),
     ],
 )
@@ -404,197 +323,4 @@ def test_a_path_that_cannot_serve_is_refused_not_replaced(option, reason):
 
 def test_wrong_path_is_refused_by_name():
     with pytest.raises(ValueError, match="attention_path.*'native', 'fused', 'plain'.*'flash'"):
-        CrossFormer(SMALL, attention_path='flash')
-
-
-# What the definition in PyTorch does and does not
-
-
-def test_tracers_get_the_definition():
-    paths = []
-
-    def forward(qkv):
-        paths.append(choose_path(Call.of(qkv, *RULE, 1, 0.0)))
-        return qkv + 1
-
-    torch.jit.trace(forward, torch.ones(1, 2, 2, 3), check_trace=False)
-    assert paths == ['plain']
-
-
-def test_a_trace_of_one_image_serves_batches():
-    """Other batches got other values, of some images, without an error."""
-    backbone = CrossFormer(SMALL).eval()
-    with torch.no_grad():
-        traced = torch.jit.trace(backbone, torch.rand(1, 3, 64, 96), check_trace=False)
-        images = torch.rand(3, 3, 64, 96)
-        for one, other in zip(traced(images), backbone(images)):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_plain_splits_what_is_too_much_for_one_call(monkeypatch):
-    """CUDA fails on as many groups as a map of 3840x2160 in a batch of 8 has."""
-    inputs, sizes = random_inputs((2, 7, 9), *RULE, 2, 4), []
-    expected = values_and_gradients('plain', *inputs, *RULE, 2, 0.3)
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def watch(q, *args, **options):
-        sizes.append(len(q))
-        return attend(q, *args, **options)
-
-    monkeypatch.setattr(plain, 'MOST_GROUPS', 5)
-    monkeypatch.setattr(plain.F, 'scaled_dot_product_attention', watch)
-    found = values_and_gradients('plain', *inputs, *RULE, 2, 0.3)
-    torch.testing.assert_close(found, expected)
-    assert max(sizes) == 5 and sum(sizes) == 2 * 9
-
-
-class Operations(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_plain_moves_tokens_without_adding_in_any_order():
-    """Its moves are permutations, whose gradients gather, too."""
-    qkv, table = random_inputs((2, 7, 9), AxisRule(2, 3), AxisRule(4, 2), 2, 4)
-    out = plain.attend(qkv.requires_grad_(), table, AxisRule(2, 3), AxisRule(4, 2), 2, 0.3)
-    with Operations() as operations:
-        out.sum().backward()
-    assert operations.names.count('index_select') == 2
-    assert not {'index_add', 'index_add_', 'index_put', 'scatter_add'} & {*operations.names}
-
-
-@needs_torch('2.4', 'torch.autograd.Function with both kinds of derivatives in torch.func')
-def test_plain_is_differentiable_twice():
-    qkv, table = random_inputs((1, 3, 4), *RULE, 1, 2, torch.float64)
-    inputs = qkv.requires_grad_(), table.double().requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda *x: plain.attend(*x, *RULE, 1, 0.3), inputs)
-
-
-@needs_torch('2.4', 'torch.compiler.is_compiling inside of a graph')
-def test_definition_compiles_to_one_graph():
-    inputs = random_inputs((1, 5, 4), *RULE, 2, 4)
-    compiled = torch.compile(map_attention, backend='eager', fullgraph=True)
-    out = compiled(*inputs, *RULE, 2, 0.3, path='plain')
-    torch.testing.assert_close(out, map_attention(*inputs, *RULE, 2, 0.3, path='plain'))
-
-
-def test_dropout_of_attention_weights_trains_on_the_plain_path():
-    attention, x = GroupAttention(16, 2, attn_drop_rate=0.5).train(), torch.rand(1, 6, 6, 16)
-    assert not torch.equal(attention(x, *RULE), attention(x, *RULE))
-    attention.eval()
-    assert torch.equal(attention(x, *RULE), attention(x, *RULE))
-
-
-# What the operator and eager mode do
-
-
-def stored_for_backward(path, side):
-    """Bytes that a training step keeps between its two passes, each storage once."""
-    model = CrossFormer(
-        dict(embed_dims=16, depths=(2,), num_heads=(4,)),
-        merge_sizes=(),
-        group_size=(7,),
-        interval=(8,),
-        out_indices=(0,),
-        attention_path=path,
-    )
-    storages = {}
-
-    def pack(x):
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        features = model(torch.rand(1, 3, side, side))
-    assert all(f.requires_grad for f in features)
-    return sum(storages.values()) - sum(p.numel() * 4 for p in model.parameters())
-
-
-@of('native')
-def test_what_training_stores_grows_no_faster_than_the_area(path):
-    stored = {
-        (name, side): stored_for_backward(name, side)
-        for name in ('plain', path)
-        for side in (224, 448)
-    }
-    assert stored[path, 448] < 4.05 * stored[path, 224]
-    assert stored['plain', 448] > 6 * stored['plain', 224]  # so the test can tell
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return out
-
-
-@of('native')
-def test_no_tensor_of_all_pairs_exists(path):
-    """Not even of one group and head, in either pass; plain has them of all groups."""
-    rules = AxisRule(12, 1), AxisRule(12, 1)
-    inputs, largest = random_inputs((1, 24, 24), *rules, 4, 4), {}
-    for name in (path, 'plain'):
-        with LargestTensor() as mode:
-            values_and_gradients(name, *inputs, *rules, 4, 0.3)
-        largest[name] = mode.numel
-    assert largest['plain'] >= 4 * 4 * 144**2
-    assert largest[path] < 2 * 144**2
-
-
-@every_kernel
-def test_eager_mode_and_the_operator_are_the_same_function(path):
-    """Modes see the operator; without them its dispatch is left out."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    inputs = random_inputs((1, 5, 6), *RULE, 2, 16, device=device_of(path))
-    eager = values_and_gradients(path, *inputs, *RULE, 2, 0.3)
-    with torch.profiler.profile() as profile:
-        map_attention(*inputs, *RULE, 2, 0.3, path=path)
-    with Watch():
-        watched = values_and_gradients(path, *inputs, *RULE, 2, 0.3)
-    assert not [event for event in profile.events() if f'{path}_attention' in event.name]
-    assert f'crossformer_mm.{path}_attention.default' in seen
-    assert all(torch.equal(one, other) for one, other in zip(eager, watched))
-
-
-@of('native')
-def test_tensors_without_data_take_the_operator(path):
-    qkv, table = random_inputs((1, 5, 6), *RULE, 2, 16)
-    with FakeTensorMode():
-        fake = torch.empty(qkv.shape, requires_grad=True)
-        out = map_attention(fake, torch.empty(table.shape), *RULE, 2, 0.3, path=path)
-        assert out.shape == (1, 5, 6, 32) and out.requires_grad
-    meta = native.attend(qkv.to('meta'), table.to('meta'), *RULE, 2, 0.3)
-    assert meta.is_meta and meta.shape == (1, 5, 6, 32)
-
-
-def test_a_block_may_be_recomputed_outside_the_mode_that_it_ran_in():
-    inputs = [x.requires_grad_() for x in random_inputs((1, 5, 6), *RULE, 2, 16)]
-    with FlopCounterMode(display=False):
-        out = checkpoint(map_attention, *inputs, *RULE, 2, 0.3, use_reentrant=False)
-    out.square().sum().backward()
-    ours = [x.grad.clone() for x in inputs]
-    for x in inputs:
-        x.grad = None
-    map_attention(*inputs, *RULE, 2, 0.3).square().sum().backward()
-    assert all(torch.equal(one, x.grad) for one, x in zip(ours, inputs))
+        CrossFormer('s', attention_path='flash')

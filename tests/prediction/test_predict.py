@@ -13,28 +13,21 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from crossformer_mm.prediction import sources_of
-from crossformer_mm.prediction.output import Video, mp4_fps
-from crossformer_mm.without_torch.files import find_files
+from crossformer_mm.engine import mixed_precision
 
 from ..helpers import (
     CLASSES,
     DEMO_DETECTOR,
     DEMO_SEGMENTOR,
     ROOT,
+    needs_bfloat16,
     random_model,
     read_json,
     refusals,
 )
-from ..trainings import ONE_STAGE, make_data, write_config
 
 # For speed: a hundred labels take a second to draw.
 UNDRAWN = ('--score-thr', 1)
-
-
-@pytest.fixture(scope='module')
-def shapes(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=1, val=5, size=96)
 
 
 class TestDetector:
@@ -181,6 +174,7 @@ class TestDetector:
             '000000000002.jpg',
         ]
 
+    @needs_bfloat16
     def test_batches_and_bfloat16(self, output_of, shapes, random_detector, tmp_path):
         photos = tmp_path / 'photos'
         photos.mkdir()
@@ -253,33 +247,6 @@ class TestSegmentor:
             seen |= set(np.unique(labels))
         assert len(seen) > 2
 
-    @pytest.mark.parametrize('options', [(), ('--bf16', '--batch-size', 2)])
-    def test_a_video_gives_a_video(self, output_of, shapes, random_segmentor, tmp_path, options):
-        writer = cv2.VideoWriter(
-            str(tmp_path / 'clip.avi'), cv2.VideoWriter_fourcc(*'MJPG'), 5, (96, 96)
-        )
-        for i in range(1, 4):
-            writer.write(cv2.imread(str(shapes / f'ade/images/validation/{i:012d}.jpg')))
-        writer.release()
-        output_of(
-            'predict.py',
-            f'{DEMO_SEGMENTOR} {random_segmentor} {tmp_path}/clip.avi --out {tmp_path}',
-            *options,
-        )
-        index = read_json(tmp_path / 'images.json')
-        assert [i['file_name'] for i in index['images']] == [f'clip.avi#{i}' for i in (1, 2, 3)]
-        maps = [
-            cv2.imread(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED)
-            for i in index['images']
-        ]
-        assert maps[0].shape == (96, 96) and not (maps[0] == maps[1]).all()
-        drawn = cv2.VideoCapture(str(tmp_path / 'pictures' / 'clip.mp4'))
-        assert drawn.get(cv2.CAP_PROP_FPS) == 5
-        frames = [drawn.read() for _ in range(4)]
-        assert [whole for whole, _ in frames] == [True, True, True, False]
-        assert frames[0][1].shape == (96, 96, 3)
-        assert not list(tmp_path.rglob('.*'))
-
 
 @pytest.mark.parametrize(
     'meta',
@@ -323,6 +290,12 @@ def test_what_cannot_work_is_said_in_one_sentence(
     arguments = arguments.replace('IMAGE', f'{shapes}/coco/val2017/000000000001.png')
     assert said in refusal_of('predict.py', config, checkpoint, arguments)
     assert not (ROOT / 'predictions').exists()  # nothing is left of a refusal
+
+
+def test_bfloat16_is_refused_where_it_is_slow(refusal_of, random_detector, shapes, monkeypatch):
+    monkeypatch.setattr(mixed_precision, 'multiplies_bfloat16', lambda: False)
+    command = f'{DEMO_DETECTOR} {random_detector} {shapes} --device cpu --bf16'
+    assert refusal_of('predict.py', command).startswith('--bf16: this processor has no')
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(refusal_of, shapes, random_detector):
@@ -370,135 +343,6 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
     assert 'Traceback' in said and 'cut short' not in said
 
 
-def write_video(path: Path, fps: float, frames: list) -> Path:
-    size = frames[0].shape[1::-1]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), fps, size)
-    for frame in frames:
-        writer.write(frame)
-    writer.release()
-    return path
-
-
-@pytest.fixture(scope='module')
-def quick(tmp_path_factory, shapes):
-    """Config and checkpoint of what predicts fastest, for images of some channels."""
-    folder, made = tmp_path_factory.mktemp('quick'), {}
-
-    def get(channels: int = 3) -> tuple:
-        if channels not in made:
-            kind = {1: 'grayscale', 3: 'color', 4: 'unchanged'}[channels]
-            values = 3 if channels == 3 else 1  # MMEngine takes no other number
-            config = write_config(ONE_STAGE, folder / f'{channels}.py', shapes)
-            config.write_text(
-                config.read_text()
-                + f"""
-model['backbone'].update(in_channels={channels})
-model['data_preprocessor'] = dict(
-    _delete_=True, type='DetDataPreprocessor', mean=[127.5] * {values}, std=[60.] * {values},
-    pad_size_divisor=32)
-test_pipeline[0].update(color_type={kind!r})
-test_pipeline[1].update(keep_ratio=False)
-"""
-            )
-            weights = folder / f'{channels}.pth'
-            made[channels] = config, random_model(config, weights, dict(CLASSES=CLASSES))
-        return made[channels]
-
-    return get
-
-
-@pytest.mark.parametrize('channels', [1, 4])
-def test_images_of_other_channels_are_drawn_as_they_are(
-    output_of, shapes, quick, tmp_path, channels
-):
-    """And those that have not as many as the model takes are skipped, others are kept."""
-    colour = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
-    colour[:, : colour.shape[1] // 2] //= 2  # unlike its mirror image
-    image = {1: colour[..., 1], 4: np.dstack([colour, colour[..., 0]])}[channels]
-    photos, out = tmp_path / 'photos', tmp_path / 'out'
-    photos.mkdir()
-    cv2.imwrite(str(photos / 'b.png'), image)
-    wrong = ['a.png', 'c.avi'] if channels == 4 else []
-    if wrong:
-        cv2.imwrite(str(photos / 'a.png'), colour)
-    write_video(photos / 'c.avi', 5, [colour] * 2)
-    expect = int(bool(wrong))
-    output_of('predict.py', *quick(channels), photos, '--out', out, *UNDRAWN, expect=expect)
-    index = read_json(out / 'images.json')
-    assert [one['file_name'] for one in index['skipped']] == wrong
-    assert all(f'the model takes {channels}' in one['reason'] for one in index['skipped'])
-    names = [one['file_name'] for one in index['images']]
-    assert names == ['b.png'] + ['c.avi#1', 'c.avi#2'] * (not wrong)
-    assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == {
-        one['id'] for one in index['images']
-    }
-    shown = colour if channels == 4 else np.stack([image] * 3, axis=-1)
-    drawn = cv2.imread(str(out / 'pictures/b.jpg'))
-    # JPEG of noise: OpenCV's releases differ in how they sample colours.
-    error, mirrored = (
-        np.abs(drawn.astype(int) - other).mean() for other in (shown, shown[:, ::-1])
-    )
-    assert error < 13 and mirrored > 2 * error
-
-
-def test_videos_of_any_rate_and_size_cost_no_results(output_of, shapes, quick, tmp_path):
-    """A rate that MP4 takes rounded, too many pixels a side for MPEG-4, and an image."""
-    photos, out = tmp_path / 'photos', tmp_path / 'out'
-    photos.mkdir()
-    image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
-    cv2.imwrite(str(photos / 'a.png'), image)
-    cv2.imwrite(str(photos / 'd.png'), image)
-    write_video(photos / 'b_slow.avi', 211.222, [image] * 3)
-    write_video(photos / 'c_wide.avi', 5, [cv2.resize(image, (9000, 16))] * 2)
-    said = output_of('predict.py', *quick(), photos, '--out', out, *UNDRAWN, expect=1)
-    index = read_json(out / 'images.json')
-    assert [one['file_name'] for one in index['images']] == [
-        'a.png', 'b_slow.avi#1', 'b_slow.avi#2', 'b_slow.avi#3', 'c_wide.avi#1', 'c_wide.avi#2',
-        'd.png',
-    ]  # fmt: skip
-    assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == set(range(1, 8))
-    (skipped,) = index['skipped']
-    assert 'no MP4 of 9000 x 16 pixels' in skipped['reason'] and skipped['reason'] in said
-    assert sorted(path.name for path in (out / 'pictures').iterdir()) == [
-        'a.jpg', 'b_slow.mp4', 'd.jpg',
-    ]  # fmt: skip
-    drawn = cv2.VideoCapture(str(out / 'pictures/b_slow.mp4'))
-    assert drawn.get(cv2.CAP_PROP_FPS) == 211.22 and drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
-
-
-@pytest.mark.parametrize(
-    'fps', [0, -1, float('nan'), float('inf'), 1e-5, 0.04, 29.97, 211.222, 655.354, 6553.55, 9e4]
-)
-def test_rates_are_those_that_mp4_can_hold(tmp_path, fps):
-    rate, file = mp4_fps(fps), tmp_path / 'x.mp4'
-    video = Video(file, rate, (32, 16))
-    video.add(np.zeros((16, 32, 3), np.uint8))
-    video.add(np.zeros((8, 8, 3), np.uint8))  # of a video that changes its size
-    video.finish(keep=True)
-    written = cv2.VideoCapture(str(file))
-    assert written.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, rel=1e-6)
-    assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 2
-    if 0.01 < fps < 65535:
-        assert rate == pytest.approx(fps, rel=2e-4)
-
-
-def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(output_of, shapes, quick, tmp_path):
-    """A picture where a folder is, and one of more pixels a side than JPEG has."""
-    photos, out = tmp_path / 'photos', tmp_path / 'out'
-    photos.mkdir()
-    image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
-    for name in 'ab':
-        cv2.imwrite(str(photos / f'{name}.png'), image)
-    cv2.imwrite(str(photos / 'c.png'), cv2.resize(image, (66000, 1)))
-    (out / 'pictures/a.jpg').mkdir(parents=True)
-    output_of('predict.py', *quick(), photos, '--out', out, *UNDRAWN, expect=1)
-    index = read_json(out / 'images.json')
-    assert [one['file_name'] for one in index['images']] == ['a.png', 'b.png', 'c.png']
-    assert [one['file_name'] for one in index['skipped']] == ['a.png', 'c.png']
-    assert 2 in {one['image_id'] for one in read_json(out / 'results.bbox.json')}
-    assert (out / 'pictures/b.jpg').is_file()
-
-
 @pytest.mark.parametrize('error', [torch.cuda.OutOfMemoryError('full'), RuntimeError('a fault')])
 def test_an_error_of_the_model_keeps_what_was_predicted_before(
     output_of, shapes, quick, tmp_path, monkeypatch, error
@@ -527,42 +371,3 @@ def test_an_error_of_the_model_keeps_what_was_predicted_before(
     assert said.splitlines()[-1] == (last if full else 'RuntimeError: a fault')
     assert len(read_json(tmp_path / 'images.json')['images']) == 2
     assert {one['image_id'] for one in read_json(tmp_path / 'results.bbox.json')} == {1, 2}
-
-
-def test_images_of_one_name_in_several_folders_keep_their_own(output_of, shapes, quick, tmp_path):
-    """With the ids of annotations, and beside a video whose frames would have the same names."""
-    known = []
-    for number in (1, 2):
-        image = cv2.imread(str(shapes / f'coco/val2017/00000000000{number}.png'))
-        (tmp_path / f'photos/cam{number}').mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / f'photos/cam{number}/frame.png'), image)
-        known.append(dict(id=70 + number, file_name=f'cam{number}/frame.png'))
-    categories = [dict(id=number, name=name) for number, name in enumerate(CLASSES, start=1)]
-    annotations = tmp_path / 'known.json'
-    annotations.write_text(json.dumps(dict(images=known, categories=categories)))
-    out = tmp_path / 'out'
-    options = ['--out', out, *UNDRAWN, '--ann-file', annotations]
-    output_of('predict.py', *quick(), tmp_path / 'photos', *options)
-    assert [one['id'] for one in read_json(out / 'images.json')['images']] == [71, 72]
-    pictures = sorted(path.relative_to(out) for path in (out / 'pictures').rglob('*.jpg'))
-    assert pictures == [Path(f'pictures/cam{number}/frame.jpg') for number in (1, 2)]
-    known[0]['file_name'] = 'frame.png'
-    annotations.write_text(json.dumps(dict(images=known[:1], categories=categories)))
-    said = output_of('predict.py', *quick(), tmp_path / 'photos', *options, expect=2)
-    assert "'cam1/frame.png' and 'cam2/frame.png' are one image in it" in said
-
-    (tmp_path / 'photos/clip').mkdir()
-    (tmp_path / 'photos/clip/000001.png').write_bytes(b'')
-    write_video(tmp_path / 'photos/clip.avi', 5, [image])
-    files = find_files([str(tmp_path / 'photos')], out, videos=True)
-    stems = {source.name: source.stem for source in sources_of(files, out)}
-    assert stems['clip.avi'] == 'clip.avi' and stems['clip/000001.png'] == 'clip/000001'
-
-
-def test_no_input_is_overwritten(refusal_of, shapes, random_detector, tmp_path):
-    (tmp_path / 'pictures').mkdir()
-    photo = tmp_path / 'pictures' / 'photo.jpg'
-    cv2.imwrite(str(photo), np.zeros((9, 9, 3), np.uint8))
-    assert 'would replace it' in refusal_of(
-        'predict.py', f'{DEMO_DETECTOR} {random_detector} {photo} --out {tmp_path}'
-    )

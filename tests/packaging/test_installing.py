@@ -1,8 +1,7 @@
-"""The wheel carries configs, tools and metafiles, where OpenMMLab's packages look for them."""
+"""Installing replaces no package of a user, and every way that the pages show installs this one."""
 
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -19,147 +19,19 @@ import pytest
 
 from crossformer_mm import __version__
 
-from .helpers import ROOT, blocks
+from ..helpers import ROOT, blocks
+from .builds import PIP, build_wheel, copy_of_the_project
 
-PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--no-cache-dir']
 LIST = ('list', '--format', 'json')
-
-# What a user does who has installed the wheel and is nowhere near a checkout.
-PROGRAM = '''
-from pathlib import Path
-import sys
-import torch
-import crossformer_mm
-from mmengine.config import Config
-from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
-
-here = Path(sys.argv[1])
-assert here in Path(crossformer_mm.__file__).parents, crossformer_mm.__file__
-cfg = get_config('crossformer_mm::mask_rcnn/cf_s_1x.py')
-assert here in Path(cfg.filename).parents, cfg.filename
-init_default_scope(cfg.default_scope)
-with torch.device('meta'):
-    model = MODELS.build(cfg.model)
-assert type(model.backbone) is crossformer_mm.CrossFormer
-Path('mine.py').write_text("_base_ = 'crossformer_mm::upernet/cf_s_160k.py'")
-assert Config.fromfile('mine.py').model.decode_head.type == 'UPerHead'
-print('whole')
-'''
-
-NO_KERNEL = '''
-from pathlib import Path
-import sys
-import torch
-import crossformer_mm
-
-assert Path(sys.argv[1]) in Path(crossformer_mm.__file__).parents, crossformer_mm.__file__
-image = torch.rand(1, 3, 64, 64)
-with torch.autocast('cpu', torch.bfloat16):
-    crossformer_mm.CrossFormer('s')(image)
-    try:
-        crossformer_mm.CrossFormer('s', attention_path='native')(image)
-    except ValueError as error:
-        assert 'was not compiled when crossformer_mm was installed' in str(error), error
-        print('whole')
-'''
-
-# And what docs/custom_projects.md shows, on the demo's models with random weights.
-INFERENCERS = '''
-import cv2
-import numpy as np
-import torch
-from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
-import crossformer_mm
-
-cv2.imwrite('photo.jpg', np.random.default_rng(0).integers(256, size=(70, 90, 3)))
-for name, file in ('mask_rcnn', 'detector.pth'), ('upernet', 'segmentor.pth'):
-    cfg = get_config(f'crossformer_mm::demo/{name}_shapes.py')
-    init_default_scope(cfg.default_scope)
-    meta = dict(dataset_meta=dict(cfg.test_dataloader.dataset.metainfo))
-    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta=meta), file)
-'''
-CHECKS = '''
-assert len(found['labels']) == len(found['scores']) == len(found['masks']) > 0
-assert labels.shape == (70, 90) and labels.max() < 5
-
-class Marker:
-    def __reduce__(self):
-        return (open, ('marker', 'w'))
-
-torch.save(dict(state_dict={}, extra=Marker()), 'detector.pth')
-try:
-    DetInferencer(get_config('crossformer_mm::demo/mask_rcnn_shapes.py'), weights='detector.pth')
-except ValueError as error:
-    assert 'was not run' in str(error), error
-    print('refused')
-'''
-
-
-def copy_of_the_project(folder: Path) -> Path:
-    """The files of a checkout, for a build leaves folders behind; links become files."""
-    ignored = shutil.ignore_patterns('.mim', '*.so', '__pycache__')
-    folder.mkdir()
-    for name in (ROOT / 'MANIFEST.in').read_text().split():
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, folder)
-    for name in ('pyproject.toml', 'setup.py'):
-        shutil.copy(ROOT / name, folder)
-    for name in 'crossformer_mm configs tools tests requirements docs benchmarks'.split():
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    return folder
-
-
-def build_wheel(folder: Path, **environment) -> Path:
-    options = '--quiet --no-deps --no-build-isolation --wheel-dir'.split()
-    source = copy_of_the_project(folder / 'source')
-    environment = {**os.environ, **environment}
-    subprocess.run([*PIP, 'wheel', *options, folder, source], check=True, env=environment)
-    (wheel,) = folder.glob('crossformer_mm-*.whl')
-    return wheel
-
-
-def install(wheel: Path, folder: Path) -> Path:
-    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', folder, wheel], check=True)
-    return folder
 
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp('wheel'))
+    """Without the kernel, which takes long to compile."""
+    return build_wheel(tmp_path_factory.mktemp('wheel'), CROSSFORMER_MM_NO_EXTENSION='1')
 
 
-def test_wheel_has_every_config_and_tool(wheel):
-    inside = {
-        name.split('.mim/')[1] for name in zipfile.ZipFile(wheel).namelist() if '/.mim/' in name
-    }
-    there = {
-        path.relative_to(ROOT).as_posix()
-        for pattern in 'configs/**/*.py configs/**/*.yml tools/*.py tools/*.sh *-index.yml'.split()
-        for path in ROOT.glob(pattern)
-    }
-    assert inside == there
-
-
-@pytest.mark.skipif(
-    platform.system() != 'Linux' or platform.machine() != 'x86_64',
-    reason='the kernel is for x86-64, and compiled with options of GCC and Clang',
-)
-def test_wheel_has_the_kernel_for_every_python(wheel):
-    assert '-cp39-abi3-linux_x86_64' in wheel.name
-    assert 'crossformer_mm/kernels/_native.abi3.so' in zipfile.ZipFile(wheel).namelist()
-
-
-def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
-    wheel = build_wheel(tmp_path, CC='false', CXX='false')
-    assert not any('_native' in name for name in zipfile.ZipFile(wheel).namelist())
-    done = run_installed(install(wheel, tmp_path / 'site'), tmp_path, NO_KERNEL)
-    assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
-
-
-def test_wheel_without_the_kernel_is_for_every_machine(tmp_path):
-    wheel = build_wheel(tmp_path, CROSSFORMER_MM_NO_EXTENSION='1')
+def test_wheel_without_the_kernel_is_for_every_machine(wheel):
     assert wheel.name.endswith('-py3-none-any.whl')
 
 
@@ -199,10 +71,14 @@ def test_sdist_is_complete_and_has_no_links(sdist):
     assert not any('.mim' in name or name.endswith('.so') for name in inside)
 
 
-def test_metadata_lets_pip_replace_nothing(wheel):
+def metadata_of(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-        metadata = Parser().parsestr(archive.read(name).decode())
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_metadata_lets_pip_replace_nothing(wheel):
+    metadata = metadata_of(wheel)
     assert metadata['Version'] == __version__
     assert metadata['Requires-Python'] == '>=3.9'
     required = metadata.get_all('Requires-Dist')
@@ -278,7 +154,7 @@ def stubs(tmp_path_factory) -> Dict[str, Path]:
     return folders
 
 
-@pytest.fixture(scope='module', params=FAMILIES)
+@pytest.fixture(scope='module')
 def users_environment(request, stubs, tmp_path_factory):
     """Packages of a user of a family, and a pip for them: ``family, pip``."""
     folder = tmp_path_factory.mktemp(request.param) / 'venv'
@@ -317,16 +193,17 @@ def users_environment(request, stubs, tmp_path_factory):
     return request.param, pip
 
 
-# Every kind of archive, with the extra and without, in every family; not every triple of them.
+# Every kind of archive, with an extra and without; the extra of every family.
 @pytest.mark.parametrize(
-    'kind, extra',
+    'users_environment, kind, extra',
     [
-        ('wheel', ''),
-        ('wheel', '[family]'),
-        ('wheel', '[timm]'),
-        ('sdist', '[family]'),
-        ('editable', ''),
+        ('onedl', 'wheel', '[family]'),
+        ('openmmlab', 'wheel', ''),
+        ('openmmlab', 'wheel', '[timm]'),
+        ('openmmlab', 'sdist', '[family]'),
+        ('openmmlab', 'editable', ''),
     ],
+    indirect=['users_environment'],
 )
 def test_pip_replaces_nothing(users_environment, kind, extra, stubs, wheel, sdist, tmp_path):
     family, pip = users_environment
@@ -344,78 +221,6 @@ def test_pip_replaces_nothing(users_environment, kind, extra, stubs, wheel, sdis
     assert there.pop('crossformer-mm') == __version__
     assert {name: there[name] for name in (*OLD, *FAMILIES[family])} == {**OLD, **FAMILIES[family]}
     pip('uninstall', '--yes', 'crossformer-mm')
-
-
-def test_editable_install_needs_no_links(tmp_path):
-    """On Windows they are for developers alone."""
-    (tmp_path / 'sitecustomize.py').write_text(
-        'import os\ndef refuse(*args, **kwargs):\n    raise OSError("no privilege")\n'
-        'os.symlink = refuse\n'
-    )
-    source = copy_of_the_project(tmp_path / 'source')
-    subprocess.run(
-        [
-            *PIP,
-            'install',
-            '--quiet',
-            '--no-deps',
-            '--no-build-isolation',
-            '--target',
-            tmp_path / 'site',
-            '--editable',
-            source,
-        ],
-        check=True,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path), 'CROSSFORMER_MM_NO_EXTENSION': '1'},
-    )
-    folder = source / 'crossformer_mm' / '.mim'
-    assert sorted(path.name for path in folder.iterdir()) == ['configs', 'model-index.yml', 'tools']
-    assert not any(path.is_symlink() for path in folder.rglob('*'))
-    assert (folder / 'configs/mask_rcnn/cf_s_1x.py').is_file()
-
-
-@pytest.fixture(scope='module')
-def installed(wheel, tmp_path_factory) -> Path:
-    return install(wheel, tmp_path_factory.mktemp('site'))
-
-
-def run_installed(installed: Path, folder: Path, program: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, 'PYTHONPATH': str(installed), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(
-        [sys.executable, '-c', program, installed],
-        cwd=folder,
-        env=env,
-        text=True,
-        capture_output=True,
-    )
-
-
-def test_config_of_the_installed_wheel_is_found_by_name(installed, tmp_path):
-    done = run_installed(installed, tmp_path, PROGRAM)
-    assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
-
-
-def test_inferencers_take_configs_and_weights(installed, tmp_path):
-    shown = [
-        block
-        for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
-        if 'Inferencer' in block
-    ]
-    assert len(shown) == 2
-    program = '\n'.join([INFERENCERS, *shown, CHECKS])
-    for full, small in (
-        ('mask_rcnn/cf_s_1x', 'demo/mask_rcnn_shapes'),
-        ('upernet/cf_s_160k', 'demo/upernet_shapes'),
-    ):
-        program = program.replace(full, small)
-    done = run_installed(installed, tmp_path, program)
-    assert done.stdout.strip().endswith('refused'), done.stdout + done.stderr[-3000:]
-    assert not (tmp_path / 'marker').exists()
-    written = {
-        path.relative_to(tmp_path / 'predictions').as_posix()
-        for path in (tmp_path / 'predictions').rglob('*.*')
-    }
-    assert written == {'vis/photo.jpg', 'pred/00000000_pred.png'}
 
 
 # What the pages tell a reader to type for this package: in a checkout, or with the file of one.
@@ -463,7 +268,7 @@ def test_install_lines_of_the_pages_work_in_a_checkout(checkout, command):
 WAYS = [
     way.splitlines()
     for block in blocks(ROOT / 'README.md', 'shell')
-    for way in block.split('\n\n')
+    for way in re.split(r'\n(?=# )', block)
     if way.startswith('# 1. into an existing') or re.match(r'# [234]\. .*(new env|backbone)', way)
 ]
 
@@ -515,12 +320,9 @@ def test_each_way_of_the_readme_installs_the_package(way, checkout, index):
 
 def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):
     """pip says nothing of an extra that is not there where it looks for no requirements."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-        texts = [archive.read(name).decode()]
     with tarfile.open(sdist) as archive:
         name = f'{sdist.name[: -len(".tar.gz")]}/PKG-INFO'
-        texts.append(archive.extractfile(name).read().decode())
+        info = Parser().parsestr(archive.extractfile(name).read().decode())
     named = {
         extra
         for _, command in INSTALLED
@@ -528,8 +330,8 @@ def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):
         for extra in extras.split(',')
     }
     assert {'openmmlab', 'export'} <= named
-    for text in texts:
-        assert named <= set(Parser().parsestr(text).get_all('Provides-Extra'))
+    for metadata in (metadata_of(wheel), info):
+        assert named <= set(metadata.get_all('Provides-Extra'))
 
 
 def test_no_page_installs_the_package_from_an_index():
@@ -541,10 +343,3 @@ def test_no_page_installs_the_package_from_an_index():
     assert {'README.md', 'install.md', 'installed.py'} <= {path.name for path in texts}
     for path, text in texts.items():
         assert not re.search(r"pip install[^`\n]*[ '\"]crossformer[-_]mm", text), path
-
-
-def test_an_editable_install_leads_to_the_folders_beside_the_package():
-    folder = ROOT / 'crossformer_mm' / '.mim'
-    assert {path.name: path.resolve() for path in folder.iterdir()} == {
-        name: ROOT.resolve() / name for name in ('configs', 'tools', 'model-index.yml')
-    }

@@ -1,5 +1,6 @@
 """README.md and the tables of docs/ are true, and the Chinese pages give the same facts."""
 
+import copy
 import inspect
 import io
 import json
@@ -66,24 +67,6 @@ def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
         (3, 3),
         (2, 2),
     ]
-
-
-def test_plain_pytorch_snippet_gives_the_shapes_it_names():
-    (snippet,) = [block for block in blocks('python') if 'import torch' in block]
-    names = {}
-    exec(snippet, names)
-    said = re.findall(r'\((\d+), (\d+), (\d+), (\d+)\)', snippet.split('#')[1])
-    assert [tuple(feature.shape) for feature in names['features']] == [
-        tuple(map(int, shape)) for shape in said
-    ]
-
-
-def test_timm_snippet_gives_features():
-    pytest.importorskip('timm', reason='timm is not installed')
-    (snippet,) = [block for block in blocks('python') if 'import timm' in block]
-    names = dict(images=torch.rand(1, 3, 65, 97))
-    exec(snippet, names)
-    assert [feature.shape[1] for feature in names['features']] == [96, 192, 384, 768]
 
 
 def test_constructor_table_has_every_option_with_its_default():
@@ -196,11 +179,9 @@ def test_comparison_gives_what_was_measured(measured):
     for model, place in (('crossformer_s', 0), ('resnet_50', 3)):
         cells = [
             measured[processor, '800x1216', 'infer', model]
-            for processor in ('amd-zen3', 'intel-amx')
+            for processor in ('amd-zen4', 'amd-zen4-avx2')
         ]
-        assert times[place] == ', '.join(
-            f"{row['time / Swin-T']} ({row['range']})" for row in cells
-        )
+        assert times[place] == ', '.join(row['time / Swin-T'] for row in cells)
 
     ours, plus = (
         [PUBLISHED['models'][f'mask_rcnn/{name}_1x']['results'][f'{kind} AP'] for kind in KINDS]
@@ -226,23 +207,24 @@ def test_the_page_on_speed_gives_what_was_measured(measured):
         'ResNet-50': 'resnet_50',
     }
     tables = (DOCS / 'speed.md').read_text(encoding='utf-8').split('| | inference |')[1:]
-    for processor, table in zip(('amd-zen3', 'intel-amx'), tables, strict=True):
+    for processor, table in zip(('amd-zen4', 'amd-zen4-avx2'), tables, strict=True):
         lines = table.split('\n\n')[0].splitlines()[2:]
-        assert len(lines) == len(models)
+        known = [m for m in models.values() if (processor, '800x1216', 'train', m) in measured]
+        assert len(lines) == len(known) >= 4
         for line in lines:
             name, *said = [cell.strip() for cell in line.split('|')[1:-1]]
             expected = []
             for mode in ('infer', 'train'):
                 row = measured.get((processor, '800x1216', mode, models[name]))
-                ratio = row and f"{row['time / Swin-T']} ({row['range']})"
-                ratio = '1' if name == 'Swin-T' else ratio
-                expected += [f"{float(row['median'][:-2]):.2f} s", ratio] if row else ['', '']
-            expected += [row['peak memory'], '1' if name == 'Swin-T' else row['memory / Swin-T']]
+                ratio = '1' if name == 'Swin-T' else row and row['time / Swin-T']
+                expected += [f"{float(row['time'].split()[0]):.2f} s", ratio] if row else ['', '']
+            memory = row['memory / Swin-T'].split()[0]
+            expected += [row['peak memory'], '1' if name == 'Swin-T' else memory]
             assert said == expected
 
 
 def test_the_page_on_deployment_gives_what_was_measured():
-    table = (ROOT / 'benchmarks/deployment/amd-zen3/table.md').read_text(encoding='utf-8')
+    table = (ROOT / 'benchmarks/deployment/amd-zen4/table.md').read_text(encoding='utf-8')
     measured = [
         [cell.strip(' *') for cell in line.split('|')[1:-1]]
         for line in table.splitlines()
@@ -259,9 +241,15 @@ def test_preprocessing_is_that_of_the_configs():
     mean, deviation = (
         [float(cell) for cell in row[1:]] for row in rows('channel | R', DOCS / 'backbone.md')
     )
+    text, names = (DOCS / 'backbone.md').read_text('utf-8'), {}
+    exec(re.search(r'```python\n(model = .*?)```', text, re.DOTALL)[1], names)
     for config in ('mask_rcnn/cf_s_1x', 'retinanet/cf_s_1x', 'upernet/cf_s_160k'):
-        used = Config.fromfile(ROOT / f'configs/{config}.py').model.data_preprocessor
+        cfg = Config.fromfile(ROOT / f'configs/{config}.py')
+        used = cfg.model.data_preprocessor
         assert used.bgr_to_rgb and (used.mean, used.std) == (mean, deviation)
+        kept = copy.deepcopy(used)
+        cfg.merge_from_dict(dict(model=names['model']))  # the page's snippet changes nothing
+        assert cfg.model.data_preprocessor == kept
 
 
 def test_plain_pytorch_of_the_page_on_the_backbone_runs(tmp_path, monkeypatch):
@@ -405,5 +393,4 @@ def test_a_fact_that_is_changed_in_one_language_is_noticed(old, new, tmp_path):
 
 def test_each_language_leads_to_the_other():
     english, chinese = (page.read_text(encoding='utf-8') for page in TRANSLATED[0])
-    assert 'English | [简体中文](README_zh-CN.md)' in english.splitlines()
-    assert '[English](README.md) | 简体中文' in chinese.splitlines()
+    assert '(README_zh-CN.md)' in english and '(README.md)' in chinese

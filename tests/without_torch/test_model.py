@@ -1,0 +1,214 @@
+"""A model of an exported file: what it takes and returns, in threads, in copies, behind HTTP."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+from crossformer_mm.without_torch.files import find_files
+from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
+from crossformer_mm.without_torch.predict import predict_files
+
+from ..helpers import ROOT
+from .exported import answers_differ, copy_to_server
+
+
+@pytest.mark.parametrize('provider', ['cpu', 'openvino'])
+def test_each_thread_gets_the_answer_of_its_image(exported, photos, provider):
+    if provider == 'openvino':
+        pytest.importorskip('openvino')
+    model = Model(exported('mask_rcnn').file, provider, 1)
+    images = [cv2.imread(str(photos / f'{name}.png')) for name in 'abef']
+    alone = [model(image) for image in images]
+    assert all(answers_differ(alone[0], other) for other in alone[1:])
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(model, images * 4))
+    for wanted, found in zip(alone * 4, together):
+        assert not answers_differ(wanted, found)
+
+
+def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
+    """With a stand-in: a request returns what it holds when the last of four threads has come."""
+    all_there = threading.Barrier(4)
+
+    class Request:
+        def infer(self, given):
+            self.held = given['image']
+            all_there.wait(20)
+            return [self.held]
+
+    class Compiled:
+        inputs = outputs = [
+            SimpleNamespace(any_name='image', element_type=SimpleNamespace(to_string=str))
+        ]
+        shared = Request()
+        create_infer_request = Request
+
+        def __call__(self, given):
+            return self.shared.infer(given)
+
+    core = SimpleNamespace(
+        read_model=lambda file: SimpleNamespace(get_rt_info=lambda key: SimpleNamespace(value={})),
+        compile_model=lambda *arguments: Compiled(),
+    )
+    monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=lambda: core))
+    _, _, compute, _ = start_openvino('model.onnx', 1)
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(lambda number: compute(dict(image=np.array(number))), range(4))
+    assert [int(answer[0]) for answer in answers] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    'image, found',
+    [
+        (None, 'None, which cv2.imread returns for a file that it cannot read'),
+        (np.zeros((9, 8), np.uint8), 'uint8 (9, 8)'),
+        (np.zeros((9, 8, 1), np.uint8), 'uint8 (9, 8, 1)'),
+        (np.zeros((9, 8, 4), np.uint8), 'uint8 (9, 8, 4)'),
+        (np.zeros((3, 9, 8), np.uint8), 'uint8 (3, 9, 8)'),
+        (np.zeros((1, 9, 8, 3), np.uint8), 'uint8 (1, 9, 8, 3)'),
+        (np.zeros((0, 8, 3), np.uint8), 'uint8 (0, 8, 3)'),
+        (np.zeros((9, 8, 3), np.uint16), 'uint16 (9, 8, 3)'),
+        (np.zeros((9, 8, 3), np.float32), 'float32 (9, 8, 3)'),
+        (np.zeros((9, 8, 3), np.int64), 'int64 (9, 8, 3)'),
+        (np.zeros((9, 8, 3), np.uint8).tolist(), 'a list'),
+        ('photo.jpg', 'a str'),
+    ],
+    ids=str,
+)
+def test_a_model_takes_colour_images_of_8_bits_only(exported, image, found):
+    model = Model(exported('mask_rcnn').file)
+    with pytest.raises(ModelError) as raised:
+        model(image)
+    said = str(raised.value)
+    assert said.startswith('image: it must be an array of uint8 (height, width, 3)')
+    assert said.endswith(f'{found}.') and '\n' not in said
+
+
+def test_a_model_takes_views_and_arrays_that_are_read_only(exported, photos):
+    model = Model(exported('mask_rcnn').file)
+    image = cv2.imread(str(photos / 'a.png'))
+    wanted = model(image)
+    view = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    image.setflags(write=False)
+    for given in (image, view):
+        assert not answers_differ(wanted, model(given))
+
+
+def test_an_error_keeps_what_was_predicted_before(exported, photos, tmp_path, monkeypatch):
+    predict, calls = Model.__call__, []
+
+    def fail_at_third(model, image):
+        calls.append(image)
+        if len(calls) == 3:
+            raise RuntimeError('a fault of the runtime')
+        return predict(model, image)
+
+    model = Model(exported('mask_rcnn').file)
+    monkeypatch.setattr(Model, '__call__', fail_at_third)
+    with pytest.raises(RuntimeError, match='a fault of the runtime'):
+        predict_files(model, find_files([str(photos)], tmp_path), tmp_path, None, 0.3)
+    listed = json.loads((tmp_path / 'images.json').read_text())
+    assert [one['file_name'] for one in listed['images']] == ['a.png', 'b.png']
+    assert json.loads((tmp_path / 'results.bbox.json').read_text())
+
+
+def test_an_image_without_objects_has_no_boxes(exported):
+    model = Model(exported('mask_rcnn').file)
+    run_before = model.run
+
+    def of_no_size(given):  # no anchor reaches into an image of one pixel far enough
+        return run_before(dict(image=np.zeros((1, 3, 1, 1), np.uint8)))
+
+    model.run = of_no_size
+    found = model(np.zeros((1, 1, 3), np.uint8))
+    assert {name: len(values) for name, values in found.items()}.keys() >= {'boxes', 'masks'}
+    assert found['masks'].shape[1:] == (1, 1)
+
+
+def test_a_copy_runs_without_the_repository_and_imports_nothing_of_pytorch(
+    exported, photos, tmp_path
+):
+    copy_to_server(tmp_path, 'tools/run_onnx.py')
+    (tmp_path / 'a.png').write_bytes((photos / 'a.png').read_bytes())
+    command = ['run_onnx.py', str(exported('mask_rcnn').file), 'a.png']
+    alone = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ''})
+    subprocess.run([sys.executable, *command], check=True, **alone)
+    assert (tmp_path / 'predictions/pictures/a.jpg').is_file()
+    code = f"""
+import sys, cv2
+sys.path.insert(0, {str(tmp_path)!r})
+from run_onnx import Model
+found = Model({str(exported('mask_rcnn').file)!r})(cv2.imread({str(photos / 'a.png')!r}))
+print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine', 'crossformer_mm') if one in sys.modules])"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **alone)
+    assert done.stdout.strip() == "['boxes', 'labels', 'masks', 'scores'] []", done.stderr
+
+
+@pytest.mark.parametrize(
+    'tool, folder',
+    [
+        ('run_onnx.py', '.'),
+        ('tools/run_onnx.py', 'crossformer_mm'),
+        ('site-packages/crossformer_mm/.mim/tools/run_onnx.py', 'site-packages/crossformer_mm'),
+    ],
+    ids=['copied', 'in the repository', 'installed'],
+)
+def test_the_command_finds_its_modules_wherever_it_is(tmp_path, tool, folder):
+    (tmp_path / tool).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / 'tools/run_onnx.py', tmp_path / tool)
+    shutil.copytree(ROOT / 'crossformer_mm/without_torch', tmp_path / folder / 'without_torch')
+    done = subprocess.run(
+        [sys.executable, tmp_path / tool, 'none.onnx', __file__],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': ''},
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: model: file 'none.onnx' does not exist."
+
+
+def test_the_service_answers_over_http(exported, photos, tmp_path):
+    """In a process of its own, from copied files, with a real port."""
+    for package in ('fastapi', 'uvicorn', 'httpx', 'python_multipart'):
+        pytest.importorskip(package)
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    copy_to_server(tmp_path, 'examples/service.py')
+    server = subprocess.Popen(
+        [sys.executable, '-m', 'uvicorn', 'service:app', '--port', str(port)],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': '', 'MODEL': str(exported('mask_rcnn').file)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in server.stderr:
+            if 'running on' in line:
+                break
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=60) as client:
+            image = (photos / 'a.png').read_bytes()
+            found = client.post('/predict', files=dict(image=image)).json()['objects']
+            assert client.get('/about').json()['classes'] == ['a', 'b', 'c', 'd']
+            refused = client.post('/predict', files=dict(image=b'no image'))
+            assert refused.status_code == 415 and 'is no image' in refused.json()['detail']
+    finally:
+        server.kill()
+        server.communicate()
+    wanted = Model(exported('mask_rcnn').file)(cv2.imread(str(photos / 'a.png')))['scores']
+    assert len(found) == len(wanted) > 0
+    assert np.abs(np.subtract([one['score'] for one in found], wanted)).max() < 1e-5
+    assert set(found[0]) == {'label', 'score', 'box', 'area'}
