@@ -80,20 +80,33 @@ def starter(file: Path, runtime: str, model: str, threads: int):
         module = build(model)
         return lambda image: module(torch.from_numpy(image))
     if runtime == 'openvino':
-        import openvino
-
-        core = openvino.Core()
-        options = {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': threads}
-        compiled = core.compile_model(core.read_model(file), 'CPU', options)
+        compiled = compile_openvino(file, threads)
         return lambda image: compiled([image])
+    session = start_onnxruntime(file, threads)
+    return lambda image: session.run(None, dict(image=image))
+
+
+def compile_openvino(file: Path, threads: int, **options):
+    """Compile a file as it is measured; ``options`` are further properties."""
+    import openvino
+
+    core = openvino.Core()
+    options.update(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=threads)
+    return core.compile_model(core.read_model(file), 'CPU', options)
+
+
+def start_onnxruntime(file: Path, threads: int, profile: str = ''):
+    """Start a session as it is measured; ``profile``: beginning of the path of a profile."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-    return lambda image: session.run(None, dict(image=image))
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    return onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
 
 
 def work(case: dict) -> None:

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 
 from common import Worker, answer, machine, size_of
+from deployment import compile_openvino, start_onnxruntime
 
 MODELS = dict(crossformer='CrossFormer-S', swin='Swin-T')
 
@@ -41,14 +42,7 @@ def products(file: Path) -> Counter:
 
 def profile_onnxruntime(file: Path, image, threads: int, folder: Path) -> list:
     """Return (operator, node, seconds) of each node and run."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_profiling = True
-    options.profile_file_prefix = str(folder / 'profile')
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    session = start_onnxruntime(file, threads, profile=str(folder / 'profile'))
     for _ in range(3):
         session.run(None, dict(image=image))
     written = Path(session.end_profiling())
@@ -63,15 +57,8 @@ def profile_onnxruntime(file: Path, image, threads: int, folder: Path) -> list:
 
 def profile_openvino(file: Path, image, threads: int, folder: Path) -> list:
     """Return (operator, node, seconds) of each node and run."""
-    import openvino
-
-    core, found = openvino.Core(), []
-    options = {
-        'INFERENCE_PRECISION_HINT': 'f32',
-        'INFERENCE_NUM_THREADS': threads,
-        'PERF_COUNT': True,
-    }
-    request = core.compile_model(core.read_model(file), 'CPU', options).create_infer_request()
+    found = []
+    request = compile_openvino(file, threads, PERF_COUNT=True).create_infer_request()
     for _ in range(3):
         request.infer([image])
         for node in request.profiling_info:

@@ -90,8 +90,8 @@ def difference(values: List[float], others: List[float]) -> str:
 
 def markdown(head: Iterable, rows: Iterable[Iterable]) -> List[str]:
     """Return the lines of a table after an empty one; none for a table without rows."""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return ['', lines[0], '|---' * (lines[0].count(' | ') + 1) + '|', *lines[1:]] * (len(lines) > 1)
+    first, *rest = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return ['', first, '|---' * (first.count(' | ') + 1) + '|', *rest] if rest else []
 
 
 def comparison(name: str, rows: List[dict], models: Iterable[str]) -> List[str]:

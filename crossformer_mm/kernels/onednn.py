@@ -23,6 +23,11 @@ def is_float32_on_cpu(x: Tensor) -> bool:
     return x.device.type == 'cpu' and x.dtype == torch.float32 and not is_autocast_enabled('cpu')
 
 
+def is_onednn_on() -> bool:
+    """Check that PyTorch has oneDNN, and that nobody switched it off."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     """Check whether oneDNN is faster: on AVX-512 processors of other makers than Intel.
 
@@ -36,8 +41,7 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
     return (
         is_float32_on_cpu(x)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and is_onednn_on()
         and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
         and not is_intel()
         and (tokens >= few or not torch.is_grad_enabled())
@@ -95,12 +99,14 @@ def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
     For few channels and large kernels, oneDNN has vector code for AVX-512 only. With AVX2 it copies
     the pixels of all windows, hundreds of MB. Where that is more memory than it allows itself, as
     with one thread, it takes code without vectors, a hundred times as slow.
+
+    Args:
+        x (Tensor): (B, channels, H, W), float32 on the CPU, see :func:`is_float32_on_cpu`.
+        conv (nn.Conv2d): unmodified.
     """
     kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     return (
-        is_float32_on_cpu(x)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        is_onednn_on()
         and torch.backends.cpu.get_cpu_capability() == 'AVX2'
         and conv.in_channels <= 4
         and kernel >= 16

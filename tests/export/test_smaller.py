@@ -39,7 +39,7 @@ def test_a_file_of_one_size_in_int8(output_of, refusal_of, tmp_path):
 
 
 def test_what_weights_of_fewer_bits_cost_is_said_by_the_libraries_metrics(tmp_path):
-    """Here with what was annotated in place of what a model finds, or with half of it."""
+    """The annotations, or half of them, stand in for a model's predictions."""
     from crossformer_mm.export.smaller import metric_of
 
     make_data(tmp_path, train=1, val=3, size=64)

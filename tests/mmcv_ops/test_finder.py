@@ -1,4 +1,4 @@
-"""How mmcv without compiled operators gets those of ``mmcv_ops``."""
+"""The import finder gives an mmcv without compiled operators those of ``mmcv_ops``."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def test_mmcv_finds_operators_once_the_package_is_imported():
 
 
 def test_a_compiled_module_wins_and_a_broken_one_raises_its_own_error(tmp_path):
-    """Here one in Python, and a file that is no library."""
+    """Two stand in for one: a module in Python, and a file that is no library."""
     program = f'import crossformer_mm, mmcv; mmcv.__path__.insert(0, {str(tmp_path)!r})'
     (tmp_path / '_ext.py').write_text('')
     said = python(program, 'import mmcv._ext; print(mmcv._ext.__file__)')

@@ -144,7 +144,7 @@ def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(output_of, shape
 
 
 def test_images_of_one_name_in_several_folders_keep_their_own(output_of, shapes, quick, tmp_path):
-    """With the ids of annotations, and beside a video whose frames would have the same names."""
+    """Also with the ids of annotations, and beside a video whose frames would have the same names."""
     known = []
     for number in (1, 2):
         image = cv2.imread(str(shapes / f'coco/val2017/00000000000{number}.png'))

@@ -37,7 +37,7 @@ def test_each_thread_gets_the_answer_of_its_image(exported, photos, provider):
 
 
 def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
-    """With a stand-in: a request returns what it holds when the last of four threads has come."""
+    """A stand-in for a request returns what it holds when the last of four threads has come."""
     all_there = threading.Barrier(4)
 
     class Request:
