@@ -65,5 +65,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', begin=0, end=epochs, convert_to_iter_based=True),
 ]
-optim_wrapper = dict(optimizer=dict(weight_decay=0.05), clip_grad=dict(max_norm=1.0))
+optim_wrapper = dict(optimizer=dict(weight_decay=0.05, fused=True), clip_grad=dict(max_norm=1.0))
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=1, max_keep_ckpts=1))
