@@ -55,17 +55,22 @@ def reference(x, weight1, bias1, weight2, bias2):
 
 
 @pytest.mark.parametrize('tokens', [1, 5, 1000])
-@pytest.mark.parametrize('chunk', [1, 200, 2**20])
+@pytest.mark.parametrize('kept, chunk', [(2**23, 1), (0, 1), (0, 200), (0, 2**20)])
 @LIBRARIES
-def test_mlp_equals_pytorchs_in_chunks_of_any_size(tokens, chunk, library, monkeypatch):
+def test_mlp_equals_pytorchs_kept_or_in_chunks_of_any_size(
+    tokens, kept, chunk, library, monkeypatch
+):
+    monkeypatch.setattr(mlps, 'KEPT', kept)
     monkeypatch.setattr(mlps, 'CHUNK', chunk)
     monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
     check(mlps.mlp, reference, *small_mlp(tokens))
 
 
+@pytest.mark.parametrize('kept', [0, 2**23])
 @LIBRARIES
-def test_gradients_of_gradients_equal_pytorchs(library, monkeypatch):
+def test_gradients_of_gradients_equal_pytorchs(library, kept, monkeypatch):
     """However they are asked for: of all leaves by backward(), or of single ones."""
+    monkeypatch.setattr(mlps, 'KEPT', kept)
     monkeypatch.setattr(mlps, 'CHUNK', 32 * 20)
     monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
 
@@ -94,19 +99,21 @@ def test_gradients_of_gradients_of_a_linear_layer_equal_pytorchs():
     )
 
 
-def test_a_large_hidden_layer_is_not_kept_for_the_backward_pass(monkeypatch):
-    x, module = torch.randn(300, 8), Mlp(8, 32)
-    for limit, kept in ((300 * 32, True), (300 * 32 - 1, False)):
-        monkeypatch.setattr(layers, 'SMALL', limit)
+def test_a_large_hidden_layer_is_kept_less_often_for_the_backward_pass(monkeypatch):
+    x, module, hidden = torch.randn(300, 8), Mlp(8, 32), 300 * 32
+    less, more = hidden - 1, hidden
+    for small, kept, times in ((more, more, 2), (less, more, 1), (less, less, 0)):
+        monkeypatch.setattr(layers, 'SMALL', small)
+        monkeypatch.setattr(mlps, 'KEPT', kept)
         saved = []
 
         def keep(tensor):
-            saved.append(tensor.shape)
+            saved.append(tensor.numel())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             module(x)
-        assert ((300, 32) in saved) == kept
+        assert saved.count(hidden) == times
 
 
 @pytest.mark.parametrize('rows, width', [(0, 5), (1, 1), (7, 2**21), (1000, 384), (60800, 384)])

@@ -1,7 +1,8 @@
-"""MLP of a block with a large hidden layer, on the CPU in float32, in chunks of rows.
+"""MLP of a block on the CPU in float32, with less of its hidden layer in memory.
 
-The hidden layer is four times as wide as the map. The C library reuses the memory of small chunks,
-but maps and unmaps that of the whole layer. The backward pass recomputes the layer.
+The hidden layer is four times as wide as the map. PyTorch's layers keep it twice for the backward
+pass, before and after GELU; here it is kept once. A large one is recomputed instead, in chunks of
+rows that stay in the cache.
 """
 
 from typing import List, Optional, Tuple
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from .onednn import onednn_linear, onednn_suits, onednn_weight_gradients
 
-# Numbers in a chunk of the hidden layer: 16 MB, by trials. glibc maps 32 MB and more anew.
-CHUNK = 2**22
-# Numbers of the largest hidden layer that is computed at once, of small images and last stages.
-SMALL = 2**23
+# Numbers in a chunk of the hidden layer: 8 MB, by trials.
+CHUNK = 2**21
+# Numbers of the largest hidden layer that is computed at once and kept.
+KEPT = 2**23
+# Numbers of the largest hidden layer that is left to PyTorch's layers, which are as fast there.
+SMALL = 2**21
 
 
 def mlp(
@@ -45,24 +48,36 @@ class ChunkedMlp(torch.autograd.Function):
         ctx.linear, ctx.weight_gradients = (
             (onednn_linear, onednn_weight_gradients) if onednn else (F.linear, weight_gradients)
         )
+        if any(ctx.needs_input_grad) and len(x) * len(weight1) <= KEPT:
+            ctx.chunks = [slice(None)]
+            hidden = ctx.linear(x, weight1, bias1)
+            ctx.save_for_backward(x, weight1, bias1, weight2, hidden)
+            return ctx.linear(F.gelu(hidden), weight2, bias2)
         ctx.chunks = chunks(len(x), len(weight1), CHUNK)
         ctx.save_for_backward(x, weight1, bias1, weight2)
         hidden = (ctx.linear(x[rows], weight1, bias1) for rows in ctx.chunks)
-        return torch.cat([ctx.linear(F.gelu(part), weight2, bias2) for part in hidden])
+        # In place, so that more of it stays in the cache.
+        return torch.cat(
+            [ctx.linear(torch.ops.aten.gelu_(part), weight2, bias2) for part in hidden]
+        )
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
-        # All operators are differentiable and act on tensors with a history, so that PyTorch can
-        # differentiate the gradient again.
-        x, weight1, bias1, weight2 = ctx.saved_tensors
-        grad_out, grads_x, sums = grad_out.contiguous(), [], [0, 0, 0, 0]
+        x, weight1, bias1, weight2, *kept = ctx.saved_tensors
+        # If PyTorch is to differentiate the gradient again, all operators act on tensors with a
+        # history, which a hidden layer that was kept has not, and none in place.
+        again = torch.is_grad_enabled()  # create_graph=True
+        grad_out, grads_x, sums = grad_out.contiguous(), [], ()
         for rows in ctx.chunks:
-            hidden = ctx.linear(x[rows], weight1, bias1)
+            hidden = kept[0] if kept and not again else ctx.linear(x[rows], weight1, bias1)
             second = ctx.weight_gradients(grad_out[rows], F.gelu(hidden), weight2)
             grad = ctx.linear(grad_out[rows], weight2.t())
-            grad = torch.ops.aten.gelu_backward(grad, hidden)
-            first = ctx.weight_gradients(grad, x[rows], weight1)
-            sums = [total + part for total, part in zip(sums, (*first, *second))]
+            if again:
+                grad = torch.ops.aten.gelu_backward(grad, hidden)
+            else:
+                torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
+            parts = (*ctx.weight_gradients(grad, x[rows], weight1), *second)
+            sums = [total + part for total, part in zip(sums, parts)] if sums else parts
             grads_x.append(ctx.linear(grad, weight1.t()))
         grads = torch.cat(grads_x), *sums, None
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
