@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.logging import MMLogger
 
 from crossformer_mm.cli import add_cfg_options, run
 from crossformer_mm.engine.config import DENSE, load_config
@@ -96,11 +95,8 @@ def main():
     device = check_options(args, cfg)
     out = Path(args.out)
     sources = sources_of(find_files(args.images, out, videos=True), out)
-    # Remarks of the libraries on losses, palettes and registries do not matter here.
+    # Remarks of the libraries on losses and palettes do not matter here.
     warnings.filterwarnings('ignore', category=UserWarning, module=r'mm(det|seg|engine|cv)\b')
-    MMLogger.get_current_instance().addFilter(
-        lambda record: not record.getMessage().startswith('Failed to search registry with scope')
-    )
     try:
         predictor = build_predictor(cfg, args.config, args.checkpoint, device)
     except (ValueError, FileNotFoundError) as error:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, FUNCTIONS, Registry
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, fit_checkpoint, read_checkpoint
@@ -53,6 +53,9 @@ def build_predictor(cfg: Config, config: str, checkpoint: str, device: torch.dev
             f"'{pipeline[0].type}'."
         )
     ensure_visualizer(cfg).vis_backends = None  # pictures are written here
+    if cfg.default_scope not in FUNCTIONS.children:
+        # MMEngine warns that it takes the collate function from its own registry.
+        Registry('function', parent=FUNCTIONS, scope=cfg.default_scope)
     inferencer = Inferencer(cfg, device=str(device), scope=cfg.default_scope)
     content = read_checkpoint(checkpoint)
     try:

@@ -33,11 +33,12 @@ UNDRAWN = ('--score-thr', 1)
 class TestDetector:
     def test_results_score_as_in_evaluation(self, output_of, shapes, random_detector, tmp_path):
         images = shapes / 'coco' / 'val2017'
-        output_of(
+        printed = output_of(
             'predict.py',
             f'{DEMO_DETECTOR} {random_detector} {images} --out {tmp_path}/first',
             *UNDRAWN,
         )
+        assert 'WARNING' not in printed
         index = read_json(tmp_path / 'first' / 'images.json')
         names = [f'{i:012d}.png' for i in range(1, 6)]
         assert [(image['id'], image['file_name']) for image in index['images']] == list(
