@@ -42,6 +42,21 @@ VARIABLE = 'CROSSFORMER_MM_INSTRUCTIONS'
 LARGEST_HEAD = 128
 
 
+class Arguments(ctypes.Structure):
+    """A call of the kernel; the same as ``Arguments`` in csrc/common.h."""
+
+    _fields_ = [
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_int64, 'dtype batch height width heads dim table_rows table_columns'),
+            (ctypes.c_int64 * 3, 'row_rule column_rule'),
+            (ctypes.c_void_p, 'qkv table out norms grad_out grad_qkv grad_table'),
+            (ctypes.c_float, 'scale'),
+        )
+        for name in names.split()
+    ]
+
+
 def find_pool() -> int:
     """Return the address of GOMP_parallel in PyTorch's OpenMP, or 0.
 
@@ -155,10 +170,7 @@ def call_kernel(
         arrays.update(grad_out=grad_out, grad_qkv=grad_qkv, grad_table=grad_table)
     # What is written to is contiguous already.
     arrays = {name: array.contiguous() for name, array in arrays.items()}
-    _native.attend(
-        instructions=instructions(),
-        pool=POOL if os.getpid() == PROCESS else 0,
-        threads=torch.get_num_threads(),
+    arguments = Arguments(
         dtype=DTYPES.index(qkv.dtype),
         batch=batch,
         height=height,
@@ -167,11 +179,13 @@ def call_kernel(
         dim=out.shape[3] // heads,
         table_rows=table.shape[1],
         table_columns=table.shape[2],
-        rows=tuple(rows),
-        columns=tuple(columns),
+        row_rule=tuple(rows),
+        column_rule=tuple(columns),
         scale=scale,
         **{name: array.data_ptr() for name, array in arrays.items()},
     )
+    pool = POOL if os.getpid() == PROCESS else 0
+    _native.attend(instructions(), pool, torch.get_num_threads(), bytes(arguments))
 
 
 attend: Callable[..., Tensor] = map_operator('native_attention', forward, backward)

@@ -1,4 +1,5 @@
 // The Python module _native. Its interface is that of kernels/native.py.
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "dispatch.h"
@@ -7,36 +8,23 @@ using namespace native;
 
 namespace {
 
-// Takes its arguments by name.
-PyObject *py_attend(PyObject *, PyObject *positional, PyObject *named) {
-  static const char *names[] = {
-      "instructions", "pool", "threads", "dtype", "qkv", "table", "out", "norms", "batch",
-      "height", "width", "heads", "dim", "table_rows", "table_columns", "rows", "columns", "scale",
-      "grad_out", "grad_qkv", "grad_table", nullptr};
-  const char *name;
-  unsigned long long pool, qkv, table, out, norms, grad_out = 0, grad_qkv = 0, grad_table = 0;
-  int threads, dtype;
-  long long batch, height, width, heads, dim, table_rows, table_columns;
-  long long row[3], column[3];
-  float scale;
-  if (!PyArg_ParseTupleAndKeywords(
-          positional, named, "sKiiKKKKLLLLLLL(LLL)(LLL)f|KKK", const_cast<char **>(names), &name,
-          &pool, &threads, &dtype, &qkv, &table, &out, &norms, &batch, &height, &width, &heads,
-          &dim, &table_rows, &table_columns, &row[0], &row[1], &row[2], &column[0], &column[1],
-          &column[2], &scale, &grad_out, &grad_qkv, &grad_table))
-    return nullptr;
+PyObject *py_attend(PyObject *, PyObject *positional) {
+  const char *name, *bytes;
+  Py_ssize_t size;
+  unsigned long long pool;
+  int threads;
+  if (!PyArg_ParseTuple(positional, "sKiy#", &name, &pool, &threads, &bytes, &size)) return nullptr;
+  Call call{};
+  if (size != sizeof(Arguments))
+    return PyErr_Format(PyExc_ValueError, "the call has %zd bytes, expected %zd", size,
+                        sizeof(Arguments));
+  std::memcpy(static_cast<Arguments *>(&call), bytes, sizeof(Arguments));
   Work *work = nullptr;
   for (const InstructionSet &set : instruction_sets())
     if (set.supported && !std::strcmp(set.name, name)) work = set.work;
   if (!work) return PyErr_Format(PyExc_ValueError, "instruction set %s is not supported", name);
   bool done;
   Py_BEGIN_ALLOW_THREADS;
-  Call call{static_cast<DType>(dtype), batch, height, width, heads, dim, table_rows, table_columns,
-            scale, reinterpret_cast<const char *>(qkv), reinterpret_cast<const float *>(table),
-            reinterpret_cast<char *>(out), reinterpret_cast<float *>(norms),
-            reinterpret_cast<const char *>(grad_out), reinterpret_cast<char *>(grad_qkv),
-            reinterpret_cast<float *>(grad_table), runs_of(height, row[0], row[1], row[2]),
-            runs_of(width, column[0], column[1], column[2])};
   done = attend(call, work, reinterpret_cast<Pool *>(pool), threads);
   Py_END_ALLOW_THREADS;
   if (!done) return PyErr_NoMemory();
@@ -54,11 +42,9 @@ PyObject *py_supported(PyObject *, PyObject *) {
 }
 
 PyMethodDef methods[] = {
-    {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_attend)),
-     METH_VARARGS | METH_KEYWORDS,
-     "attend(instructions, pool, threads, dtype, qkv, table, out, norms, batch, height, width,\n"
-     "heads, dim, table_rows, table_columns, rows, columns, scale, grad_out=0, grad_qkv=0,\n"
-     "grad_table=0): arrays are addresses of contiguous numbers; with gradients: backward pass."},
+    {"attend", py_attend, METH_VARARGS,
+     "attend(instructions, pool, threads, arguments): run the kernel on `Arguments` of common.h,\n"
+     "given as bytes; with gradients: backward pass."},
     {"supported", py_supported, METH_NOARGS,
      "Names of the instruction sets that this processor has, best first."},
     {nullptr, nullptr, 0, nullptr}};

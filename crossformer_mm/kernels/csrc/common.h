@@ -53,7 +53,7 @@ namespace native {
 typedef float quad __attribute__((vector_size(16)));
 typedef int32_t quad_ints __attribute__((vector_size(16)));
 
-enum DType { FLOAT32, BFLOAT16, FLOAT16 };
+enum DType : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 INLINE int64_t size_of(DType dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -62,10 +62,15 @@ struct Run {
   int64_t start, step, count;
 };
 
-// A rule of grouping.py, fitted to an axis of `length` positions.
-inline std::vector<Run> runs_of(int64_t length, int64_t size, int64_t interval, int64_t lead) {
-  interval = std::min(interval, length);
-  size = std::min(size, (length + interval - 1) / interval);
+// AxisRule of grouping.py.
+struct Rule {
+  int64_t size, interval, lead;
+};
+
+// The groups of an axis of `length` positions.
+inline std::vector<Run> runs_of(int64_t length, const Rule &rule) {
+  const int64_t interval = std::min(rule.interval, length), lead = rule.lead;
+  const int64_t size = std::min(rule.size, (length + interval - 1) / interval);
   std::vector<Run> runs;
   int64_t start = 0;
   if (lead) {
@@ -86,10 +91,11 @@ inline int64_t longest(const std::vector<Run> &runs) {
   return count;
 }
 
-struct Call {
+// What native.py passes, in the same order. Arrays are contiguous.
+struct Arguments {
   DType dtype;
   int64_t batch, height, width, heads, dim, table_rows, table_columns;
-  float scale;
+  Rule row_rule, column_rule;
   const char *qkv;
   const float *table;
   char *out;
@@ -97,6 +103,10 @@ struct Call {
   const char *grad_out;  // none: forward
   char *grad_qkv;
   float *grad_table;
+  float scale;
+};
+
+struct Call : Arguments {
   std::vector<Run> rows, columns;
 
   // The partition does not depend on the number of threads, so that sums do not, either.

@@ -73,6 +73,8 @@ const std::vector<InstructionSet> &native::instruction_sets() {
 }
 
 bool native::attend(Call &call, Work *work, Pool *pool, int threads) {
+  call.rows = runs_of(call.height, call.row_rule);
+  call.columns = runs_of(call.width, call.column_rule);
   call.largest_rows = longest(call.rows);
   call.largest_columns = longest(call.columns);
   // Enough tasks to balance many threads, few enough parts of the table's gradient.
