@@ -10,7 +10,9 @@
 namespace {
 
 struct Case {
-  int64_t batch, height, width, heads, dim, row[3], column[3], spare;
+  int64_t batch, height, width, heads, dim;
+  Rule row, column;
+  int64_t spare;
 };
 
 const Case CASES[] = {
@@ -52,10 +54,9 @@ int run(const Case &c, DType dtype, const InstructionSet &set) {
   Call call{};
   call.dtype = dtype, call.batch = c.batch, call.height = c.height, call.width = c.width;
   call.heads = c.heads, call.dim = c.dim, call.scale = 0.3f;
-  call.rows = runs_of(c.height, c.row[0], c.row[1], c.row[2]);
-  call.columns = runs_of(c.width, c.column[0], c.column[1], c.column[2]);
-  call.table_rows = 2 * (longest(call.rows) + c.spare) - 1;
-  call.table_columns = 2 * (longest(call.columns) + c.spare) - 1;
+  call.row_rule = c.row, call.column_rule = c.column;
+  call.table_rows = 2 * (longest(runs_of(c.height, c.row)) + c.spare) - 1;
+  call.table_columns = 2 * (longest(runs_of(c.width, c.column)) + c.spare) - 1;
   const int64_t offsets = call.table_rows * call.table_columns;
   std::vector<float> qkv(tokens * 3 * channels), grad(tokens * channels), table(c.heads * offsets);
   for (auto *numbers : {&qkv, &grad, &table})
