@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Mapping, Sequence
+from typing import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.export import ExportedProgram
@@ -28,12 +28,11 @@ def to_onnx(
         metadata: of the file, as texts.
 
     Returns:
-        onnx.ModelProto: with one graph of standard operators and no functions.
+        onnx.ModelProto: with one graph of standard operators.
     """
     import onnx
-    import onnx.inliner
+    from onnxscript import opset18  # also that of PyTorch's own functions
 
-    used: Dict[str, str] = {}
     exported = torch.onnx.export(
         program,
         input_names=list(inputs),
@@ -41,25 +40,12 @@ def to_onnx(
         verbose=False,
         optimize=False,  # which compares each operator with hundreds of patterns
         custom_translation_table={
-            operator: translation(to_onnx, used)
+            operator: translation(to_onnx, opset18)
             for operator, to_onnx in operators.TRANSLATIONS.items()
         },
     )
     proto = exported.model_proto
     name_dimensions(proto, inputs)
-    if used:
-        opset = next(one.version for one in proto.opset_import if not one.domain)
-        imports = f'["" : {opset}, "{operators.DOMAIN}" : 1]'
-        for text in dict.fromkeys([*operators.HELPERS, *used.values()]):
-            proto.functions.append(
-                onnx.parser.parse_function(
-                    f'<opset_import: {imports}, domain: "{operators.DOMAIN}">{text}'
-                )
-            )
-        proto = onnx.inliner.inline_local_functions(proto)
-        ours = [one for one in proto.opset_import if one.domain == operators.DOMAIN]
-        for one in ours:
-            proto.opset_import.remove(one)
     proto = simplify(proto)
     onnx.helper.set_model_props(proto, dict(metadata))
     return proto
@@ -97,52 +83,10 @@ def write_onnx(proto, path: Path) -> None:
     onnx.save(proto, path)
 
 
-def translation(to_onnx: Callable, used: Dict[str, str]) -> Callable:
-    """Return the exporter's function for one operator; it notes the ONNX functions that it calls.
-
-    Args:
-        to_onnx: of a module of :mod:`.operators`.
-        used: texts of the functions that were called, by their names; added to.
-    """
-    from onnxscript import values
-
-    domain = values.Opset(operators.DOMAIN, 1)
-
-    def call(text: str, inputs: Sequence, **attributes):
-        name = text.split()[0]
-        used[name] = text
-        return values.Op(domain, name, schema_of(name, attributes))(*inputs, **attributes)
-
-    # The exporter reads the signature, so that it has to be one of any arguments.
-    def translate(*args):
-        return to_onnx(call, *args)
-
-    return translate
-
-
-def schema_of(name: str, attributes: Mapping[str, object]):
-    """Make a schema that takes any number of tensors of any types."""
-    from onnx.defs import OpSchema
-
-    kinds = {
-        int: OpSchema.AttrType.INT,
-        float: OpSchema.AttrType.FLOAT,
-        str: OpSchema.AttrType.STRING,
-    }
-    option = OpSchema.FormalParameterOption.Variadic
-    known = ('float', 'float16', 'int64', 'int32', 'uint8', 'bool')
-    types = [f'tensor({kind})' for kind in known]
-    return OpSchema(
-        name,
-        operators.DOMAIN,
-        1,
-        inputs=[OpSchema.FormalParameter('x', 'T', param_option=option, is_homogeneous=False)],
-        outputs=[OpSchema.FormalParameter('y', 'U')],
-        type_constraints=[('T', types, ''), ('U', types, '')],
-        attributes=[
-            OpSchema.Attribute(key, kinds[type(value)], '') for key, value in attributes.items()
-        ],
-    )
+def translation(to_onnx: Callable, op) -> Callable:
+    """Return the exporter's function for one operator, of a module of :mod:`.operators`."""
+    # The exporter derives a schema from the signature, and any arguments fit this one.
+    return lambda *args: to_onnx(op, *args)
 
 
 def name_dimensions(proto, inputs: Mapping[str, Mapping[int, str]]) -> None:

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .padded_axis import PaddedAxis, padded_axis
+from .padded_axis import PaddedAxis, padded_axis, padded_axis_to_onnx
 
 
 def padded_attention(
@@ -58,7 +58,7 @@ def map_attention(
 ) -> Tensor:
     """Compute :func:`padded_attention` from the rules of the axes.
 
-    The ONNX function takes one row of groups after the other, so that only the weights of few
+    The ONNX side takes one row of groups after the other, so that only the weights of few
     groups are in memory at a time.
 
     Args:
@@ -82,110 +82,60 @@ def _(qkv, table, rows, columns, num_heads, scale):
 MASK_VALUE = -1e9  # of padding keys; the largest number of float32 would overflow
 
 
-# One more channel, 1 in every query, adds MASK_VALUE to the logits of padding keys: adding it to
-# all logits would take as long as their softmax. The Loop takes one row of groups at a time
-# (OpenVINO's Scan cannot read values from outside its body).
-# Shapes in comments: B images, H x W the map, R x S groups of r x c members, h heads of d channels.
-MAP_ATTENTION = """
-MapAttention <heads: int, scale: float>
-    (qkv, table, row_rule, column_rule) => (out) {
-  row_number = Constant <value_int = 1> ()
-  column_number = Constant <value_int = 2> ()
-  shape_of_map = Shape (qkv)
-  length = Gather (shape_of_map, row_number)
-  length2 = Gather (shape_of_map, column_number)
-  positions, real, inverse, offset = crossformer_mm.PaddedAxis (length, row_rule)
-  positions2, real2, inverse2, offset2 = crossformer_mm.PaddedAxis (length2, column_rule)
-  zero = Constant <value_ints = [0]> ()
-  one = Constant <value_ints = [1]> ()
-  three = Constant <value_ints = [3]> ()
-  flat = Constant <value_ints = [-1]> ()
-  outer_axes = Constant <value_ints = [0, 2]> ()
-  one_more = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]> ()
-  number_one = Constant <value_float = 1.0> ()
-  heads_number = Constant <value_int: int = @heads> ()
-  heads_size = Reshape (heads_number, one)
-  factor = Constant <value_float: float = @scale> ()
-  filling = Constant <value_float = MASK_VALUE> ()
-  r = Shape <start = 1> (positions)
-  groups = Shape (positions2)  # S, c
-  c = Shape <start = 1> (positions2)
-  width = Shape (inverse2)
-  columns = Reshape (positions2, flat)
+def to_onnx(op, qkv, table, row_rule, column_rule, num_heads, scale):
+    # Shapes in comments: B images, H x W the map, R x S groups of r x c members, h heads of d
+    # channels.
+    import onnx_ir
+    from onnxscript import GraphBuilder
 
-  doubled_r = Add (r, r)
-  doubled_c = Add (c, c)
-  offsets_r = Sub (doubled_r, one)
-  offsets_c = Sub (doubled_c, one)
-  of_heads = Transpose <perm = [1, 0]> (table)
-  shape_of_table = Concat <axis = 0> (heads_size, offsets_r, offsets_c)
-  in_table = Reshape (of_heads, shape_of_table)
-  rows_of_table = Gather <axis = 1> (in_table, offset)
-  pairs = Gather <axis = 2> (rows_of_table, offset2)  # h, r r, c c
-  shape_of_pairs = Concat <axis = 0> (heads_size, r, r, c, c)
-  in_pairs = Reshape (pairs, shape_of_pairs)
-  queries_first = Transpose <perm = [0, 1, 3, 2, 4]> (in_pairs)
-  members = Mul (r, c)
-  shape_of_bias = Concat <axis = 0> (heads_size, members, members)
-  bias = Reshape (queries_first, shape_of_bias)
+    shape, channels = op.Shape(qkv), qkv.shape[3] // 3
+    images, height, width = (op.Gather(shape, axis) for axis in range(3))
+    r, rows = padded_axis_to_onnx(op, height, row_rule)
+    c, columns = padded_axis_to_onnx(op, width, column_rule)
+    members = r * c
+    bias = op.Reshape(op.Transpose(table, perm=[1, 0]), [num_heads, -1, 2 * c - 1])
+    bias = op.Gather(op.Gather(bias, rows.offset, axis=1), columns.offset, axis=2)  # h, r r, c c
+    bias = op.Transpose(op.Reshape(bias, [num_heads, r, r, c, c]), perm=[0, 1, 3, 2, 4])
+    bias = op.Reshape(bias, [num_heads, members, members])
+    real = op.And(op.Unsqueeze(rows.real, [1, 3]), op.Unsqueeze(columns.real, [1]))  # R, S, r, c
+    mask = op.Reshape(op.Where(real, 0.0, MASK_VALUE), [0, 0, 1, members, 1])
 
-  channels = Shape <start = 3> (qkv)
-  channels_out = Div (channels, three)
-  split_shape = Concat <axis = 0> (zero, r, groups, heads_size, flat)
-  group_shape = Concat <axis = 0> (zero, zero, zero, members, flat)
-  apart_shape = Concat <axis = 0> (zero, zero, zero, r, c, flat)
-  row_shape = Concat <axis = 0> (zero, zero, flat, channels_out)
-  mask_shape = Concat <axis = 0> (flat, one, members, one)
-  real_columns = Unsqueeze (real2, one)  # S, 1, c
+    # What the loop takes from outside: sizes that Identity joins to tensors, and constants.
+    split = op.Identity([0, r, -1, c, num_heads, channels // num_heads])
+    joined = op.Identity([0, 0, 0, members, -1])
+    apart = op.Identity([0, 0, 0, r, c, -1])
+    row_of_map = op.Identity([0, 0, -1, channels])
+    mask_of_heads = op.Identity([images, 1, num_heads, 1, 1])
+    positions = op.Reshape(columns.positions, [-1])
+    factor, one = op.Constant(value_float=scale), op.Constant(value_float=1.0)
 
-  row_groups = Shape <end = 1> (positions)
-  count = Squeeze (row_groups, zero)
-  always = Constant <value = bool {1}> ()
-  scanned = Loop (count, always) <body = row_of_groups (int64 i, bool go)
-      => (bool going, float[b, nr, w, ch] attended) {
-    going = Identity (go)
-    at = Gather <axis = 0> (positions, i)
-    is_real = Gather <axis = 0> (real, i)
-    here = Gather <axis = 1> (qkv, at)
-    chosen = Gather <axis = 2> (here, columns)  # B, r, S c, 3 h d
-    q, k, v = Split <axis = 3, num_outputs = 3> (chosen)
-    q_split = Reshape (q, split_shape)
-    k_split = Reshape (k, split_shape)
-    v_split = Reshape (v, split_shape)  # B, r, S, c, h, d
-    q_groups = Transpose <perm = [0, 2, 4, 1, 3, 5]> (q_split)
-    k_groups = Transpose <perm = [0, 2, 4, 1, 3, 5]> (k_split)
-    v_groups = Transpose <perm = [0, 2, 4, 1, 3, 5]> (v_split)
-    q_members = Reshape (q_groups, group_shape)
-    k_members = Reshape (k_groups, group_shape)
-    v_members = Reshape (v_groups, group_shape)  # B, S, h, r c, d
-    q_scaled = Mul (q_members, factor)
-    real_rows = Unsqueeze (is_real, outer_axes)
-    both = And (real_rows, real_columns)  # S, r, c
-    not_there = Not (both)
-    as_numbers = Cast <to = 1> (not_there)
-    penalties = Mul (as_numbers, filling)
-    mask = Reshape (penalties, mask_shape)  # S, 1, r c, 1
-    outer = Shape <end = 3> (k_members)
-    column_shape = Concat <axis = 0> (outer, members, one)
-    column = Expand (mask, column_shape)  # B, S, h, r c, 1
-    k_more = Concat <axis = -1> (k_members, column)
-    q_more = Pad <mode = "constant"> (q_scaled, one_more, number_one)
-    k_turned = Transpose <perm = [0, 1, 2, 4, 3]> (k_more)
-    products = MatMul (q_more, k_turned)
-    logits = Add (products, bias)
-    weights = Softmax <axis = -1> (logits)
-    mixed = MatMul (weights, v_members)
-    apart = Reshape (mixed, apart_shape)  # B, S, h, r, c, d
-    in_rows = Transpose <perm = [0, 3, 1, 4, 2, 5]> (apart)
-    padded = Reshape (in_rows, row_shape)
-    attended = Gather <axis = 2> (padded, inverse2)
-  }>  # R, B, r, W, h d
-  images_first = Transpose <perm = [1, 0, 2, 3, 4]> (scanned)
-  map_shape = Concat <axis = 0> (zero, flat, width, channels_out)
-  padded_map = Reshape (images_first, map_shape)
-  out = Gather <axis = 1> (padded_map, inverse)
-}""".replace('MASK_VALUE', str(MASK_VALUE))
+    def attend(op, index):
+        """Attend in one row of groups."""
+        at = op.Gather(rows.positions, index, axis=0)
+        chosen = op.Gather(op.Gather(qkv, at, axis=1), positions, axis=2)  # B, r, S c, 3 h d
+        q, k, v = (
+            op.Reshape(op.Transpose(op.Reshape(part, split), perm=[0, 2, 4, 1, 3, 5]), joined)
+            for part in op.Split(chosen, axis=3, num_outputs=3, _outputs=3)
+        )  # B, S, h, r c, d
+        # One more channel, 1 in every query, adds MASK_VALUE to the logits of padding keys: adding
+        # it to all logits would take as long as their softmax.
+        q = op.Pad(op.Mul(q, factor), [0] * 9 + [1], one)
+        k = op.Concat(k, op.Expand(op.Gather(mask, index, axis=0), mask_of_heads), axis=-1)
+        logits = op.Add(op.MatMul(q, op.Transpose(k, perm=[0, 1, 2, 4, 3])), bias)
+        out = op.Reshape(op.MatMul(op.Softmax(logits, axis=-1), v), apart)  # B, S, h, r, c, d
+        out = op.Reshape(op.Transpose(out, perm=[0, 3, 1, 4, 2, 5]), row_of_map)
+        return op.Gather(out, columns.inverse, axis=2)
 
-
-def to_onnx(call, qkv, table, rows, columns, num_heads, scale):
-    return call(MAP_ATTENTION, [qkv, table, rows, columns], heads=num_heads, scale=scale)
+    # A Loop, as OpenVINO's Scan cannot read values from outside its body.
+    index = onnx_ir.val('index', onnx_ir.DataType.INT64, [])
+    going = onnx_ir.val('going', onnx_ir.DataType.BOOL, [])
+    body = onnx_ir.Graph(
+        [index, going], [], nodes=[], opset_imports={'': op.version}, name='row_of_groups'
+    )
+    builder = GraphBuilder(body)
+    body.outputs.extend([builder.op.Identity(going), attend(builder.op, index)])
+    count = op.Gather(op.Shape(rows.positions), 0)
+    # op.Loop takes no v_initial by name, and the exporter needs it, though there are no values.
+    out = op['Loop'](count, True, v_initial=(), body=body)  # R, B, r, W, h d
+    out = op.Reshape(op.Transpose(out, perm=[1, 0, 2, 3, 4]), [0, -1, width, channels])
+    return op.Gather(out, rows.inverse, axis=1)

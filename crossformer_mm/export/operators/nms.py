@@ -30,25 +30,8 @@ def _(boxes, scores, iou_threshold, keep):
     return boxes.new_empty(keep, dtype=torch.int64)
 
 
-NMS = """
-Nms <iou: float, keep: int> (boxes, scores) => (kept) {
-  zero = Constant <value_float = 0.0> ()
-  first_axis = Constant <value_ints = [0]> ()
-  first_axes = Constant <value_ints = [0, 1]> ()
-  one = Constant <value_ints = [1]> ()
-  column = Constant <value_int = 2> ()
-  threshold = Constant <value_float: float = @iou> ()
-  most = Constant <value_int: int = @keep> ()
-  count = Reshape (most, one)
-  one_image = Unsqueeze (boxes, first_axis)
-  one_class = Unsqueeze (scores, first_axes)
-  chosen = NonMaxSuppression (one_image, one_class, count, threshold, zero)  # image, class, box
-  found = Gather <axis = 1> (chosen, column)
-  none = ConstantOfShape <value = int64[1] {-1}> (count)
-  filled = Concat <axis = 0> (found, none)
-  kept = Slice (filled, first_axis, count, first_axis)
-}"""
-
-
-def to_onnx(call, boxes, scores, iou_threshold, keep):
-    return call(NMS, [boxes, scores], iou=iou_threshold, keep=keep)
+def to_onnx(op, boxes, scores, iou_threshold, keep):
+    boxes, scores = op.Unsqueeze(boxes, [0]), op.Unsqueeze(scores, [0, 1])
+    kept = op.NonMaxSuppression(boxes, scores, [keep], [iou_threshold], [0.0])
+    kept = op.Gather(kept, 2, axis=1)  # of image, class, box
+    return op.Slice(op.Concat(kept, op.Expand(-1, [keep]), axis=0), [0], [keep], [0])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .padded_axis import fit_rule
+from .padded_axis import fit_rule, fit_rule_to_onnx
 
 
 @torch.library.custom_op('crossformer_mm::offsets', mutates_args=())
@@ -28,36 +28,13 @@ def _(qkv, rows, columns):
     return qkv.new_empty(torch.library.get_ctx().new_dynamic_size(min=1), 2)
 
 
-OFFSETS = """
-Offsets (qkv, rows, columns) => (pairs) {
-  one = Constant <value_int = 1> ()
-  two = Constant <value_int = 2> ()
-  column_axis = Constant <value_ints = [1]> ()
-  row_axis = Constant <value_ints = [0]> ()
-  shape = Shape (qkv)
-  height = Gather (shape, one)
-  width = Gather (shape, two)
-  r, interval_r, lead_r = crossformer_mm.FitRule (height, rows)
-  c, interval_c, lead_c = crossformer_mm.FitRule (width, columns)
-  begin_r = Sub (one, r)
-  begin_c = Sub (one, c)
-  whole_r = Range (begin_r, r, one)
-  whole_c = Range (begin_c, c, one)
-  range_r = Cast <to = 1> (whole_r)
-  range_c = Cast <to = 1> (whole_c)
-  standing = Unsqueeze (range_r, column_axis)
-  lying = Unsqueeze (range_c, row_axis)
-  shape_r = Shape (standing)
-  shape_c = Shape (lying)
-  both = Max (shape_r, shape_c)
-  all_r = Expand (standing, both)
-  all_c = Expand (lying, both)
-  one_column = Constant <value_ints = [-1, 1]> ()
-  flat_r = Reshape (all_r, one_column)
-  flat_c = Reshape (all_c, one_column)
-  pairs = Concat <axis = 1> (flat_r, flat_c)
-}"""
-
-
-def to_onnx(call, qkv, rows, columns):
-    return call(OFFSETS, [qkv, rows, columns])
+def to_onnx(op, qkv, rows, columns):
+    shape = op.Shape(qkv)
+    sizes = [
+        fit_rule_to_onnx(op, op.Gather(shape, axis), rule)[0]
+        for axis, rule in ((1, rows), (2, columns))
+    ]
+    sides = [op.CastLike(op.Range(1 - size, size, 1), qkv) for size in sizes]
+    counts = op.Concat(*map(op.Shape, sides), axis=0)
+    pairs = (op.Expand(op.Unsqueeze(side, [axis]), counts) for side, axis in zip(sides, (1, 0)))
+    return op.Concat(*(op.Reshape(numbers, [-1, 1]) for numbers in pairs), axis=1)

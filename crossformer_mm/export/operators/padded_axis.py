@@ -37,20 +37,12 @@ def fit_rule(length: int, size: Tensor, interval: Tensor) -> Tuple[Tensor, Tenso
     return torch.minimum(size, (length + interval - 1) // interval), interval
 
 
-FIT_RULE = """
-FitRule (length, rule) => (size, interval, lead) {
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
-  two = Constant <value_int = 2> ()
-  most = Gather (rule, zero)
-  widest = Gather (rule, one)
-  lead = Gather (rule, two)
-  interval = Min (widest, length)
-  before_last = Sub (interval, one)
-  to_divide = Add (length, before_last)
-  there = Div (to_divide, interval)
-  size = Min (most, there)
-}"""
+def fit_rule_to_onnx(op, length, rule):
+    """Write :func:`fit_rule`, and return size, interval and lead."""
+    size, interval, lead = (op.Gather(rule, index) for index in range(3))
+    interval = op.Min(interval, length)
+    # Div drops the remainder of integers.
+    return op.Min(size, op.Div(length + interval - 1, interval)), interval, lead
 
 
 def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, device) -> PaddedAxis:
@@ -73,48 +65,19 @@ def padded_axis(length: int, size: Tensor, interval: Tensor, lead: Tensor, devic
     return PaddedAxis(table.clamp(0, length - 1), (table >= 0) & (table < length), inverse, offset)
 
 
-PADDED_AXIS = """
-PaddedAxis (length, rule) => (positions, real, inverse, offset) {
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
-  second_axis = Constant <value_ints = [1]> ()
-  flat = Constant <value_ints = [-1]> ()
-  size, interval, lead = crossformer_mm.FitRule (length, rule)
-  tile = Mul (size, interval)
-  with_lead = Add (length, lead)
-  tile_less_one = Sub (tile, one)
-  to_cut = Add (with_lead, tile_less_one)
-  tiles = Div (to_cut, tile)
-  groups = Mul (tiles, interval)
-  group = Range (zero, groups, one)
-  tile_of_group = Div (group, interval)
-  begin_of_tile = Mul (tile_of_group, tile)
-  in_tile = Mod (group, interval)
-  first = Add (begin_of_tile, in_tile)
-  first_column = Unsqueeze (first, second_axis)
-  member = Range (zero, size, one)
-  steps = Mul (member, interval)
-  shifted = Add (first_column, steps)
-  table = Sub (shifted, lead)
-  last = Sub (length, one)
-  not_below = Max (table, zero)
-  positions = Min (not_below, last)
-  after_begin = GreaterOrEqual (table, zero)
-  before_end = Less (table, length)
-  real = And (after_begin, before_end)
-  index = Range (zero, length, one)
-  position = Add (index, lead)
-  place = Mod (position, tile)
-  tile_number = Div (position, tile)
-  groups_before = Mul (tile_number, interval)
-  group_in_tile = Mod (place, interval)
-  group_number = Add (groups_before, group_in_tile)
-  members_before = Mul (group_number, size)
-  member_number = Div (place, interval)
-  inverse = Add (members_before, member_number)
-  query = Unsqueeze (member, second_axis)
-  difference = Sub (query, member)
-  last_member = Sub (size, one)
-  from_smallest = Add (difference, last_member)
-  offset = Reshape (from_smallest, flat)
-}"""
+def padded_axis_to_onnx(op, length, rule):
+    """Write :func:`padded_axis`, and return the size of its groups and the PaddedAxis."""
+    size, interval, lead = fit_rule_to_onnx(op, length, rule)
+    tile = size * interval
+    tiles = op.Div(length + lead + tile - 1, tile)
+    group = op.Range(0, tiles * interval, 1)
+    first = op.Div(group, interval) * tile + group % interval
+    member = op.Range(0, size, 1)
+    table = op.Unsqueeze(first, [1]) + member * interval - lead
+    position = op.Range(0, length, 1) + lead
+    place = position % tile
+    inverse = (op.Div(position, tile) * interval + place % interval) * size
+    inverse += op.Div(place, interval)
+    offset = op.Reshape(op.Unsqueeze(member, [1]) - member + size - 1, [-1])
+    positions = op.Min(op.Max(table, 0), length - 1)
+    return size, PaddedAxis(positions, op.And(table >= 0, table < length), inverse, offset)

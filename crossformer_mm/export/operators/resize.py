@@ -23,15 +23,7 @@ def _(x, size, align_corners):
     return x.new_empty(*x.shape[:2], *sides)
 
 
-RESIZE = """
-Resize <mode: string> (x, size) => (out) {
-  kept = Shape <end = 2> (x)
-  sizes = Concat <axis = 0> (kept, size)
-  none = Constant <value = float[0] {}> ()
-  out = Resize <mode = "linear", coordinate_transformation_mode: string = @mode>
-      (x, , , sizes)
-}"""
-
-
-def to_onnx(call, x, size, align_corners):
-    return call(RESIZE, [x, size], mode='align_corners' if align_corners else 'half_pixel')
+def to_onnx(op, x, size, align_corners):
+    sizes = op.Concat(op.Shape(x, end=2), size, axis=0)
+    mode = 'align_corners' if align_corners else 'half_pixel'
+    return op.Resize(x, None, None, sizes, mode='linear', coordinate_transformation_mode=mode)

@@ -5,6 +5,8 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
+FLOAT, INT32, INT64, DOUBLE = 1, 6, 7, 11  # ONNX's numbers of the types
+
 
 @torch.library.custom_op('crossformer_mm::resize_image', mutates_args=())
 def resize_image(image: Tensor, height: int, width: int, keep_ratio: bool) -> Tensor:
@@ -57,131 +59,40 @@ def samples(length: int, out: int, device) -> Tuple[List[Tensor], List[Tensor]]:
     return places, [(share * 2048).round().int() for share in (1 - after, after)]
 
 
-SAMPLES = """
-Samples (length, out_length) => (first_place, second_place, of_first, of_second) {
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
-  half = Constant <value = double {0.5}> ()
-  whole = Constant <value = double {1.0}> ()
-  unit = Constant <value_float = 1.0> ()
-  steps = Constant <value_float = 2048.0> ()
-  length_exact = Cast <to = 11> (length)
-  out_exact = Cast <to = 11> (out_length)
-  growth = Div (out_exact, length_exact)
-  scale = Div (whole, growth)
-  index = Range (zero, out_length, one)
-  index_exact = Cast <to = 11> (index)
-  middle = Add (index_exact, half)
-  scaled = Mul (middle, scale)
-  shifted = Sub (scaled, half)
-  at = Cast <to = 1> (shifted)
-  first = Floor (at)
-  after = Sub (at, first)
-  before = Sub (unit, after)
-  first_number = Cast <to = 7> (first)
-  second_number = Add (first_number, one)
-  last = Sub (length, one)
-  first_least = Max (first_number, zero)
-  second_least = Max (second_number, zero)
-  first_place = Min (first_least, last)
-  second_place = Min (second_least, last)
-  before_steps = Mul (before, steps)
-  after_steps = Mul (after, steps)
-  before_rounded = Round (before_steps)
-  after_rounded = Round (after_steps)
-  of_first = Cast <to = 6> (before_rounded)
-  of_second = Cast <to = 6> (after_rounded)
-}"""
+def samples_to_onnx(op, length, out):
+    exact_length, exact_out, index, half, one = (
+        op.Cast(number, to=DOUBLE) for number in (length, out, op.Range(0, out, 1), 0.5, 1)
+    )
+    at = op.Cast((index + half) * (one / (exact_out / exact_length)) - half, to=FLOAT)
+    first = op.Floor(at)
+    after = at - first
+    place = op.Cast(first, to=INT64)
+    places = [op.Min(op.Max(number, 0), length - 1) for number in (place, place + 1)]
+    return places, [op.Cast(op.Round(share * 2048.0), to=INT32) for share in (1.0 - after, after)]
 
 
-SIZE_GIVEN = """
-SizeGiven <height: int, width: int> (image) => (size) {
-  one = Constant <value_ints = [1]> ()
-  height_number = Constant <value_int: int = @height> ()
-  width_number = Constant <value_int: int = @width> ()
-  height_size = Reshape (height_number, one)
-  width_size = Reshape (width_number, one)
-  size = Concat <axis = 0> (height_size, width_size)
-}"""
-
-
-# In float64 as in Python: float32 would round a side halfway between two to the other one.
-SIZE_INSIDE = """
-SizeInside <longer: float, shorter: float> (image) => (size) {
-  least = Constant <value = int64 {1}> ()
-  half = Constant <value = double {0.5}> ()
-  longer_limit = Constant <value_float: float = @longer> ()
-  shorter_limit = Constant <value_float: float = @shorter> ()
-  most_long = Cast <to = 11> (longer_limit)
-  most_short = Cast <to = 11> (shorter_limit)
-  sides = Shape <start = 2> (image)
-  long = ReduceMax <keepdims = 0> (sides)
-  short = ReduceMin <keepdims = 0> (sides)
-  long_exact = Cast <to = 11> (long)
-  short_exact = Cast <to = 11> (short)
-  exact = Cast <to = 11> (sides)
-  factor_of_long = Div (most_long, long_exact)
-  factor_of_short = Div (most_short, short_exact)
-  factor = Min (factor_of_long, factor_of_short)
-  scaled = Mul (exact, factor)
-  to_cut = Add (scaled, half)
-  rounded = Cast <to = 7> (to_cut)
-  size = Max (rounded, least)
-}"""
-
-
-# a, b: source pixels in the row above; c, d: those in the row below.
-RESIZE_IMAGE = """
-ResizeImage (image, size) => (out) {
-  zero = Constant <value_int = 0> ()
-  one = Constant <value_int = 1> ()
-  column_axis = Constant <value_ints = [1]> ()
-  two = Constant <value = int32 {2}> ()
-  two_bits = Constant <value = int32 {4}> ()
-  four_bits = Constant <value = int32 {16}> ()
-  many_bits = Constant <value = int32 {65536}> ()
-  sides = Shape <start = 2> (image)
-  height = Gather (sides, zero)
-  width = Gather (sides, one)
-  out_height = Gather (size, zero)
-  out_width = Gather (size, one)
-  above, below, share_above, share_below = crossformer_mm.Samples (height, out_height)
-  left, right, of_left, of_right = crossformer_mm.Samples (width, out_width)
-  of_above = Unsqueeze (share_above, column_axis)
-  of_below = Unsqueeze (share_below, column_axis)
-  row_above = Gather <axis = 2> (image, above)
-  row_below = Gather <axis = 2> (image, below)
-  pixel_a = Gather <axis = 3> (row_above, left)
-  pixel_b = Gather <axis = 3> (row_above, right)
-  pixel_c = Gather <axis = 3> (row_below, left)
-  pixel_d = Gather <axis = 3> (row_below, right)
-  a = Cast <to = 6> (pixel_a)
-  b = Cast <to = 6> (pixel_b)
-  c = Cast <to = 6> (pixel_c)
-  d = Cast <to = 6> (pixel_d)
-  a_part = Mul (a, of_left)
-  b_part = Mul (b, of_right)
-  c_part = Mul (c, of_left)
-  d_part = Mul (d, of_right)
-  line_above = Add (a_part, b_part)
-  line_below = Add (c_part, d_part)
-  short_above = Div (line_above, four_bits)
-  short_below = Div (line_below, four_bits)
-  long_above = Mul (short_above, of_above)
-  long_below = Mul (short_below, of_below)
-  part_above = Div (long_above, many_bits)
-  part_below = Div (long_below, many_bits)
-  mixed = Add (part_above, part_below)
-  to_cut = Add (mixed, two)
-  cut = Div (to_cut, two_bits)
-  out = Cast <to = 1> (cut)
-}"""
-
-
-def to_onnx(call, image, height, width, keep_ratio):
+def to_onnx(op, image, height, width, keep_ratio):
+    shape = op.Shape(image, start=2)
     if keep_ratio:
-        limits = dict(longer=float(max(height, width)), shorter=float(min(height, width)))
-        size = call(SIZE_INSIDE, [image], **limits)
-    else:
-        size = call(SIZE_GIVEN, [image], height=height, width=width)
-    return call(RESIZE_IMAGE, [image, size])
+        # In float64 as in Python: float32 would round a side halfway between two to the other one.
+        sides, half, shorter, longer = (
+            op.Cast(number, to=DOUBLE) for number in (shape, 0.5, *sorted((height, width)))
+        )
+        factor = op.Min(
+            longer / op.ReduceMax(sides, keepdims=0), shorter / op.ReduceMin(sides, keepdims=0)
+        )
+        size = op.Max(op.Cast(sides * factor + half, to=INT64), 1)
+        height, width = op.Gather(size, 0), op.Gather(size, 1)
+    rows = samples_to_onnx(op, op.Gather(shape, 0), height)
+    columns = samples_to_onnx(op, op.Gather(shape, 1), width)
+    two, four, sixteen, many = (op.Cast(number, to=INT32) for number in (2, 4, 16, 2**16))
+    parts = []
+    for row, share in zip(*rows):
+        line = op.Gather(image, row, axis=2)
+        left, right = (
+            op.Cast(op.Gather(line, column, axis=3), to=INT32) * weight
+            for column, weight in zip(*columns)
+        )
+        line = op.Div(left + right, sixteen)
+        parts.append(op.Div(line * op.Unsqueeze(share, [1]), many))
+    return op.Cast(op.Div(parts[0] + parts[1] + two, four), to=FLOAT)
