@@ -23,7 +23,7 @@ SETS = {
     'camvid': Set('mIoU', 'mIoU', 1.0, (144, 192)),
     'nuclei': Set('mask AP', 'coco/segm_mAP', 100.0, (256, 256)),
 }
-RATES = (5e-4, 1.25e-3, 2e-4)
+RATES = (5e-4, 1.25e-3, 3e-3)
 SEEDS = {'CrossFormer': 5, 'Swin': 5}
 OTHER_SEEDS = 3
 # Same attention and linear layers: the learning rate of CrossFormer serves.
