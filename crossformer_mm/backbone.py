@@ -1,6 +1,5 @@
 """The CrossFormer backbone: architectures, stages, outputs."""
 
-import logging
 import math
 import re
 from typing import Iterator, Optional, Sequence, Tuple, Union
@@ -15,7 +14,7 @@ from .compat import autocast_dtype, compiled_since_2_4, is_autocast_enabled
 from .embedding import PatchEmbedding, PatchMerging
 from .grouping import Rules, stage_rules
 from .kernels import Call, describe_path
-from .openmmlab import BaseModule, print_log, register_model, set_random_weights
+from .openmmlab import BaseModule, register_model, set_random_weights, warn
 from .options import (
     check_choices,
     check_embeddings,
@@ -329,12 +328,10 @@ class CrossFormer(BaseModule):
             load_backbone(self, init_cfg['checkpoint'], init_cfg.get('prefix', 'backbone.'))
             return
         if init_cfg and not whole_model_follows.get():
-            print_log(
+            warn(
                 'CrossFormer: no pretrained checkpoint is given, training starts from random '
                 'weights. The published results start from ImageNet weights: name a file in '
-                'model.backbone.init_cfg.checkpoint.',
-                'current',
-                logging.WARNING,
+                'model.backbone.init_cfg.checkpoint.'
             )
         set_random_weights(self)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import zipfile
 from collections import OrderedDict
 from contextvars import ContextVar
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from .compat import ForeignObject, load_plain
 from .errors import UserError
 from .installed import is_installed
-from .openmmlab import HistoryBuffer, get_local_path, print_log
+from .openmmlab import HistoryBuffer, get_local_path, print_log, warn
 
 # What the authors' ImageNet files hold besides the backbone: the classifier's final norm and linear
 # layer, with their names in a classifier here (configs/_base_/models/classifier.py), and buffers
@@ -330,9 +329,7 @@ def fit_checkpoint(
         said = '; '.join(differences(missing, unexpected, weights, own))
         raise CheckpointError(f"Checkpoint '{name}' does not fit this model: {said}.")
     for difference in differences(missing, unexpected, weights, own, shown=None):
-        print_log(
-            f"Checkpoint '{name}' does not fit this model: {difference}", 'current', logging.WARNING
-        )
+        warn(f"Checkpoint '{name}' does not fit this model: {difference}")
     for key in unexpected:
         fitting.pop(key, None)
     checkpoint['state_dict'] = fitting

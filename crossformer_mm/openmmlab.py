@@ -63,3 +63,8 @@ else:
                     nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.LayerNorm):
                 layer.reset_parameters()
+
+
+def warn(message: str) -> None:
+    """Log a warning."""
+    print_log(message, 'current', logging.WARNING)

@@ -246,7 +246,7 @@ def test_a_partial_model_is_evaluated_if_told_to(donors, data, tmp_path):
 
 def test_everything_that_does_not_fit_is_logged(donors, monkeypatch):
     lines = []
-    monkeypatch.setattr('crossformer_mm.checkpoint.print_log', lambda line, *_: lines.append(line))
+    monkeypatch.setattr('crossformer_mm.openmmlab.print_log', lambda line, *_: lines.append(line))
     missing = [f'roi_head.mask_head.convs.{i}.conv.weight' for i in range(4)]
     content = changed(donors[DEMO_DETECTOR], missing=missing, extra=torch.ones(2))
     fit_checkpoint(donors[DEMO_DETECTOR], content, 'file', None)

@@ -1,13 +1,11 @@
 """Check annotation files in COCO's format before MMDetection and pycocotools use them."""
 
-import logging
 import math
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
-from mmengine.logging import print_log
-
 from ..errors import DataError, said
+from ..openmmlab import warn
 from .dataset_access import leaves
 
 
@@ -93,7 +91,7 @@ def check_training_file(dataset, coco, skip: Optional[Callable[[DataError], None
         )
         if dropped == count and not dataset.test_mode:
             raise DataError(message)
-        print_log(message, 'current', logging.WARNING)
+        warn(message)
 
 
 def check_metrics(runner, mode: str, loop) -> None:
@@ -169,11 +167,9 @@ def check_coco_metric(
     if classes:
         check_categories(source, coco.cats, used, classes)
     if 0 in coco.anns:
-        print_log(
+        warn(
             f'An annotation has id 0 in {source}. pycocotools counts a correct detection of this '
-            'object as wrong: number annotations from 1.',
-            'current',
-            logging.WARNING,
+            'object as wrong: number annotations from 1.'
         )
 
 
@@ -282,9 +278,7 @@ def warn_of_categories_left_out(source: str, categories: dict, classes: List[str
     names = [category['name'] for category in categories.values()]
     left_out = [name for name in names if name not in classes]
     if left_out:
-        print_log(
+        warn(
             f"Objects of {', '.join(map(repr, left_out))} in {source} are left out: the config's "
-            'metainfo.classes do not name them.',
-            'current',
-            logging.WARNING,
+            'metainfo.classes do not name them.'
         )

@@ -1,15 +1,14 @@
 """Checks of data sets before a run: images, files, EXIF orientations, label maps."""
 
-import logging
 import os
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import PIL.Image
-from mmengine.logging import print_log
 
 from ..errors import ConfigError, DataError, frames_of, said
+from ..openmmlab import warn
 from .dataset_access import backend_of, files_of, source_of, steps_of
 
 NO_IMAGES = (
@@ -66,7 +65,7 @@ def check_files(dataset, skip_to: Optional[str] = None) -> None:
         message = f"File '{missing[0]}'{more}, which {source} names, does not exist"
         if skip_to is None:
             raise DataError(f'{message}.')
-        print_log(f'{message}, and is skipped.', 'current', logging.WARNING)
+        warn(f'{message}, and is skipped.')
     for folder, label in (getattr(dataset, 'folder_to_idx', None) or {}).items():
         if label not in seen:
             raise DataError(f"Class folder '{folder}' of {source} has no image.")
@@ -124,13 +123,11 @@ def check_orientations(dataset, skip_to: Optional[str] = None) -> None:
         if is_unclear:
             unclear.append(info['img_path'])
     if unclear:
-        print_log(
+        warn(
             f'{len(unclear)} of the {len(indices)} images checked in {source_of(dataset)}, such as '
             f"'{unclear[0]}', have an EXIF orientation, which is applied when they are loaded: "
             'annotations must be of the turned image. To load images as stored, give '
-            "LoadImageFromFile color_type='color_ignore_orientation'.",
-            'current',
-            logging.WARNING,
+            "LoadImageFromFile color_type='color_ignore_orientation'."
         )
 
 
@@ -222,14 +219,12 @@ def check_label_maps(dataset, skip_to: Optional[str] = None) -> None:
         more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
         ignored = dataset.ignore_index
         binary = ' Masks of 2 classes have labels 0 and 1, not 0 and 255.'
-        print_log(
+        warn(
             f'{len(absent)} of {len(classes)} classes have no pixel in the {count} label maps '
             f'checked in {source_of(dataset)}: {names}{more}. Labels found'
             f'{AFTER_REDUCING if dataset.reduce_zero_label else ""}: '
             f'{", ".join(map(str, sorted(found)))}; {ignored} is ignored.'
-            f'{binary if len(classes) == 2 and 255 in found else ""}',
-            'current',
-            logging.WARNING,
+            f'{binary if len(classes) == 2 and 255 in found else ""}'
         )
 
 

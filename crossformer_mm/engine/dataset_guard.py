@@ -14,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
 from ..errors import DataError, said
+from ..openmmlab import warn
 from ..without_torch.files import IMAGES, is_cut_short
 from .coco_checks import check_metrics
 from .dataset_access import backend_of, files_of, leaves, source_of
@@ -250,4 +251,4 @@ def list_skipped(file: str, problem: DataError) -> None:
         return
     with path.open('a', encoding='utf-8') as list_of_skipped:  # one write: workers share the file
         list_of_skipped.write(line)
-    print_log(f'Skipped: {problem}', 'current', logging.WARNING)
+    warn(f'Skipped: {problem}')

@@ -1,7 +1,6 @@
 """Find the newest complete checkpoint of a training."""
 
 import io
-import logging
 import os
 import re
 import zipfile
@@ -10,11 +9,11 @@ from typing import Iterator, Optional, Tuple
 
 from mmengine.fileio import get_local_path, list_dir_or_file
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..checkpoint import CheckpointError, read_plain
 from ..errors import UserError
+from ..openmmlab import warn
 from .total_batch import batch_advice
 from .weight_checks import is_resumable
 
@@ -46,22 +45,16 @@ def newest_checkpoint(runner, since: float = 0.0) -> Tuple[Optional[str], dict]:
                 continue
             content = read_undamaged(path)
             if content is None:
-                print_log(
-                    f"Checkpoint '{path}' is cut short or damaged: the one before it is used.",
-                    'current',
-                    logging.WARNING,
-                )
+                warn(f"Checkpoint '{path}' is cut short or damaged: the one before it is used.")
                 continue
             if 'meta' not in content or 'message_hub' not in content:
                 done = number  # sharded: only the strategy can read it
             elif epochs and not is_resumable(runner.train_loop, content):
                 mid_epoch, advice = path, batch_advice(content)
-                print_log(
+                warn(
                     f"Checkpoint '{path}' was written mid-epoch, where this loop of epochs cannot "
                     'resume with another total batch size: the one before it is used. To go on '
-                    f'from it, set {advice}.',
-                    'current',
-                    logging.WARNING,
+                    f'from it, set {advice}.'
                 )
                 continue
             else:

@@ -17,7 +17,6 @@ This package's runners do so by default. For any other, give the training's data
 
 import hashlib
 import itertools
-import logging
 import random
 from collections import deque
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -27,9 +26,10 @@ import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS, HOOKS
 from torch.utils.data import DataLoader, get_worker_info
+
+from ..openmmlab import warn
 
 DRAW, ITERATION = range(2)  # tell the two kinds of seeds apart
 PROBED = 8  # images, of which a transform such as CachedMosaic needs five before it acts
@@ -198,13 +198,11 @@ def warn_of_memory(dataset) -> None:
         return
     if forward != backward[::-1]:
         names = {name for (name, size), now in zip(sizes_of(dataset), after) if (name, size) != now}
-        print_log(
+        warn(
             'What is loaded of an image depends on the images that were loaded before it, by '
             f"{' and '.join(sorted(names)) or 'a transform or the data set'}. Checkpoints do not "
             'hold these images: a training that is resumed, or has another number of workers, is '
-            'not exactly the same.',
-            'current',
-            logging.WARNING,
+            'not exactly the same.'
         )
 
 

@@ -1,7 +1,6 @@
 """Resume a training exactly: save state that MMEngine does not, warn of settings without effect."""
 
 import copy
-import logging
 import types
 from collections import Counter
 from numbers import Number
@@ -17,13 +16,13 @@ from mmengine.hooks import (
     ParamSchedulerHook,
     RuntimeInfoHook,
 )
-from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import Size, Tensor, nn
 
 from ..checkpoint import CheckpointError
+from ..openmmlab import warn
 from .epoch_loop import iterations_in_epoch
 from .preemption import PreemptionHook
 from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
@@ -402,11 +401,9 @@ def warn_of_unused_settings(runner, checkpoint: dict, name: str) -> None:
             f"{where}: {pairs[0]}" + (f' and {len(pairs) - 1} more' if pairs[1:] else '')
             for where, pairs in found.items()
         )
-        print_log(
+        warn(
             f"Checkpoint '{name}' was written with other settings, and those that it holds are "
-            f'used: {listed}. For those of the config, {ADVICE.format(name)}.',
-            'current',
-            logging.WARNING,
+            f'used: {listed}. For those of the config, {ADVICE.format(name)}.'
         )
 
 

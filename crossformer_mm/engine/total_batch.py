@@ -1,16 +1,16 @@
 """The total batch size of a training, which a resumed one has to keep to see the same images."""
 
 import copy
-import logging
 import math
 from itertools import chain, cycle, islice
 from typing import Iterator, List, Optional
 
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_world_size
-from mmengine.logging import print_log
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler
+
+from ..openmmlab import warn
 
 
 @DATA_SAMPLERS.register_module()
@@ -98,11 +98,9 @@ def compare_batches(runner, checkpoint: dict, name: str) -> None:
         f'there are {current[0]} with {current[1]}'
     )
     if total_of(checkpoint) != total_of(now):
-        print_log(
+        warn(
             f'{begin}: other images follow, and the schedule, which counts iterations, is another. '
-            f'To go on as before, set {batch_advice(checkpoint)}.',
-            'current',
-            logging.WARNING,
+            f'To go on as before, set {batch_advice(checkpoint)}.'
         )
         return
     sampler = runner.train_dataloader.batch_sampler
@@ -110,7 +108,7 @@ def compare_batches(runner, checkpoint: dict, name: str) -> None:
     if groups and isinstance(sampler, SharedBatchSampler):
         sampler.grouped.batch_size = groups
     regrouped = type(sampler) not in (BatchSampler, SharedBatchSampler)
-    print_log(
+    warn(
         f'{begin}: the total batch size is the same. '
         + (
             f'{type(sampler).__name__} groups the images of each process, so that their order is '
@@ -120,7 +118,5 @@ def compare_batches(runner, checkpoint: dict, name: str) -> None:
         )
         + 'Sums are rounded otherwise, random numbers in the model are others, and what is '
         'computed in each process, such as batch norms and the average of a loss, is over other '
-        'images.',
-        'current',
-        logging.WARNING,
+        'images.'
     )

@@ -1,16 +1,15 @@
 """Strict loading: weights are read as plain data and must fit, none stay random silently."""
 
-import logging
 from typing import Optional
 
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
 from ..checkpoint import CheckpointError, fit_checkpoint, model_weights, use_safe_loading
 from ..class_names import recorded
 from ..errors import UserError
+from ..openmmlab import warn
 from .epoch_loop import ResumableTrainLoop
 from .runner_access import bare_model, built_loop, checkpoint_name, is_resumed, is_sharded
 from .total_batch import batch_advice
@@ -154,13 +153,11 @@ def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
     if epoch is None or (resumes_mid_epoch(loop, checkpoint) and epoch != meta['epoch']):
         return  # mid-epoch, or before what hooks do after the last iteration of an epoch
     if epoch and epoch * length != meta['iter'] and not meta.get('batch_size'):
-        print_log(
+        warn(
             f"Checkpoint '{name}' was written when an epoch had {meta['iter'] / epoch:g} "
             f'iterations, now it has {length}: with other processes or another batch the '
             'learning rate, whose schedule counts iterations, is not what it would have '
-            'been.',
-            'current',
-            logging.WARNING,
+            'been.'
         )
     meta.update(epoch=epoch, iter=epoch * length)
 
@@ -172,9 +169,7 @@ def compare_classes(runner, checkpoint: dict) -> None:
     dataset = getattr(loader, 'dataset', None)
     classes = getattr(dataset, 'metainfo', {}).get('classes')
     if theirs and classes and list(theirs) != list(classes):
-        print_log(
+        warn(
             'The checkpoint names other classes than the dataset, whose names are used: '
-            f'{list(theirs)[:3]}... and {list(classes)[:3]}...',
-            'current',
-            logging.WARNING,
+            f'{list(theirs)[:3]}... and {list(classes)[:3]}...'
         )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crossformer_mm.engine import coco_checks, dataset_checks, dataset_guard
+from crossformer_mm import openmmlab
+from crossformer_mm.engine import dataset_guard
 
 from ..trainings import make_data
 
@@ -31,6 +32,6 @@ def own_data(clean, tmp_path) -> Path:
 def warned(monkeypatch) -> list:
     """Warnings that checks give."""
     texts: list = []
-    for module in (coco_checks, dataset_checks, dataset_guard):
+    for module in (openmmlab, dataset_guard):
         monkeypatch.setattr(module, 'print_log', lambda text, *_: texts.append(text))
     return texts
