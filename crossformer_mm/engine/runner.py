@@ -3,8 +3,9 @@
 import functools
 import logging
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, List, Type, Union
+from typing import Any, Callable, Iterator, List, Type, Union
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.device import get_device
@@ -47,27 +48,16 @@ ADDED_HOOKS: List[Type[Hook]] = [
 ]
 
 
-def name_config_section(section: str):
-    """Decorate a method that builds something: errors name the section of the config.
-
-    The method raises a :class:`ConfigError`, caused by the error.
-    """
-
-    def decorate(build):
-        @functools.wraps(build)
-        def built(*args, **kwargs):
-            try:
-                return build(*args, **kwargs)
-            except UserError:
-                raise
-            except Exception as error:  # whatever there is in a config
-                raise ConfigError(
-                    f"The config's {section} cannot be built: {said(error)}."
-                ) from error
-
-        return built
-
-    return decorate
+@contextmanager
+def name_config_section(section: str) -> Iterator[None]:
+    """Decorate a method that builds something: an error becomes a :class:`ConfigError`, which names
+    the section of the config."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever there is in a config
+        raise ConfigError(f"The config's {section} cannot be built: {said(error)}.") from error
 
 
 Mixin: Any = object  # combined with a runner of MMEngine, whose attributes it uses
