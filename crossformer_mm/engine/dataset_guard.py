@@ -68,7 +68,8 @@ class CheckDataHook(Hook):
                     check_files(dataset, skip_to)
                     check_orientations(dataset, skip_to)
                     check_label_maps(dataset, skip_to)
-                    guard(dataset, skip_to)
+                    # Transforms do not know the data set, and wrappers call no other method.
+                    dataset.prepare_data = Guard(dataset, skip_to)
                 restart_workers(loop)
                 warnings.append(check_number_of_classes(runner, mode))
                 if hasattr(loop, 'evaluator'):
@@ -82,17 +83,6 @@ class CheckDataHook(Hook):
         if self.skip_to and Path(self.skip_to).exists():
             count = len(Path(self.skip_to).read_text(encoding='utf-8').splitlines())
             runner.logger.warning(f"{count} images were skipped, see '{self.skip_to}'.")
-
-
-def guard(dataset, skip_to: Optional[str]) -> None:
-    """Make a data set name the file if an image cannot be used.
-
-    Args:
-        dataset (BaseDataset): stays the same object, for wrappers and hooks hold it.
-        skip_to (str, optional): where to list images that are skipped; None: none is skipped.
-    """
-    # Its own method is replaced: transforms do not know the data set, and wrappers call no other.
-    dataset.prepare_data = Guard(dataset, skip_to)
 
 
 class Guard:

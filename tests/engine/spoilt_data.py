@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from crossformer_mm.engine.coco_checks import annotations_checked
 from crossformer_mm.engine.dataset_checks import check_files, explained_data
-from crossformer_mm.engine.dataset_guard import guard, list_skipped
+from crossformer_mm.engine.dataset_guard import Guard, list_skipped
 from crossformer_mm.errors import DataError
 
 from ..trainings import write_config
@@ -34,7 +34,7 @@ def build(kind, data: Path, split: str, tmp_path: Path, skip_to: str = None):
     with explained_data(), annotations_checked(skip):
         dataset = DATASETS.build(cfg[f'{split}_dataloader'].dataset)
     check_files(dataset, skip_to)
-    guard(dataset, skip_to)
+    dataset.prepare_data = Guard(dataset, skip_to)
     return dataset
 
 
