@@ -19,7 +19,8 @@ import hashlib
 import itertools
 import random
 from collections import deque
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -44,17 +45,14 @@ def seed_all(*numbers: int) -> None:
 
 
 class Draw(int):
-    """Index of an image, with the number of its draw in the training.
+    """Index of an image, with the number of its draw: ``p * n + i`` for draw ``p`` of image ``i``
+    of ``n``."""
 
-    Args:
-        index (int): the image.
-        number (int): ``p * n + i`` for draw ``p`` of image ``i`` of ``n``.
-    """
+    number: int
 
-    number: Optional[int]
-
-    def __new__(cls, index: int, number: Optional[int] = None) -> 'Draw':
-        draw = super().__new__(cls, index)
+    @classmethod
+    def numbered(cls, index: int, number: int) -> 'Draw':
+        draw = cls(index)
         draw.number = number
         return draw
 
@@ -65,7 +63,7 @@ class CountedSampler(DefaultSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         start = self.epoch * len(self.dataset)
-        return (Draw(index, start + index) for index in super().__iter__())
+        return (Draw.numbered(index, start + index) for index in super().__iter__())
 
     def start_anew(self, seed: int) -> None:
         self.seed = seed
@@ -81,7 +79,7 @@ class CountedInfiniteSampler(InfiniteSampler):
         for index in super().__iter__():
             passes = (self.rank + self.drawn * self.world_size) // self.size
             self.drawn += 1
-            yield Draw(index, passes * self.size + index)
+            yield Draw.numbered(index, passes * self.size + index)
 
     def skip(self, num_samples: int) -> None:
         """Go to where this rank has drawn ``num_samples`` images."""
@@ -98,25 +96,14 @@ class CountedInfiniteSampler(InfiniteSampler):
 COUNTED = {DefaultSampler: 'CountedSampler', InfiniteSampler: 'CountedInfiniteSampler'}
 
 
-class SeededItems:
-    """``__getitems__`` of a data set, which PyTorch calls for a batch: seeds before each image.
-
-    Args:
-        dataset (Dataset): the data set.
-        seed (int): seeds augmentation together with the number of the draw.
-    """
-
-    def __init__(self, dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __call__(self, indices: Sequence[int]) -> List:
-        items = []
-        for index in indices:
-            number = getattr(index, 'number', None)
-            if number is not None:
-                seed_all(self.seed, DRAW, number)
-            items.append(self.dataset[int(index)])
-        return items
+def seeded_items(dataset, seed: int, indices: Sequence[int]) -> List:
+    """Load a batch of a data set, whose augmentation is seeded by the number of each draw."""
+    items = []
+    for index in indices:
+        if isinstance(index, Draw):
+            seed_all(seed, DRAW, index.number)
+        items.append(dataset[int(index)])
+    return items
 
 
 @HOOKS.register_module()
@@ -132,7 +119,7 @@ class SeedHook(Hook):
         if sampler is not None:
             sampler.start_anew(seed)
             # PyTorch looks the method up at the object, so that its class stays as it is.
-            loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
+            loader.dataset.__getitems__ = partial(seeded_items, loader.dataset, seed)
             restart_workers(runner.train_loop)
             if runner.rank == 0:
                 warn_of_memory(loader.dataset)
@@ -183,7 +170,7 @@ def warn_of_memory(dataset) -> None:
     the training stays as it is. An error is ignored, because the training raises it, too, and
     images that take over a minute are not compared.
     """
-    draws = [Draw(index, index) for index in range(min(PROBED, len(dataset)))]
+    draws = [Draw.numbered(index, index) for index in range(min(PROBED, len(dataset)))]
     orders = [draws, draws[::-1]]
     try:
         (forward, after), (backward, _) = DataLoader(
