@@ -8,6 +8,7 @@ import torch
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.utils import apply_to
 from torch import Tensor, nn
 
 from ..compat import multiplies_bfloat16
@@ -50,13 +51,9 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 def widened(value):
     """Convert tensors in bfloat16, also inside lists, tuples and dicts, to float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype == torch.bfloat16 else value
-    if type(value) in (list, tuple):
-        return type(value)(map(widened, value))
-    if type(value) is dict:
-        return {name: widened(part) for name, part in value.items()}
-    return value
+    return apply_to(
+        value, lambda one: isinstance(one, Tensor) and one.dtype == torch.bfloat16, Tensor.float
+    )
 
 
 def in_float32(forward: Callable) -> Callable:
@@ -69,14 +66,8 @@ def in_float32(forward: Callable) -> Callable:
     def wide(*args, **kwargs):
         with torch.autocast(get_device(), enabled=False):
             out = forward(*widened(args), **widened(kwargs))
-        given = next(
-            (
-                value
-                for value in (*args, *kwargs.values())
-                if isinstance(value, Tensor) and value.is_floating_point()
-            ),
-            None,
-        )
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        given = next(filter(Tensor.is_floating_point, tensors), None)
         return out.to(given.dtype) if isinstance(out, Tensor) and given is not None else out
 
     return wide
