@@ -4,6 +4,7 @@ import math
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
+from ..config_parts import metrics_of
 from ..errors import DataError, said
 from ..openmmlab import warn
 from .dataset_access import leaves
@@ -106,8 +107,7 @@ def check_metrics(runner, mode: str, loop) -> None:
         return
     classes = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
     classes = list(classes) if classes and not isinstance(classes, str) else None
-    given = runner.cfg.get(f'{mode}_evaluator')
-    given = given if isinstance(given, (list, tuple)) else [given]
+    configs = dict(enumerate(metrics_of(runner.cfg, mode)))
     for number, metric in enumerate(loop.evaluator.metrics):
         if not isinstance(metric, CocoMetric):
             continue
@@ -115,8 +115,8 @@ def check_metrics(runner, mode: str, loop) -> None:
         own_form = not type(metric).results2json.__module__.startswith('mmdet.')
         # _coco_api is the only place of the file that the metric has read.
         if not own_form and metric._coco_api is not None:
-            named = given[number] if number < len(given) else None
-            named = named.get('ann_file') if isinstance(named, dict) else None
+            config = configs.get(number)
+            named = config.get('ann_file') if isinstance(config, dict) else None
             image_ids = [
                 dataset.get_data_info(index)['img_id']
                 for dataset in leaves(loop.dataloader.dataset)

@@ -6,7 +6,7 @@ from typing import List, Optional
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 
-from ..config_parts import data_sets
+from ..config_parts import data_sets, metrics_of
 from ..errors import ConfigError, UserError
 from .config import SCOPES
 from .dataset_access import is_path
@@ -136,22 +136,19 @@ def check_classifier(cfg) -> None:
         return
     head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None
     classes = head.get('num_classes') if isinstance(head, dict) else None
-    mixed = (
-        (cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
-        if classes
-        else None
-    )
+    if not classes:
+        return
+    mixed = (cfg['model'].get('data_preprocessor') or {}).get('num_classes', classes)
     if classes != mixed:
         raise ConfigError(
             f'model.data_preprocessor.num_classes = {mixed} and model.head.'
             f'num_classes = {classes} must be equal.'
         )
-    for split in ('val', 'test') if classes else ():
-        evaluator = cfg.get(f'{split}_evaluator') or {}
-        for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
+    for split in ('val', 'test'):
+        for metric in metrics_of(cfg, split):
             best = metric.get('topk') or 1
             best = best if isinstance(best, int) else max(best)
-            if classes and best > classes:
+            if best > classes:
                 raise ConfigError(
                     f'{split}_evaluator.topk has {best}, but there are {classes} classes.'
                 )
