@@ -28,44 +28,30 @@ def check_number_of_classes(runner, mode: str) -> Optional[str]:
     classes = meta.get('classes')
     if not classes or isinstance(classes, str) or 'thing_classes' in meta:
         return None  # heads of a panoptic model share the classes
-    heads = [
-        (name, module)
-        for name, module in runner.model.named_modules()
-        if isinstance(getattr(module, 'num_classes', None), int)
-        and module.num_classes != len(classes)
-    ]
     library = library_of(runner)
 
-    def is_large(head) -> bool:
-        return head[1].num_classes > len(classes)
+    def is_wrong(name: str, module) -> bool:
+        large, kind = module.num_classes > len(classes), name.rstrip('.0123456789')
+        if library == 'mmseg':  # auxiliary heads may have fewer outputs, such as borders
+            return kind.endswith('decode_head') or kind.endswith('auxiliary_head') and large
+        if library == 'mmdet':
+            return not passes_in_mmdet(runner, (name, module), dataset)
+        # MMPretrain's data sets may have names of classes without an image. In other libraries
+        # num_classes may be of anything.
+        return library == 'mmpretrain' and kind.endswith('head') and large
 
-    def is_called(head, kind: str) -> bool:
-        return head[0].rstrip('.0123456789').endswith(kind)
-
-    if library == 'mmseg':  # auxiliary heads may have fewer outputs, such as borders
-        heads = [
-            head
-            for head in heads
-            if is_called(head, 'decode_head')
-            or is_called(head, 'auxiliary_head')
-            and is_large(head)
-        ]
-    elif library == 'mmdet':
-        heads = [head for head in heads if not passes_in_mmdet(runner, head, dataset)]
-    elif library != 'mmpretrain':
-        return None  # its num_classes may be of anything
-    else:  # MMPretrain's data sets may have names of classes without an image
-        heads = [head for head in heads if is_called(head, 'head') and is_large(head)]
-    numbers = [f'model.{name}.num_classes = {module.num_classes}' for name, module in heads]
-    for head, number in zip(heads, numbers):
-        if not is_large(head):
-            raise ConfigError(
-                f'{number} is too small for the {len(classes)} classes of the data set, '
-                f'{classes[0]} to {classes[-1]}.'
-            )
-    if not numbers or any(
-        name.endswith('language_model') for name, _ in runner.model.named_modules()
-    ):
+    numbers = []
+    modules = dict(runner.model.named_modules())
+    for name, module in modules.items():
+        count = getattr(module, 'num_classes', None)
+        if isinstance(count, int) and count != len(classes) and is_wrong(name, module):
+            numbers.append(f'model.{name}.num_classes = {count}')
+            if count < len(classes):
+                raise ConfigError(
+                    f'{numbers[-1]} is too small for the {len(classes)} classes of the data set, '
+                    f'{classes[0]} to {classes[-1]}.'
+                )
+    if not numbers or any(name.endswith('language_model') for name in modules):
         return None  # text-conditioned models score words, not classes
     return (
         f'{", ".join(numbers)}: more than the {len(classes)} classes of the data set, {classes[0]} '
