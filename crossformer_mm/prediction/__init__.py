@@ -14,8 +14,8 @@ from ..class_names import drop_unnamed
 from ..compat import OutOfMemoryError
 from ..errors import UserError
 from ..flops import input_channels
-from ..without_torch.results import Ids, Results
-from .output import Pictures, in_coco_format, write_label_map
+from ..without_torch.results import Ids, Results, in_coco_format
+from .output import Pictures, write_label_map
 from .predictor import Predictor, build_predictor, use_bfloat16
 from .sources import Image, Source, batches, images_of, sources_of
 
@@ -69,8 +69,12 @@ def predict_files(
         drop_unnamed(sample, len(predictor.classes))
         reason = ''
         if detection:
-            for kind, found in in_coco_format(image, sample, ids.categories, inferencer.pred2dict):
-                results.add(kind, found)
+            instances = sample.pred_instances
+            found = inferencer.pred2dict(type(sample)(pred_instances=instances))
+            if 'mask_scores' in instances:
+                found['mask_scores'] = instances.mask_scores.tolist()
+            for kind, new in in_coco_format(found, image.entry['id'], ids.categories).items():
+                results.add(kind, new)
         else:
             reason = write_label_map(image, sample, predictor.first_value, out)
         if not reason:

@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -106,36 +106,6 @@ class Pictures:
 
     def __exit__(self, kind, *_) -> None:
         self.finish_video(keep=kind is None)
-
-
-def in_coco_format(
-    image: Image, sample, categories: Sequence[int], as_dict: Callable
-) -> Iterator[Tuple[str, List[dict]]]:
-    """Yield a detector's results for an image, by kind, in COCO's format.
-
-    Args:
-        image: the image.
-        sample: the results, as the model returns them.
-        categories: id of each class.
-        as_dict: an inferencer's ``pred2dict``.
-    """
-    found = as_dict(type(sample)(pred_instances=sample.pred_instances))
-    labels = [categories[label] for label in found['labels']]
-    boxes = [
-        [left, top, right - left, bottom - top] for left, top, right, bottom in found['bboxes']
-    ]
-    parts = dict(bbox=('bbox', found['scores'], boxes))
-    if 'masks' in found:
-        scores = sample.pred_instances.get('mask_scores', np.array(found['scores'])).tolist()
-        parts['segm'] = 'segmentation', scores, found['masks']
-    for kind, (key, scores, values) in parts.items():
-        yield (
-            kind,
-            [
-                {'image_id': image.entry['id'], 'category_id': label, 'score': score, key: value}
-                for label, score, value in zip(labels, scores, values)
-            ],
-        )
 
 
 def write_label_map(image: Image, sample, first: int, out: Path) -> str:

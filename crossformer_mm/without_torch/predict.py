@@ -96,7 +96,14 @@ def entries_of(found: dict, image: int, ids: Ids, task: str) -> Dict[str, List[d
                 for label, score in zip(best, scores)
             ]
         )
-    return in_coco_format(found, image, ids.categories)
+    lists = {key: found[key].tolist() for key in ('labels', 'scores')}
+    lists['bboxes'] = found['boxes'].tolist()
+    if 'masks' in found:
+        from pycocotools import mask as coco
+
+        masks = [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in found['masks']]
+        lists['masks'] = [{**mask, 'counts': mask['counts'].decode()} for mask in masks]
+    return in_coco_format(lists, image, ids.categories)
 
 
 def draw(image: np.ndarray, found: dict, about: dict, threshold: float) -> np.ndarray:

@@ -5,8 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-import numpy as np
-
 from .errors import UserError
 from .files import write_whole
 
@@ -120,24 +118,25 @@ class Results:
 
 
 def in_coco_format(found: dict, image: int, categories: Sequence[int]) -> Dict[str, List[dict]]:
-    """Convert a detector's results to COCO's format, boxes and, if there are any, masks."""
-    alike = [
-        dict(image_id=image, category_id=categories[label], score=score)
-        for label, score in zip(found['labels'], found['scores'].tolist())
-    ]
-    boxes = found['boxes'].tolist()
-    results = dict(
-        bbox=[
-            {**one, 'bbox': [left, top, right - left, bottom - top]}
-            for one, (left, top, right, bottom) in zip(alike, boxes)
-        ]
-    )
-    if 'masks' in found:
-        from pycocotools import mask as coco
+    """Convert a detector's results for an image to COCO's format, by kind.
 
-        results['segm'] = []
-        for one, mask in zip(alike, found['masks']):
-            encoded = coco.encode(np.asfortranarray(mask, np.uint8))
-            one['segmentation'] = dict(size=encoded['size'], counts=encoded['counts'].decode())
-            results['segm'].append(one)
-    return results
+    Args:
+        found: lists of ``labels``, ``scores``, ``bboxes`` (left, top, right, bottom) and, if there
+            are any, ``masks`` as RLE, with ``mask_scores`` if their scores are others.
+        image: id of the image.
+        categories: id of each label.
+    """
+    labels = [categories[label] for label in found['labels']]
+    boxes = [
+        [left, top, right - left, bottom - top] for left, top, right, bottom in found['bboxes']
+    ]
+    parts = dict(bbox=('bbox', found['scores'], boxes))
+    if 'masks' in found:
+        parts['segm'] = 'segmentation', found.get('mask_scores', found['scores']), found['masks']
+    return {
+        kind: [
+            {'image_id': image, 'category_id': label, 'score': score, key: value}
+            for label, score, value in zip(labels, scores, values)
+        ]
+        for kind, (key, scores, values) in parts.items()
+    }
