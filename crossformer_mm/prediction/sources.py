@@ -123,56 +123,47 @@ def images_of(
     """
     next_id = 1
 
-    def fits(image: Image) -> bool:
+    def misfit(image: Image) -> str:
         given = image.inputs['inputs'].shape[0]
-        if given != channels:
-            skip(
-                image.source.name,
-                f'it has {given} channels as the test pipeline loads it, and the model takes '
-                f'{channels}',
-            )
-        return given == channels
+        if given == channels:
+            return ''
+        return (
+            f'it has {given} channels as the test pipeline loads it, and the model takes {channels}'
+        )
 
     for index, source in enumerate(sources):
+        read, reason = 0, ''
         if source.fps is None:
             try:
                 if is_cut_short(source.path.read_bytes()):
                     raise EOFError
                 loaded = pipeline.load(str(source.path))
             except OSError as error:
-                skip(source.name, f'it could not be opened: {error.strerror or error}')
-                progress.update()
+                reason = f'it could not be opened: {error.strerror or error}'
             except Exception:  # broken bytes fail in any way in a decoder
-                skip(source.name, 'it is cut short or no image that OpenCV reads')
-                progress.update()
+                reason = 'it is cut short or no image that OpenCV reads'
             else:
                 number = next_id if numbers is None else numbers[index]
-                entry = dict(id=number, file_name=source.name)
-                image = pipeline.prepare(source, entry, loaded)
-                if fits(image):
+                image = pipeline.prepare(source, dict(id=number, file_name=source.name), loaded)
+                reason = misfit(image)
+                if not reason:
                     yield image
-                else:
-                    progress.update()
-            next_id += 1
-            continue
-        read, fit = 0, True
-        for frame in mmcv.VideoReader(str(source.path)):
-            entry = dict(id=next_id + read, file_name=f'{source.name}#{read + 1}', frame=read + 1)
-            image = pipeline.prepare(source, entry, pipeline.load_frame(frame))
-            fit = fits(image)
-            if not fit:
-                progress.update(source.frames - read)
-                break
-            yield image
-            read += 1
-        # The length in the header of a video may be an estimate from its duration.
-        if fit and (read < 0.98 * source.frames or not read):
-            skip(
-                source.name,
-                f'its frames from {read + 1} on could not be read'
-                if read
-                else 'it is no video that OpenCV reads',
-            )
+        else:
+            for frame in mmcv.VideoReader(str(source.path)):
+                name = f'{source.name}#{read + 1}'
+                entry = dict(id=next_id + read, file_name=name, frame=read + 1)
+                image = pipeline.prepare(source, entry, pipeline.load_frame(frame))
+                reason = misfit(image)
+                if reason:
+                    break
+                yield image
+                read += 1
+            if not read:
+                reason = reason or 'it is no video that OpenCV reads'
+            elif read < 0.98 * source.frames:  # by the header, often an estimate from the duration
+                reason = reason or f'its frames from {read + 1} on could not be read'
+        if reason:
+            skip(source.name, reason)
             progress.update(source.frames - read)
         next_id += max(source.frames, read)
 
