@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
-from ..checkpoint import CheckpointError, use_safe_loading
+from ..checkpoint import use_safe_loading
 from ..config_parts import innermost
 from ..engine.coco_checks import annotations_checked
 from ..engine.dataset_checks import check_files, explained_data
@@ -197,7 +197,7 @@ def run_task(task: dict, read_config: Callable[[], Config]) -> None:
         cfg.work_dir = task['folder']
         result = measure(cfg, task['setting'], task['asked'])
     except Exception as error:
-        refused = isinstance(error, (UserError, CheckpointError))
+        refused = isinstance(error, UserError)
         file.write_text(
             json.dumps(dict(error=str(error) if refused else said(error), refused=refused)),
             encoding='utf-8',

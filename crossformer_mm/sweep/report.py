@@ -116,7 +116,11 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
     figure, axes = plt.subplots(
         len(metrics), 2, figsize=(11, 4.2 * len(metrics) + 0.5), squeeze=False, layout='constrained'
     )
-    handles: dict = {}
+    names = [
+        f"{number}  {name_of(result)}{' (as in the config)' if result['own'] else ''}"
+        for number, result in enumerate(results, start=1)
+    ]
+    handles: dict = {}  # of the legend
     for metric, row in zip(metrics, axes):
         for (cost, unit, label), axis in zip(costs, row):
             # Three digits: smaller differences are noise.
@@ -131,18 +135,14 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
                     *zip(*front), where='post', color='0.55', linestyle='--', zorder=1
                 )
             for number, point in points.items():
-                handles[number] = draw_point(axis, number, point, results)
+                handles[names[number - 1]] = draw_point(axis, number, point, results)
             axis.set(xlabel=label, ylabel=metric)
             axis.margins(0.15)
             axis.grid(alpha=0.3)
-    names = {
-        number: f"{number}  {name_of(result)}{' (as in the config)' if result['own'] else ''}"
-        for number, result in enumerate(results, start=1)
-    }
-    order = sorted(handles, key=lambda key: key if key in names else len(names) + 1)
+    order = [name for name in (*names, 'Pareto front') if name in handles]
     figure.legend(
-        [handles[key] for key in order],
-        [names.get(key, key) for key in order],
+        [handles[name] for name in order],
+        order,
         loc='outside lower center',
         ncols=2,
         fontsize=8,
