@@ -51,11 +51,7 @@ class KeyValues(DictAction):
 
 
 def add_cfg_options(parser: argparse.ArgumentParser, such_as: str = '') -> None:
-    """Add the option ``--cfg-options``.
-
-    Args:
-        such_as (str): end of its help text.
-    """
+    """Add the option ``--cfg-options``, whose help text ends in ``such_as``."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -89,10 +85,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
 
 def read_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments of :func:`argument_parser` name, and apply them to it.
-
-    Raises:
-        UserError: an argument or the config cannot work.
-    """
+    Raise a UserError if the config or an argument cannot work."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options, scopes=None)
     variable = LAUNCHERS.get(args.launcher)

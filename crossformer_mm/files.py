@@ -9,14 +9,7 @@ from .without_torch.files import atomic_write, write_whole  # noqa: F401
 
 
 def check_writable(option: str, folder: Union[str, Path]) -> None:
-    """Make a folder and check that files can be written to it.
-
-    Args:
-        option (str): what named the folder, for the message.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Make a folder. Raise a UserError, which names the option, if no file can be written to it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

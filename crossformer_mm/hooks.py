@@ -228,11 +228,7 @@ class ValidationSamplesHook(Hook):
 
 
 def check_drawing(visualizer: Visualizer) -> None:
-    """Check that a visualizer draws predictions: MMEngine's own does nothing.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise a UserError if a visualizer draws no predictions: MMEngine's own does not."""
     kind = type(visualizer)
     if not hasattr(kind, 'visualize_cls') and kind.add_datasample is Visualizer.add_datasample:
         raise UserError(
@@ -242,14 +238,8 @@ def check_drawing(visualizer: Visualizer) -> None:
 
 
 def draw(visualizer, dataset, sample, **options) -> None:
-    """Draw a prediction next to its ground truth on the image of a data set.
-
-    Args:
-        visualizer: of MMDetection, MMSegmentation or MMPretrain.
-        dataset: that the image is from.
-        sample: what the model predicted.
-        **options: of the visualizer.
-    """
+    """Draw a prediction next to its ground truth, by a visualizer of MMDetection, MMSegmentation or
+    MMPretrain with its options, on the image of a data set."""
     # A classifier's visualizer has a method of its own.
     by = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)
     image = picture_in(dataset, sample.img_path)
@@ -297,12 +287,7 @@ class ShowPredictionsHook(Hook):
 
 class KeepLabelMapsHook(Hook):
     """Keep the label maps of all images that are tested, as PNG with the data set's own values.
-
-    Each has the path that its image has below the folder that all images share.
-
-    Args:
-        folder (str): to write.
-    """
+    Each has the path that its image has below the folder that all images share."""
 
     def __init__(self, folder: str):
         self.folder = Path(folder)

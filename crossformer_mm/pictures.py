@@ -12,11 +12,8 @@ from .without_torch.files import unique_names
 
 
 def names_in(dataset) -> Dict[str, Tuple[str, str]]:
-    """Name the images of a data set, by their ``img_path``, as :func:`unique_names` does.
-
-    Raises:
-        UserError: the data set does not name a file for each image.
-    """
+    """Name the images of a data set, by their ``img_path``, as :func:`unique_names` does. Raise a
+    UserError if the data set does not name a file for each."""
     infos = (dataset.get_data_info(index) for index in range(len(dataset)))
     paths = list(dict.fromkeys(info.get('img_path') for info in infos))
     if None in paths:

@@ -42,13 +42,8 @@ SHOWN = (
 
 
 def run_tool(log: Path, title: str, *command) -> None:
-    """Run a tool and show its progress; end the program if it fails.
-
-    Args:
-        log (Path): file that the tool's output is added to.
-        title (str): heading of what is shown.
-        *command: the tool's file and its arguments.
-    """
+    """Run a tool, given by its file and arguments, show its progress below a title and add its
+    output to a log. End the program if it fails."""
     command = [str(part) for part in command]
     print(f'\n== {title}\n   {" ".join(command)}', flush=True)
     with (

@@ -70,16 +70,8 @@ def bright_colour(rng: np.random.Generator, kind: Optional[int] = None) -> list:
 
 
 def scene(rng: np.random.Generator, size: int):
-    """Draw one image with its objects.
-
-    Args:
-        rng: random number generator.
-        size: side of the image in pixels.
-
-    Returns:
-        tuple: image (size, size, 3) uint8; a list of (class index, mask (size, size) bool) of the
-        visible objects, whose masks do not overlap.
-    """
+    """Draw one image, (size, size, 3) uint8. Return it with a list of (class index, mask (size,
+    size) bool) of the visible objects, whose masks do not overlap."""
     image = clutter(rng, size)
     drawn = []
     for _ in range(rng.integers(3, 7)):

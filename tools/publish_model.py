@@ -75,11 +75,7 @@ def parse_args():
 
 
 def target(out: str, safetensors: bool) -> Path:
-    """Return the path to write, without the hash.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Return the path to write, without the hash, or raise a UserError if it cannot be written."""
     path = Path(out)
     if safetensors:
         stem = path.stem if path.suffix in SUFFIXES else path.name
@@ -101,11 +97,7 @@ def need_safetensors() -> None:
 
 
 def write_folder(folder: Path, args: argparse.Namespace) -> None:
-    """Write a folder for a hub: all of it, or nothing.
-
-    Raises:
-        UserError: it is there already or cannot be written, or the checkpoint is not suitable.
-    """
+    """Write a folder for a hub: all of it, or nothing, with a UserError."""
     need_safetensors()
     if folder.exists():
         raise UserError(f"'{folder}' is there already; nothing was written.")

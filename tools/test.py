@@ -42,11 +42,7 @@ def parse_args():
 
 
 def use_test_time_augmentation(cfg, config_file: str) -> None:
-    """Test with the augmentation that a config defines.
-
-    Raises:
-        UserError: it defines none.
-    """
+    """Test with the augmentation that a config defines, or raise a UserError if it defines none."""
     if not cfg.get('tta_model') or not cfg.get('tta_pipeline'):
         raise UserError(
             f"--tta: config '{config_file}' defines no test-time augmentation "

@@ -96,11 +96,7 @@ def check_training_file(dataset, coco, skip: Optional[Callable[[DataError], None
 
 
 def check_metrics(runner, mode: str, loop) -> None:
-    """Check the annotation files of a loop's COCO metrics.
-
-    Raises:
-        DataError: a metric cannot use its file.
-    """
+    """Raise a DataError if a COCO metric of a loop cannot use its annotation file."""
     try:
         from mmdet.evaluation import CocoMetric
     except ImportError:
@@ -252,13 +248,8 @@ def is_dropped(annotation: dict, image: dict) -> bool:
 
 
 def check_categories(source: str, categories: dict, used: list, classes: List[str]) -> None:
-    """Check that the file has all classes, in the order of ``metainfo.classes``.
-
-    MMDetection numbers labels by the order of the file's categories.
-
-    Raises:
-        DataError: a class is missing, or the order differs.
-    """
+    """Raise a DataError if the file lacks a class, or has another order than ``metainfo.classes``:
+    MMDetection numbers labels by the order of the file's categories."""
     there = [category['name'] for category in categories.values()]
     absent = [name for name in classes if name not in there]
     if absent:

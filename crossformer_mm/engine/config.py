@@ -88,11 +88,8 @@ def scope_of(kind) -> Optional[str]:
 
 
 def use_mmengines_scope(cfg: Config, file: str) -> None:
-    """Use MMEngine's own registries for a config without ``default_scope``, as MMEngine does.
-
-    Raises:
-        UserError: they do not have the model.
-    """
+    """Use MMEngine's own registries for a config without ``default_scope``, as MMEngine does. Raise
+    a UserError if they do not have the model."""
     cfg.default_scope = 'mmengine'
     kind = cfg.model.get('type')
     if class_of(kind, 'mmengine') is None:
@@ -103,11 +100,8 @@ def use_mmengines_scope(cfg: Config, file: str) -> None:
 
 
 def check_library(scope: str, file: str) -> None:
-    """Import the library of a config's ``default_scope``.
-
-    Raises:
-        UserError: it is not installed, cannot be imported, or registers nothing with MMEngine.
-    """
+    """Import the library of a config's ``default_scope``. Raise a UserError if that is impossible
+    or registers nothing with MMEngine."""
     if scope not in registered_scopes():  # by one of the config's custom_imports
         if find_spec(scope) is None:
             package = MODULE2PACKAGE.get(scope, scope)
@@ -143,11 +137,7 @@ def inferencers_of(scope: Optional[str]) -> str:
 
 
 def check_torchvision(file: str) -> None:
-    """Import torchvision, which MMPretrain needs.
-
-    Raises:
-        UserError: it cannot be imported.
-    """
+    """Import torchvision, which MMPretrain needs, or raise a UserError."""
     try:
         import torchvision  # noqa: F401
     except Exception as error:  # of another build than torch it fails in many ways
@@ -218,11 +208,8 @@ def prepare_for_cpu(cfg: Config) -> None:
 
 
 def replace_data_root(cfg: Config, root: str) -> None:
-    """Move every data set, and the annotation file of every metric, below ``root``.
-
-    Raises:
-        UserError: a split has data sets in several folders.
-    """
+    """Move every data set, and the annotation file of every metric, below ``root``. Raise a
+    UserError if a split has data sets in several folders."""
     for split in ('train', 'val', 'test'):
         if not cfg.get(f'{split}_dataloader'):
             continue

@@ -106,11 +106,8 @@ def evenly_spaced(dataset) -> List[int]:
 
 
 def check_orientations(dataset, skip_to: Optional[str] = None) -> None:
-    """Compare sizes and EXIF orientations of some images with their annotations.
-
-    Raises:
-        DataError: the annotations are of the image as it is stored, and not as it is loaded.
-    """
+    """Raise a DataError if the annotations of some image fit it as it is stored, and not as it is
+    loaded by its EXIF orientation."""
     if skip_to is not None:
         return  # each image is checked when it is loaded
     unclear = []
@@ -229,11 +226,7 @@ def check_label_maps(dataset, skip_to: Optional[str] = None) -> None:
 
 
 def check_reduce_zero_label(load, dataset) -> None:
-    """Check that a pipeline and its data set agree on ``reduce_zero_label``.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Raise a ConfigError if a pipeline and its data set differ in ``reduce_zero_label``."""
     reduced = getattr(load, 'reduce_zero_label', None)
     if reduced not in (None, dataset.reduce_zero_label):
         raise ConfigError(

@@ -142,22 +142,14 @@ class Guard:
         return None
 
     def check_truncation(self, index: int) -> None:
-        """Check that no JPEG of an image is cut short.
-
-        Raises:
-            DataError: one is.
-        """
+        """Raise a DataError if a JPEG of an image is cut short."""
         for what, path in files_of(self.dataset, self.dataset.get_data_info(index)).items():
             with suppress(OSError):  # the data set itself will raise it
                 if is_cut_short(get(path, backend_args=backend_of(self.dataset))):
                     raise DataError(f"{what} '{path}' is cut short or no image.")
 
     def check_size(self, item: dict, info: dict) -> None:
-        """Check that an image has the size of its annotations and of its label map.
-
-        Raises:
-            DataError: it does not.
-        """
+        """Raise a DataError if an image has another size than its annotations or its label map."""
         shape: Any = getattr(sample_of(item), 'ori_shape', item.get('ori_shape'))
         expected = (info.get('height'), info.get('width'))
         differs = shape and None not in expected and tuple(shape[:2]) != expected
@@ -175,11 +167,8 @@ class Guard:
                 raise problem
 
     def check_labels(self, item: dict, info: dict) -> None:
-        """Check that a label map has only labels that are classes, and the size of its image.
-
-        Raises:
-            DataError: it does not.
-        """
+        """Raise a DataError if a label map has a label that is no class, or another size than its
+        image."""
         sample = sample_of(item)
         truth = getattr(sample, 'gt_sem_seg', None)
         if truth is not None:

@@ -78,11 +78,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def depths_of(model: nn.Module, by_stage: bool) -> Tuple[Dict[nn.Parameter, int], int]:
-    """Return the depth of each parameter of a model, and the number of depths.
-
-    Raises:
-        ConfigError: the backbone has no ``get_layer_depth``.
-    """
+    """Return the depth of each parameter of a model, and the number of depths. Raise a ConfigError
+    if the backbone has no ``get_layer_depth``."""
     backbone: Any = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'get_layer_depth'):
         raise ConfigError(

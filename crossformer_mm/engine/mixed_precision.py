@@ -84,11 +84,7 @@ def to_float32(forward: Callable) -> Callable:
 
 
 def check_bfloat16(option: str, device_type: str) -> None:
-    """Refuse bfloat16 on a CPU on which it is slower than float32.
-
-    Raises:
-        UserError: this is such a CPU.
-    """
+    """Raise a UserError for a CPU on which bfloat16 is slower than float32."""
     if device_type == 'cpu' and not multiplies_bfloat16():
         raise UserError(
             f'{option}: this processor has no instructions for bfloat16 (AVX512_BF16 or AMX), and '
@@ -97,11 +93,7 @@ def check_bfloat16(option: str, device_type: str) -> None:
 
 
 def use_mixed_precision(cfg, precision: str) -> None:
-    """Make a config train in mixed precision.
-
-    Raises:
-        UserError: this machine cannot.
-    """
+    """Make a config train in mixed precision, or raise a UserError if this machine cannot."""
     if precision == 'float16':
         if get_device() in ('cpu', 'mps'):
             raise UserError(

@@ -88,11 +88,7 @@ def uses_of(cfg, name: str, value) -> List[str]:
 
 
 def check_keys(cfg, options: dict) -> None:
-    """Check that options replace settings of a config or add arguments that their class takes.
-
-    Raises:
-        UserError: nothing would read an option; the message has the nearest known key.
-    """
+    """Raise a UserError, with the nearest known key, for an option that nothing would read."""
     read = arguments(Runner)[0] | READ_BY_OTHERS['']
     for option in options:
         part: Any = dict(cfg.items())

@@ -80,11 +80,7 @@ def list_of_images(dataset: dict) -> Optional[Path]:
 
 
 def class_folders(split: str, root: Path, prefix: dict) -> List[str]:
-    """List the folders of images, one for each class.
-
-    Raises:
-        UserError: there is none.
-    """
+    """List the folders of images, one for each class, or raise a UserError if there is none."""
     folder = root / prefix.get('img_path', '')
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not names:
@@ -96,24 +92,14 @@ def class_folders(split: str, root: Path, prefix: dict) -> List[str]:
 
 
 def check_file(option: str, path: str) -> None:
-    """Check that a file exists, unless it is an address.
-
-    Args:
-        option (str): name of the option that gave the path, for the message.
-
-    Raises:
-        UserError: it does not exist.
-    """
+    """Raise a UserError, which names the option, if a file does not exist and is no address."""
     if '://' not in path and not Path(path).is_file():
         raise UserError(f"{option}: file '{path}' does not exist.")
 
 
 def check_weight_files(cfg: Config) -> bool:
-    """Check that the files exist from which a config takes weights, and return if there are any.
-
-    Raises:
-        UserError: ``load_from`` or a checkpoint of the backbone's ``init_cfg`` does not exist.
-    """
+    """Return if a config takes weights from files. Raise a UserError if one of these does not
+    exist."""
     backbone = cfg.model.get('backbone')
     given = (backbone.get('init_cfg') if isinstance(backbone, dict) else None) or {}
     files = [
@@ -127,11 +113,7 @@ def check_weight_files(cfg: Config) -> bool:
 
 
 def check_classifier(cfg) -> None:
-    """Check that a classifier's parts and metrics agree on the number of classes.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Raise a ConfigError if a classifier's parts and metrics disagree on the number of classes."""
     if cfg.get('default_scope') not in ('mmpretrain', None):
         return
     head = cfg['model'].get('head') if isinstance(cfg['model'], dict) else None

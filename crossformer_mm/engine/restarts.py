@@ -18,9 +18,6 @@ def first_start(work_dir: str) -> Optional[float]:
     The first start leaves a file with the job's identity in the work folder. Its time stamp and
     those of checkpoints are of the same file system. Checkpoints that were in the folder before are
     of another job, which the user did not ask to resume.
-
-    Args:
-        work_dir (str): the work folder.
     """
     # torchrun makes a folder of its own for each job: JOB/attempt_N/RANK/error.json
     job = str(Path(os.environ.get('TORCHELASTIC_ERROR_FILE', '')).absolute().parents[2])

@@ -334,11 +334,8 @@ def settings_of(groups: List[dict]) -> List[dict]:
 
 
 def check_optimizer(runner, checkpoint: dict, name: str) -> None:
-    """Refuse the state of another optimizer, or for other parameters, which PyTorch cannot use.
-
-    Raises:
-        CheckpointError: it is one.
-    """
+    """Raise a CheckpointError for the state of another optimizer or for other parameters, which
+    PyTorch cannot use."""
     for where, (key, wrapper) in optimizers_of(runner).items():
         groups = wrapper.optimizer.param_groups
         theirs = optimizer_state(checkpoint, key).get('param_groups', groups)

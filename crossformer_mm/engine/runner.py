@@ -324,10 +324,7 @@ def scale_by_accumulation(optim_wrapper, logger: logging.Logger) -> None:
 
 def build_runner(cfg) -> Runner:
     """Build the runner that a config names by ``runner_type``, with this package's for MMEngine's.
-
-    Raises:
-        UserError: there is no such runner.
-    """
+    Raise a UserError if there is no such runner."""
     named = cfg.get('runner_type') or ('FlexibleRunner' if cfg.get('strategy') else 'Runner')
     kind = RUNNERS.get(named) if isinstance(named, str) else named
     if kind is None:

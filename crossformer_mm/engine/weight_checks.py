@@ -90,11 +90,7 @@ class CheckWeightsHook(Hook):
 
 def epoch_of(checkpoint: dict, length: int) -> Optional[int]:
     """Return the number of finished epochs of a checkpoint; None: it was written mid-epoch.
-
-    Args:
-        checkpoint (dict): with the log of a training.
-        length (int): iterations in an epoch, for a log that does not have the number.
-    """
+    ``length`` is the number of iterations in an epoch, for a log that does not have it."""
     length = epoch_length(checkpoint, length)
     epoch, done = checkpoint['meta']['epoch'], checkpoint['meta']['iter']
     if done == (epoch + 1) * length:  # written after its last iteration, before it was counted
@@ -128,13 +124,9 @@ def resumes_mid_epoch(loop: EpochBasedTrainLoop, checkpoint: dict) -> bool:
 
 
 def resume_at_epoch(runner, checkpoint: dict, name: str) -> None:
-    """Make a resumed loop of epochs begin where the checkpoint was written.
-
-    MMEngine would repeat the epoch of a checkpoint that was written by iterations, and count on.
-
-    Raises:
-        CheckpointError: the checkpoint was written mid-epoch, and the loop cannot resume there.
-    """
+    """Make a resumed loop of epochs begin where the checkpoint was written. MMEngine would repeat
+    the epoch of a checkpoint that was written by iterations, and count on. Raise a CheckpointError
+    for a checkpoint from mid-epoch, if the loop cannot resume there."""
     loop, meta = runner.train_loop, checkpoint['meta']
     length = len(loop.dataloader)
     if not is_resumable(loop, checkpoint):

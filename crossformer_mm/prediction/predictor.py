@@ -77,17 +77,8 @@ def build_predictor(cfg: Config, config: str, checkpoint: str, device: torch.dev
 
 
 def check_names(model: nn.Module, classes: Sequence[str], trained: bool, config: str) -> None:
-    """Warn if the training data had fewer classes than a model.
-
-    Args:
-        model: the model.
-        classes: names of its first classes.
-        trained: these names are from the checkpoint, not from the config.
-        config: the config file, for error messages.
-
-    Raises:
-        UserError: the config has fewer names than the model has classes.
-    """
+    """Compare the names of classes with the number that a model has. Too few are a warning if they
+    are those of the training (``trained``), otherwise a UserError."""
     head = getattr(model, 'roi_head', model)
     head = getattr(head, 'bbox_head', None) or getattr(head, 'decode_head', None)
     head = head[-1] if isinstance(head, nn.ModuleList) else head

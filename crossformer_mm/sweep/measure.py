@@ -138,11 +138,7 @@ def check_names(asked: Sequence[str], metrics: dict) -> None:
 
 
 def number_of_images(cfg: Config) -> int:
-    """Count the images of a config's test data.
-
-    Raises:
-        UserError: the data cannot be used.
-    """
+    """Count the images of a config's test data, or raise a UserError if they cannot be used."""
     init_default_scope(cfg.default_scope)
     # pycocotools prints.
     with contextlib.redirect_stdout(sys.stderr), explained_data(), annotations_checked():
