@@ -87,8 +87,12 @@ class ResumeHook(Hook):
     def gather_gradients(self, runner) -> None:
         """Take the mean of accumulated gradients over all processes, for the next checkpoint."""
         gradients = {}
-        wrappers = [one for _, one in optimizers_of(runner).values()]
-        if not is_sharded(runner) and not all(map(is_updated, wrappers)):
+        # Such as wait for those of further iterations.
+        waiting = any(
+            isinstance(wrapper, OptimWrapper) and not wrapper.should_update()
+            for _, wrapper in optimizers_of(runner).values()
+        )
+        if waiting and not is_sharded(runner):
             for name, parameter in bare_model(runner).named_parameters():
                 if parameter.grad is not None:
                     gradients[name] = parameter.grad.clone()
@@ -312,11 +316,6 @@ def optimizers_of(runner) -> Dict[str, Tuple[str, OptimWrapper]]:
     if isinstance(wrapper, OptimWrapperDict):
         return {f'optim_wrapper.{name}.optimizer': (name, one) for name, one in wrapper.items()}
     return {'optim_wrapper.optimizer': ('', wrapper)}
-
-
-def is_updated(wrapper) -> bool:
-    """Check that an optimizer holds no gradients that wait for those of further iterations."""
-    return not isinstance(wrapper, OptimWrapper) or wrapper.should_update()
 
 
 def optimizer_state(checkpoint: dict, name: str) -> dict:
