@@ -115,8 +115,9 @@ class SeedHook(Hook):
 
     def before_train(self, runner) -> None:
         loader, seed = runner.train_dataloader, seed_of(runner)
-        sampler = counting_sampler(loader)
-        if sampler is not None:
+        # PyTorch, too, puts a loader's sampler into a batch sampler.
+        sampler: Any = getattr(loader.batch_sampler, 'sampler', None)
+        if hasattr(sampler, 'start_anew'):
             sampler.start_anew(seed)
             # PyTorch looks the method up at the object, so that its class stays as it is.
             loader.dataset.__getitems__ = partial(seeded_items, loader.dataset, seed)
@@ -138,14 +139,6 @@ def seed_of(runner) -> int:
     # runner.seed includes the rank if this setting, which the runner tells nobody, is true.
     apart = runner.rank if runner._randomness_cfg.get('diff_rank_seed') else 0
     return runner.seed - apart
-
-
-def counting_sampler(loader):
-    """Return the sampler of a data loader, or of its batch sampler, if it counts draws."""
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-        if hasattr(sampler, 'start_anew'):
-            return sampler
-    return None
 
 
 def restart_workers(loop) -> None:
