@@ -10,6 +10,7 @@ from mmengine.dist import get_world_size
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler
 
+from ..config_parts import kind_of
 from ..openmmlab import warn
 
 
@@ -53,9 +54,8 @@ class SharedBatchSampler(BatchSampler):
 
 def is_grouped_by_shape(batches) -> bool:
     """Check for the config of an AspectRatioBatchSampler without further settings."""
-    kind = batches.get('type') if isinstance(batches, dict) and len(batches) == 1 else ''
-    name = getattr(kind, '__name__', str(kind))
-    return name.rpartition('.')[2] == 'AspectRatioBatchSampler'
+    only_type = isinstance(batches, dict) and len(batches) == 1
+    return only_type and kind_of(batches) == 'AspectRatioBatchSampler'
 
 
 def record_batch(runner, checkpoint: dict) -> None:
