@@ -49,7 +49,12 @@ def annotations_checked(skip: Optional[Callable[[DataError], None]] = None) -> I
         if read and read[0].cats and classes:
             source = f"annotation file '{dataset.ann_file}'"
             check_categories(source, read[0].cats, dataset.cat_ids, list(classes))
-            warn_of_categories_left_out(source, read[0].cats, list(classes))
+            names = (category['name'] for category in read[0].cats.values())
+            if left_out := [name for name in names if name not in classes]:
+                warn(
+                    f"Objects of {', '.join(map(repr, left_out))} in {source} are left out: the "
+                    "config's metainfo.classes do not name them."
+                )
         return data
 
     CocoDataset.load_data_list = load_and_check
@@ -262,14 +267,4 @@ def check_categories(source: str, categories: dict, used: list, classes: List[st
         raise DataError(
             f"The config's metainfo.classes are in another order than in {source}, by "
             f"which labels are numbered: give them as {', '.join(map(repr, order))}."
-        )
-
-
-def warn_of_categories_left_out(source: str, categories: dict, classes: List[str]) -> None:
-    names = [category['name'] for category in categories.values()]
-    left_out = [name for name in names if name not in classes]
-    if left_out:
-        warn(
-            f"Objects of {', '.join(map(repr, left_out))} in {source} are left out: the config's "
-            'metainfo.classes do not name them.'
         )
