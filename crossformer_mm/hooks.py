@@ -9,7 +9,6 @@ from typing import Dict, List, Sequence
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.visualization import Visualizer
@@ -83,22 +82,17 @@ class MagnitudeHook(Hook):
         self.magnitudes: Dict[str, Tensor] = {}
 
     def before_train(self, runner) -> None:
-        self.backbone(runner)
-
-    @staticmethod
-    def backbone(runner) -> CrossFormer:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        for module in model.modules():
-            if isinstance(module, CrossFormer):
-                return module
-        raise ValueError(
-            'MagnitudeHook: the model has no CrossFormer; leave the hook out of custom_hooks.'
-        )
+        found = [module for module in runner.model.modules() if isinstance(module, CrossFormer)]
+        if not found:
+            raise ValueError(
+                'MagnitudeHook: the model has no CrossFormer; leave the hook out of custom_hooks.'
+            )
+        self.backbone = found[0]
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         if not self.every_n_train_iters(runner, self.interval) or runner.rank != 0:
             return
-        for index, stage in enumerate(self.backbone(runner).layers):
+        for index, stage in enumerate(self.backbone.layers):
             features = partial(self.keep_features, f'stage{index}/feature')
             logits = partial(self.keep_logits, f'stage{index}/logit')
             self.handles += [
