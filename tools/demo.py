@@ -73,30 +73,20 @@ def newest(pattern: str) -> Path:
 
 def prediction(name: str, checkpoint: str) -> str:
     """Return a command that predicts with a model of the demo."""
-    script, config = ROOT / 'tools/predict.py', ROOT / f'configs/demo/{name}_shapes.py'
-    words = [
-        'python',
-        os.path.relpath(script),
-        os.path.relpath(config),
-        os.path.relpath(checkpoint),
-    ]
-    return shlex.join([*words, HELD_OUT, '--out', str(WORK / name / 'predictions')])
+    files = ROOT / 'tools/predict.py', ROOT / f'configs/demo/{name}_shapes.py', checkpoint
+    words = map(os.path.relpath, files)
+    return shlex.join(['python', *words, HELD_OUT, '--out', str(WORK / name / 'predictions')])
 
 
 def contact_sheet(pictures, out: Path) -> None:
     """Join pictures, two in a row; in each, the ground truth is left of the prediction."""
-    images, height = [cv2.imread(str(picture)) for picture in pictures], 240
-    images = [
-        cv2.resize(
-            i,
-            (round(i.shape[1] * height / i.shape[0]), height),
-            interpolation=cv2.INTER_AREA if i.shape[0] > height else cv2.INTER_CUBIC,
-        )
-        for i in images
-    ]
-    images = [
-        cv2.copyMakeBorder(i, 6, 6, 6, 6, cv2.BORDER_CONSTANT, value=(255,) * 3) for i in images
-    ]
+    images, height = [], 240
+    for picture in pictures:
+        image = cv2.imread(str(picture))
+        size = (round(image.shape[1] * height / image.shape[0]), height)
+        how = cv2.INTER_AREA if image.shape[0] > height else cv2.INTER_CUBIC
+        image = cv2.resize(image, size, interpolation=how)
+        images.append(np.pad(image, ((6, 6), (6, 6), (0, 0)), constant_values=255))
     rows = [np.hstack(images[i : i + 2]) for i in range(0, len(images), 2)]
     cv2.imwrite(str(out), np.vstack(rows))
 
