@@ -20,12 +20,7 @@ from pathlib import Path
 
 import torch
 
-from crossformer_mm.checkpoint import (
-    CheckpointError,
-    read_checkpoint,
-    require_safetensors,
-    weights_in,
-)
+from crossformer_mm.checkpoint import read_checkpoint, require_safetensors, weights_in
 from crossformer_mm.cli import run
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
@@ -85,20 +80,13 @@ def target(out: str, safetensors: bool) -> Path:
     if not path.parent.is_dir():
         raise UserError(f"folder '{path.parent}' does not exist.")
     if path.suffix == '.safetensors':
-        need_safetensors()
-    return path
-
-
-def need_safetensors() -> None:
-    try:
         require_safetensors()
-    except CheckpointError as error:
-        raise UserError(f'{error}.') from None
+    return path
 
 
 def write_folder(folder: Path, args: argparse.Namespace) -> None:
     """Write a folder for a hub: all of it, or nothing, with a UserError."""
-    need_safetensors()
+    require_safetensors()
     if folder.exists():
         raise UserError(f"'{folder}' is there already; nothing was written.")
     check_writable('--hub', folder.parent)
