@@ -47,11 +47,8 @@ def surface(kind: str, size: int, centre: np.ndarray, angle: float) -> np.ndarra
 
 def clutter(rng: np.random.Generator, size: int) -> np.ndarray:
     """Draw a background (size, size, 3) of pale, noisy colours with bright lines and dots."""
-    image = cv2.resize(
-        rng.uniform(90, 190, (4, 4, 1)) + rng.uniform(-25, 25, (4, 4, 3)),
-        (size, size),
-        interpolation=cv2.INTER_CUBIC,
-    )
+    colours = rng.uniform(90, 190, (4, 4, 1)) + rng.uniform(-25, 25, (4, 4, 3))
+    image = cv2.resize(colours, (size, size), interpolation=cv2.INTER_CUBIC)
     image = np.clip(image + rng.normal(0, 10, image.shape), 0, 255).astype(np.uint8)
     for _ in range(rng.integers(4, 10)):
         start, end = rng.integers(0, size, (2, 2)).tolist()
@@ -101,11 +98,11 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> None:
     """Write images of :func:`scene` in both layouts."""
-    coco_images = folder / 'coco' / f'{split}2017'
     ade_split = {'train': 'training', 'val': 'validation'}[split]
-    ade_images = folder / 'ade' / 'images' / ade_split
-    ade_labels = folder / 'ade' / 'annotations' / ade_split
-    for path in (coco_images, ade_images, ade_labels, folder / 'coco' / 'annotations'):
+    coco_images, coco_json = folder / f'coco/{split}2017', folder / 'coco/annotations'
+    ade_images = folder / 'ade/images' / ade_split
+    ade_labels = folder / 'ade/annotations' / ade_split
+    for path in (coco_images, coco_json, ade_images, ade_labels):
         path.mkdir(parents=True, exist_ok=True)
 
     rng = np.random.default_rng([seed, split == 'val'])
@@ -121,22 +118,14 @@ def write_split(folder: Path, split: str, count: int, size: int, seed: int) -> N
         for kind, visible in objects:
             labels[visible] = kind + 2
             code = rle.encode(np.asfortranarray(visible.astype(np.uint8)))
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=index,
-                    category_id=kind + 1,
-                    iscrowd=0,
-                    area=float(visible.sum()),
-                    bbox=rle.toBbox(code).tolist(),
-                    segmentation=dict(size=code['size'], counts=code['counts'].decode()),
-                )
-            )
+            entry = dict(id=len(annotations) + 1, image_id=index, category_id=kind + 1, iscrowd=0)
+            entry.update(area=float(visible.sum()), bbox=rle.toBbox(code).tolist())
+            entry['segmentation'] = dict(size=code['size'], counts=code['counts'].decode())
+            annotations.append(entry)
         write_image(ade_labels / name, labels)
     categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
-    (folder / 'coco' / 'annotations' / f'instances_{split}2017.json').write_text(
-        json.dumps(dict(images=images, annotations=annotations, categories=categories))
-    )
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (coco_json / f'instances_{split}2017.json').write_text(json.dumps(content))
     print(f"wrote {count} {split} images with {len(annotations)} objects to '{folder}'")
 
 
@@ -170,8 +159,8 @@ def main():
         stamp.unlink(missing_ok=True)
         for part in ('coco', 'ade'):
             shutil.rmtree(args.out / part, ignore_errors=True)
-        write_split(args.out, 'train', args.train, args.size, args.seed)
-        write_split(args.out, 'val', args.val, args.size, args.seed)
+        for split in ('train', 'val'):
+            write_split(args.out, split, made_with[split], args.size, args.seed)
         stamp.write_text(json.dumps(made_with))
     except OSError as error:
         raise UserError(f"out: '{args.out}' could not be written: {error.strerror}.") from None
