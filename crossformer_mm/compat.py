@@ -236,11 +236,8 @@ def compiled_since_2_4(forward: Callable) -> Callable:
 
 
 class ForeignObject(ValueError):
-    """A file holds an object that is neither plain data nor allowed; nothing of it was run.
-
-    Args:
-        name (str): its class or function, with the module.
-    """
+    """A file holds an object that is neither plain data nor allowed, the class or function ``name``
+    with its module; nothing of it was run."""
 
     def __init__(self, name: str):
         super().__init__(name)

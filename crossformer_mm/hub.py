@@ -97,12 +97,8 @@ def read_config(text: str, name: str) -> Config:
 
 
 def json_config(cfg: Config) -> dict:
-    """Return the backbone's arguments, and what timm reads of a model.
-
-    Args:
-        cfg (Config): of the whole model. timm's ``architecture`` is left out if it is none of
-            ``NAMES``.
-    """
+    """Return the backbone's arguments, and what timm reads of a model; without ``architecture`` if
+    that is none of ``NAMES``."""
     backbone = {key: one for key, one in cfg.model.backbone.items() if key not in TRAINING}
     arch = backbone.get('arch', 's')
     config = dict(crossformer_mm=__version__, backbone=backbone)

@@ -130,17 +130,8 @@ def check_metrics(runner, mode: str, loop) -> None:
 def check_coco_metric(
     metric, source: str, image_ids: Iterable, classes: Optional[List[str]]
 ) -> None:
-    """Check that pycocotools can use the annotation file of a ``CocoMetric``.
-
-    Args:
-        metric (CocoMetric): the metric, which has read the file.
-        source (str): the file, for messages.
-        image_ids (Iterable): ids of the images that the data set evaluates.
-        classes (List[str], optional): the data set's classes.
-
-    Raises:
-        DataError: unusable annotations; images or classes that the file does not have.
-    """
+    """Raise a DataError if pycocotools cannot use the annotation file of a ``CocoMetric``, or if
+    the file, called ``source``, lacks an evaluated image or one of the data set's classes."""
     coco = metric._coco_api
     used = coco.get_cat_ids(cat_names=classes or [])
     faults = []

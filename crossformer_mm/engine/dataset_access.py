@@ -33,12 +33,8 @@ def backend_of(dataset) -> Optional[dict]:
 
 
 def files_of(dataset, info: dict) -> Dict[str, str]:
-    """Return the files of one image that a data set loads, by kind: 'Image', 'Label map'.
-
-    Args:
-        dataset (BaseDataset): the data set.
-        info (dict): its ``get_data_info`` of the image.
-    """
+    """Return the files that a data set loads of one image, by kind: 'Image', 'Label map'. ``info``
+    is its ``get_data_info`` of the image."""
     files = {'Image': info.get('img_path')}
     # MMDetection names a label map for images whose pipeline loads none.
     if any(getattr(step, 'with_seg', False) for step in steps_of(dataset)):

@@ -22,16 +22,10 @@ EXIF_ORIENTATION = 0x0112
 
 
 def check_files(dataset, skip_to: Optional[str] = None) -> None:
-    """Check that a data set has images, that all files exist, and that labels are classes.
+    """Raise a DataError if a data set has no images, a file does not exist or a label is no class.
 
-    Files on a remote backend are not looked for.
-
-    Args:
-        dataset (BaseDataset): the data set.
-        skip_to (str, optional): the list of skipped images; missing files are then a warning.
-
-    Raises:
-        DataError: one of these does not hold.
+    Files on a remote backend are not looked for. With ``skip_to``, the list of skipped images, a
+    missing file is a warning.
     """
     source = source_of(dataset)
     with explained_data():
@@ -73,11 +67,8 @@ def check_files(dataset, skip_to: Optional[str] = None) -> None:
 
 @contextmanager
 def explained_data() -> Iterator[None]:
-    """Name the data set in an error that was raised while it was built inside this context.
-
-    Raises:
-        DataError: caused by the error. An error that no data set raised is raised as it is.
-    """
+    """Raise a DataError that names the data set for an error that was raised while it was built
+    inside this context. An error that no data set raised is raised as it is."""
     try:
         yield
     except DataError:

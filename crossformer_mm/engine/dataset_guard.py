@@ -87,11 +87,7 @@ class CheckDataHook(Hook):
 
 class Guard:
     """Replacement of a data set's ``prepare_data`` that names the file if an image cannot be used.
-
-    Args:
-        dataset (BaseDataset): the data set.
-        skip_to (str, optional): where to list images that are skipped; None: none is skipped.
-    """
+    ``skip_to`` is that of :class:`CheckDataHook`."""
 
     def __init__(self, dataset, skip_to: Optional[str]):
         self.dataset, self.skip_to, self.in_a_row = dataset, skip_to, 0

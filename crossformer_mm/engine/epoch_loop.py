@@ -41,12 +41,8 @@ def remaining(loader, done: int) -> Iterable:
 
 
 class Later:
-    """A batch sampler without its first batches, when it is iterated for the first time.
-
-    Args:
-        batches (BatchSampler): the batch sampler, which persistent workers keep.
-        done (int): number of batches left out.
-    """
+    """A batch sampler, which persistent workers keep, without its first ``done`` batches when it is
+    iterated for the first time."""
 
     def __init__(self, batches: Any, done: int):
         self.batches, self.done = batches, done

@@ -25,16 +25,8 @@ def mp4_fps(fps: float) -> float:
 
 
 class Video:
-    """Video that is written frame by frame, and atomically.
-
-    Args:
-        path: of the file.
-        fps: frames per second.
-        size: width and height of the frames.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Video that is written frame by frame, and atomically. Raises an OSError if it cannot be
+    written."""
 
     def __init__(self, path: Path, fps: float, size: Tuple[int, int]):
         self.path, self.size = path, size
@@ -60,14 +52,9 @@ class Video:
 
 
 class Pictures:
-    """Draws predictions and writes them, images as JPEG and videos as MP4.
-
-    As a context it keeps the last video at the end, or removes it after an error.
-
-    Args:
-        draw: an inferencer's ``visualize``, with its options.
-        out: folder.
-    """
+    """Draws predictions by an inferencer's ``visualize``, with its options, and writes them, images
+    as JPEG and videos as MP4. As a context it keeps the last video at the end, or removes it after
+    an error."""
 
     def __init__(self, draw: Callable, out: Path):
         self.draw, self.out = draw, out
@@ -111,14 +98,8 @@ class Pictures:
 def write_label_map(image: Image, sample, first: int, out: Path) -> str:
     """Write a segmentor's result as PNG, with the values of the data set's own label maps.
 
-    Args:
-        image: the image; its entry gets the file's name.
-        sample: the result, as the model returns it.
-        first: value of the first class; 1 in data sets that leave 0 for "other".
-        out: folder of all results.
-
-    Returns:
-        str: the reason if it cannot be written, or ''.
+    The first class has the value ``first``: 1 in data sets that leave 0 for "other". The image's
+    entry gets the file's name. Return the reason if it cannot be written, or ''.
     """
     labels = sample.pred_sem_seg.data[0].numpy() + first
     stem = image.source.stem

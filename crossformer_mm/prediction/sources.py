@@ -16,21 +16,13 @@ from ..without_torch.files import VIDEOS, is_cut_short, unique_names
 
 
 class Source(NamedTuple):
-    """File to predict on.
-
-    Args:
-        path: of the file.
-        name: its path below the folder that all files share; for images.json.
-        stem: unique name, without a suffix, of the files that are written for it.
-        frames: number of images in it, by its header, but at least 1.
-        fps: frames per second of a video, by its header; None: it is an image.
-    """
+    """File to predict on."""
 
     path: Path
-    name: str
-    stem: str
-    frames: int
-    fps: Optional[float]
+    name: str  # its path below the folder that all files share; for images.json
+    stem: str  # unique name, without a suffix, of the files that are written for it
+    frames: int  # number of images in it, by its header, but at least 1
+    fps: Optional[float]  # frames per second of a video, by its header; None: it is an image
 
 
 class Image(NamedTuple):
@@ -43,11 +35,8 @@ class Image(NamedTuple):
 
 
 def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
-    """Name files and read the headers of videos.
-
-    Raises:
-        UserError: a file would be overwritten.
-    """
+    """Name files and read the headers of videos, or raise a UserError if a file would be
+    overwritten."""
     named = unique_names([file.absolute() for file in files])
     folders = {parent.as_posix() for name, _ in named for parent in Path(name).parents}
     sources = []

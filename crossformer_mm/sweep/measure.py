@@ -205,15 +205,10 @@ def run_task(task: dict, read_config: Callable[[], Config]) -> None:
 def measure_apart(
     command: Sequence[str], setting: dict, images: Optional[int], asked: Sequence[str], log: Path
 ) -> dict:
-    """Call :func:`measure` in a new process.
+    """Call :func:`measure` in a new process, on the first ``images`` images or on all.
 
-    Args:
-        command (sequence of str): a Python program that calls :func:`run_task` with the JSON of its
-            option ``--task``.
-        setting (dict): as of :func:`measure`.
-        images (int, optional): evaluate the first ones only. None: all.
-        asked (sequence of str): as of :func:`measure`.
-        log (Path): file for what the process prints to stderr.
+    ``command`` is a Python program that calls :func:`run_task` with the JSON of its option
+    ``--task``; what it prints to stderr is added to ``log``.
 
     Returns:
         dict: what :func:`measure` returns; of a process that fails, ``error``, its message, and

@@ -96,14 +96,9 @@ def pareto(points: Sequence[tuple]) -> List[tuple]:
 
 
 def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) -> None:
-    """Plot each metric against time and memory; the numbers are those of the table.
-
-    Args:
-        results (sequence of dict): of each setting, in the order of the table.
-        metrics (sequence of str): one row of axes for each.
-        of (dict): as of :class:`Record`; ``config``, ``images`` and ``device`` are shown.
-        path (Path): PNG file to write.
-    """
+    """Write a PNG that plots each metric, in a row of axes, against time and memory. The numbers
+    are those of the table; ``config``, ``images`` and ``device`` of a :class:`Record`'s ``of`` are
+    shown."""
     import matplotlib
 
     matplotlib.use('agg')
