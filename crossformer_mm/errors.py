@@ -2,9 +2,10 @@
 
 import site
 import sysconfig
+import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Iterator
+from typing import List
 
 from .without_torch.errors import UserError, said  # noqa: F401
 
@@ -37,19 +38,16 @@ LIBRARIES = tuple(
 )
 
 
-def frames_of(error: BaseException) -> Iterator[FrameType]:
-    """Yield the frames that an error, or its first cause, went through, the innermost last."""
+def frames_of(error: BaseException) -> List[FrameType]:
+    """Return the frames that an error, or its first cause, went through, the innermost last."""
     while error.__cause__ is not None:
         error = error.__cause__
-    part = error.__traceback__
-    while part is not None:
-        yield part.tb_frame
-        part = part.tb_next
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def is_users_code(error: BaseException) -> bool:
     """Check whether an error was raised in code of no installed library and not of this package."""
-    frames = list(frames_of(error))
+    frames = frames_of(error)
     if not frames:
         return False
     file = frames[-1].f_code.co_filename

@@ -75,7 +75,7 @@ def explained_data() -> Iterator[None]:
         raise
     except Exception as error:  # whatever there is in a file
         # Registries build data sets, one inside another: only the traceback has the one at fault.
-        frames = list(frames_of(error))
+        frames = frames_of(error)
         owners: List[Any] = [
             frame.f_locals.get('self')
             for frame in frames
