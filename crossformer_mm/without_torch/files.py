@@ -63,7 +63,8 @@ def unique_names(paths: Sequence[Path]) -> List[Tuple[str, str]]:
         list: for each file this path, and the same without a suffix; with it where another file
         would have the same name.
     """
-    depth = min(shared_depth(path.parts, paths[0].parts) for path in paths) if paths else 0
+    folder = os.path.commonpath([path.parent for path in paths]) if paths else ''
+    depth = len(Path(folder).parts)
     names = [Path(*path.parts[depth:]) for path in paths]
     taken = Counter([*names, *(name.with_suffix('') for name in names if name.suffix)])
     return [
@@ -73,14 +74,6 @@ def unique_names(paths: Sequence[Path]) -> List[Tuple[str, str]]:
         )
         for name in names
     ]
-
-
-def shared_depth(one: Sequence[str], other: Sequence[str]) -> int:
-    """Count the folders that two paths have in common."""
-    pairs = zip(one[:-1], other[:-1])
-    return next(
-        (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)) - 1
-    )
 
 
 def read_image(path: Path, decode: Callable) -> Tuple[Optional[np.ndarray], str]:
