@@ -354,16 +354,8 @@ def plain_pickle(allowed: list) -> SimpleNamespace:
             pickle.BUILD[0]: build,
             pickle.BINPERSID[0]: storage,
         }
-        for code in (
-            pickle.INST,
-            pickle.OBJ,
-            pickle.NEWOBJ_EX,
-            pickle.PERSID,
-            pickle.EXT1,
-            pickle.EXT2,
-            pickle.EXT4,
-        ):
-            del dispatch[code[0]]
+        for code in 'INST OBJ NEWOBJ_EX PERSID EXT1 EXT2 EXT4'.split():
+            del dispatch[getattr(pickle, code)[0]]
 
     def load(file, **options):
         return Unpickler(file, **options).load()
