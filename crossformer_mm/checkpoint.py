@@ -343,19 +343,16 @@ def differences(
     shown: Optional[int] = 3,
 ) -> List[str]:
     """Return a phrase for each kind of keys, with the first ``shown`` of them (None: all)."""
-
-    def phrase(what: str, keys: Iterable[str]) -> List[str]:
-        keys = sorted(keys)
-        more = f' and {len(keys) - shown} more' if shown and len(keys) > shown else ''
-        return [f"{what} {', '.join(keys[:shown])}{more}"] if keys else []
-
     shapes = [
         f'{key} ({tuple(value.shape)} in the file, {tuple(own[key].shape)} here)'
         for key, value in weights.items()
         if key in own and value.shape != own[key].shape
     ]
-    return (
-        phrase('missing', missing)
-        + phrase('unexpected', unexpected)
-        + phrase('of another shape', shapes)
-    )
+    kinds = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes}
+    phrases = []
+    for what, keys in kinds.items():
+        keys = sorted(keys)
+        more = f' and {len(keys) - shown} more' if shown and len(keys) > shown else ''
+        if keys:
+            phrases.append(f"{what} {', '.join(keys[:shown])}{more}")
+    return phrases
