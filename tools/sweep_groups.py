@@ -20,9 +20,7 @@ interruption, and other values add settings.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +41,7 @@ from crossformer_mm.errors import UserError
 from crossformer_mm.files import check_writable
 from crossformer_mm.grouping import LDA_DEFINITIONS
 from crossformer_mm.sweep.measure import check_names, measure_apart, number_of_images, run_task
-from crossformer_mm.sweep.report import METRICS, Record, draw, shown_metrics, table
+from crossformer_mm.sweep.report import METRICS, Record, draw, identity, shown_metrics, table
 from crossformer_mm.sweep.settings import caution, name_of, settings_of
 
 
@@ -135,16 +133,7 @@ def main():
     check_writable('--out', out)
     there = number_of_images(cfg)
     images = min(args.max_images or there, there)
-    of = dict(
-        config=args.config,
-        digest=hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16],
-        checkpoint=args.checkpoint,
-        written=os.stat(args.checkpoint).st_mtime,
-        images=images,
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
-        threads=torch.get_num_threads(),
-    )
-    record = Record(out / 'sweep.json', of)
+    record = Record(out / 'sweep.json', identity(cfg, args.config, args.checkpoint, images))
     if note := caution(cfg.model.backbone):
         print(note)
 
@@ -171,7 +160,7 @@ def main():
     print(table(results, metrics))
     if not metrics:
         raise UserError(f"nothing could be measured, see '{out / 'log.txt'}'.")
-    draw(results, metrics, of, out / 'sweep.png')
+    draw(results, metrics, record.of, out / 'sweep.png')
     print(f"see '{out / 'sweep.png'}' and '{record.file}'")
     sys.exit(1 if any('error' in result for result in results) else 0)
 

@@ -1,11 +1,15 @@
 """Record, table and picture of a sweep."""
 
+import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
+from mmengine.config import Config
 
 from ..errors import UserError
 from ..files import write_whole
@@ -15,12 +19,25 @@ from .settings import name_of
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
 
 
+def identity(cfg: Config, config: str, checkpoint: str, images: int) -> dict:
+    """Return what results are of: model, data and machine."""
+    return dict(
+        config=config,
+        digest=hashlib.sha256(repr(cfg.to_dict()).encode()).hexdigest()[:16],
+        checkpoint=checkpoint,
+        written=os.stat(checkpoint).st_mtime,
+        images=images,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+        threads=torch.get_num_threads(),
+    )
+
+
 class Record:
     """The results of a sweep by setting, kept in a file.
 
     Args:
         file (Path): JSON that earlier sweeps may have written.
-        of (dict): model, data and machine, as JSON can hold them.
+        of (dict): what :func:`identity` returns.
 
     Raises:
         UserError: the file is of another model, other data or another machine, or no record.
