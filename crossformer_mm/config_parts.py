@@ -20,6 +20,12 @@ def data_sets(dataset: dict) -> Iterator[dict]:
         yield dataset
 
 
+def data_sets_of(cfg, split: str) -> List[dict]:
+    """List the configs of a split's data sets; there are none without a data loader."""
+    loader = cfg.get(f'{split}_dataloader')
+    return list(data_sets(loader['dataset'])) if loader else []
+
+
 def innermost(dataset: dict) -> dict:
     """Return the config of the first data set inside wrappers."""
     return next(data_sets(dataset))

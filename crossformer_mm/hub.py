@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import yaml
 from mmengine.config import Config
 
-from .config_parts import data_sets, innermost, kind_of
+from .config_parts import data_sets_of, kind_of
 from .errors import UserError
 from .version import __version__
 
@@ -106,9 +106,8 @@ def json_config(cfg: Config) -> dict:
         return config
     classes = cfg.model.head.num_classes if cfg.get('default_scope') == 'mmpretrain' else 0
     images = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    test = cfg.get('test_dataloader')
-    pipeline = innermost(test.dataset).get('pipeline', ()) if test else ()
-    steps = {kind_of(step): step for step in pipeline}
+    test = next(iter(data_sets_of(cfg, 'test')), {})
+    steps = {kind_of(step): step for step in test.get('pipeline', ())}
     size, crop = 224, steps.get('CenterCrop', {}).get('crop_size')
     pretrained = dict(num_classes=classes, classifier='head.fc', interpolation='bicubic')
     for key in ('mean', 'std'):
@@ -166,12 +165,7 @@ def model_card(name: str, cfg: Config, meta: dict, source: Path, licence: str) -
     """Return the text of README.md."""
     task = TASKS.get(cfg.get('default_scope', ''), 'other')
     metrics = read_metrics(cfg, meta, source)
-    val, train = (
-        list(data_sets(cfg[f'{split}_dataloader'].dataset))
-        if cfg.get(f'{split}_dataloader')
-        else []
-        for split in ('val', 'train')
-    )
+    val, train = (data_sets_of(cfg, split) for split in ('val', 'train'))
     classes = [str(one) for one in (meta.get('dataset_meta') or {}).get('classes', ())]
     header: Dict[str, Any] = dict(license=licence, library_name='crossformer_mm', pipeline_tag=task)
     header['tags'] = ['crossformer', cfg.get('default_scope', 'mmengine')]

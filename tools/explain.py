@@ -26,7 +26,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm.checkpoint import load_backbone
 from crossformer_mm.cli import add_cfg_options, run
-from crossformer_mm.config_parts import innermost, kind_of
+from crossformer_mm.config_parts import data_sets_of, kind_of
 from crossformer_mm.engine.config import DENSE, load_config
 from crossformer_mm.engine.preflight import check_file
 from crossformer_mm.errors import UserError
@@ -126,8 +126,8 @@ def make_scene(args: argparse.Namespace) -> Scene:
     if args.head is not None and not 0 <= args.head < heads:
         raise UserError(f'--head must be from 0 to {heads - 1}, got {args.head}.')
 
-    dataset = cfg.test_dataloader.dataset if cfg.get('test_dataloader') else {}
-    pipeline = innermost(dataset).get('pipeline') or cfg.get('test_pipeline') or [None]
+    dataset = next(iter(data_sets_of(cfg, 'test')), {})
+    pipeline = dataset.get('pipeline') or cfg.get('test_pipeline') or [None]
     resized = (step.get('scale') for step in pipeline[1:] if kind_of(step) == 'Resize')
     image, factor = load_image(
         args.image, pipeline[0], args.scale or next(resized, None), backbone.in_channels

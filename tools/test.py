@@ -11,7 +11,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import METRICS
 
 from crossformer_mm.cli import argument_parser, read_config, run
-from crossformer_mm.config_parts import data_sets
+from crossformer_mm.config_parts import data_sets_of
 from crossformer_mm.engine.config import ensure_visualizer
 from crossformer_mm.engine.preflight import check_dataset, check_file
 from crossformer_mm.engine.runner import build_runner
@@ -48,7 +48,7 @@ def use_test_time_augmentation(cfg, config_file: str) -> None:
             f"--tta: config '{config_file}' defines no test-time augmentation "
             '(tta_model and tta_pipeline).'
         )
-    for dataset in data_sets(cfg.test_dataloader.dataset):
+    for dataset in data_sets_of(cfg, 'test'):
         dataset['pipeline'] = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 

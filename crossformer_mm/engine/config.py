@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 
-from ..config_parts import data_sets, kind_of, metrics_of
+from ..config_parts import data_sets_of, kind_of, metrics_of
 from ..errors import UserError, said
 from .overrides import check_keys, class_of, ensure_pretrained_cfg, registered_scopes, warn_of_typos
 
@@ -211,10 +211,10 @@ def replace_data_root(cfg: Config, root: str) -> None:
     """Move every data set, and the annotation file of every metric, below ``root``. Raise a
     UserError if a split has data sets in several folders."""
     for split in ('train', 'val', 'test'):
-        if not cfg.get(f'{split}_dataloader'):
-            continue
-        inside = list(data_sets(cfg[f'{split}_dataloader'].dataset))
+        inside = data_sets_of(cfg, split)
         roots = {dataset.get('data_root') for dataset in inside}
+        if not roots:
+            continue
         if len(roots) > 1:
             raise UserError(
                 f"--data-root: the {split} dataset is made of several, in "

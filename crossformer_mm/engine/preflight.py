@@ -6,7 +6,7 @@ from typing import List, Optional
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 
-from ..config_parts import data_sets, metrics_of
+from ..config_parts import data_sets_of, metrics_of
 from ..errors import ConfigError, UserError
 from .config import SCOPES
 from .dataset_access import is_path
@@ -23,9 +23,7 @@ def check_dataset(cfg: Config, *splits: str) -> None:
     """
     folders = {}
     for split in splits:
-        if not cfg.get(f'{split}_dataloader'):
-            continue
-        for dataset in data_sets(cfg[f'{split}_dataloader'].dataset):
+        for dataset in data_sets_of(cfg, split):
             if cfg.default_scope not in SCOPES:
                 kind = class_of(dataset.get('type'), cfg.default_scope)
                 if kind is None or not issubclass(kind, BaseDataset):
