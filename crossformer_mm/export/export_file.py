@@ -3,7 +3,7 @@
 import io
 import json
 import os
-import time
+import timeit
 from collections import Counter
 from contextlib import redirect_stdout
 from functools import partial
@@ -163,12 +163,7 @@ def read_torch(path: Path) -> Callable[..., Outputs]:
 def milliseconds(function: Callable, given: Sequence[Tensor]) -> float:
     """Return the median time of three runs, after one to warm up."""
     function(*given)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        function(*given)
-        times.append(time.perf_counter() - start)
-    return 1000 * median(times)
+    return 1000 * median(timeit.repeat(lambda: function(*given), number=1, repeat=3))
 
 
 def make_smaller(file: Path, scope: str, data, options: Options) -> None:

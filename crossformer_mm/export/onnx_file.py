@@ -1,6 +1,5 @@
 """Exported programs as ONNX files of standard operators, with metadata for the runtime."""
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, Sequence
@@ -37,6 +36,7 @@ def to_onnx(
         program,
         input_names=list(inputs),
         output_names=list(outputs),
+        dynamic_shapes=tuple(inputs.values()),
         verbose=False,
         optimize=False,  # which compares each operator with hundreds of patterns
         custom_translation_table={
@@ -44,9 +44,7 @@ def to_onnx(
             for operator, to_onnx in operators.TRANSLATIONS.items()
         },
     )
-    proto = exported.model_proto
-    name_dimensions(proto, inputs)
-    proto = simplify(proto)
+    proto = simplify(exported.model_proto)
     onnx.helper.set_model_props(proto, dict(metadata))
     return proto
 
@@ -89,33 +87,8 @@ def translation(to_onnx: Callable, op) -> Callable:
     return lambda *args: to_onnx(op, *args)
 
 
-def name_dimensions(proto, inputs: Mapping[str, Mapping[int, str]]) -> None:
-    """Rename the open dimensions of inputs, wherever they occur."""
-    symbols = {}
-    for value in proto.graph.input:
-        for axis, name in inputs[value.name].items():
-            symbols[value.type.tensor_type.shape.dim[axis].dim_param] = name
-    if not symbols:
-        return
-    known = re.compile('|'.join(map(re.escape, symbols)))
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = known.sub(lambda found: symbols[found[0]], dim.dim_param)
-
-
 def count_operators(proto) -> Counter:
     """Count each operator; those in loops count once."""
-    import onnx
+    import onnx_ir
 
-    found: Counter = Counter()
-
-    def count(graph):
-        for node in graph.node:
-            found[node.op_type] += 1
-            for attribute in node.attribute:
-                if attribute.type == onnx.AttributeProto.GRAPH:
-                    count(attribute.g)
-
-    count(proto.graph)
-    return found
+    return Counter(node.op_type for node in onnx_ir.from_proto(proto).graph.all_nodes())
