@@ -251,7 +251,7 @@ def draw_embedding(figure, scene: Scene) -> None:
     """Draw the share of each kernel in the embeddings."""
     convs = embedding_convs(scene.backbone)
     shares = [kernel_shares(*pair) for pair in zip(convs, scene.captured.embeddings)]
-    maps, bars = figure.subfigures(1, 2, width_ratios=(1, 1))
+    maps, bars = figure.subfigures(1, 2)
     figure.suptitle(
         'Cross-scale embedding: the share of each kernel', fontsize=12, fontweight='bold'
     )
@@ -269,30 +269,18 @@ def draw_embedding(figure, scene: Scene) -> None:
     axes = bars.subplots()
     kernels = sorted({kernel for share in shares for kernel in share})
     for stage, share in enumerate(shares):
-        for place, _name, index in ((0.2, 'channels', 0), (-0.2, 'variance', 1)):
+        for index, (place, alpha) in enumerate(((0.2, 0.45), (-0.2, 1))):
             left = 0.0
             for kernel, values in share.items():
                 colour = KERNEL_COLOURS[kernels.index(kernel) % len(KERNEL_COLOURS)]
-                axes.barh(
-                    place - stage * 1.1,
-                    values[index],
-                    0.36,
-                    left=left,
-                    color=colour,
-                    alpha=0.45 if index == 0 else 1,
-                )
-                if values[index] > 0.06:
-                    dark = index == 1 and colour in DARK_COLOURS
-                    axes.text(
-                        left + values[index] / 2,
-                        place - stage * 1.1,
-                        f'{values[index]:.0%}',
-                        ha='center',
-                        va='center',
-                        fontsize=7,
-                        color='white' if dark else 'black',
-                    )
-                left += values[index]
+                y, width = place - stage * 1.1, values[index]
+                bar = axes.barh(y, width, 0.36, left=left, color=colour, alpha=alpha)
+                if width > 0.06:
+                    ink = 'white' if index == 1 and colour in DARK_COLOURS else 'black'
+                    text = [f'{width:.0%}']
+                    axes.bar_label(bar, text, label_type='center', fontsize=7, color=ink)
+                left += width
+    hide_frame(axes)
     axes.set_yticks(
         [place - stage * 1.1 for stage in range(len(shares)) for place in (0.2, -0.2)],
         [
@@ -302,9 +290,7 @@ def draw_embedding(figure, scene: Scene) -> None:
         ],
         fontsize=8,
     )
-    axes.set(xlim=(0, 1), xticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xlim=(0, 1))
     handles = [Patch(color=KERNEL_COLOURS[i % len(KERNEL_COLOURS)]) for i in range(len(kernels))]
     axes.legend(
         handles,
@@ -331,16 +317,13 @@ PICTURES = (
 
 def draw_contact_sheet(figure, scene: Scene) -> None:
     figure.suptitle('CrossFormer on one image', fontsize=18, fontweight='bold')
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1), wspace=0.02)
-    for part, (heights, drawn) in zip(
-        (left, right),
-        (
-            ((3, 2.05), (draw_groups, draw_attention)),
-            ((1.45, 1.6, 2), (draw_features, draw_bias, draw_embedding)),
-        ),
+    left, right = figure.subfigures(1, 2, wspace=0.02)
+    for part, heights in (
+        (left, {draw_groups: 3, draw_attention: 2.05}),
+        (right, {draw_features: 1.45, draw_bias: 1.6, draw_embedding: 2}),
     ):
-        rows = part.subfigures(len(drawn), 1, height_ratios=heights, hspace=0.03)
-        for inner, draw in zip(rows, drawn):
+        rows = part.subfigures(len(heights), 1, height_ratios=[*heights.values()], hspace=0.03)
+        for inner, draw in zip(rows, heights):
             draw(inner, scene)
 
 
@@ -350,9 +333,8 @@ def save(draw: Callable, scene: Scene, width: float, height: float, path: Path) 
     draw(figure, scene)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
-    Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    image = Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
 
 
 def write_pictures(scene: Scene, out: Path) -> Iterator[Path]:
