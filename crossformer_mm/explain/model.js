@@ -57,7 +57,7 @@ async function unpack(id, stage, block) {
 
 // ---- Groups -------------------------------------------------------------------------------------
 
-const rulesOf = (stage, kind) => stage.rules[kind]; // [size, interval, lead] of rows and of columns
+// stage.rules[kind] has [size, interval, lead] of rows and of columns.
 
 /** Positions of an axis in the group of one of them. */
 const membersOf = (position, groups) => groups.find((group) => group.includes(position));

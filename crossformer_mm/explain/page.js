@@ -68,8 +68,8 @@ async function update() {
   clearTimeout(late);
   if (number !== asked) return; // the state has changed
   document.body.classList.remove('busy');
-  const rules = rulesOf(stage, state.kind);
-  const table = biasTable(state.stage, state.block, rules[0][0], rules[1][0]);
+  const [[rows], [columns]] = stage.rules[state.kind];
+  const table = biasTable(state.stage, state.block, rows, columns);
   shown = attend(heads, stage, state.kind, table, state.row, state.column);
   drawAll();
 }
@@ -86,7 +86,6 @@ function select(change) {
     if (!('column' in change)) {
       state.column = Math.floor(((old[1] + 0.5) * before.stride) / stage.stride);
     }
-    if (!('block' in change)) state.block = Math.min(state.block, stage.blocks.length - 1);
     state.probe = null;
   }
   state.block = Math.min(state.block, stage.blocks.length - 1);
@@ -113,18 +112,9 @@ function choice(id, entries, choose) {
     .querySelector('.choice')
     .replaceChildren(
       ...entries.map(([value, names]) => {
-        const label = document.createElement('label'),
-          input = document.createElement('input');
-        const text = document.createElement('span');
-        [input.type, input.name, input.value, text.textContent] = [
-          'radio',
-          id,
-          value,
-          say(...names),
-        ];
+        const input = Object.assign(element('input'), { type: 'radio', name: id, value });
         input.addEventListener('change', () => choose(value));
-        label.append(input, text);
-        return label;
+        return element('label', input, element('span', say(...names)));
       }),
     );
 }
@@ -220,6 +210,10 @@ function pointedAt(event) {
   ];
 }
 
+/** Rows and columns by which an arrow key moves; undefined for other keys. */
+const moveOf = (event) =>
+  ({ ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] })[event.key];
+
 function listenToImage() {
   const canvas = $('image');
   let pointed = null;
@@ -240,17 +234,13 @@ function listenToImage() {
   });
   canvas.addEventListener('pointerdown', (event) => {
     const [row, column] = pointedAt(event);
-    if (event.pointerType !== 'mouse') select({ row, column, held: false, probe: null });
-    else if (state.held) select({ row, column, held: false, probe: null });
-    else select({ row, column, held: true });
+    select({ row, column, held: event.pointerType === 'mouse' && !state.held, probe: null });
   });
   canvas.addEventListener('keydown', (event) => {
     const stage = stageFacts(),
-      rules = rulesOf(stage, state.kind);
+      rules = stage.rules[state.kind],
+      move = moveOf(event);
     const step = !event.shiftKey ? [1, 1] : rules.map((rule) => (rule[1] > 1 ? rule[1] : 5));
-    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
-      event.key
-    ];
     if (move) {
       select({ row: state.row + move[0] * step[0], column: state.column + move[1] * step[1] });
     } else if (event.key === 'Home') {
@@ -289,9 +279,7 @@ function listenToSurface() {
   for (const end of ['pointerup', 'pointercancel'])
     canvas.addEventListener(end, () => (from = null));
   canvas.addEventListener('keydown', (event) => {
-    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[
-      event.key
-    ];
+    const move = moveOf(event);
     if (!move) return;
     event.preventDefault();
     if (event.shiftKey) select({ offset: state.offset.map((o, i) => o + move[i]) });
@@ -310,18 +298,19 @@ function labelAbove() {
     state.pitch > 1.5 ? say('From the side', '侧视') : say('From above', '俯视');
 }
 
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
+const isDark = () => document.documentElement.dataset.theme === 'dark';
+
+function setDark(dark) {
+  document.documentElement.dataset.theme = dark ? 'dark' : 'light';
   labelTheme();
   if (shown) drawSurface();
 }
 
 function labelTheme() {
-  const dark = document.documentElement.dataset.theme === 'dark';
-  $('theme').textContent = dark ? say('Light', '浅色') : say('Dark', '深色');
-  $('theme').setAttribute(
-    'aria-label',
-    dark ? say('Use light colours', '使用浅色') : say('Use dark colours', '使用深色'),
+  $('theme').textContent = isDark() ? say('Light', '浅色') : say('Dark', '深色');
+  setAriaLabel(
+    $('theme'),
+    isDark() ? say('Use light colours', '使用浅色') : say('Use dark colours', '使用深色'),
   );
 }
 
@@ -338,15 +327,15 @@ function label() {
     `${facts.image}（输入模型的尺寸：${pixels} 像素），${facts.model}，长距离注意力采用 ${stages[0].definition}`,
   );
   $('caption').textContent = say(caption[0], caption[caption.length - 1]);
-  $('image').setAttribute(
-    'aria-label',
+  setAriaLabel(
+    $('image'),
     say(
       "The image. Arrow keys move the query, with Shift by a group's interval or five.",
       '图像。方向键移动查询，加 Shift 则移动一个间隔或五个位置。',
     ),
   );
-  $('surface').setAttribute(
-    'aria-label',
+  setAriaLabel(
+    $('surface'),
     say(
       'The position bias as a surface. Arrow keys turn it, with Shift they choose an offset.',
       '位置偏置的曲面。方向键旋转曲面，加 Shift 选择偏移。',
@@ -390,11 +379,9 @@ function setUp() {
   $('bias-bar').style.background = gradient(viridis);
   $('block').addEventListener('change', () => select({ block: Number($('block').value) }));
   const dark = window.matchMedia('(prefers-color-scheme: dark)');
-  setTheme(dark.matches ? 'dark' : 'light');
-  dark.addEventListener('change', () => setTheme(dark.matches ? 'dark' : 'light'));
-  $('theme').addEventListener('click', () =>
-    setTheme(document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark'),
-  );
+  setDark(dark.matches);
+  dark.addEventListener('change', () => setDark(dark.matches));
+  $('theme').addEventListener('click', () => setDark(!isDark()));
   listenToImage();
   listenToSurface();
   new ResizeObserver(() => later('all', () => shown && (drawImage(), drawSurface()))).observe(

@@ -1,6 +1,6 @@
 // The position bias as a surface that turns.
 
-let projected = null; // x, y of each point of the surface on its canvas
+let projected = []; // points of the surface: offset, bias from 0 to 1, and x, y on the canvas
 
 function drawSurface() {
   const size = state.size,
@@ -23,7 +23,7 @@ function drawSurface() {
     flat = Math.sin(state.pitch);
   const across = 2 * (Math.abs(cos) + Math.abs(sin)); // of the floor, in its depth
   const unit = Math.min(wide / (across + 0.6), tall / (across * flat + 1.1 * up + 0.5));
-  /** Row and column offset, and the bias from 0 to 1, on the canvas; the third says how near. */
+  /** x, y on the canvas of an offset and a bias from 0 to 1. */
   const project = (row, column, level) => {
     const x = column / reach,
       y = row / reach,
@@ -31,57 +31,43 @@ function drawSurface() {
     return [
       wide / 2 + unit * (x * cos - y * sin),
       tall / 2 + unit * (depth * flat - (level - 0.5) * 1.1 * up),
-      depth,
     ];
   };
-  const level = (row, column) => (values[(row + reach) * side + column + reach] - bottom) / span;
   context.clearRect(0, 0, wide, tall);
   drawFloor(context, project, reach);
 
-  projected = { points: new Float32Array(2 * side * side), size };
-  for (let row = -reach, i = 0; row <= reach; row++) {
-    for (let column = -reach; column <= reach; column++, i += 2) {
-      const [x, y] = project(row, column, level(row, column));
-      projected.points[i] = x;
-      projected.points[i + 1] = y;
-    }
-  }
+  projected = Array.from(values, (value, i) => {
+    const [row, column] = [Math.floor(i / side) - reach, (i % side) - reach],
+      height = (value - bottom) / span;
+    return { row, column, height, at: project(row, column, height) };
+  });
+  const pointOf = (row, column) => projected[(row + reach) * side + column + reach];
   // From far to near, so that near parts cover far ones.
   const rows = Array.from({ length: side - 1 }, (_, i) => i),
     columns = rows.slice();
   if (cos < 0) rows.reverse();
   if (sin < 0) columns.reverse();
-  const point = (r, c) => [
-    projected.points[2 * (r * side + c)],
-    projected.points[2 * (r * side + c) + 1],
-  ];
   context.lineWidth = 0.6;
   context.lineJoin = 'round';
   for (const r of rows) {
     for (const c of columns) {
-      const mean =
-        (level(r - reach, c - reach) +
-          level(r + 1 - reach, c - reach) +
-          level(r - reach, c + 1 - reach) +
-          level(r + 1 - reach, c + 1 - reach)) /
-        4;
-      const colour = viridis(mean);
+      const first = r * side + c;
+      const corners = [first, first + 1, first + side + 1, first + side].map((i) => projected[i]);
+      const colour = viridis(corners.reduce((sum, corner) => sum + corner.height / 4, 0));
       context.fillStyle = css(colour);
       context.strokeStyle = side > 40 ? css(colour) : css(colour.map((v) => v * 0.72));
-      context.beginPath();
-      context.moveTo(...point(r, c));
-      context.lineTo(...point(r, c + 1));
-      context.lineTo(...point(r + 1, c + 1));
-      context.lineTo(...point(r + 1, c));
-      context.closePath();
+      outline(
+        context,
+        corners.map((corner) => corner.at),
+      );
       context.fill();
       context.stroke();
     }
   }
-  drawConfigured(context, project, level, size);
+  drawConfigured(context, pointOf, reach);
   drawAxes(context, project, reach);
   const [row, column] = state.offset,
-    [x, y] = project(row, column, level(row, column));
+    [x, y] = pointOf(row, column).at;
   context.beginPath();
   context.arc(x, y, 5, 0, 7);
   context.fillStyle = '#ffffff';
@@ -118,6 +104,13 @@ function describeOffset(row, column) {
   return parts.length ? `A key ${parts.join(' and ')}` : 'A position itself';
 }
 
+/** Begin a closed path through points. */
+function outline(context, points) {
+  context.beginPath();
+  for (const point of points) context.lineTo(...point);
+  context.closePath();
+}
+
 /** The square of offsets below the surface. */
 function drawFloor(context, project, reach) {
   const corners = [
@@ -128,9 +121,7 @@ function drawFloor(context, project, reach) {
   ].map(([r, c]) => project(r * reach, c * reach, 0));
   context.strokeStyle = themed('--soft');
   context.lineWidth = 1;
-  context.beginPath();
-  corners.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));
-  context.closePath();
+  outline(context, corners);
   context.stroke();
 }
 
@@ -144,33 +135,25 @@ function drawAxes(context, project, reach) {
   const far = reach * 1.17;
   for (const part of [-1, 0, 1]) {
     const text = (name) => (part ? signed(part * reach, 0) : name);
-    context.fillText(
-      text(say('columns', '列')),
-      ...project(near[0] * far, part * reach * 0.85, 0).slice(0, 2),
-    );
-    context.fillText(
-      text(say('rows', '行')),
-      ...project(part * reach * 0.85, near[1] * far, 0).slice(0, 2),
-    );
+    const along = part * reach * 0.85;
+    context.fillText(text(say('columns', '列')), ...project(near[0] * far, along, 0));
+    context.fillText(text(say('rows', '行')), ...project(along, near[1] * far, 0));
   }
 }
 
 /** Outline the offsets of groups as large as the config says. */
-function drawConfigured(context, project, level, size) {
+function drawConfigured(context, pointOf, reach) {
   const edge = stageFacts().groupSize - 1;
-  if (edge >= size - 1 || !edge) return;
+  if (edge >= reach || !edge) return;
   const line = [];
   for (let i = -edge; i < edge; i++) line.push([-edge, i]);
   for (let i = -edge; i < edge; i++) line.push([i, edge]);
   for (let i = edge; i > -edge; i--) line.push([edge, i]);
   for (let i = edge; i > -edge; i--) line.push([i, -edge]);
-  context.beginPath();
-  line.forEach(([row, column], i) => {
-    const [x, y] = project(row, column, level(row, column));
-    if (i) context.lineTo(x, y);
-    else context.moveTo(x, y);
-  });
-  context.closePath();
+  outline(
+    context,
+    line.map((offset) => pointOf(...offset).at),
+  );
   context.strokeStyle = '#ffffff';
   context.lineWidth = 1.6;
   context.stroke();
@@ -178,12 +161,7 @@ function drawConfigured(context, project, level, size) {
 
 /** The offset whose point is nearest to a place on the canvas. */
 function offsetAt(x, y) {
-  const { points, size } = projected;
-  let best = 0,
-    nearest = Infinity;
-  for (let i = 0; i < points.length; i += 2) {
-    const distance = (points[i] - x) ** 2 + (points[i + 1] - y) ** 2;
-    if (distance < nearest) [nearest, best] = [distance, i / 2];
-  }
-  return [Math.floor(best / (2 * size - 1)) - size + 1, (best % (2 * size - 1)) - size + 1];
+  const distance = ({ at }) => (at[0] - x) ** 2 + (at[1] - y) ** 2;
+  const nearest = projected.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+  return [nearest.row, nearest.column];
 }

@@ -1,14 +1,14 @@
 // Drawing: the image, the texts and panels around it, the features.
 
 // Colour maps of Matplotlib (CC0), of which equal steps look equally large.
-const INFERNO =
+const inferno = colourMap(
   '000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f ' +
-  'fca50a fac62d f2e661 fcffa4';
-const VIRIDIS =
+    'fca50a fac62d f2e661 fcffa4',
+);
+const viridis = colourMap(
   '440154 481a6c 472f7d 414487 39568c 31688e 2a788e 23888e 1f988b 22a884 35b779 54c568 ' +
-  '7ad151 a5db36 d2e21b fde725';
-const inferno = colourMap(INFERNO),
-  viridis = colourMap(VIRIDIS);
+    '7ad151 a5db36 d2e21b fde725',
+);
 // Groups of the query and of three neighbours: Okabe and Ito's colours, which colour-blind people
 // tell apart.
 const GROUP_COLOURS = ['#f0e442', '#56b4e9', '#e69f00', '#009e73'];
@@ -50,6 +50,14 @@ const headName = () =>
     ? say('mean of all heads', '所有头的均值')
     : say(`head ${state.head}`, `头 ${state.head}`);
 
+function element(tag, ...children) {
+  const made = document.createElement(tag);
+  made.append(...children);
+  return made;
+}
+
+const setAriaLabel = (shown, text) => shown.setAttribute('aria-label', text);
+
 // ---- The image ----------------------------------------------------------------------------------
 
 const photo = new Image();
@@ -69,11 +77,9 @@ function fade() {
 }
 
 /** A canvas as sharp as the screen; drawn on in pixels of the page. */
-function prepared(canvas, height) {
-  const box = canvas.getBoundingClientRect(),
+function prepared(canvas) {
+  const { width: wide, height: high } = canvas.getBoundingClientRect(),
     ratio = window.devicePixelRatio || 1;
-  const wide = box.width,
-    high = height || box.height;
   [canvas.width, canvas.height] = [Math.round(wide * ratio), Math.round(high * ratio)];
   const context = canvas.getContext('2d');
   context.setTransform(canvas.width / wide, 0, 0, canvas.height / high, 0, 0);
@@ -120,12 +126,11 @@ function drawMember(context, row, column, cell, apart) {
 function drawAttention(context, cell) {
   const weights = shownWeights(),
     largest = weights.reduce((a, b) => Math.max(a, b));
-  const apart = Math.min(...rulesOf(stageFacts(), state.kind).map((rule) => rule[1]));
+  const apart = Math.min(...stageFacts().rules[state.kind].map((rule) => rule[1]));
   let place = 0;
   for (const row of shown.rows) {
     for (const column of shown.columns) {
-      const value = weights[place++] / largest;
-      context.fillStyle = css(inferno(value));
+      context.fillStyle = css(inferno(weights[place++] / largest));
       drawMember(context, row, column, cell, apart);
     }
   }
@@ -133,9 +138,9 @@ function drawAttention(context, cell) {
 
 function drawGroups(context, cell, wide, high) {
   const stage = stageFacts(),
-    rules = rulesOf(stage, state.kind);
+    rules = stage.rules[state.kind],
+    groups = stage.groups[state.kind];
   const apart = Math.min(...rules.map((rule) => rule[1]));
-  const groups = stage.groups[state.kind];
   const other = [
     beside(state.row, stage.height, rules[0]),
     beside(state.column, stage.width, rules[1]),
@@ -195,62 +200,59 @@ function frame(context, row, column, cell, colour) {
 
 function describeGroups() {
   const stage = stageFacts(),
-    rules = rulesOf(stage, state.kind);
-  const sides = [Math.min(rules[0][0], stage.height), Math.min(rules[1][0], stage.width)];
-  const interval = rules[0][1],
+    [[rows, interval], [columns]] = stage.rules[state.kind],
     apart = interval > 1 ? say(`, every ${ordinal(interval)}`, `，步长为 ${interval}`) : '',
-    size = `${sides[0]} \u00d7 ${sides[1]}`;
+    size = `${Math.min(rows, stage.height)} \u00d7 ${Math.min(columns, stage.width)}`;
   return say(`groups of up to ${size} positions${apart}`, `每组至多 ${size} 个位置${apart}`);
 }
 
+/** Compare the groups that are shown with those that the block has in the model. */
+function describeKind() {
+  const { small, rules } = stageFacts(),
+    own = ownKind();
+  if (small) {
+    return say(
+      'The map is small: every block attends at short distance.',
+      '特征图较小：所有块都使用短距离注意力。',
+    );
+  }
+  if (state.kind === own) {
+    return say(
+      'These are the groups that this block has in the model.',
+      '这是该块在模型中的分组。',
+    );
+  }
+  if (JSON.stringify(rules[own]) === JSON.stringify(rules[state.kind])) {
+    return say(
+      'On this map these are the groups that this block has in the model.',
+      '在这张特征图上，这就是该块在模型中的分组。',
+    );
+  }
+  return say(
+    `In the model this block has the groups of \u201c${KINDS[own][0]}\u201d; shown is what ` +
+      'its queries, keys and bias give in these.',
+    `该块在模型中的分组是“${KINDS[own][1]}”；这里显示的是其查询、键和偏置在当前分组下的结果。`,
+  );
+}
+
+/** Row and column of a weight of the query. */
+const positionOf = (i) => [
+  shown.rows[Math.floor(i / shown.columns.length)],
+  shown.columns[i % shown.columns.length],
+];
+
 function drawTexts() {
   const stage = stageFacts(),
-    own = ownKind(),
     weights = shownWeights();
-  const note = $('note');
-  note.textContent = '';
-  const place = document.createElement('b');
   const map = `${stage.height} \u00d7 ${stage.width}`,
     pixels = `${stage.stride} \u00d7 ${stage.stride}`;
-  place.textContent = say(
+  const place = say(
     `${map} positions, ${pixels} pixels each; ${describeGroups()}. `,
     `${map} 个位置，每个 ${pixels} 像素；${describeGroups()}。`,
   );
-  note.append(place);
-  const same = JSON.stringify(stage.rules[own]) === JSON.stringify(stage.rules[state.kind]);
-  if (stage.small) {
-    note.append(
-      say(
-        'The map is small: every block attends at short distance.',
-        '特征图较小：所有块都使用短距离注意力。',
-      ),
-    );
-  } else if (state.kind === own) {
-    note.append(
-      say('These are the groups that this block has in the model.', '这是该块在模型中的分组。'),
-    );
-  } else if (same) {
-    note.append(
-      say(
-        'On this map these are the groups that this block has in the model.',
-        '在这张特征图上，这就是该块在模型中的分组。',
-      ),
-    );
-  } else {
-    note.append(
-      say(
-        `In the model this block has the groups of \u201c${KINDS[own][0]}\u201d; shown is what ` +
-          'its queries, keys and bias give in these.',
-        `该块在模型中的分组是“${KINDS[own][1]}”；这里显示的是其查询、键和偏置在当前分组下的结果。`,
-      ),
-    );
-  }
+  $('note').replaceChildren(element('b', place), describeKind());
   const largest = weights.reduce((a, b) => Math.max(a, b)),
-    at = weights.indexOf(largest);
-  const most = [
-    shown.rows[Math.floor(at / shown.columns.length)],
-    shown.columns[at % shown.columns.length],
-  ];
+    most = positionOf(weights.indexOf(largest));
   const even = percent(1 / weights.length);
   $('readout').textContent = say(
     `Row ${state.row}, column ${state.column}${state.held ? ' (held)' : ''} ` +
@@ -290,58 +292,49 @@ function drawProbe() {
 }
 
 function drawLegend(largest) {
-  const groups = state.view === 'groups',
-    stage = stageFacts();
-  const bar = $('legend-bar');
-  bar.hidden = groups;
-  bar.style.display = groups ? 'none' : '';
+  const stage = stageFacts(),
+    rules = stage.rules[state.kind];
+  let colours = null, // of the bar between the ends
+    ends = ['', ''],
+    unit = '';
   if (state.view === 'attention') {
-    bar.style.background = gradient(inferno);
-    $('legend-low').textContent = '0\u00a0%';
-    $('legend-high').textContent = percent(largest);
-    const larger = asDiscs(cellSize(), rulesOf(stage, state.kind)[0][1]);
-    $('legend-unit').textContent = say(
+    [colours, ends] = [inferno, ['0\u00a0%', percent(largest)]];
+    const larger = asDiscs(cellSize(), rules[0][1]);
+    unit = say(
       `attention weight${larger ? ' (positions are drawn larger)' : ''}; grey: not in the group`,
       `注意力权重${larger ? '（位置放大显示）' : ''}；灰色：不在分组内`,
     );
-  } else if (groups) {
-    const rules = rulesOf(stage, state.kind);
+  } else if (state.view === 'groups') {
     const [{ length: down }, { length: across }] = stage.groups[state.kind],
       count = down * across;
-    $('legend-low').textContent = '';
-    $('legend-high').replaceChildren(
-      ...GROUP_COLOURS.slice(0, 2).flatMap((colour, i) => [
-        swatch(colour),
-        i
-          ? say('and others: groups next to it', '及其他颜色：相邻的分组')
-          : say('the group of the query', '查询所在的分组'),
-      ]),
-    );
+    const own = [swatch(GROUP_COLOURS[0]), say('the group of the query', '查询所在的分组')],
+      others = say('and others: groups next to it', '及其他颜色：相邻的分组');
+    ends = ['', element('span', ...own, swatch(GROUP_COLOURS[1]), others)];
     const cut = [stage.height, stage.width].some((side, i) => rules[i][0] * rules[i][1] < side);
-    $('legend-unit').textContent = say(
+    unit = say(
       `${count} group${count > 1 ? 's' : ''} in all${cut ? '; no group crosses a line' : ''}`,
       `共 ${count} 组${cut ? '；分组不跨越白线' : ''}`,
     );
   } else if (state.feature === 'magnitude') {
-    bar.style.background = gradient(viridis);
-    [$('legend-low').textContent, $('legend-high').textContent] = stage.magnitude.map((value) =>
-      value.toPrecision(3),
-    );
-    $('legend-unit').textContent =
+    [colours, ends] = [viridis, stage.magnitude.map((value) => value.toPrecision(3))];
+    unit =
       say('root mean square of the channels; here ', '各通道的均方根；当前位置：') +
       magnitudeAt(state.row, state.column).toPrecision(3);
   } else {
-    bar.style.display = 'none';
-    $('legend-low').textContent = $('legend-high').textContent = '';
-    $('legend-unit').textContent = say(
+    unit = say(
       `first three principal components of ${stage.channels} channels as RGB`,
       `${stage.channels} 个通道的前三个主成分，显示为 RGB`,
     );
   }
+  $('legend-bar').style.display = colours ? '' : 'none';
+  if (colours) $('legend-bar').style.background = gradient(colours);
+  $('legend-low').replaceChildren(ends[0]);
+  $('legend-high').replaceChildren(ends[1]);
+  $('legend-unit').textContent = unit;
 }
 
 function swatch(colour) {
-  const dot = document.createElement('span');
+  const dot = element('span');
   dot.className = 'swatch';
   dot.style.background = colour;
   return dot;
@@ -353,23 +346,17 @@ function drawMost(weights) {
     .slice(0, 5);
   $('most').replaceChildren(
     ...order.map((i) => {
-      const row = shown.rows[Math.floor(i / shown.columns.length)];
-      const column = shown.columns[i % shown.columns.length];
-      const away = [row - state.row, column - state.column];
-      const line = document.createElement('tr'),
-        bar = document.createElement('i');
+      const [row, column] = positionOf(i),
+        away = [row - state.row, column - state.column],
+        bar = element('i');
       bar.style.width = `${(weights[i] / weights[order[0]]) * 100}%`;
-      const texts = [
+      const cells = [
         `${row}, ${column}`,
         away[0] || away[1] ? away.map((a) => signed(a, 0)).join(', ') : say('itself', '自身'),
         percent(weights[i]),
+        bar,
       ];
-      for (const text of [...texts, bar]) {
-        const data = document.createElement('td');
-        data.append(text);
-        line.append(data);
-      }
-      return line;
+      return element('tr', ...cells.map((cell) => element('td', cell)));
     }),
   );
 }
@@ -380,9 +367,7 @@ function drawHeads() {
   if (box.children.length !== heads + 1) {
     box.replaceChildren(
       ...Array.from({ length: heads + 1 }, (_, i) => {
-        const button = document.createElement('button');
-        button.type = 'button';
-        button.append(document.createElement('canvas'), document.createElement('span'));
+        const button = element('button', element('canvas'), element('span'));
         button.addEventListener('click', () => select({ head: i ? i - 1 : null }));
         return button;
       }),
@@ -399,8 +384,8 @@ function drawHeads() {
     );
     const name = i ? `${i - 1}` : say('mean', '均值');
     label.textContent = `${name}\n${percent(largest)}`;
-    button.setAttribute(
-      'aria-label',
+    setAriaLabel(
+      button,
       (i ? say(`Head ${name}`, `头 ${name}`) : say('Mean of all heads', '所有头的均值')) +
         say(', at most ', '，最大 ') +
         percent(largest),
@@ -409,7 +394,7 @@ function drawHeads() {
   });
 }
 
-/** One pixel for each value. */
+/** Draw one pixel for each value, and return the canvas. */
 function paint(canvas, width, height, colour) {
   [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext('2d'),
@@ -420,6 +405,7 @@ function paint(canvas, width, height, colour) {
     data[i] = 0xff000000 | (blue << 16) | (green << 8) | red;
   }
   context.putImageData(pixels, 0, 0);
+  return canvas;
 }
 
 // ---- Features -----------------------------------------------------------------------------------
@@ -430,18 +416,12 @@ async function loadFeatures() {
   await Promise.all(
     facts.stages.map(async (stage, i) => {
       const [rgb, levels] = await Promise.all([inflate(`colours-${i}`), inflate(`magnitude-${i}`)]);
-      features[i] = { levels };
-      for (const kind of ['colours', 'magnitude']) {
-        const canvas = (features[i][kind] = document.createElement('canvas'));
-        paint(
-          canvas,
-          stage.width,
-          stage.height,
-          kind === 'colours'
-            ? (place) => rgb.subarray(3 * place, 3 * place + 3)
-            : (place) => viridis(levels[place] / 255),
-        );
-      }
+      const map = (colour) => paint(element('canvas'), stage.width, stage.height, colour);
+      features[i] = {
+        levels,
+        colours: map((place) => rgb.subarray(3 * place, 3 * place + 3)),
+        magnitude: map((place) => viridis(levels[place] / 255)),
+      };
     }),
   );
   drawFeatures();
@@ -475,23 +455,18 @@ function showFeatures() {
         );
   $('features').replaceChildren(
     ...facts.stages.map((stage, i) => {
-      const figure = document.createElement('figure'),
-        button = document.createElement('button');
-      button.type = 'button';
-      button.append(features[i][state.feature]);
-      button.setAttribute(
-        'aria-label',
+      const button = element('button', features[i][state.feature]);
+      setAriaLabel(
+        button,
         say(`Features of stage ${i + 1} over the image`, `在图像上显示阶段 ${i + 1} 的特征`),
       );
       button.addEventListener('click', () => select({ stage: i, view: 'features' }));
-      const caption = document.createElement('figcaption');
-      caption.textContent =
+      const caption =
         say(`Stage ${i + 1}: ${stage.channels} ch.`, `阶段 ${i + 1}：${stage.channels} 通道`) +
         (state.feature === 'magnitude'
           ? ` ${stage.magnitude.map((value) => value.toPrecision(2)).join(say(' to ', ' 至 '))}`
           : '');
-      figure.append(button, caption);
-      return figure;
+      return element('figure', button, element('figcaption', caption));
     }),
   );
 }
