@@ -44,17 +44,17 @@ def resident() -> int:
     return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
-def steps(count: int, largest: int = 128, seed: int = 0) -> list:
+def steps(count: int, largest: int = 128) -> list:
     """Return the resident bytes after each of ``count`` steps on images with sides up to
     ``largest``."""
     from crossformer_mm import CrossFormer
 
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     # Return freed tensors to the system: blocks of random size otherwise leave holes in the heap
     # (+2.35 % were measured with sides up to 256), which are no leak.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    rng = random.Random(seed)
+    rng = random.Random(0)
     backbone = CrossFormer(
         dict(embed_dims=16, depths=(1, 2, 2, 1), num_heads=(1, 2, 2, 4)), drop_path_rate=0.1
     )
@@ -76,6 +76,15 @@ def growth(used: list) -> float:
     """Return the relative growth over the last half, between means of a twentieth."""
     half, few = len(used) // 2, len(used) // 20
     return sum(used[-few:]) / sum(used[half : half + few]) - 1
+
+
+def long_steps(count: int = 2000) -> tuple:
+    used = steps(count)
+    half, end = (used[i] / 2**20 for i in (len(used) // 2, -1))
+    return growth(used) < 0.02, (
+        f'{count} steps at random sizes: {half:.0f} MB resident half-way, '
+        f'{end:.0f} MB at the end, growth over the last half {100 * growth(used):+.2f} %'
+    )
 
 
 def newest(folder: Path) -> int:
@@ -101,17 +110,25 @@ def iterations(log: str) -> int:
     return len(re.findall(r'(?:Epoch|Iter)\(train\)', log))
 
 
-def kills(kind, count: int, folder: Path, number: int = signal.SIGKILL, seed: int = 0) -> tuple:
+def compare(checkpoint: str, interrupted: Path, uninterrupted: Path) -> tuple:
+    """Check that a checkpoint of two trainings has the same weights, and say so."""
+    from tests.trainings import assert_same_training
+
+    same = True
+    try:
+        assert_same_training(interrupted / checkpoint, uninterrupted / checkpoint)
+    except AssertionError as difference:
+        print(difference)
+        same = False
+    return same, f"weights {'the same as' if same else 'NOT those'} of an uninterrupted training"
+
+
+def kills(kind, folder: Path, number: int = signal.SIGKILL, count: int = 20) -> tuple:
     """End a training by a signal ``count`` times, let it end by itself, and compare it with an
-    uninterrupted one.
+    uninterrupted one."""
+    from tests.trainings import make_data, train, write_config
 
-    Returns:
-        tuple: the most iterations that one signal lost; how many signals met a half-written
-        checkpoint; whether the weights are the same in the end.
-    """
-    from tests.trainings import assert_same_training, make_data, train, write_config
-
-    detector = kind.name == 'detector'
+    detector, by_kill = kind.name == 'detector', number == signal.SIGKILL
     longer = (  # long enough for all signals; checkpoints are three iterations apart
         dict(train_cfg=dict(max_epochs=count + 4, val_interval=5))
         if detector
@@ -127,12 +144,12 @@ def kills(kind, count: int, folder: Path, number: int = signal.SIGKILL, seed: in
         assert process.wait(1200) == 0, process.output[-3000:]
 
     finish(alone)
-    rng = random.Random(seed)
+    rng = random.Random(0)
     most_lost, while_writing = 0, 0
     for index in range(count):
         begun, left = newest(ended), parts_of(ended)
         process = train(ended, config, '--resume')
-        if index % 2 and number == signal.SIGKILL:  # while it writes
+        if index % 2 and by_kill:  # while it writes
             process.wait_until(lambda: parts_of(ended) - left)
         else:  # at any moment, from before its first step to after its first checkpoint
             steps_on = rng.randint(0, 4)
@@ -141,7 +158,7 @@ def kills(kind, count: int, folder: Path, number: int = signal.SIGKILL, seed: in
         os.kill(process.process.pid, number)
         status = process.wait()
         # SIGTERM before the training has begun ends the process as it ends any other.
-        assert status in ((-9,) if number == signal.SIGKILL else (75, -15)), process.output[-3000:]
+        assert status in ((-9,) if by_kill else (75, -15)), process.output[-3000:]
         while_writing += bool(parts_of(ended) - left)
         done, kept = begun + iterations(process.output), newest(ended)
         assert kept >= begun
@@ -153,29 +170,25 @@ def kills(kind, count: int, folder: Path, number: int = signal.SIGKILL, seed: in
         )
     finish(ended, '--resume')
     last = f'epoch_{count + 4}.pth' if detector else f'iter_{3 * count + 11}.pth'
-    return most_lost, while_writing, is_same(assert_same_training, ended / last, alone / last)
+    same, said = compare(last, ended, alone)
+    if by_kill:
+        return same and most_lost <= 3, (
+            f'{kind.name} killed {count} times, {while_writing} of them while it wrote a '
+            f'checkpoint: at most {most_lost / 3:.2f} intervals lost to a kill, {said}'
+        )
+    return same and most_lost == 0, (
+        f'{kind.name} ended by SIGTERM {count} times: at most {most_lost} iterations lost to a '
+        f'signal, {said}'
+    )
 
 
-def is_same(assert_same, one: Path, other: Path) -> bool:
-    try:
-        assert_same(one, other)
-    except AssertionError as difference:
-        print(difference)
-        return False
-    return True
-
-
-def restarts(folder: Path, count: int = 3, seed: int = 0) -> tuple:
-    """Kill one of two processes ``count`` times, and compare with an undisturbed job.
-
-    Returns:
-        tuple: the ranks that were killed; whether the weights are the same in the end.
-    """
+def restarts(folder: Path, count: int = 3) -> tuple:
+    """Kill one of two processes ``count`` times, and compare with an undisturbed job."""
     import psutil
 
     from tests.engine.test_ranks import comparable
     from tests.helpers import free_port
-    from tests.trainings import assert_same_training, make_data
+    from tests.trainings import make_data
 
     more = (
         "train_cfg = dict(max_iters=40)\nrandomness = dict(seed=0)\n"
@@ -183,7 +196,7 @@ def restarts(folder: Path, count: int = 3, seed: int = 0) -> tuple:
     )
     data = make_data(folder / 'data', train=9, val=2)
     config = comparable(folder / 'two.py', data, batch=2, more=more)
-    rng, killed = random.Random(seed), []
+    rng, killed = random.Random(0), []
     for name in ('alone', 'restarted'):
         log = folder / f'{name}.txt'
         with open(log, 'w') as file:
@@ -212,20 +225,22 @@ def restarts(folder: Path, count: int = 3, seed: int = 0) -> tuple:
                     break
         assert job.wait(1200) == 0, log.read_text()[-3000:]
     assert len(killed) == count
-    last = 'iter_40.pth'
-    same = is_same(assert_same_training, folder / 'restarted' / last, folder / 'alone' / last)
-    return killed, same
+    same, said = compare('iter_40.pth', folder / 'restarted', folder / 'alone')
+    return same, (
+        f'one of two processes killed {len(killed)} times under torchrun --max-restarts=3 (ranks '
+        f"{', '.join(map(str, killed))}): {said}"
+    )
 
 
-def cost(size: tuple = (800, 1216), arch='s') -> float:
-    """Return the time of the hooks' work in an iteration, as a part of a training step."""
+def cost() -> tuple:
+    """Measure the time of the hooks' work in an iteration, as a part of a training step."""
     from mmengine.optim import OptimWrapper
 
     from crossformer_mm import CrossFormer
     from crossformer_mm.engine import NonFiniteHook, PreemptionHook
 
     torch.set_num_threads(1)
-    backbone = CrossFormer(arch)
+    backbone = CrossFormer('s')
     backbone.init_weights()
     optimizer = torch.optim.AdamW(backbone.parameters())
     runner = SimpleNamespace(optim_wrapper=OptimWrapper(optimizer), iter=0, epoch=0)
@@ -236,7 +251,7 @@ def cost(size: tuple = (800, 1216), arch='s') -> float:
             hooks[0].before_train(runner)
         optimizer.zero_grad()
         began = time.perf_counter()
-        loss = sum(one.square().mean() for one in backbone(torch.randn(1, 3, *size)))
+        loss = sum(one.square().mean() for one in backbone(torch.randn(1, 3, 800, 1216)))
         loss.backward()
         forward_and_backward = time.perf_counter() - began
         rest = []
@@ -249,55 +264,11 @@ def cost(size: tuple = (800, 1216), arch='s') -> float:
         times.append((forward_and_backward, sorted(rest)[2]))
     (step, without), (_, with_hooks) = times
     print(f'step {step + without:.2f} s, optimizer {without:.3f} s, with hooks {with_hooks:.3f} s')
-    return (with_hooks - without) / (step + without)
-
-
-def long_steps(count: int = 2000) -> tuple:
-    used = steps(count)
-    half, end = (used[i] / 2**20 for i in (len(used) // 2, -1))
-    return growth(used) < 0.02, (
-        f'{count} steps at random sizes: {half:.0f} MB resident half-way, '
-        f'{end:.0f} MB at the end, growth over the last half {100 * growth(used):+.2f} %'
-    )
-
-
-def long_kills(kind, count: int = 20) -> tuple:
-    with tempfile.TemporaryDirectory() as folder:
-        lost, while_writing, same = kills(kind, count, Path(folder))
-    return same and lost <= 3, (
-        f'{kind.name} killed {count} times, {while_writing} of them while it wrote a checkpoint: '
-        f'at most {lost / 3:.2f} intervals lost to a kill, {same_or_not(same)}'
-    )
-
-
-def long_sigterms(kind, count: int = 20) -> tuple:
-    with tempfile.TemporaryDirectory() as folder:
-        lost, _, same = kills(kind, count, Path(folder), signal.SIGTERM)
-    return same and lost == 0, (
-        f'{kind.name} ended by SIGTERM {count} times: at most {lost} iterations lost to a signal, '
-        f'{same_or_not(same)}'
-    )
-
-
-def long_restarts() -> tuple:
-    with tempfile.TemporaryDirectory() as folder:
-        killed, same = restarts(Path(folder))
-    return same, (
-        f'one of two processes killed {len(killed)} times under torchrun --max-restarts=3 (ranks '
-        f"{', '.join(map(str, killed))}): {same_or_not(same)}"
-    )
-
-
-def long_cost() -> tuple:
-    part = cost()
+    part = (with_hooks - without) / (step + without)
     return part < 0.01, f'the checks of an iteration take {100 * part:.2f} % of a training step'
 
 
-def same_or_not(same: bool) -> str:
-    return f"weights {'the same as' if same else 'NOT those'} of an uninterrupted training"
-
-
-def long_sizes(examples: int = 400) -> tuple:
+def sizes(examples: int = 400) -> tuple:
     done = subprocess.run(
         [sys.executable, '-m', 'pytest', 'tests/test_sizes.py'],
         cwd=ROOT,
@@ -313,20 +284,19 @@ def main():
     from tests.trainings import DETECTOR, SEGMENTOR
 
     parts = dict(
-        steps=long_steps,
-        detector=lambda: long_kills(DETECTOR),
-        segmentor=lambda: long_kills(SEGMENTOR),
-        detector_sigterm=lambda: long_sigterms(DETECTOR),
-        segmentor_sigterm=lambda: long_sigterms(SEGMENTOR),
-        restarts=long_restarts,
-        cost=long_cost,
-        sizes=long_sizes,
+        steps=lambda _: long_steps(),
+        detector=lambda folder: kills(DETECTOR, folder),
+        segmentor=lambda folder: kills(SEGMENTOR, folder),
+        detector_sigterm=lambda folder: kills(DETECTOR, folder, signal.SIGTERM),
+        segmentor_sigterm=lambda folder: kills(SEGMENTOR, folder, signal.SIGTERM),
+        restarts=restarts,
+        cost=lambda _: cost(),
+        sizes=lambda _: sizes(),
     )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        '--parts', nargs='+', choices=parts, default=list(parts), help='(default: all)'
-    )
-    parser.add_argument('--out', type=Path, help='file to write the results to')
+    add = parser.add_argument
+    add('--parts', nargs='+', choices=parts, default=list(parts), help='(default: all)')
+    add('--out', type=Path, help='file to write the results to')
     args = parser.parse_args()
     versions = f'Python {platform.python_version()}, PyTorch {torch.__version__}, 1 thread'
     lines = ['# Soak', '', '`make soak`', '', f'{platform.platform()}, {versions}', '']
@@ -334,7 +304,8 @@ def main():
     all_held = True
     for name in args.parts:
         started = time.time()
-        held, said = parts[name]()
+        with tempfile.TemporaryDirectory() as folder:
+            held, said = parts[name](Path(folder))
         all_held &= held
         lines.append(f"| {said} | {'yes' if held else 'NO'} | {(time.time() - started) / 60:.1f} |")
         print(lines[-1], flush=True)
