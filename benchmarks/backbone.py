@@ -27,7 +27,6 @@ from unittest import mock
 from common import (
     ROOT,
     Worker,
-    answer,
     draw_curves,
     machine,
     peak_memory,
@@ -107,8 +106,8 @@ def count_flops(name: str, size: tuple, batch: int) -> int:
     return counter.get_total_flops()
 
 
-def work(case: dict) -> None:
-    """Answer for one case: seconds of a step, peak memory, FLOPs, seconds by part."""
+def work(case: dict) -> dict:
+    """Return functions of one case: seconds of a step, peak memory, FLOPs, seconds by part."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -134,13 +133,11 @@ def work(case: dict) -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    answer(
-        dict(
-            step=step,
-            peak=torch.cuda.max_memory_allocated if device.type == 'cuda' else peak_memory,
-            flops=lambda: count_flops(case['model'], case['size'], case['batch']),
-            parts=lambda: time_of_parts(model, step),
-        )
+    return dict(
+        step=step,
+        peak=torch.cuda.max_memory_allocated if device.type == 'cuda' else peak_memory,
+        flops=lambda: count_flops(case['model'], case['size'], case['batch']),
+        parts=lambda: time_of_parts(model, step),
     )
 
 
@@ -195,7 +192,7 @@ def time_of_parts(model, step) -> dict:
 def measure_time(cases: list, repeats: int) -> list:
     """Time cases of one size, in turn; one result for each that runs."""
     results = []
-    for worker in [Worker(__file__, case) for case in cases]:
+    for worker in [Worker(work, case) for case in cases]:
         try:
             worker.ask('step')  # warms up
             results.append((worker, {**worker.case, 'seconds': []}))
@@ -217,7 +214,7 @@ def measure_time(cases: list, repeats: int) -> list:
 def measure_memory(cases: list) -> list:
     """Measure peak memory of cases, and count FLOPs; one result for each that runs."""
     results = []
-    for worker in (Worker(__file__, case, **GIVE_BACK) for case in cases):
+    for worker in (Worker(work, case, **GIVE_BACK) for case in cases):
         try:
             for _ in range(2):
                 worker.ask('step')
@@ -386,7 +383,6 @@ def parse_args():
     add('--out', type=Path, default='work_dirs/benchmark', help='folder for the results')
     add('--add', action='store_true', help='a further run next to those of results.json in --out')
     add('--redraw', action='store_true', help='only write table and pictures of results.json anew')
-    add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.repeats < 2 or args.batch < 1:
         parser.error('--repeats must be 2 or more, --batch 1 or more.')
@@ -433,9 +429,6 @@ def run(args, file: Path) -> dict:
 
 def main() -> None:
     args = parse_args()
-    if args.worker:
-        work(args.worker)
-        return
     file = args.out / 'results.json'
     args.out.mkdir(parents=True, exist_ok=True)
     record = read_record(file, '--redraw') if args.redraw else run(args, file)

@@ -5,11 +5,13 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Any, Callable, Dict, List
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 # Variables that limit the instruction sets of PyTorch, oneDNN, MKL and this package's kernel.
@@ -106,50 +108,43 @@ def read_record(file: Path, option: str) -> dict:
 
 
 class Worker:
-    """A process that :func:`answer` runs in.
+    """A case in a process of its own, whose functions are called by name.
 
     Args:
-        script (str): program that calls :func:`answer` if it is given the option ``--worker``.
-        case (dict): value of that option, as JSON; ``threads`` (0: the default) limits the CPU's.
-        **environment: variables that are set for it.
+        start (Callable): called with the case in the process, returns these functions.
+        case (dict): ``threads`` (0: the default) limits the CPU's.
+        **environment: variables that are set for the process.
     """
 
-    def __init__(self, script: str, case: dict, **environment: str):
+    functions: Dict[str, Callable] = {}  # in the process
+
+    def __init__(self, start: Callable[[dict], Dict[str, Callable]], case: dict, **environment):
         inherited = {name: v for name, v in os.environ.items() if not ALLOCATOR.match(name)}
+        inherited['PYTHONWARNINGS'] = 'ignore'
         if case['threads']:
             inherited['OMP_NUM_THREADS'] = str(case['threads'])
-        self.case = case
-        self.process = subprocess.Popen(
-            [sys.executable, '-W', 'ignore', script, '--worker', json.dumps(case)],
-            env={**inherited, **environment},
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        self.case, self.pool = case, ProcessPoolExecutor(1, get_context('spawn'))
+        with mock.patch.dict(os.environ, {**inherited, **environment}, clear=True):
+            self.started = self.pool.submit(Worker.begin, start, case)
 
-    def ask(self, question: str):
-        """Return the answer; RuntimeError with the last line of stderr: the process died."""
+    def ask(self, name: str) -> Any:
+        """Call a function; RuntimeError: it failed, or the process died."""
         try:
-            self.process.stdin.write(question + '\n')
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                if line.startswith('{"answer": '):  # libraries print, too
-                    return json.loads(line)['answer']
-        except BrokenPipeError:
-            pass
-        lines = self.process.stderr.read().strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f'exit status {self.process.wait()}')
+            self.started.result()
+            return self.pool.submit(Worker.call, name).result()
+        except Exception as error:
+            raise RuntimeError(f'{type(error).__name__}: {error}') from error
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        self.pool.shutdown()
 
+    @staticmethod
+    def begin(start: Callable, case: dict) -> None:
+        Worker.functions = start(case)
 
-def answer(answers: Dict[str, Callable]) -> None:
-    """Answer each line of stdin with the result of the function of that name."""
-    for line in sys.stdin:
-        print(json.dumps(dict(answer=answers[line.strip()]())), flush=True)
+    @staticmethod
+    def call(name: str) -> Any:
+        return Worker.functions[name]()
 
 
 def draw_curves(file: Path, panels: List[dict], columns: int, title: str = '') -> None:

@@ -16,17 +16,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import (
-    ROOT,
-    Worker,
-    answer,
-    machine,
-    peak_memory,
-    product_rates,
-    read_record,
-    size_of,
-    swin,
-)
+from common import ROOT, Worker, machine, peak_memory, product_rates, read_record, size_of, swin
 
 sys.path.insert(0, str(ROOT))
 # Ways by name: the model, the exported file that it needs (None: PyTorch's), and the runtime.
@@ -109,8 +99,8 @@ def start_onnxruntime(file: Path, threads: int, profile: str = ''):
     return onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
 
 
-def work(case: dict) -> None:
-    """Load a way, run it once, and answer with the time and memory of further runs."""
+def work(case: dict) -> dict:
+    """Load a way, run it once, and return a function of the time and memory of a further run."""
     import numpy as np
 
     image = np.random.default_rng(0).standard_normal((1, 3, *case['size'])).astype(np.float32)
@@ -123,7 +113,7 @@ def work(case: dict) -> None:
         seconds, cpu = time.perf_counter() - start, time.process_time() - begin
         return dict(seconds=round(seconds, 3), cpu=round(cpu, 3), peak=peak_memory())
 
-    answer(dict(run=timed))
+    return dict(run=timed)
 
 
 def measure(size: tuple, threads: int, repeats: int, folder: Path, names: list) -> list:
@@ -144,7 +134,7 @@ def measure(size: tuple, threads: int, repeats: int, folder: Path, names: list) 
         turns.append((dict(case, file=str(file)), dict(result, cpu=[], seconds=[])))
     for _ in range(repeats):
         for case, result in turns:  # one process in memory at a time
-            worker = Worker(__file__, case)
+            worker = Worker(work, case)
             try:
                 for _ in range(2):
                     answered = worker.ask('run')
@@ -244,11 +234,7 @@ def main() -> None:
     add('--out', type=Path, default='work_dirs/deployment', help='folder for the results')
     add('--only', nargs='+', choices=WAYS, metavar='WAY', help='measure only these ways again')
     add('--redraw', action='store_true', help='only write table and picture of results.json anew')
-    add('--worker', type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        work(args.worker)
-        return
     if min(args.threads, args.repeats) < 1:
         parser.error('--threads and --repeats must be 1 or more.')
     file = args.out / 'results.json'

@@ -8,12 +8,11 @@ is the shortest of three runs, in a process of its own, by the runtime's own pro
 
 import argparse
 import json
-import sys
 from collections import Counter
 from math import prod
 from pathlib import Path
 
-from common import Worker, answer, machine, size_of
+from common import Worker, machine, size_of
 from deployment import compile_openvino, start_onnxruntime
 
 MODELS = dict(crossformer='CrossFormer-S', swin='Swin-T')
@@ -69,8 +68,8 @@ def profile_openvino(file: Path, image, threads: int, folder: Path) -> list:
 RUNTIMES = {'ONNX Runtime': profile_onnxruntime, 'OpenVINO': profile_openvino}
 
 
-def work(case: dict) -> None:
-    """Answer with the milliseconds of each operator."""
+def work(case: dict) -> dict:
+    """Return a function of the milliseconds of each operator."""
     import numpy as np
 
     file = Path(case['file'])
@@ -86,7 +85,7 @@ def work(case: dict) -> None:
             total[operator] += 1000 * seconds
         return total
 
-    answer(dict(profile=profile))
+    return dict(profile=profile)
 
 
 def print_table(title: str, columns: dict) -> None:
@@ -107,9 +106,6 @@ def main() -> None:
     parser.add_argument('folder', type=Path)
     parser.add_argument('--size', type=size_of, default=(800, 1216), metavar='HxW')
     parser.add_argument('--threads', type=int, default=2, help='of the CPU (default: 2)')
-    if '--worker' in sys.argv:
-        work(json.loads(sys.argv[-1]))
-        return
     args = parser.parse_args()
     print(machine(args.threads))
     files = {
@@ -121,7 +117,7 @@ def main() -> None:
         columns = {}
         for name, file in files.items():
             case = dict(file=str(file), size=args.size, threads=args.threads, runtime=runtime)
-            worker = Worker(__file__, case)
+            worker = Worker(work, case)
             columns[name] = worker.ask('profile')
             worker.close()
         print_table(f'{runtime}, ms', columns)

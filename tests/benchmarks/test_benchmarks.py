@@ -10,13 +10,12 @@ from torch import nn
 from ..helpers import ROOT, load_script
 
 FOLDER = ROOT / 'benchmarks'
-SCRIPT = f'''
-import os, sys
-sys.path.insert(0, {str(FOLDER)!r})
-from common import answer
-print('a library prints')
-settings = lambda: {{name: v for name, v in os.environ.items() if 'MALLOC' in name}}
-answer(dict(settings=settings, fail=lambda: 1 / 0))
+MODULE = '''
+import os
+
+def start(case):
+    settings = lambda: {name: v for name, v in os.environ.items() if 'MALLOC' in name}
+    return dict(settings=settings, fail=lambda: 1 / 0, die=os.abort)
 '''
 
 
@@ -28,14 +27,15 @@ def common(monkeypatch):
 
 @pytest.fixture
 def worker(common, tmp_path, monkeypatch):
-    """Starts a process that answers with the settings of its allocator."""
+    """Starts a process that returns the settings of its allocator."""
     monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '0')
     monkeypatch.setenv('MALLOC_ARENA_MAX', '1')
-    (tmp_path / 'script.py').write_text(SCRIPT)
-    started = []
+    (tmp_path / 'functions.py').write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    functions, started = load_script(tmp_path / 'functions.py'), []
 
     def start(**environment):
-        started.append(common.Worker(tmp_path / 'script.py', dict(threads=1), **environment))
+        started.append(common.Worker(functions.start, dict(threads=1), **environment))
         return started[-1]
 
     yield start
@@ -52,9 +52,11 @@ def test_memory_is_measured_with_the_settings_of_the_benchmark(worker):
     assert worker(**settings).ask('settings') == settings
 
 
-def test_a_process_that_dies_tells_why(worker):
+def test_a_process_that_fails_or_dies_tells_why(worker):
     with pytest.raises(RuntimeError, match='ZeroDivisionError: division by zero'):
         worker().ask('fail')
+    with pytest.raises(RuntimeError, match='terminated abruptly'):
+        worker().ask('die')
 
 
 def test_sizes_are_read_as_height_and_width(common):
