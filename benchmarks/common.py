@@ -107,6 +107,15 @@ def read_record(file: Path, option: str) -> dict:
     return json.loads(file.read_text())
 
 
+def read_curve(work: Path, key: str) -> List[List[float]]:
+    """Return step and value of what a training logged, over all its starts."""
+    found = {}
+    for file in sorted(work.glob('*/vis_data/scalars.json')):
+        rows = map(json.loads, file.read_text().splitlines())
+        found.update({row['step']: round(row[key], 4) for row in rows if key in row})
+    return [[step, found[step]] for step in sorted(found)]
+
+
 class Worker:
     """A case in a process of its own, whose functions are called by name.
 

@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / 'tools'
 sys.path[:0] = [str(TOOLS), str(ROOT / 'benchmarks')]
-from common import draw_curves  # noqa: E402
+from common import draw_curves, read_curve  # noqa: E402
 from demo import run_tool  # noqa: E402
 from make_shapes import CLASSES, bright_colour, clutter, polygon, surface, write_image  # noqa: E402
 
@@ -69,16 +69,6 @@ def make_classes(folder: Path, counts: Dict[str, int]) -> None:
                     write_image(place / f'{index}.png', draw(rng, shape, pattern))
 
 
-def read_log(work: Path) -> List[dict]:
-    """Return what a training logged, over all its starts; of a step logged twice, the last."""
-    rows = {}
-    for file in sorted(work.glob('*/vis_data/scalars.json')):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            rows['loss' in row, row['step']] = row
-    return [rows[key] for key in sorted(rows)]
-
-
 def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
     """Train all; return the curves and the minutes that each training took."""
     minutes = {}
@@ -94,7 +84,7 @@ def measure(work: Path, seeds: List[int], smoke: bool) -> dict:
         minutes[name] = round(float(finished.read_text()), 1)
 
     def curve(name: str, key: str) -> List[float]:
-        return [row[key] for row in read_log(work / name) if key in row]
+        return [value for _, value in read_curve(work / name, key)]
 
     classes, coco = work / 'data' / 'classes', work / 'data' / 'shapes' / 'coco'
     print('== data', flush=True)

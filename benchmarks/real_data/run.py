@@ -18,12 +18,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Callable, Dict, Iterable, List
+from typing import Callable, Dict, Iterable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from common import processor  # noqa: E402
+from common import processor, read_curve  # noqa: E402
 from models import ABLATION, MODELS  # noqa: E402
 from predictions import draw_predictions  # noqa: E402
 from report import (  # noqa: E402
@@ -84,15 +84,6 @@ def run_tool(log: Path, tool: str, *arguments) -> float:
     if status:
         raise RuntimeError(f"{tool} failed, its output is in '{log}'")
     return used.ru_utime + used.ru_stime
-
-
-def read_curve(work: Path, key: str) -> List[List[float]]:
-    """Return step and metric of each validation, over all starts of a training."""
-    found = {}
-    for file in sorted(work.glob('*/vis_data/scalars.json')):
-        rows = map(json.loads, file.read_text().splitlines())
-        found.update({row['step']: round(row[key], 4) for row in rows if key in row})
-    return [[step, found[step]] for step in sorted(found)]
 
 
 class Study:
