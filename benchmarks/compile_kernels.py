@@ -20,9 +20,11 @@ import argparse
 import re
 import subprocess
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Dict, Iterator, List
 
+import networkx
 import torch
 import triton
 from stand_in_gpu import pretend
@@ -83,21 +85,14 @@ def loop_lengths(sass: str) -> Iterator[int]:
         for index, line in enumerate(lines)
         if (target := re.search(r'\bBRA\b.*?`\((\.L_\w+)\)', line)) and target[1] in labels
     }
+    flow = networkx.DiGraph(jumps.items())
+    for index, line in enumerate(lines):
+        if index not in jumps or line.startswith('@') or re.search(r'BRA\S* !?U?P', line):
+            flow.add_edge(index, index + 1)
     for last, start in jumps.items():
-        if start >= last:
-            continue
-        length = {start: 1}
-        for index in range(start, last):
-            if index not in length:
-                continue
-            conditional = lines[index].startswith('@') or re.search(r'BRA\S* !?U?P', lines[index])
-            following = [index + 1] if index not in jumps or conditional else []
-            if start < jumps.get(index, 0) <= last:
-                following.append(jumps[index])
-            for other in following:
-                length[other] = min(length.get(other, last), length[index] + 1)
-        if last in length:
-            yield length[last]
+        loop = flow.subgraph(range(start, last + 1))
+        if start < last and networkx.has_path(loop, start, last):
+            yield networkx.shortest_path_length(loop, start, last) + 1
 
 
 def describe(name: str, dtype: str, head_dim: int, arch: int, key: tuple, compiled) -> tuple:
@@ -136,24 +131,25 @@ def main() -> None:
     options = parser.parse_args()
     if triton_launch.INTERPRETED:
         parser.error('TRITON_INTERPRET is set, with which Triton compiles nothing: unset it')
-    rows = [COLUMNS, ['---'] * len(COLUMNS)]
-    print('| ' + ' | '.join(COLUMNS) + ' |', flush=True)
-    tables = triton_launch.TILES, triton_launch.WIDE_TILES
+    table = []
+
+    def add(cells) -> None:
+        table.append(f'| {" | ".join(map(str, cells))} |')
+        print(table[-1], flush=True)
+
+    add(COLUMNS)
+    table.append('| --- ' * len(COLUMNS) + '|')
     for tile in options.tiles or ['']:
-        for table in tables:
-            if tile:
-                table.update(dict.fromkeys(table, Tile(*map(int, tile.split(',')))))
-        for dtype in options.dtypes:
-            for head_dim in options.head_dims:
-                for arch in options.archs:
-                    kernels = compile_all(DTYPES[dtype], head_dim, arch)
-                    for name in KERNELS:
-                        if name in options.kernels and name in kernels:
-                            row = describe(name, dtype, head_dim, arch, *kernels[name])
-                            rows.append([*map(str, row)])
-                            print('| ' + ' | '.join(rows[-1]) + ' |', flush=True)
+        if tile:
+            for tiles in (triton_launch.TILES, triton_launch.WIDE_TILES):
+                tiles.update(dict.fromkeys(tiles, Tile(*map(int, tile.split(',')))))
+        for case in product(options.dtypes, options.head_dims, options.archs):
+            kernels = compile_all(DTYPES[case[0]], *case[1:])
+            for name in KERNELS:
+                if name in options.kernels and name in kernels:
+                    add(describe(name, *case, *kernels[name]))
     if options.out:
-        lines = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+        lines = '\n'.join(table)
         options.out.write_text(
             f'# Compiled Triton kernels\n\nWritten by `benchmarks/compile_kernels.py`, which says '
             f'what the columns mean, with Triton {triton.__version__}. Groups of 25x38 and 7x7 '

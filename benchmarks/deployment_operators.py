@@ -90,10 +90,8 @@ def work(case: dict) -> dict:
 
 def print_table(title: str, columns: dict) -> None:
     """Print columns of numbers by row, the largest first, and their sums."""
-    largest: dict = {}
-    for column in columns.values():
-        for name, number in column.items():
-            largest[name] = max(number, largest.get(name, 0))
+    names = {name for column in columns.values() for name in column}
+    largest = {name: max(column.get(name, 0) for column in columns.values()) for name in names}
     print(f'\n| {title} | {" | ".join(columns)} |\n|---|{"---|" * len(columns)}')
     for name in sorted(largest, key=lambda name: -largest[name]):
         if largest[name] >= 1:

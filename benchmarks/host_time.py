@@ -9,7 +9,7 @@ PyTorch's of making a tensor on a GPU. Times are the least of many repetitions, 
 as multiples of a multiplication of eight numbers by PyTorch, of the same run.
 """
 
-import time
+import timeit
 from typing import Callable
 
 import torch
@@ -26,13 +26,7 @@ CASES = {'small groups': ((14, 7), (7, 7)), 'large groups': ((18, 8), (9, 8))}
 def microseconds(call: Callable, calls: int = 10, turns: int = 500) -> float:
     """The least mean time of some calls, after a first one that may compile."""
     call()
-    times = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-    return min(times) * 1e6
+    return 1e6 * min(timeit.repeat(call, number=calls, repeat=turns)) / calls
 
 
 def main() -> None:
