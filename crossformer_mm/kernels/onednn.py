@@ -77,18 +77,10 @@ def as_pixels(x: Tensor) -> Tensor:
 
 def onednn_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Tensor, Tensor]:
     """Return the gradients of the weight and the bias of :func:`onednn_linear`."""
+    tensors = as_pixels(grad), as_pixels(x), weight[:, :, None, None]
+    geometry = [1, 1], [0, 0], [1, 1], False, [0, 0], 1  # stride, padding, dilation; not transposed
     _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        as_pixels(grad),
-        as_pixels(x),
-        weight[:, :, None, None],
-        [len(weight)],
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [False, True, True],
+        *tensors, [len(weight)], *geometry, [False, True, True]
     )
     return grad_weight[:, :, 0, 0], grad_bias
 

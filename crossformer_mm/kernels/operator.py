@@ -114,16 +114,10 @@ def map_operator(name: str, forward: Callable, backward: Callable) -> Callable:
                 # rule; the kernel alone would leave second derivatives out without a word.
                 rows, columns, *numbers = ctx.arguments
                 qkv, out, norms = tokens
+                flat = grad_out.reshape(-1, grad_out.shape[-1])  # flatten has no batching rule
+                tensors = flat, qkv, table, out, norms
                 grad_qkv, grad_table = operator_backward(
-                    grad_out.reshape(-1, grad_out.shape[-1]),  # flatten has no batching rule
-                    qkv,
-                    table,
-                    out,
-                    norms,
-                    ctx.sides,
-                    [*rows],
-                    [*columns],
-                    *numbers,
+                    *tensors, ctx.sides, [*rows], [*columns], *numbers
                 )
                 return grad_qkv.view(*ctx.sides, -1), grad_table, None, None, None, None
             qkv, out, norms = (x.view(*ctx.sides, x.shape[1]) for x in tokens)

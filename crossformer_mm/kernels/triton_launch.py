@@ -156,22 +156,10 @@ def find_groups(batch: int, height: int, width: int, rows: AxisRule, columns: Ax
     ]
     if axes[0][3] < axes[1][3]:  # columns are the shorter side of a group
         axes.reverse()
-    row_axis, column_axis = axes
-    height, row_stride, row_groups, row_size, row_interval = row_axis
-    width, column_stride, column_groups, column_size, column_interval = column_axis
-    groups = Groups(
-        batch * row_groups * column_groups,
-        height,
-        width,
-        row_stride,
-        column_stride,
-        row_groups,
-        column_groups,
-        row_size,
-        row_interval,
-        column_size,
-        column_interval,
-    )
+    sides, strides, counts, *_ = zip(*axes)
+    row_rule, column_rule = (axis[3:] for axis in axes)
+    total = batch * counts[0] * counts[1]
+    groups = Groups(total, *sides, *strides, *counts, *row_rule, *column_rule)
     if groups.members > MEMBERS_LIMIT:
         raise ValueError(
             'CrossFormer: fused attention takes groups of at most '
