@@ -260,14 +260,8 @@ def forward(
     """
     rows, columns = 2 * height - 1, 2 * width - 1
     table = parameters[-1].new_empty(len(parameters[-1]), rows, columns)
-    launch(
-        forward_kernel,
-        triton.cdiv(rows * columns, TILE),
-        (table, rows, columns),
-        parameters,
-        residual,
-        eps,
-    )
+    programs = triton.cdiv(rows * columns, TILE)
+    launch(forward_kernel, programs, (table, rows, columns), parameters, residual, eps)
     return table
 
 
@@ -280,14 +274,8 @@ def backward(
     programs = min(tiles, PROGRAMS)
     sizes = [parameter.numel() for parameter in parameters]
     sums = grad_table.new_empty(programs, sum(sizes))
-    launch(
-        backward_kernel,
-        programs,
-        (grad_table.contiguous(), sums, rows, columns, tiles, programs),
-        parameters,
-        residual,
-        eps,
-    )
+    arguments = grad_table.contiguous(), sums, rows, columns, tiles, programs
+    launch(backward_kernel, programs, arguments, parameters, residual, eps)
     grads = sums.sum(0).split(sizes)
     return tuple(grad.view(one.shape) for grad, one in zip(grads, parameters))
 

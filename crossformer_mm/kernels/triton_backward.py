@@ -380,36 +380,18 @@ def backward(
         triton_launch.plan(f'backward_{name}', groups, qkv.dtype, head_dim)
         for name in ('queries', 'keys', 'pairs')
     ]
-    (queries, queries_constants), (keys, keys_constants), (pairs, pairs_constants) = plans
+    queries, keys, pairs = plans
     deltas = torch.empty_like(norms)
-    block = max(side for tile, _ in plans for side in tile[:2])
+    block = max(side for _, tile in plans for side in tile[:2])
     for strips, layout in fill_strips(table, groups, block, of_keys=True):
-        sizes = (scale, *groups, heads, *layout)
-        triton_launch.launch(
-            backward_queries_kernel,
-            layout[1] * groups.groups * -(-groups.members // queries.queries),
-            (qkv, strips, out, norms, grad_out, grad_qkv, deltas),
-            sizes,
-            queries_constants,
-            queries,
-        )
-        triton_launch.launch(
-            backward_keys_kernel,
-            layout[1] * groups.groups * -(-groups.members // keys.keys),
-            (qkv, strips, norms, deltas, grad_out, grad_qkv),
-            sizes,
-            keys_constants,
-            keys,
-        )
-        backward_table(
-            (qkv, strips, norms, deltas, grad_out),
-            grad_table,
-            groups,
-            sizes,
-            layout[:2],
-            pairs_constants,
-            pairs,
-        )
+        numbers, parts = (scale, *groups, heads, *layout), layout[1] * groups.groups
+        programs = parts * -(-groups.members // queries[1].queries)
+        tensors = qkv, strips, out, norms, grad_out, grad_qkv, deltas
+        triton_launch.launch(backward_queries_kernel, programs, tensors, numbers, *queries)
+        programs = parts * -(-groups.members // keys[1].keys)
+        tensors = qkv, strips, norms, deltas, grad_out
+        triton_launch.launch(backward_keys_kernel, programs, (*tensors, grad_qkv), numbers, *keys)
+        backward_table(tensors, grad_table, groups, numbers, layout[:2], *pairs)
     return grad_qkv, grad_table
 
 
@@ -423,17 +405,11 @@ def backward_small(
 ) -> None:
     """Write the gradient of ``qkv``, and add to that of the table, of small groups."""
     qkv, table, *_ = tensors
-    tile, constants = triton_launch.plan('backward_groups', groups, qkv.dtype, head_dim)
+    constants, tile = triton_launch.plan('backward_groups', groups, qkv.dtype, head_dim)
     shares = groups.count_shares(heads)
     pairs = grad_table.new_empty(shares, heads, tile.queries, tile.keys)
-    triton_launch.launch(
-        backward_groups_kernel,
-        heads * shares,
-        (*tensors, pairs),
-        (scale, *groups, heads, *groups.view(table)),
-        constants,
-        tile,
-    )
+    numbers, tensors = (scale, *groups, heads, *groups.view(table)), (*tensors, pairs)
+    triton_launch.launch(backward_groups_kernel, heads * shares, tensors, numbers, constants, tile)
     sum_pairs(pairs, grad_table, (0, heads), 0, groups)
 
 
@@ -441,7 +417,7 @@ def backward_table(
     tensors: Tuple[Tensor, ...],
     grad_table: Tensor,
     groups: Groups,
-    sizes: tuple,
+    numbers: tuple,
     which_heads: Tuple[int, int],
     constants: tuple,
     tile: Tile,
@@ -463,7 +439,7 @@ def backward_table(
             backward_pairs_kernel,
             heads * shares * blocks * key_blocks,
             (*tensors, pairs),
-            (*sizes, first, queries),
+            (*numbers, first, queries),
             constants,
             tile,
         )
@@ -479,20 +455,9 @@ def sum_pairs(
 ) -> None:
     """Add gradients of pairs (shares, heads, queries, pitch) to those of their offsets."""
     shares, heads, queries, pitch = pairs.shape
-    offsets = 64
-    triton_launch.launch(
-        sum_pairs_kernel,
-        heads * (2 * groups.row_size - 1) * -(-(2 * groups.column_size - 1) // offsets),
-        (pairs.sum(0) if shares > 1 else pairs, grad_table),
-        (
-            *which_heads,
-            first_query,
-            queries,
-            pitch,
-            groups.row_size,
-            groups.column_size,
-            *groups.view(grad_table),
-        ),
-        (64, offsets),
-        Tile(0, 0, 4, 1),
-    )
+    offsets, sides = 64, (groups.row_size, groups.column_size)
+    programs = heads * (2 * sides[0] - 1) * -(-(2 * sides[1] - 1) // offsets)
+    tensors = (pairs.sum(0) if shares > 1 else pairs, grad_table)
+    numbers = (*which_heads, first_query, queries, pitch, *sides, *groups.view(grad_table))
+    plan = (64, offsets), Tile(0, 0, 4, 1)
+    triton_launch.launch(sum_pairs_kernel, programs, tensors, numbers, *plan)

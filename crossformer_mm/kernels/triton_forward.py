@@ -230,27 +230,17 @@ def forward(
     if not groups.groups:
         return out, norms
     if groups.is_small(head_dim):
-        tile, constants = triton_launch.plan('forward_groups', groups, qkv.dtype, head_dim)
-        triton_launch.launch(
-            forward_groups_kernel,
-            heads * groups.count_shares(heads),
-            (qkv, table, out, norms),
-            (scale, *groups, heads, *groups.view(table)),
-            constants,
-            tile,
-        )
+        plan = triton_launch.plan('forward_groups', groups, qkv.dtype, head_dim)
+        programs, tensors = heads * groups.count_shares(heads), (qkv, table, out, norms)
+        numbers = (scale, *groups, heads, *groups.view(table))
+        triton_launch.launch(forward_groups_kernel, programs, tensors, numbers, *plan)
         return out, norms
-    tile, constants = triton_launch.plan('forward', groups, qkv.dtype, head_dim)
+    constants, tile = triton_launch.plan('forward', groups, qkv.dtype, head_dim)
     blocks = groups.groups * -(-groups.members // tile.queries)
     for strips, layout in fill_strips(table, groups, max(tile[:2])):
-        triton_launch.launch(
-            forward_kernel,
-            layout[1] * blocks,
-            (qkv, strips, out, norms),
-            (scale, *groups, heads, *layout),
-            constants,
-            tile,
-        )
+        programs, tensors = layout[1] * blocks, (qkv, strips, out, norms)
+        numbers = (scale, *groups, heads, *layout)
+        triton_launch.launch(forward_kernel, programs, tensors, numbers, constants, tile)
     return out, norms
 
 
@@ -278,12 +268,8 @@ def fill_strips(
     for first_head in range(0, len(table), step):
         layout = first_head, min(step, len(table) - first_head), copies, pitch
         strips = table.new_empty((1 + of_keys) * layout[1] * of_head, dtype=torch.float32)
-        triton_launch.launch(
-            fill_strips_kernel,
-            strips.numel() // pitch * -(-pitch // STRIP_BLOCK),
-            (table, strips),
-            (groups.row_size, groups.column_size, *layout, *view),
-            (STRIP_BLOCK,),
-            Tile(0, 0, 4, 1),
-        )
+        programs = strips.numel() // pitch * -(-pitch // STRIP_BLOCK)
+        numbers = (groups.row_size, groups.column_size, *layout, *view)
+        plan = (STRIP_BLOCK,), Tile(0, 0, 4, 1)
+        triton_launch.launch(fill_strips_kernel, programs, (table, strips), numbers, *plan)
         yield strips, layout

@@ -227,12 +227,12 @@ def take_apart(compiled, arguments: int, constants: tuple) -> Optional[tuple]:
 
 def plan(
     kernel: str, groups: Groups, dtype: torch.dtype, head_dim: int
-) -> Tuple[Tile, Tuple[Union[int, str], ...]]:
-    """Return the tile of a kernel and its constants: D, BLOCK_D, sides of the tile, PRECISION."""
+) -> Tuple[Tuple[Union[int, str], ...], Tile]:
+    """Return the constants of a kernel, D, BLOCK_D, sides of the tile, PRECISION, and its tile."""
     tile = choose_tile(kernel, groups.members, dtype, head_dim)
     sides = tile[:1] if groups.is_small(head_dim) else tile[:2]
     precision = choose_precision(dtype, head_dim)
-    return tile, (head_dim, block_size(head_dim), *sides, precision)
+    return (head_dim, block_size(head_dim), *sides, precision), tile
 
 
 def choose_precision(dtype: torch.dtype, head_dim: int) -> str:
