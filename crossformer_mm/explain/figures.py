@@ -1,6 +1,7 @@
 """Draw the pictures of a scene with Matplotlib."""
 
 import io
+from itertools import cycle
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 
@@ -268,32 +269,25 @@ def draw_embedding(figure, scene: Scene) -> None:
 
     axes = bars.subplots()
     kernels = sorted({kernel for share in shares for kernel in share})
+    colours = dict(zip(kernels, cycle(KERNEL_COLOURS)))
+    heights: Dict[str, float] = {}
     for stage, share in enumerate(shares):
-        for index, (place, alpha) in enumerate(((0.2, 0.45), (-0.2, 1))):
-            left = 0.0
+        for index, name in enumerate(('channels', 'variance')):
+            left, y = 0.0, (0.2, -0.2)[index] - stage * 1.1
+            heights[f'stage {stage + 1}: {name}'] = y
             for kernel, values in share.items():
-                colour = KERNEL_COLOURS[kernels.index(kernel) % len(KERNEL_COLOURS)]
-                y, width = place - stage * 1.1, values[index]
-                bar = axes.barh(y, width, 0.36, left=left, color=colour, alpha=alpha)
+                colour, width = colours[kernel], values[index]
+                bar = axes.barh(y, width, 0.36, left=left, color=colour, alpha=(0.45, 1)[index])
                 if width > 0.06:
                     ink = 'white' if index == 1 and colour in DARK_COLOURS else 'black'
                     text = [f'{width:.0%}']
                     axes.bar_label(bar, text, label_type='center', fontsize=7, color=ink)
                 left += width
     hide_frame(axes)
-    axes.set_yticks(
-        [place - stage * 1.1 for stage in range(len(shares)) for place in (0.2, -0.2)],
-        [
-            f'stage {stage + 1}: {name}'
-            for stage in range(len(shares))
-            for name in ('channels', 'variance')
-        ],
-        fontsize=8,
-    )
+    axes.set_yticks([*heights.values()], [*heights], fontsize=8)
     axes.set(xlim=(0, 1))
-    handles = [Patch(color=KERNEL_COLOURS[i % len(KERNEL_COLOURS)]) for i in range(len(kernels))]
     axes.legend(
-        handles,
+        [Patch(color=colour) for colour in colours.values()],
         [f'{kernel} x {kernel}' for kernel in kernels],
         fontsize=8,
         ncols=len(kernels),
