@@ -117,17 +117,12 @@ def difference(module: nn.Module, given: Sequence[Tensor], results: Outputs) -> 
 
 def largest_difference(results: Outputs, expected: Outputs) -> float:
     """Return the largest difference relative to the largest value of each output; or NaN."""
-    return (
-        torch.stack(
-            [
-                (results[name] - out).abs().max() / out.abs().max().clamp(min=1e-6)
-                for name, out in expected.items()
-                if out.numel()
-            ]
-        )
-        .max()
-        .item()
-    )
+    differences = [
+        (results[name] - out).abs().max() / out.abs().max().clamp(min=1e-6)
+        for name, out in expected.items()
+        if out.numel()
+    ]
+    return torch.stack(differences).max().item()
 
 
 def compare_boxes(results: Outputs, expected: Outputs) -> float:

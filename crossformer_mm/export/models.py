@@ -31,6 +31,16 @@ def need(fits: bool, sentence: str) -> None:
         raise UnknownModel(f'{sentence}; --what head exports what comes before it')
 
 
+class Network(nn.Module):
+    """Wrapper of a model that returns its outputs by their names."""
+
+    any_size: dict = {}  # replacements of modules that fix sizes
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
 class Preprocessor(nn.Module):
     """Normalise and pad RGB values from 0 to 255, (B, 3, H, W) of any type.
 
@@ -346,7 +356,7 @@ class Resize(nn.Module):
         return resize_image(image, *map(self.rule.get, ('height', 'width', 'keep_ratio')))
 
 
-class WholeDetector(nn.Module):
+class WholeDetector(Network):
     """Detector from an RGB image (1, 3, H, W) to boxes (n, 4) in its pixels, scores and labels.
 
     If the model has masks, it also returns masks (n, height, width) to be stretched over the boxes.
@@ -358,11 +368,8 @@ class WholeDetector(nn.Module):
         resize (dict, optional): rule of :class:`.Resize`.
     """
 
-    any_size: dict = {}
-
     def __init__(self, model: nn.Module, resize: Optional[dict] = None):
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.resize = Resize(resize)
         self.preprocess = Preprocessor(model, model.data_preprocessor.pad_size_divisor or 1)
         self.roi_head = None
@@ -401,7 +408,7 @@ class WholeDetector(nn.Module):
         return outputs
 
 
-class WholeSegmentor(nn.Module):
+class WholeSegmentor(Network):
     """Segmentor from RGB images (B, 3, H, W) and a size (2,), height and width, to labels.
 
     The size is that of the images before resizing. Labels (B, height, width), or logits
@@ -415,8 +422,8 @@ class WholeSegmentor(nn.Module):
     """
 
     def __init__(self, model: nn.Module, logits: bool, resize: Optional[dict] = None):
-        super().__init__()
-        self.model, self.as_logits = model, logits
+        super().__init__(model)
+        self.as_logits = logits
         mode = model.test_cfg.get('mode', 'whole')
         need(mode == 'whole', f"test_cfg.mode must be 'whole', found '{mode}'")
         divisor = (getattr(model.data_preprocessor, 'test_cfg', None) or {}).get('size_divisor')
@@ -443,24 +450,21 @@ class WholeSegmentor(nn.Module):
         return dict(labels=logits.argmax(1))
 
 
-class WholeClassifier(nn.Module):
+class WholeClassifier(Network):
     """Classifier from RGB images (B, 3, H, W) to scores (B, classes) that sum up to 1.
 
     Args:
         model (nn.Module): of MMPretrain.
     """
 
-    any_size: dict = {}
-
     def __init__(self, model: nn.Module):
-        super().__init__()
+        super().__init__(model)
         head = type(getattr(model, 'head', None)).__name__
         need(
             type(model).__name__ == 'ImageClassifier' and head == 'LinearClsHead',
             f'a classifier must be an ImageClassifier with a LinearClsHead, found '
             f'{type(model).__name__} with {head}',
         )
-        self.model = model
         self.preprocess = Preprocessor(model, model.data_preprocessor.pad_size_divisor)
 
     def forward(self, image: Tensor) -> Outputs:

@@ -2,17 +2,7 @@
 
 from torch import Tensor, nn
 
-from .models import Outputs, any_size_upsampling, upsampled_logits
-
-
-class Network(nn.Module):
-    """Wrapper of a model that returns its outputs by their names."""
-
-    any_size: dict = {}  # replacements of modules that fix sizes
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+from .models import Network, Outputs, any_size_upsampling, upsampled_logits
 
 
 class Backbone(Network):

@@ -21,7 +21,7 @@ def to_int8(file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     proto = onnx.load(file)
-    metadata = proto.metadata_props  # dropped by the quantiser
+    metadata = {prop.key: prop.value for prop in proto.metadata_props}  # the quantiser drops it
     # The quantiser transposes weights, and fails if their shapes are given.
     del proto.graph.value_info[:]
     onnx.save(proto, file)
@@ -34,8 +34,7 @@ def to_int8(file: Path) -> None:
         extra_options=dict(MatMulConstBOnly=True),
     )
     proto = onnx.load(file)
-    del proto.metadata_props[:]
-    proto.metadata_props.extend(metadata)
+    onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, file)
 
 
