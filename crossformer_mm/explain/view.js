@@ -79,7 +79,7 @@ function fade() {
 /** A canvas as sharp as the screen; drawn on in pixels of the page. */
 function prepared(canvas) {
   const { width: wide, height: high } = canvas.getBoundingClientRect(),
-    ratio = window.devicePixelRatio || 1;
+    ratio = window.devicePixelRatio;
   [canvas.width, canvas.height] = [Math.round(wide * ratio), Math.round(high * ratio)];
   const context = canvas.getContext('2d');
   context.setTransform(canvas.width / wide, 0, 0, canvas.height / high, 0, 0);
