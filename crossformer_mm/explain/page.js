@@ -76,15 +76,13 @@ async function update() {
 
 /** Change the state as far as it is possible, and show it. */
 function select(change) {
-  const before = stageFacts(),
-    old = [state.row, state.column];
+  const before = stageFacts();
   Object.assign(state, change);
   const stage = stageFacts();
   if ('stage' in change && stage !== before) {
     // the same place of the image, a block like it
-    if (!('row' in change)) state.row = Math.floor(((old[0] + 0.5) * before.stride) / stage.stride);
-    if (!('column' in change)) {
-      state.column = Math.floor(((old[1] + 0.5) * before.stride) / stage.stride);
+    for (const axis of ['row', 'column'].filter((name) => !(name in change))) {
+      state[axis] = Math.floor(((state[axis] + 0.5) * before.stride) / stage.stride);
     }
     state.probe = null;
   }
@@ -132,16 +130,10 @@ function drawControls() {
   check('kinds', state.kind);
   if (changed('blocks', state.stage)) {
     $('block').replaceChildren(
-      ...stage.blocks.map(
-        (block, i) =>
-          new Option(
-            `${i + 1}: ` +
-              (block.kind === 'short' || stage.small
-                ? say('short', '短距离')
-                : say('long', '长距离')),
-            i,
-          ),
-      ),
+      ...stage.blocks.map((block, i) => {
+        const short = block.kind === 'short' || stage.small;
+        return new Option(`${i + 1}: ${short ? say('short', '短距离') : say('long', '长距离')}`, i);
+      }),
     );
   }
   $('block').value = state.block;
