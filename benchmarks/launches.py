@@ -113,11 +113,8 @@ def count(backbone: nn.Module, amp: bool, training: bool, size=SIZE) -> Dict[str
     backbone.train(training)
     with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(launches):
         image = torch.empty(1, 3, *size)
-        with launches:
-            with (
-                torch.set_grad_enabled(training),
-                torch.autocast('cpu', torch.bfloat16, enabled=amp),
-            ):
+        with launches, torch.set_grad_enabled(training):
+            with torch.autocast('cpu', torch.bfloat16, enabled=amp):
                 outs = backbone(image)
         grads = [torch.empty_like(out) for out in outs]
         if training:
