@@ -113,12 +113,8 @@ def parameters_of(pos: nn.Module) -> List[nn.Parameter]:
 @functools.cache
 def shapes_of(width: int, heads: int) -> List[Tuple[int, ...]]:
     """Return the shapes of the parameters of a bias, in their order."""
-    return [
-        (width, 2),
-        (width,),
-        *((width,), (width,), (width, width), (width,)) * 2,
-        *((width,), (width,), (heads, width), (heads,)),
-    ]
+    layer = [(width,), (width,), (width, width), (width,)]
+    return [(width, 2), (width,), *layer, *layer, *layer[:2], (heads, width), (heads,)]
 
 
 class FusedBias(torch.autograd.Function):

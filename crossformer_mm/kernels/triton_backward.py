@@ -370,10 +370,16 @@ def backward(
     head_dim = grad_out.shape[3] // heads
     grad_qkv = torch.empty_like(qkv)
     grad_table = table.new_zeros(table.shape, dtype=torch.float32)
+    if not groups.groups:
+        return grad_qkv, grad_table
     if groups.is_small(head_dim):
-        if groups.groups:
-            tensors = qkv, table, norms, grad_out, grad_qkv
-            backward_small(tensors, grad_table, groups, heads, head_dim, scale)
+        constants, tile = triton_launch.plan('backward_groups', groups, qkv.dtype, head_dim)
+        shares = groups.count_shares(heads)
+        pairs = grad_table.new_empty(shares, heads, tile.queries, tile.keys)
+        programs, tensors = heads * shares, (qkv, table, norms, grad_out, grad_qkv, pairs)
+        numbers = (scale, *groups, heads, *groups.view(table))
+        triton_launch.launch(backward_groups_kernel, programs, tensors, numbers, constants, tile)
+        sum_pairs(pairs, grad_table, (0, heads), 0, groups)
         return grad_qkv, grad_table
 
     plans = [
@@ -395,24 +401,6 @@ def backward(
     return grad_qkv, grad_table
 
 
-def backward_small(
-    tensors: Tuple[Tensor, ...],
-    grad_table: Tensor,
-    groups: Groups,
-    heads: int,
-    head_dim: int,
-    scale: float,
-) -> None:
-    """Write the gradient of ``qkv``, and add to that of the table, of small groups."""
-    qkv, table, *_ = tensors
-    constants, tile = triton_launch.plan('backward_groups', groups, qkv.dtype, head_dim)
-    shares = groups.count_shares(heads)
-    pairs = grad_table.new_empty(shares, heads, tile.queries, tile.keys)
-    numbers, tensors = (scale, *groups, heads, *groups.view(table)), (*tensors, pairs)
-    triton_launch.launch(backward_groups_kernel, heads * shares, tensors, numbers, constants, tile)
-    sum_pairs(pairs, grad_table, (0, heads), 0, groups)
-
-
 def backward_table(
     tensors: Tuple[Tensor, ...],
     grad_table: Tensor,
@@ -427,9 +415,8 @@ def backward_table(
     key_blocks = -(-groups.members // tile.keys)
     pitch = key_blocks * tile.keys
     query_blocks = -(-groups.members // tile.queries)
-    step = min(
-        query_blocks, max(1, triton_launch.PAIR_BYTES // (heads * tile.queries * pitch * 4))
-    )
+    block_bytes = 4 * heads * tile.queries * pitch
+    step = min(query_blocks, max(1, triton_launch.PAIR_BYTES // block_bytes))
     shares = groups.count_shares(heads * step * key_blocks)
     for block in range(0, query_blocks, step):
         blocks = min(step, query_blocks - block)
@@ -447,17 +434,13 @@ def backward_table(
 
 
 def sum_pairs(
-    pairs: Tensor,
-    grad_table: Tensor,
-    which_heads: Tuple[int, int],
-    first_query: int,
-    groups: Groups,
+    pairs: Tensor, grad_table: Tensor, which_heads: Tuple[int, int], first: int, groups: Groups
 ) -> None:
     """Add gradients of pairs (shares, heads, queries, pitch) to those of their offsets."""
     shares, heads, queries, pitch = pairs.shape
     offsets, sides = 64, (groups.row_size, groups.column_size)
     programs = heads * (2 * sides[0] - 1) * -(-(2 * sides[1] - 1) // offsets)
     tensors = (pairs.sum(0) if shares > 1 else pairs, grad_table)
-    numbers = (*which_heads, first_query, queries, pitch, *sides, *groups.view(grad_table))
+    numbers = (*which_heads, first, queries, pitch, *sides, *groups.view(grad_table))
     plan = (64, offsets), Tile(0, 0, 4, 1)
     triton_launch.launch(sum_pairs_kernel, programs, tensors, numbers, *plan)
