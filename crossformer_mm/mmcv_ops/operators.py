@@ -234,9 +234,7 @@ def modulated_deform_conv_forward(
     kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     group, deformable_group, with_bias,
 ) -> None:  # fmt: skip
-    geometry = (
-        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
-    )  # fmt: skip
+    geometry = stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
     tensors = layer(input, weight, offset, mask, bias if with_bias else None)
     output.copy_(vision.deform_conv2d(*tensors, *geometry, True))
 
@@ -247,9 +245,7 @@ def modulated_deform_conv_backward(
     kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     group, deformable_group, with_bias,
 ) -> None:  # fmt: skip
-    geometry = (
-        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
-    )  # fmt: skip
+    geometry = stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group
     tensors = layer(input, weight, offset, mask, bias if with_bias else None)
     gradients = vision._deform_conv2d_backward(widen(grad_output), *tensors, *geometry, True)
     targets = [grad_input, grad_weight, grad_offset, grad_mask] + [grad_bias] * with_bias
