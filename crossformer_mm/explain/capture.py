@@ -77,11 +77,8 @@ class Scene(NamedTuple):
     def query(self, stage: int) -> Tuple[int, int]:
         """Row and column of the position in a stage's map."""
         _, height, width = self.captured.features[stage].shape
-        stride = self.stride(stage)
-        return (
-            min(self.position[1] // stride, height - 1),
-            min(self.position[0] // stride, width - 1),
-        )
+        column, row = (pixel // self.stride(stage) for pixel in self.position)
+        return min(row, height - 1), min(column, width - 1)
 
     def stride(self, stage: int) -> int:
         """Pixels from one position of a stage's map to the next."""
