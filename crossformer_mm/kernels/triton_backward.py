@@ -375,11 +375,11 @@ def backward(
     if groups.is_small(head_dim):
         constants, tile = triton_launch.plan('backward_groups', groups, qkv.dtype, head_dim)
         shares = groups.count_shares(heads)
-        pairs = grad_table.new_empty(shares, heads, tile.queries, tile.keys)
-        programs, tensors = heads * shares, (qkv, table, norms, grad_out, grad_qkv, pairs)
-        numbers = (scale, *groups, heads, *groups.view(table))
+        grad_pairs = grad_table.new_empty(shares, heads, tile.queries, tile.keys)
+        programs, numbers = heads * shares, (scale, *groups, heads, *groups.view(table))
+        tensors: Tuple[Tensor, ...] = qkv, table, norms, grad_out, grad_qkv, grad_pairs
         triton_launch.launch(backward_groups_kernel, programs, tensors, numbers, constants, tile)
-        sum_pairs(pairs, grad_table, (0, heads), 0, groups)
+        sum_pairs(grad_pairs, grad_table, (0, heads), 0, groups)
         return grad_qkv, grad_table
 
     plans = [

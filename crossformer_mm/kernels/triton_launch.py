@@ -159,7 +159,7 @@ def find_groups(batch: int, height: int, width: int, rows: AxisRule, columns: Ax
     sides, strides, counts, *_ = zip(*axes)
     row_rule, column_rule = (axis[3:] for axis in axes)
     total = batch * counts[0] * counts[1]
-    groups = Groups(total, *sides, *strides, *counts, *row_rule, *column_rule)
+    groups = Groups._make([total, *sides, *strides, *counts, *row_rule, *column_rule])
     if groups.members > MEMBERS_LIMIT:
         raise ValueError(
             'CrossFormer: fused attention takes groups of at most '
