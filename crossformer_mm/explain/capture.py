@@ -4,6 +4,7 @@ Attention kernels never store the weights. :func:`attention_weights` computes th
 from the captured input of a block.
 """
 
+from contextlib import ExitStack
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -89,27 +90,24 @@ class Scene(NamedTuple):
 def capture(backbone: nn.Module, image: Tensor) -> Capture:
     """Run a backbone on an image (1, 3, H, W)."""
     captured = Capture([], [[] for _ in backbone.layers], [])
-    handles = []
 
     def add_hook(module: nn.Module, keep) -> None:
-        handles.append(module.register_forward_hook(lambda _, inputs, out: keep(inputs, out)))
+        handle = module.register_forward_hook(lambda _, inputs, out: keep(inputs, out))
+        hooks.callback(handle.remove)
 
-    for layer, blocks in zip(backbone.layers, captured.blocks):
-        add_hook(layer, lambda _, out: captured.features.append(out[0].permute(2, 0, 1)))
-        for number, block in enumerate(layer.blocks):
-            add_hook(
-                block.attn,
-                lambda inputs, out, number=number, blocks=blocks: blocks.append(
-                    BlockCapture(number, inputs[0], inputs[1], inputs[2], out)
-                ),
-            )
-    for convs in embedding_convs(backbone):
-        add_hook(convs, lambda _, out: captured.embeddings.append(out[0]))
-    try:
+    with ExitStack() as hooks:
+        for layer, blocks in zip(backbone.layers, captured.blocks):
+            add_hook(layer, lambda _, out: captured.features.append(out[0].permute(2, 0, 1)))
+            for number, block in enumerate(layer.blocks):
+                add_hook(
+                    block.attn,
+                    lambda inputs, out, number=number, blocks=blocks: blocks.append(
+                        BlockCapture(number, *inputs, out)
+                    ),
+                )
+        for convs in embedding_convs(backbone):
+            add_hook(convs, lambda _, out: captured.embeddings.append(out[0]))
         backbone(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return captured
 
 
