@@ -44,14 +44,10 @@ class Options:
             raise UserError(f"--out: '{self.out}' must end in {suffix} for --format {self.format}.")
         if not out.parent.is_dir():
             raise UserError(f"--out: folder '{out.parent}' does not exist.")
-        if min(self.shape) < 1:
-            raise UserError(
-                f'--shape must be two numbers of at least 1, got {self.shape[0]} {self.shape[1]}.'
-            )
-        if self.fixed_shape and min(self.fixed_shape) < 1:
-            raise UserError(
-                f'--fixed-shape must be two numbers of at least 1, got {self.fixed_shape}.'
-            )
+        for option, sides in (('--shape', self.shape), ('--fixed-shape', self.fixed_shape)):
+            if sides and min(sides) < 1:
+                given = ' '.join(map(str, sides))
+                raise UserError(f'{option} must be two numbers of at least 1, got {given}.')
         if self.fixed_shape and self.format != 'onnx':
             raise UserError('--fixed-shape is for --format onnx only.')
         if self.int8 and self.float16:
