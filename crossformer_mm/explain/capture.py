@@ -102,7 +102,7 @@ def capture(backbone: nn.Module, image: Tensor) -> Capture:
                 add_hook(
                     block.attn,
                     lambda inputs, out, number=number, blocks=blocks: blocks.append(
-                        BlockCapture(number, *inputs, out)
+                        BlockCapture(number, inputs[0], inputs[1], inputs[2], out)
                     ),
                 )
         for convs in embedding_convs(backbone):
