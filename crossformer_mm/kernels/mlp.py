@@ -64,18 +64,16 @@ class ChunkedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out: Tensor):
         x, weight1, bias1, weight2, *kept = ctx.saved_tensors
-        # If PyTorch is to differentiate the gradient again, all operators act on tensors with a
-        # history, which a hidden layer that was kept has not, and none in place.
-        again = torch.is_grad_enabled()  # create_graph=True
+        # All operators are differentiable and act on tensors with a history, which a hidden layer
+        # that was kept has not, so that PyTorch can differentiate the gradient again.
+        if torch.is_grad_enabled():  # create_graph=True
+            kept = []
         grad_out, grads_x, sums = grad_out.contiguous(), [], ()
         for rows in ctx.chunks:
-            hidden = kept[0] if kept and not again else ctx.linear(x[rows], weight1, bias1)
+            hidden = kept[0] if kept else ctx.linear(x[rows], weight1, bias1)
             second = ctx.weight_gradients(grad_out[rows], F.gelu(hidden), weight2)
             grad = ctx.linear(grad_out[rows], weight2.t())
-            if again:
-                grad = torch.ops.aten.gelu_backward(grad, hidden)
-            else:
-                torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
+            grad = torch.ops.aten.gelu_backward(grad, hidden)
             parts = (*ctx.weight_gradients(grad, x[rows], weight1), *second)
             sums = [total + part for total, part in zip(sums, parts)] if sums else parts
             grads_x.append(ctx.linear(grad, weight1.t()))
