@@ -150,7 +150,7 @@ def require_safetensors() -> None:
     if not is_installed('safetensors'):
         raise CheckpointError(
             'a safetensors file needs the package safetensors, which is not '
-            'installed (pip install safetensors)'
+            'installed (pip install safetensors).'
         )
 
 

@@ -11,10 +11,8 @@ from crossformer_mm.cli import argument_parser, read_config, run
 from crossformer_mm.config_parts import kind_of
 from crossformer_mm.engine.atomic_checkpoints import FULL
 from crossformer_mm.engine.config import ensure_visualizer, import_package
-from crossformer_mm.engine.dataset_guard import CheckDataHook
 from crossformer_mm.engine.mixed_precision import PRECISIONS, use_mixed_precision
 from crossformer_mm.engine.newest_checkpoint import newest_checkpoint
-from crossformer_mm.engine.nonfinite import NonFiniteHook
 from crossformer_mm.engine.preemption import NAMES, PreemptionHook
 from crossformer_mm.engine.preflight import check_dataset, check_file, check_weight_files
 from crossformer_mm.engine.runner import RobustRunnerMixin, build_runner
@@ -131,12 +129,9 @@ def main():
         runner.resume_newest = args.resume == 'auto'
         runner.hook_of(PreemptionHook).listen_to(args.signals)
         if args.allow_non_finite:
-            runner.hooks.remove(runner.hook_of(NonFiniteHook))
+            runner.allow_non_finite()
         if args.skip_bad_images:
-            skipped = Path(cfg.work_dir, SKIPPED)
-            if not args.resume and runner.rank == 0:
-                skipped.unlink(missing_ok=True)
-            runner.hook_of(CheckDataHook).skip_to = str(skipped)
+            runner.skip_bad_images(str(Path(cfg.work_dir) / SKIPPED), anew=not args.resume)
     elif args.resume or args.skip_bad_images or args.signals:
         raise UserError(
             '--resume, --signals and --skip-bad-images need a runner of MMEngine, config '

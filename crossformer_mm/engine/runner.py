@@ -101,6 +101,21 @@ class RobustRunnerMixin(Mixin):
         """Return the runner's hook of a class, or None."""
         return next((hook for hook in self.hooks if isinstance(hook, kind)), None)
 
+    def allow_non_finite(self) -> None:
+        """Train on with losses and gradients that are not finite."""
+        self.hooks.remove(self.hook_of(NonFiniteHook))
+
+    def skip_bad_images(self, path: str, anew: bool) -> None:
+        """Skip training images that cannot be used.
+
+        Args:
+            path (str): file that lists them.
+            anew (bool): start a new list instead of adding to it.
+        """
+        if anew and self.rank == 0:
+            Path(path).unlink(missing_ok=True)
+        self.hook_of(CheckDataHook).skip_to = path
+
     @name_config_section('visualizer')
     def build_visualizer(self, *args, **kwargs):
         return super().build_visualizer(*args, **kwargs)

@@ -24,7 +24,7 @@ def is_float32_on_cpu(x: Tensor) -> bool:
 
 
 def is_onednn_on() -> bool:
-    """Check that PyTorch has oneDNN, and that nobody switched it off."""
+    """Check that this PyTorch has oneDNN and uses it."""
     return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
