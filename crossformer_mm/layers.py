@@ -54,7 +54,9 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
         return [widened(layer, x) for layer in layers]
     dtype = joint_cast_dtype(x) if len(layers) > 1 else None  # see linear()
     if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
-        return [convolve_one(layer, x) for layer in layers]
+        in_blocks = [layer for layer in layers if takes_blocks(layer, x)]
+        outs = dict(zip(in_blocks, convolve_blocks(x, in_blocks)))
+        return [outs[layer] if layer in outs else layer(x) for layer in layers]
     cast = JointCast.apply(dtype, *[one for conv in layers for one in (conv.weight, conv.bias)])
     return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
 
@@ -75,11 +77,11 @@ def widened(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x.float()).bfloat16()
 
 
-def convolve_one(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return ``layer(x)`` of a convolution, computed faster where the result is the same."""
-    if is_float32_on_cpu(x) and is_exact([layer], [nn.Conv2d], x.device) and blocks_suit(x, layer):
-        return convolve_blocks(x, layer)
-    return layer(x)
+def takes_blocks(layer: nn.Module, x: Tensor) -> bool:
+    """Check that :func:`.kernels.onednn.convolve_blocks` equals the layer, and is faster."""
+    return (
+        is_float32_on_cpu(x) and is_exact([layer], [nn.Conv2d], x.device) and blocks_suit(x, layer)
+    )
 
 
 class JointCast(torch.autograd.Function):

@@ -9,7 +9,7 @@ convolutions, does neither, but reorders the weight first.
 import functools
 import platform
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -109,22 +109,29 @@ def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
     )
 
 
-def convolve_blocks(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Compute ``conv(x)`` with blocks of stride x stride pixels as channels, at a stride of 1.
+def convolve_blocks(x: Tensor, convs: Sequence[nn.Conv2d]) -> List[Tensor]:
+    """Apply convolutions with blocks of stride x stride pixels as channels, at a stride of 1.
 
     Args:
         x (Tensor): (B, channels, H, W), sides that are multiples of the stride.
-        conv (nn.Conv2d): its kernel is a multiple of the stride, centred by its padding.
+        convs (Sequence[nn.Conv2d]): of one stride; their kernels are multiples of it, centred by
+            their padding.
 
     Returns:
-        Tensor: (B, out, H/stride, W/stride).
+        List[Tensor]: of (B, out, H/stride, W/stride).
     """
-    stride, padding = conv.stride[0], conv.padding[0]
-    beside = padding % stride
-    blocks = F.pixel_unshuffle(F.pad(x, (beside,) * 4), stride)
-    return F.conv2d(
-        blocks.contiguous(memory_format=torch.channels_last),
-        F.pixel_unshuffle(conv.weight, stride),
-        conv.bias,
-        padding=padding // stride,
-    )
+
+    @functools.cache  # kernels of 16 and 32 take the same blocks
+    def blocks(stride: int, beside: int) -> Tensor:
+        unshuffled = F.pixel_unshuffle(F.pad(x, (beside,) * 4), stride)
+        return unshuffled.contiguous(memory_format=torch.channels_last)
+
+    return [
+        F.conv2d(
+            blocks(stride, padding % stride),
+            F.pixel_unshuffle(conv.weight, stride),
+            conv.bias,
+            padding=padding // stride,
+        )
+        for conv, stride, padding in ((conv, conv.stride[0], conv.padding[0]) for conv in convs)
+    ]
