@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from .compat import autocast_dtype, is_autocast_enabled, multiplies_bfloat16
 from .exact import is_exact
+from .kernels.convolution import blocks_suit, convolve_blocks, convolve_windows, windows_suit
 from .kernels.mlp import SMALL, mlp
-from .kernels.onednn import (
-    blocks_suit,
-    convolve_blocks,
-    is_float32_on_cpu,
-    onednn_linear,
-    onednn_suits,
-)
+from .kernels.onednn import is_float32_on_cpu, is_onednn_on, onednn_linear, onednn_suits
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -54,9 +49,8 @@ def convolve(layers: Sequence[nn.Module], x: Tensor) -> List[Tensor]:
         return [widened(layer, x) for layer in layers]
     dtype = joint_cast_dtype(x) if len(layers) > 1 else None  # see linear()
     if not dtype or not is_exact(layers, [nn.Conv2d] * len(layers), x.device):
-        in_blocks = [layer for layer in layers if takes_blocks(layer, x)]
-        outs = dict(zip(in_blocks, convolve_blocks(x, in_blocks)))
-        return [outs[layer] if layer in outs else layer(x) for layer in layers]
+        on_cpu = is_float32_on_cpu(x) and is_exact(layers, [nn.Conv2d] * len(layers), x.device)
+        return convolve_on_cpu(layers, x) if on_cpu else [layer(x) for layer in layers]
     cast = JointCast.apply(dtype, *[one for conv in layers for one in (conv.weight, conv.bias)])
     return [conv._conv_forward(x, *pair) for conv, *pair in zip(layers, cast[::2], cast[1::2])]
 
@@ -77,11 +71,18 @@ def widened(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x.float()).bfloat16()
 
 
-def takes_blocks(layer: nn.Module, x: Tensor) -> bool:
-    """Check that :func:`.kernels.onednn.convolve_blocks` equals the layer, and is faster."""
-    return (
-        is_float32_on_cpu(x) and is_exact([layer], [nn.Conv2d], x.device) and blocks_suit(x, layer)
-    )
+def convolve_on_cpu(convs: Sequence[nn.Conv2d], x: Tensor) -> List[Tensor]:
+    """Apply unmodified convolutions to one map in float32 on the CPU."""
+    if is_onednn_on() and not torch.is_grad_enabled():
+        # Their outputs are then joined as the blocks take them, without a copy. In training with
+        # AVX-512, oneDNN has no fast code for the gradient of the weight of a large kernel.
+        x = x.contiguous(memory_format=torch.channels_last)
+    in_blocks = [conv for conv in convs if blocks_suit(x, conv)]
+    outs = dict(zip(in_blocks, convolve_blocks(x, in_blocks)))
+    for conv in convs:
+        if conv not in outs:
+            outs[conv] = convolve_windows(x, conv) if windows_suit(x, conv) else conv(x)
+    return [outs[conv] for conv in convs]
 
 
 class JointCast(torch.autograd.Function):

@@ -11,8 +11,8 @@ from torch import nn
 
 from crossformer_mm import layers
 from crossformer_mm.embedding import CrossScaleConvs
+from crossformer_mm.kernels import convolution, onednn
 from crossformer_mm.kernels import mlp as mlps
-from crossformer_mm.kernels import onednn
 from crossformer_mm.kernels.onednn import onednn_suits
 from crossformer_mm.layers import Mlp, linear
 
@@ -268,7 +268,7 @@ def test_a_convolution_of_blocks_equals_that_of_pixels(kernel, stride):
 
     def ours(x, weight, bias):
         conv = SimpleNamespace(weight=weight, bias=bias, **options)
-        return onednn.convolve_blocks(x, [conv])[0]
+        return convolution.convolve_blocks(x, [conv])[0]
 
     check(ours, partial(F.conv2d, **options), x, weight, torch.randn(5))
 
@@ -308,8 +308,61 @@ def test_other_convolutions_are_not_computed_in_blocks(changed, monkeypatch):
     usual = dict(in_channels=3, out_channels=2, kernel_size=16, stride=4, padding=6)
     be_processor(monkeypatch, 'AVX2')
     image = torch.randn(1, 3, 32, 32)
-    assert onednn.blocks_suit(image, nn.Conv2d(**usual))
-    assert not onednn.blocks_suit(image, nn.Conv2d(**{**usual, **changed}))
-    assert not onednn.blocks_suit(image[..., 1:], nn.Conv2d(**usual))
+    assert convolution.blocks_suit(image, nn.Conv2d(**usual))
+    assert not convolution.blocks_suit(image, nn.Conv2d(**{**usual, **changed}))
+    assert not convolution.blocks_suit(image[..., 1:], nn.Conv2d(**usual))
     be_processor(monkeypatch, 'AVX512')
-    assert not onednn.blocks_suit(image, nn.Conv2d(**usual))
+    assert not convolution.blocks_suit(image, nn.Conv2d(**usual))
+
+
+@pytest.mark.parametrize('images', [0, 1, 2])
+@pytest.mark.parametrize(
+    'options',
+    [dict(padding=1, stride=2), dict(bias=False), dict(stride=(1, 3), padding=(2, 0), dilation=2)],
+    ids=['merging', 'no bias', 'other'],
+)
+def test_a_convolution_as_a_product_of_windows_equals_pytorchs(images, options):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(6, 5, 4, **options), torch.randn(images, 6, 9, 14)
+    out, leaves = [], [x.requires_grad_(), *conv.parameters()]
+    for function in (partial(convolution.convolve_windows, conv=conv), conv):
+        out.append(function(x))
+        out.extend(torch.autograd.grad(out[-1].square().sum(), leaves))
+    for ours, theirs in zip(out[: len(out) // 2], out[len(out) // 2 :]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert images == 0 or torch.autograd.gradgradcheck(
+        lambda x: convolution.convolve_windows(x, conv.double()),
+        x.detach().double().requires_grad_(),
+    )
+
+
+@pytest.mark.parametrize(
+    'side, options, suits',
+    [
+        (22, {}, True),
+        (24, {}, False),
+        (22, dict(out_channels=100), False),
+        (22, dict(groups=2), False),
+        (22, dict(padding_mode='reflect'), False),
+        (8, dict(stride=1, padding='same'), False),
+    ],
+)
+def test_few_pixels_by_a_large_weight_are_multiplied_as_windows(side, options, suits, monkeypatch):
+    usual = dict(in_channels=300, out_channels=300, kernel_size=4, stride=2, padding=1)
+    conv, image, calls = nn.Conv2d(**{**usual, **options}), torch.randn(1, 300, side, side), []
+    monkeypatch.setattr(layers, 'convolve_windows', lambda x, conv: calls.append(conv) or conv(x))
+    layers.convolve([conv], image)
+    assert (calls == [conv]) == suits
+    conv.register_forward_hook(lambda *_: None)
+    layers.convolve([conv], image)
+    assert len(calls) == suits
+
+
+@needs_onednn
+def test_a_map_is_embedded_channels_last_without_gradients():
+    convs, image = CrossScaleConvs(3, 16, (4, 8)), torch.randn(1, 3, 16, 24)
+    with torch.no_grad():
+        assert convs(image).is_contiguous()
+    torch.testing.assert_close(
+        convs(image), convs(image.contiguous(memory_format=torch.channels_last))
+    )

@@ -1,5 +1,4 @@
-"""Layers on the CPU through oneDNN: linear layers where it is faster than PyTorch's default, and
-convolutions by large kernels in a form for which it has fast code.
+"""Linear layers on the CPU through oneDNN, where it is faster than PyTorch's default.
 
 PyTorch multiplies float32 matrices on the CPU with Intel's MKL, which uses 512-bit instructions
 only on Intel's processors, and copies the bias into the result first. oneDNN, which runs PyTorch's
@@ -9,11 +8,11 @@ convolutions, does neither, but reorders the weight first.
 import functools
 import platform
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compat import is_autocast_enabled
 
@@ -83,55 +82,3 @@ def onednn_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Tuple[Te
         *tensors, [len(weight)], *geometry, [False, True, True]
     )
     return grad_weight[:, :, 0, 0], grad_bias
-
-
-def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Check whether :func:`convolve_blocks` takes a convolution, and is faster.
-
-    For few channels and large kernels, oneDNN has vector code for AVX-512 only. With AVX2 it copies
-    the pixels of all windows, hundreds of MB. Where that is more memory than it allows itself, as
-    with one thread, it takes code without vectors, a hundred times as slow.
-
-    Args:
-        x (Tensor): (B, channels, H, W), float32 on the CPU, see :func:`is_float32_on_cpu`.
-        conv (nn.Conv2d): unmodified.
-    """
-    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-    return (
-        is_onednn_on()
-        and torch.backends.cpu.get_cpu_capability() == 'AVX2'
-        and conv.in_channels <= 4
-        and kernel >= 16
-        and not any(side % stride for side in (kernel, *x.shape[2:]))
-        and (conv.kernel_size, conv.stride, conv.padding, 2 * padding)
-        == ((kernel, kernel), (stride, stride), (padding, padding), kernel - stride)
-        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, 'zeros')
-    )
-
-
-def convolve_blocks(x: Tensor, convs: Sequence[nn.Conv2d]) -> List[Tensor]:
-    """Apply convolutions with blocks of stride x stride pixels as channels, at a stride of 1.
-
-    Args:
-        x (Tensor): (B, channels, H, W), sides that are multiples of the stride.
-        convs (Sequence[nn.Conv2d]): of one stride; their kernels are multiples of it, centred by
-            their padding.
-
-    Returns:
-        List[Tensor]: of (B, out, H/stride, W/stride).
-    """
-
-    @functools.cache  # kernels of 16 and 32 take the same blocks
-    def blocks(stride: int, beside: int) -> Tensor:
-        unshuffled = F.pixel_unshuffle(F.pad(x, (beside,) * 4), stride)
-        return unshuffled.contiguous(memory_format=torch.channels_last)
-
-    return [
-        F.conv2d(
-            blocks(stride, padding % stride),
-            F.pixel_unshuffle(conv.weight, stride),
-            conv.bias,
-            padding=padding // stride,
-        )
-        for conv, stride, padding in ((conv, conv.stride[0], conv.padding[0]) for conv in convs)
-    ]

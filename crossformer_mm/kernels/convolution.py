@@ -1,0 +1,98 @@
+"""Convolutions on the CPU in forms for which its libraries have faster code."""
+
+import functools
+from typing import List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .onednn import is_onednn_on
+
+
+def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Check whether :func:`convolve_blocks` takes a convolution, and is faster.
+
+    For few channels and large kernels, oneDNN has vector code for AVX-512 only. With AVX2 it copies
+    the pixels of all windows, hundreds of MB. Where that is more memory than it allows itself, as
+    with one thread, it takes code without vectors, a hundred times as slow.
+
+    Args:
+        x (Tensor): (B, channels, H, W), float32 on the CPU, see :func:`is_float32_on_cpu`.
+        conv (nn.Conv2d): unmodified.
+    """
+    kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+    return (
+        is_onednn_on()
+        and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+        and conv.in_channels <= 4
+        and kernel >= 16
+        and not any(side % stride for side in (kernel, *x.shape[2:]))
+        and (conv.kernel_size, conv.stride, conv.padding, 2 * padding)
+        == ((kernel, kernel), (stride, stride), (padding, padding), kernel - stride)
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, 'zeros')
+    )
+
+
+def convolve_blocks(x: Tensor, convs: Sequence[nn.Conv2d]) -> List[Tensor]:
+    """Apply convolutions with blocks of stride x stride pixels as channels, at a stride of 1.
+
+    Args:
+        x (Tensor): (B, channels, H, W), sides that are multiples of the stride.
+        convs (Sequence[nn.Conv2d]): of one stride; their kernels are multiples of it, centred by
+            their padding.
+
+    Returns:
+        List[Tensor]: of (B, out, H/stride, W/stride).
+    """
+
+    @functools.cache  # kernels of 16 and 32 take the same blocks
+    def blocks(stride: int, beside: int) -> Tensor:
+        unshuffled = F.pixel_unshuffle(F.pad(x, (beside,) * 4), stride)
+        return unshuffled.contiguous(memory_format=torch.channels_last)
+
+    return [
+        F.conv2d(
+            blocks(stride, padding % stride),
+            F.pixel_unshuffle(conv.weight, stride),
+            conv.bias,
+            padding=padding // stride,
+        )
+        for conv, stride, padding in ((conv, conv.stride[0], conv.padding[0]) for conv in convs)
+    ]
+
+
+def windows_suit(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Check whether :func:`convolve_windows` takes a convolution, and is faster.
+
+    oneDNN reorders the weight in each call. For few pixels out and a large weight, as in the last
+    merging of a small image, that takes most of the time: 49 pixels by 2.4 M weights took 8.5 ms,
+    and 22 ms with the gradients, where the product takes 2.4 and 7.5.
+
+    Args:
+        x (Tensor): (B, channels, H, W), float32 on the CPU, see :func:`.onednn.is_float32_on_cpu`.
+        conv (nn.Conv2d): unmodified.
+    """
+    return (
+        conv.weight.numel() > 2**20
+        and (conv.groups, conv.padding_mode) == (1, 'zeros')
+        and not isinstance(conv.padding, str)
+        and x.numel() // x.shape[1] <= 128 * conv.stride[0] * conv.stride[1]
+    )
+
+
+def convolve_windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Compute ``conv(x)`` as the product of its weight and the windows under its kernel.
+
+    Args:
+        x (Tensor): (B, channels, H, W).
+        conv (nn.Conv2d): of one group, padded with zeros.
+
+    Returns:
+        Tensor: (B, out, H out, W out), channels last in memory.
+    """
+    windows = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    span = conv.dilation[0] * (conv.kernel_size[0] - 1)
+    height = (x.shape[2] + 2 * conv.padding[0] - span - 1) // conv.stride[0] + 1
+    out = F.linear(windows.transpose(1, 2), conv.weight.flatten(1), conv.bias)
+    return out.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
