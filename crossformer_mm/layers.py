@@ -73,10 +73,13 @@ def widened(layer: nn.Module, x: Tensor) -> Tensor:
 
 def convolve_on_cpu(convs: Sequence[nn.Conv2d], x: Tensor) -> List[Tensor]:
     """Apply unmodified convolutions to one map in float32 on the CPU."""
-    if is_onednn_on() and not torch.is_grad_enabled():
-        # Their outputs are then joined as the blocks take them, without a copy. In training with
-        # AVX-512, oneDNN has no fast code for the gradient of the weight of a large kernel.
-        x = x.contiguous(memory_format=torch.channels_last)
+    if is_onednn_on():
+        # Channels last, the outputs are joined as the blocks take them, without a copy. In training
+        # oneDNN has no fast code for that layout of an image and a large kernel.
+        if not torch.is_grad_enabled():
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif x.shape[1] <= 4:
+            x = x.contiguous()
     in_blocks = [conv for conv in convs if blocks_suit(x, conv)]
     outs = dict(zip(in_blocks, convolve_blocks(x, in_blocks)))
     for conv in convs:

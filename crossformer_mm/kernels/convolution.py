@@ -74,7 +74,8 @@ def windows_suit(x: Tensor, conv: nn.Conv2d) -> bool:
         conv (nn.Conv2d): unmodified.
     """
     return (
-        conv.weight.numel() > 2**20
+        is_onednn_on()
+        and conv.weight.numel() > 2**20
         and (conv.groups, conv.padding_mode) == (1, 'zeros')
         and not isinstance(conv.padding, str)
         and x.numel() // x.shape[1] <= 128 * conv.stride[0] * conv.stride[1]
