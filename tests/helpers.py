@@ -1,5 +1,5 @@
-"""Helpers that several test files use: tools in this process or one of their own, small models and
-data sets, marks for older PyTorch, the pages."""
+"""Helpers of several test files: tools in this process or another, small models and data sets, marks
+for older PyTorch, the pages."""
 
 import functools
 import gc
@@ -11,8 +11,8 @@ import os
 import re
 import runpy
 import shlex
-import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -32,11 +32,13 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 
+from crossformer_mm import CrossFormer
 from crossformer_mm.compat import missing_torch, multiplies_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
 DEMO_SEGMENTOR = 'configs/demo/upernet_shapes.py'
+CLASSIFIER = 'configs/imagenet/cf_t_300e.py'
 CLASSES = ('disk', 'square', 'triangle', 'star')  # of the demo's detector
 NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 
@@ -60,8 +62,7 @@ def load_script(file: Path):
 
 
 def leave_configs_unformatted() -> None:
-    """Make MMEngine keep configs as one line for each setting: to lay them out, which it does five
-    times in a training, takes longer than a training of the tests."""
+    """Make MMEngine not format configs: five times in a training, it takes longer than a training."""
     from yapf.yapflib import yapf_api
 
     yapf_api.FormatCode = lambda text, **options: (text, True)
@@ -69,8 +70,7 @@ def leave_configs_unformatted() -> None:
 
 @functools.cache
 def leave_libraries_uncollected() -> None:
-    """Make the garbage collector pass over what the libraries consist of: MMEngine calls it for each
-    data set, where it takes 0.3 s."""
+    """Hide the libraries from the garbage collector: MMEngine calls it for each data set, for 0.3 s."""
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.collect()
@@ -80,9 +80,8 @@ def leave_libraries_uncollected() -> None:
 def run_as_main(file, *arguments) -> None:
     """Run a script in this process, for speed; what it ends in is raised.
 
-    First what MMEngine keeps of runs is dropped, for a new process would have none. It is found by
-    the second in which a run begins: another that begins in the same would write to its log, and
-    look for its models in its library.
+    First what MMEngine keeps of runs is dropped. It is found by the second in which a run begins:
+    another that begins in the same would write to its log, and look for models in its library.
     """
     for kind in (DefaultScope, MMLogger, MessageHub, Visualizer, *Visualizer.__subclasses__()):
         kind._instance_dict.clear()
@@ -104,10 +103,7 @@ def words(arguments: tuple) -> List[str]:
 def run_tool(tool: str, *arguments, folder: Path = ROOT) -> int:
     """Run a command of tools/ in a folder, in this process for speed; return its exit status.
 
-    Args:
-        tool: its file.
-        *arguments: words of the command; a string is split at blanks, a list has words as they are.
-        folder: to run in.
+    ``arguments`` are words: a string is split at blanks, a list has words as they are.
     """
     leave_libraries_uncollected()
     with pytest.MonkeyPatch.context() as patch:
@@ -120,20 +116,13 @@ def run_tool(tool: str, *arguments, folder: Path = ROOT) -> int:
 
 
 class ToolProcess:
-    """A tool at work.
-
-    Args:
-        log (Path): where its output goes.
-        *command: the tool's file and its arguments, split as those of :func:`run_tool`.
-        environment (dict, optional): variables that are set for it.
-    """
+    """A tool at work; its output goes to ``log``, its arguments are split as :func:`run_tool` does."""
 
     def __init__(self, log: Path, *command, environment=None):
         self.log = Path(log)
         self.log.write_text('')
-        self.process = PROCESSES.Process(
-            target=run_in_process, args=(str(log), environment or {}, *words(command))
-        )
+        arguments = (str(log), environment or {}, *words(command))
+        self.process = PROCESSES.Process(target=run_in_process, args=arguments)
         self.process.start()
 
     @property
@@ -159,8 +148,7 @@ class ToolProcess:
 
     def kill(self) -> None:
         """End it as a power cut does: it gets no chance to tidy up."""
-        if self.process.exitcode is None:
-            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.join()
 
 
@@ -177,10 +165,19 @@ def run_in_process(log: str, environment: dict, tool: str, *arguments: str) -> N
     runpy.run_path(tool, run_name='__main__')
 
 
+def run_python(*words, folder: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    """Run Python on words in a folder, with variables that are set; keep its output."""
+    command, settings = [sys.executable, *map(str, words)], dict(OMP_NUM_THREADS='1', **environment)
+    return subprocess.run(
+        command, cwd=folder, text=True, capture_output=True, env={**os.environ, **settings}
+    )
+
+
 def refusals(table: str) -> list:
     """Cases of a table with one in a line, ``COMMAND -> what it says``; names are short for files."""
-    short = dict(DETECTOR=DEMO_DETECTOR, SEGMENTOR=DEMO_SEGMENTOR, ROOT=str(ROOT))
-    short['IMAGENET'] = 'configs/imagenet/cf_t_300e.py'
+    short = dict(
+        DETECTOR=DEMO_DETECTOR, SEGMENTOR=DEMO_SEGMENTOR, IMAGENET=CLASSIFIER, ROOT=str(ROOT)
+    )
     lines = [line for line in table.splitlines() if line and line[0] != '#']
     full = re.compile(rf"\b({'|'.join(short)})\b")
     return [
@@ -225,6 +222,9 @@ def metrics(work: Path) -> dict:
 # Models and images
 
 
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # also of containers
+
+
 class Marker:
     """Unpickling this creates a file."""
 
@@ -235,12 +235,17 @@ class Marker:
         return Path.touch, (self.path,)
 
 
+def build_model(config) -> torch.nn.Module:
+    """Build the model of a config or of its file."""
+    cfg = config if isinstance(config, Config) else Config.fromfile(ROOT / config)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
 def random_model(config, file: Path, meta: dict) -> Path:
     """Save a config's model whose random predictions differ from image to image."""
     torch.manual_seed(0)
-    cfg = Config.fromfile(ROOT / config)
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
+    model = build_model(config)
     heads = ('decode_head.conv_seg', 'roi_head.bbox_head.fc_cls', 'roi_head.mask_head.conv_logits')
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -263,9 +268,8 @@ def model_of(config: str, *options: str):
     cfg = Config.fromfile(ROOT / config)
     cfg.merge_from_dict(dict(option.split('=') for option in options))
     cfg.merge_from_dict({'model.backbone.out_norm': False})
-    init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    model = revert_sync_batchnorm(build_model(cfg)).eval()
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point():
@@ -274,22 +278,25 @@ def model_of(config: str, *options: str):
     return model
 
 
+def pretrained(checkpoint, arch='s', prefix: str = '', **options) -> CrossFormer:
+    """A backbone in evaluation mode that has loaded a file, or failed to."""
+    init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint))
+    if prefix:
+        init_cfg.update(prefix=prefix)
+    backbone = CrossFormer(arch, init_cfg=init_cfg, **options).eval()
+    backbone.init_weights()
+    return backbone
+
+
 def outputs(model) -> list:
     """Tensors of what a model makes of an image, before any of it is thrown away."""
-
     from mmdet.structures import DetDataSample
-
-    def tensors(value):
-        return (
-            [value]
-            if torch.is_tensor(value)
-            else [tensor for part in value for tensor in tensors(part)]
-        )
 
     image = torch.rand(1, 3, 65, 97, generator=torch.Generator().manual_seed(0))
     shape = dict(img_shape=(65, 97), ori_shape=(65, 97), scale_factor=(1.0, 1.0))
     with torch.no_grad():
-        return tensors(model(image, [DetDataSample(metainfo=shape)], mode='tensor'))
+        made = model(image, [DetDataSample(metainfo=shape)], mode='tensor')
+    return torch.utils._pytree.tree_flatten(made)[0]
 
 
 def write_pictures(folder: Path, *names: str) -> list:
@@ -347,27 +354,27 @@ def write_zoo_data(root: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), rng.integers(0, most + 1, (*SIDES, *channels), dtype=np.uint8))
 
-    names = enumerate(CocoDataset.METAINFO['classes'], start=1)
-    categories = [dict(id=number, name=name) for number, name in names]
+    classes = enumerate(CocoDataset.METAINFO['classes'], start=1)
+    content = dict(categories=[dict(id=number, name=name) for number, name in classes])
     for split, long in (('train', 'training'), ('val', 'validation')):
-        images, annotations = [], []
+        content.update(images=[], annotations=[])
         for i in range(2):
             write(root / f'coco/{split}2017/{i}.png', 255, 3)
-            images.append(dict(id=i, file_name=f'{i}.png', height=SIDES[0], width=SIDES[1]))
+            content['images'].append(
+                dict(id=i, file_name=f'{i}.png', height=SIDES[0], width=SIDES[1])
+            )
             for x, y, side in ((4, 6, 40), (50, 20, 36)):
-                corners = [x, y, x + side, y, x + side, y + side, x, y + side]
-                number = len(annotations)
-                annotations.append(dict(
+                number = len(content['annotations'])
+                content['annotations'].append(dict(
                     id=number + 1, image_id=i, category_id=1 + 13 * number, area=side * side,
-                    iscrowd=0, bbox=[x, y, side, side], segmentation=[corners],
+                    iscrowd=0, bbox=[x, y, side, side],
+                    segmentation=[[x, y, x + side, y, x + side, y + side, x, y + side]],
                 ))  # fmt: skip
             write(root / f'ade/images/{long}/{i}.jpg', 255, 3)
             write(root / f'ade/annotations/{long}/{i}.png', 150)
         file = root / f'coco/annotations/instances_{split}2017.json'
         file.parent.mkdir(exist_ok=True)
-        file.write_text(
-            json.dumps(dict(images=images, annotations=annotations, categories=categories))
-        )
+        file.write_text(json.dumps(content))
     return root
 
 

@@ -10,12 +10,21 @@ import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from crossformer_mm import ARCHITECTURES, CrossFormer
+from crossformer_mm import ARCHITECTURES
 from crossformer_mm import checkpoint as checkpoint_module
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
 from crossformer_mm.hub import NAMES, json_config
 
-from .helpers import CLASSES, DEMO_DETECTOR, ROOT, Marker, model_of, outputs, run_as_main
+from .helpers import (
+    CLASSES,
+    DEMO_DETECTOR,
+    ROOT,
+    Marker,
+    assert_same,
+    model_of,
+    outputs,
+    pretrained,
+)
 from .tools.test_publish_model import runner_file
 
 RUN = '20261129_185938'
@@ -43,11 +52,17 @@ def save(tmp_path):
     return save
 
 
-def publish(monkeypatch, file: Path, *options) -> Path:
+@pytest.fixture
+def publish(output_of, save):
+    """Publishes what ``save`` has saved; the folder."""
     pytest.importorskip('safetensors')
-    monkeypatch.chdir(ROOT)
-    run_as_main('tools/publish_model.py', file, '--hub', file.with_name('small'), *options)
-    return file.with_name('small')
+
+    def publish(log: str = '', options: str = '', **meta) -> Path:
+        file = save(log, **meta)
+        output_of('publish_model.py', file, '--hub', file.with_name('small'), options)
+        return file.with_name('small')
+
+    return publish
 
 
 def card(folder: Path) -> tuple:
@@ -56,29 +71,23 @@ def card(folder: Path) -> tuple:
     return yaml.safe_load(header), text
 
 
-def test_a_folder_loads_here_with_equal_outputs(monkeypatch, save):
-    file = save()
-    folder = publish(monkeypatch, file)
+def test_a_folder_loads_here_with_equal_outputs(publish):
+    folder = publish()
     donor = model_of(DEMO_DETECTOR)
-    donor.load_state_dict(read_checkpoint(str(file))['state_dict'])
+    donor.load_state_dict(read_checkpoint(str(folder.with_name('epoch_3.pth')))['state_dict'])
     weights = str(folder / 'model.safetensors')
 
     model = MODELS.build(Config.fromfile(folder / 'config.py').model).eval()
     fit_checkpoint(model, read_checkpoint(weights), weights)
-    for value, expected in zip(outputs(model), outputs(donor), strict=True):
-        assert torch.equal(value, expected)
+    assert_same(outputs(model), outputs(donor))
 
     arguments = json.loads((folder / 'config.json').read_text())['backbone']
-    pretrained = dict(type='Pretrained', checkpoint=weights)
-    backbone = CrossFormer(**arguments, init_cfg=pretrained).eval()
-    backbone.init_weights()
     image = torch.rand(1, 3, 65, 97)
-    for value, expected in zip(backbone(image), donor.backbone(image), strict=True):
-        assert torch.equal(value, expected)
+    assert_same(pretrained(weights, **arguments)(image), donor.backbone(image))
 
 
-def test_the_code_of_the_card_loads_the_backbone(monkeypatch, save):
-    folder = publish(monkeypatch, save())
+def test_the_code_of_the_card_loads_the_backbone(monkeypatch, publish):
+    folder = publish()
     monkeypatch.chdir(folder)
     names = {}
     exec(card(folder)[1].split('```python\n')[1].split('```')[0], names)
@@ -87,10 +96,9 @@ def test_the_code_of_the_card_loads_the_backbone(monkeypatch, save):
         assert torch.equal(value, stored[f'backbone.{key}'])
 
 
-def test_the_card_has_what_the_training_measured_of_these_weights(monkeypatch, save):
+def test_the_card_has_what_the_training_measured_of_these_weights(publish):
     log = '    CUDA available: True\n    GPU 0,1: NVIDIA H200\n    PyTorch: 2.14.1\n'
-    folder = publish(monkeypatch, save(log), '--license', 'apache-2.0')
-    header, text = card(folder)
+    header, text = card(publish(log, '--license apache-2.0'))
     assert header['license'] == 'apache-2.0'
     (result,) = header['model-index'][0]['results']
     assert result['metrics'] == [dict(type='coco/bbox_mAP', value=0.411)]
@@ -106,15 +114,14 @@ def test_the_card_has_what_the_training_measured_of_these_weights(monkeypatch, s
         ('', 'unknown'),
     ],
 )
-def test_the_card_says_what_is_not_known(monkeypatch, save, log, processor):
-    folder = publish(monkeypatch, save(log, epoch=4))
-    header, text = card(folder)
+def test_the_card_says_what_is_not_known(publish, log, processor):
+    header, text = card(publish(log, epoch=4))
     assert 'model-index' not in header and header['license'] == 'unknown'
     assert "log has no validation of these weights" in text and f': {processor}.' in text
 
 
-def test_checksums_are_those_of_the_files(monkeypatch, save):
-    folder = publish(monkeypatch, save())
+def test_checksums_are_those_of_the_files(publish):
+    folder = publish()
     lines = [line.split('  ') for line in (folder / 'SHA256SUMS').read_text().splitlines()]
     assert {name for _, name in lines} | {'SHA256SUMS'} == {one.name for one in folder.iterdir()}
     for digest, name in lines:
@@ -126,9 +133,8 @@ def test_timm_finds_its_keys_of_a_published_architecture():
     assert NAMES.keys() == ARCHITECTURES.keys()
     config = json_config(Config.fromfile(ROOT / 'configs/imagenet/cfpp_s_300e.py'))
     assert config['architecture'] == 'crossformer_pp_small' and config['num_classes'] == 1000
-    assert config['model_args'] == dict(
-        group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda='block'
-    )
+    groups = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda='block')
+    assert config['model_args'] == groups
     prepared = config['pretrained_cfg']
     assert prepared['input_size'] == [3, 224, 224] and prepared['crop_pct'] == 0.875
     assert prepared['mean'] == pytest.approx([0.485, 0.456, 0.406], abs=1e-3)

@@ -5,11 +5,9 @@ benchmarks/gpu.py by test_gpu_benchmark.py, benchmarks/pretraining.py by
 test_pretraining_benchmark.py and benchmarks/real_data/run.py by test_real_data.py.
 """
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,13 +16,22 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.compat import EXPORT, missing_torch
 
 from ..authors import earlier, imagenet_file
-from ..helpers import EXAMPLES, OTHERS, PAGES, ROOT, commands, run_tool, shrink
+from ..helpers import (
+    EXAMPLES,
+    OTHERS,
+    PAGES,
+    ROOT,
+    build_model,
+    commands,
+    run_python,
+    run_tool,
+    shrink,
+)
 
 TINY = dict(embed_dims=16, depths=(2, 2, 1, 1), num_heads=(1, 1, 2, 2))
 CHANNELS = [16, 32, 64, 128]
@@ -41,24 +48,18 @@ SHORTER = {
 }
 # Of several machines and of Slurm: test_scripts.py and test_ranks.py run the same scripts.
 APART = (EXAMPLES, ROOT / 'docs' / 'distributed.md')
+NOT_RUN = (
+    *('make ', 'pip ', 'git clone ', 'tensorboard ', '.venv/bin/python -m pytest '),
+    'python -m crossformer_mm.mmcv_ops',  # mmcv_ops/test_finder.py
+    *('python benchmarks/gpu.py', 'python benchmarks/pretraining.py'),
+    'python benchmarks/real_data/run.py',
+)
 EVERY = {
     command: page.stem
     for page in PAGES
     if page not in APART
     for command in commands(page)
-    if not re.sub(r"^(\w+=('[^']*'|\S*) )+", '', command).startswith(
-        (
-            'make ',
-            '.venv/bin/python -m pytest ',
-            'pip ',
-            'git clone ',
-            'python -m crossformer_mm.mmcv_ops',  # mmcv_ops/test_finder.py
-            'tensorboard ',
-            'python benchmarks/gpu.py',
-            'python benchmarks/pretraining.py',
-            'python benchmarks/real_data/run.py',
-        )
-    )
+    if not re.sub(r"^(\w+=('[^']*'|\S*) )+", '', command).startswith(NOT_RUN)
 }
 
 
@@ -67,7 +68,13 @@ def small_config(name: str) -> Config:
     cfg = Config.fromfile(ROOT / name)
     if '/demo/' in name:
         return cfg
-    shrink_data(cfg)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
+        shrink(cfg[f'{split}_dataloader'].dataset.pipeline)
+    shrink(cfg.model)
+    shrink(cfg.get('tta_pipeline') or [])
+    length = 'max_epochs' if 'max_epochs' in cfg.train_cfg else 'max_iters'
+    cfg.train_cfg.update({length: 2}, val_interval=2)
     shrink_heads(cfg.model)
     if cfg.model.backbone.type != 'CrossFormer':  # a baseline
         return cfg
@@ -94,20 +101,8 @@ def shrink_heads(part) -> None:
             part[name] = [16] * 4
 
 
-def shrink_data(cfg: Config) -> None:
-    """One step an epoch, and images as they are here."""
-    for split in ('train', 'val', 'test'):
-        cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
-        shrink(cfg[f'{split}_dataloader'].dataset.pipeline)
-    shrink(cfg.model)
-    shrink(cfg.get('tta_pipeline') or [])
-    cfg.train_cfg.update(
-        {'max_epochs': 2} if 'max_epochs' in cfg.train_cfg else {'max_iters': 2}, val_interval=2
-    )
-
-
 @pytest.fixture(scope='module')
-def place(zoo_data, tmp_path_factory) -> Path:  # noqa: F811
+def place(zoo_data, tmp_path_factory) -> Path:
     """A checkout with data, images and a video, whose configs are small."""
     folder = tmp_path_factory.mktemp('checkout')
     for name in ('tools', 'benchmarks', 'crossformer_mm', 'tests'):
@@ -151,16 +146,13 @@ def make_checkpoints(place: Path, words: list) -> None:
         cfg = Config.fromfile(place / (config or 'configs/mask_rcnn/cf_s_1x.py'))
         if 'model.backbone.arch.depths=(2,2,4,2)' in words:
             cfg.model.backbone.arch.depths = (2, 2, 4, 2)
-        init_default_scope(cfg.default_scope)
-        weights, meta = MODELS.build(cfg.model).state_dict(), dict(cfg=cfg.pretty_text)
+        weights, meta = build_model(cfg).state_dict(), dict(cfg=cfg.pretty_text)
         torch.save(dict(state_dict=weights, meta=meta), place / file)
 
 
 @pytest.fixture
 def settings_here(monkeypatch, place):
-    """Each setting of a sweep in this process: to start one of its own takes longer than what it
-    does. test_sweep_groups.py has real ones."""
-
+    """Each setting of a sweep in this process, for speed: test_sweep_groups.py has real ones."""
     started = subprocess.run
 
     def run(command, *args, **kwargs):
@@ -193,14 +185,7 @@ def test_command_runs(command, place, capfd, request):
     if tool == 'tools/sweep_groups.py':
         request.getfixturevalue('settings_here')
     if tool == '-c' or tool.startswith('benchmarks/'):
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=place,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        )
+        done = run_python(*words, folder=place)
         status, said = done.returncode, done.stdout + done.stderr
     else:
         status = run_tool(Path(tool).name, words[1:], folder=place)

@@ -28,6 +28,7 @@ from ..helpers import (
     ROOT,
     TRANSLATED,
     blocks,
+    build_model,
     commands,
     load_script,
     run_tool,
@@ -40,25 +41,22 @@ EVERY = [
 ]
 
 
-def configs_of(page: Path) -> List[str]:
-    return [block for block in blocks(page, 'python') if re.search(r'^_base_ = ', block, re.M)]
-
-
-def config_of(name: str) -> str:
-    """The config of a worked example, to be saved under a name that the text says before it."""
-    text = EXAMPLES.read_text(encoding='utf-8')
-    return re.search(rf'`{name}`.*?```python\n(.*?)```', text, flags=re.DOTALL)[1]
-
-
+CONFIGS = [
+    pytest.param(block, id=f'{page.stem} {i}')
+    for page in PAGES
+    for i, block in enumerate(b for b in blocks(page, 'python') if re.search('^_base_ = ', b, re.M))
+]
 # A config of the reader's own library. tests/tools/test_own_library.py runs its commands.
 OWN_LIBRARY = 'my_pose.py'
 
 
 @pytest.fixture
 def examples(tmp_path) -> Path:
-    """A folder with what a reader of the worked examples has saved."""
+    """A folder with the configs of the worked examples, whose names the text says before them."""
+    text = EXAMPLES.read_text(encoding='utf-8')
     for name in ('my_shapes.py', 'my_maps.py'):
-        (tmp_path / name).write_text(config_of(name))
+        config = re.search(rf'`{name}`.*?```python\n(.*?)```', text, flags=re.DOTALL)[1]
+        (tmp_path / name).write_text(config)
     return tmp_path
 
 
@@ -68,12 +66,15 @@ def arguments_of(monkeypatch, tool: str, words: List[str]):
     return runpy.run_path(str(ROOT / tool))['parse_args']()
 
 
+PROJECT = (ROOT / 'pyproject.toml').read_text()
+
+
 def check_pip(words: List[str]) -> None:
     """pip installs this checkout, with extras and files of requirements that are there, or what
     an index has, which this package is not."""
     if words[0] == 'freeze':
         return
-    extras = re.findall(r'^(\w+) = \[', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
+    extras = re.findall(r'^(\w+) = \[', PROJECT, re.MULTILINE)
     assert words.pop(0) == 'install'
     while words:
         word = words.pop(0)
@@ -97,6 +98,18 @@ def test_demo_ends_with_commands_that_predict(monkeypatch):
         assert program == 'python' and (ROOT / args.config).is_file()
 
 
+# What the words after a program must be; no entry: a tool of this repository or of another library.
+PROGRAMS = {
+    'make': lambda words: re.search(f'^{words[0]}:', (ROOT / 'Makefile').read_text(), re.MULTILINE),
+    'pip': lambda words: check_pip(words) is None,
+    'git': lambda words: f'Repository = "{words[1]}"' in PROJECT,
+    'docker': lambda words: words[0] == 'run' or (ROOT / words[words.index('-f') + 1]).is_file(),
+    'curl': lambda words: True,  # what it asks is asked in the tests of the service
+    'tensorboard': lambda words: find_spec('tensorboard') and words[0] == '--logdir',
+    '.venv/bin/python': lambda words: words[:2] == ['-m', 'pytest'] and (ROOT / words[2]).is_file(),
+}
+
+
 @pytest.mark.parametrize('command', EVERY)
 def test_command_names_what_exists(command, examples, monkeypatch):
     words = shlex.split(command, comments=True)
@@ -105,25 +118,8 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     while re.match('[A-Z_]+=', words[0]):
         words.pop(0)
     program, *rest = words
-    if program == 'make':
-        assert re.search(rf'^{rest[0]}:', (ROOT / 'Makefile').read_text(), re.MULTILINE)
-        return
-    if program == 'pip':
-        check_pip(rest)
-        return
-    if program == 'git':
-        assert f'Repository = "{rest[1]}"' in (ROOT / 'pyproject.toml').read_text()
-        return
-    if program == 'docker':
-        assert rest[0] == 'run' or (ROOT / rest[rest.index('-f') + 1]).is_file()
-        return
-    if program == 'curl':  # what it asks is asked in the tests of the service
-        return
-    if program == 'tensorboard':
-        assert find_spec('tensorboard') and rest[0] == '--logdir'
-        return
-    if program == '.venv/bin/python':
-        assert rest[:2] == ['-m', 'pytest'] and (ROOT / rest[2]).is_file()
+    if program in PROGRAMS:
+        assert PROGRAMS[program](rest)
         return
     if program == 'python':
         tool, rest = rest[0], rest[1:]
@@ -167,33 +163,18 @@ def test_command_names_what_exists(command, examples, monkeypatch):
     MODELS.build(cfg.model.backbone)
 
 
-@pytest.mark.parametrize(
-    'block',
-    [
-        pytest.param(block, id=f'{page.stem} {i}')
-        for page in PAGES
-        for i, block in enumerate(configs_of(page))
-    ],
-)
+@pytest.mark.parametrize('block', CONFIGS)
 def test_config_builds_a_model(block, tmp_path):
     (tmp_path / 'mine.py').write_text(block)
     for library in set(re.findall(r"'(\w+)::", block)) & set(OTHERS):
         pytest.importorskip(library, reason=f'{library} is not installed')
-    if 'crossformer_mm::' in block:
-        cfg = load_config(tmp_path / 'mine.py')
-    else:
-        cfg = Config.fromfile(tmp_path / 'mine.py')
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    load = load_config if 'crossformer_mm::' in block else Config.fromfile
+    cfg = load(tmp_path / 'mine.py')
     with torch.device('meta'):
-        model = MODELS.build(cfg.model)
+        model = build_model(cfg)
     assert isinstance(model.backbone, CrossFormer)
     if 'optim_wrapper' in cfg:  # a whole config: MMDetection's SGD does not work
         assert cfg.optim_wrapper.optimizer.type == 'AdamW'
-
-
-def anchor(heading: str) -> str:
-    """Return the anchor of a heading."""
-    return re.sub(r'[^\w -]', '', heading.lstrip('# ').lower()).replace(' ', '-')
 
 
 def test_links_lead_somewhere():
@@ -206,8 +187,9 @@ def test_links_lead_somewhere():
             assert (page.parent / name).exists(), f'{page.name}: {target}'
             if title and not name.endswith('.html'):
                 there = (page.parent / name).read_text(encoding='utf-8') if name else text
-                titles = {anchor(line) for line in there.splitlines() if line.startswith('#')}
-                assert title in titles, f'{page.name}: {target}'
+                headings = re.findall('^#+ (.*)', there.lower(), re.MULTILINE)
+                anchors = [re.sub(r'[^\w -]', '', one).replace(' ', '-') for one in headings]
+                assert title in anchors, f'{page.name}: {target}'
 
 
 # The worked examples, as a reader runs them, but with little data and the same models in small.
@@ -229,34 +211,23 @@ model['decode_head'].update(in_channels=[16, 32, 64, 128], channels=16)
 model['auxiliary_head'].update(in_channels=64, channels=16)
 ''',
 }
-NO_WORKERS = [
-    f'{split}_dataloader.{setting}'
+NO_WORKERS = ' '.join(
+    f'{split}_dataloader.num_workers=0 {split}_dataloader.persistent_workers=False'
     for split in ('train', 'val', 'test')
-    for setting in ('num_workers=0', 'persistent_workers=False')
-]
+)
 SIZE = 'scale=(96,96)'
+TEST_SIZE = f'test_dataloader.dataset.pipeline.1.{SIZE}'
+TRAIN_SIZE = f'{NO_WORKERS} train_dataloader.dataset.pipeline.2.{SIZE} val_dataloader.dataset.pipeline.1.{SIZE}'
 SHORTER = {
-    ('make_shapes.py', 'data/shapes'): '--train 2 --val 2 --size 64'.split(),
-    ('train.py', 'my_shapes.py'): [
-        *NO_WORKERS,
-        f'train_dataloader.dataset.pipeline.2.{SIZE}',
-        f'val_dataloader.dataset.pipeline.1.{SIZE}',
-        'train_cfg.val_interval=12',
-        'default_hooks.checkpoint.interval=12',
-    ],
-    ('test.py', 'my_shapes.py'): [*NO_WORKERS, f'test_dataloader.dataset.pipeline.1.{SIZE}'],
-    ('predict.py', 'my_shapes.py'): [f'test_dataloader.dataset.pipeline.1.{SIZE}'],
-    ('train.py', 'my_maps.py'): [
-        *NO_WORKERS,
-        f'train_dataloader.dataset.pipeline.2.{SIZE}',
-        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
-        'model.data_preprocessor.size=(64,64)',
-        f'val_dataloader.dataset.pipeline.1.{SIZE}',
-        'train_cfg.max_iters=2',
-        'train_cfg.val_interval=2',
-        'default_hooks.checkpoint.interval=2',
-    ],
-    ('predict.py', 'my_maps.py'): [f'test_dataloader.dataset.pipeline.1.{SIZE}'],
+    ('make_shapes.py', 'data/shapes'): '--train 2 --val 2 --size 64',
+    ('train.py', 'my_shapes.py'): f'--cfg-options {TRAIN_SIZE} train_cfg.val_interval=12 '
+    'default_hooks.checkpoint.interval=12',
+    ('test.py', 'my_shapes.py'): f'--cfg-options {NO_WORKERS} {TEST_SIZE}',
+    ('predict.py', 'my_shapes.py'): f'--cfg-options {TEST_SIZE}',
+    ('train.py', 'my_maps.py'): f'--cfg-options {TRAIN_SIZE} train_cfg.max_iters=2 '
+    'train_dataloader.dataset.pipeline.3.crop_size=(64,64) model.data_preprocessor.size=(64,64) '
+    'train_cfg.val_interval=2 default_hooks.checkpoint.interval=2',
+    ('predict.py', 'my_maps.py'): f'--cfg-options {TEST_SIZE}',
 }
 
 
@@ -274,17 +245,13 @@ def test_the_worked_examples_run(examples, capfd):
             continue
         if words[1] == OWN_LIBRARY:
             continue
-        tool, words = Path(words[0]).name, words[1:]
-        shorter = SHORTER[tool, words[0]]
-        ran.add((tool, words[0]))
-        if tool != 'make_shapes.py':
-            shorter = ['--cfg-options', *shorter]
-        status = run_tool(tool, [*words, *shorter], folder=examples)
+        step = Path(words[0]).name, words[1]
+        ran.add(step)
+        status = run_tool(step[0], words[1:], SHORTER[step], folder=examples)
         assert status == 0, f'{command}\n{capfd.readouterr().err[-3000:]}'
-        if (tool, words[0]) == ('train.py', 'my_maps.py'):  # 160000 of them, but for the time
-            (examples / 'work_dirs/my_maps/iter_2.pth').rename(
-                examples / 'work_dirs/my_maps/iter_160000.pth'
-            )
+        if step == ('train.py', 'my_maps.py'):  # 160000 of them, but for the time
+            last = examples / 'work_dirs/my_maps/iter_2.pth'
+            last.rename(last.with_name('iter_160000.pth'))
     assert ran == set(SHORTER)
     for written in ('pictures', 'predictions/pictures', 'predictions/labels'):
         assert len(list((examples / written).iterdir())) == 2, written

@@ -2,12 +2,8 @@
 
 import copy
 import inspect
-import io
 import json
 import re
-import runpy
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import mmdet
@@ -16,28 +12,20 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 
 from crossformer_mm import ARCHITECTURES, CrossFormer, __version__
 
-from ..helpers import ROOT, load_script
+from ..helpers import README, ROOT, TRANSLATED, blocks, build_model, load_script
 
 DOCS = ROOT / 'docs'
-KINDS = ('box', 'mask')
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PUBLISHED = json.loads((DOCS / 'published.json').read_text())
 # Of each page that has a Chinese version: both.
-TRANSLATED = [
-    (ROOT / 'README.md', ROOT / 'README_zh-CN.md'),
-    *((DOCS / f'{page.name[: -len(".zh.md")]}.md', page) for page in sorted(DOCS.glob('*.zh.md'))),
+PAIRS = [
+    (page.with_name(re.sub(r'(\.zh|_zh-CN)\.md$', '.md', page.name)), page) for page in TRANSLATED
 ]
 
 
-def blocks(language: str) -> list:
-    return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
-
-
-def rows(first_column: str, page: Path = ROOT / 'README.md') -> list:
+def rows(first_column: str, page: Path = README) -> list:
     """Cells of the table whose head starts with a column."""
     text = page.read_text(encoding='utf-8')
     table = text.split(f'| {first_column} |', 1)[1].split('\n\n', 1)[0]
@@ -48,7 +36,7 @@ def rows(first_column: str, page: Path = ROOT / 'README.md') -> list:
 
 
 def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
-    (snippet,) = [block for block in blocks('python') if 'custom_imports' in block]
+    (snippet,) = [block for block in blocks(README, 'python') if 'custom_imports' in block]
     (tmp_path / 'mine.py').write_text(snippet)
     cfg = Config.fromfile(tmp_path / 'mine.py')
     assert cfg.model.backbone.init_cfg.checkpoint == 'crossformer-s.pth'
@@ -56,17 +44,10 @@ def test_config_snippet_works_on_a_config_of_mmdetection(tmp_path):
     ours = Config.fromfile(ROOT / 'configs/mask_rcnn/cf_s_1x.py')
     assert cfg.optim_wrapper == ours.optim_wrapper
     assert cfg.auto_scale_lr.base_batch_size == 16
-    init_default_scope('mmdet')
-    model = MODELS.build(cfg.model).eval()
     with torch.no_grad():
-        features = model.extract_feat(torch.rand(1, 3, 70, 90))
-    assert [tuple(feature.shape[-2:]) for feature in features] == [
-        (18, 23),
-        (9, 12),
-        (5, 6),
-        (3, 3),
-        (2, 2),
-    ]
+        features = build_model(cfg).eval().extract_feat(torch.rand(1, 3, 70, 90))
+    sizes = [tuple(feature.shape[-2:]) for feature in features]
+    assert sizes == [(18, 23), (9, 12), (5, 6), (3, 3), (2, 2)]
 
 
 def test_constructor_table_has_every_option_with_its_default():
@@ -96,26 +77,12 @@ def test_architecture_table_is_that_of_the_code():
         )
 
 
-@pytest.fixture(scope='module')
-def options() -> dict:
-    """The options that each tool says it has."""
-    found = {}
-    for tool in ('train', 'test'):
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
-            patch.setattr(sys, 'argv', [f'tools/{tool}.py', '--help'])
-            with pytest.raises(SystemExit):
-                runpy.run_path(str(ROOT / f'tools/{tool}.py'))['parse_args']()
-        found[tool] = set(re.findall(r'--[a-z-]+', said.getvalue()))
-    return found
-
-
-def test_options_table_is_that_of_the_tools(options):
-    said = {'train': {'--help'}, 'test': {'--help'}}
-    for names, tools, _ in rows('option | tool', DOCS / 'configs_and_recipes.md'):
-        for tool in ('train', 'test') if tools == 'both' else (tools,):
-            said[tool] |= set(re.findall(r'--[a-z-]+', names))
-    assert said == {tool: options[tool] for tool in said}
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_options_table_is_that_of_the_tools(output_of, tool):
+    table = rows('option | tool', DOCS / 'configs_and_recipes.md')
+    listed = '--help ' + ' '.join(names for names, tools, _ in table if tools in (tool, 'both'))
+    there = output_of(f'{tool}.py', '--help')
+    assert set(re.findall(r'--[a-z-]+', listed)) == set(re.findall(r'--[a-z-]+', there))
 
 
 def test_the_zoo_names_the_configs_that_exist():
@@ -149,11 +116,8 @@ def measured() -> dict:
     """Cells of benchmarks/cpu/ by processor, size, mode and model."""
     found = {}
     for table in ROOT.glob('benchmarks/cpu/*/table.md'):
-        parts = re.findall(
-            r'\*\*(\d+x\d+)(?:, batch 1)?, (infer|train), float32\*\*\n\n(.*?)(?=\n\n|\Z)',
-            table.read_text(),
-            flags=re.DOTALL,
-        )
+        head = r'\*\*(\d+x\d+)(?:, batch 1)?, (infer|train), float32\*\*\n\n'
+        parts = re.findall(rf'{head}(.*?)(?=\n\n|\Z)', table.read_text(), flags=re.DOTALL)
         for size, mode, part in parts:
             heads, _, *lines = (
                 [cell.strip() for cell in row.split('|')] for row in part.strip().split('\n')
@@ -183,8 +147,9 @@ def test_comparison_gives_what_was_measured(measured):
         ]
         assert times[place] == ', '.join(row['time / Swin-T'] for row in cells)
 
+    models = PUBLISHED['models']
     ours, plus = (
-        [PUBLISHED['models'][f'mask_rcnn/{name}_1x']['results'][f'{kind} AP'] for kind in KINDS]
+        [models[f'mask_rcnn/{name}_1x']['results'][key] for key in ('box AP', 'mask AP')]
         for name in ('cf_s', 'cfpp_s')
     )
     swin = of_mmdetection('swin', 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco')
@@ -241,8 +206,8 @@ def test_preprocessing_is_that_of_the_configs():
     mean, deviation = (
         [float(cell) for cell in row[1:]] for row in rows('channel | R', DOCS / 'backbone.md')
     )
-    text, names = (DOCS / 'backbone.md').read_text('utf-8'), {}
-    exec(re.search(r'```python\n(model = .*?)```', text, re.DOTALL)[1], names)
+    names = {}
+    exec(next(b for b in blocks(DOCS / 'backbone.md', 'python') if b.startswith('model =')), names)
     for config in ('mask_rcnn/cf_s_1x', 'retinanet/cf_s_1x', 'upernet/cf_s_160k'):
         cfg = Config.fromfile(ROOT / f'configs/{config}.py')
         used = cfg.model.data_preprocessor
@@ -253,17 +218,17 @@ def test_preprocessing_is_that_of_the_configs():
 
 
 def test_plain_pytorch_of_the_page_on_the_backbone_runs(tmp_path, monkeypatch):
-    code = re.findall(
-        r'```python\n(import torch.*?)```', (DOCS / 'backbone.md').read_text('utf-8'), re.DOTALL
+    code = next(
+        block
+        for block in blocks(DOCS / 'backbone.md', 'python')
+        if block.startswith('import torch')
     )
     torch.save(dict(model=CrossFormer('s').state_dict()), tmp_path / 'crossformer-s.pth')
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code[0], names)
-    said = re.findall(r'\((\d+), (\d+), (\d+), (\d+)\)', code[0].split('\n# ')[1])
-    assert [feature.shape for feature in names['features']] == [
-        torch.Size(map(int, shape)) for shape in said
-    ]
+    exec(code, names)
+    said = re.findall(r'\(\d+, \d+, \d+, \d+\)', code.split('\n# ')[1])
+    assert [str(tuple(feature.shape)) for feature in names['features']] == said
 
 
 def test_weights_are_where_the_authors_offer_them():
@@ -274,7 +239,7 @@ def test_weights_are_where_the_authors_offer_them():
         for host in ('google', 'baidu')
         if host in model.get('weights', {})
     ]
-    for page in [*TRANSLATED[0], DOCS / 'model_zoo.md', DOCS / 'model_zoo.zh.md']:
+    for page in [*PAIRS[0], DOCS / 'model_zoo.md', DOCS / 'model_zoo.zh.md']:
         text = page.read_text(encoding='utf-8')
         links = re.findall(r'\]\((https://(?:drive\.google|pan\.baidu)\.com[^)]*)\)', text)
         if page.parent == DOCS:
@@ -323,34 +288,29 @@ def test_the_address_is_one():
 
 def facts(page: Path) -> dict:
     """Code without its comments; links; figures of tables, and those of the text that were measured."""
-    text = page.read_text(encoding='utf-8')
-    code = [
-        re.sub(r'(?m)(^|\s+)#.*$', '', block)
-        for block in re.findall(r'^```.*?^```$', text, flags=re.DOTALL | re.MULTILINE)
-    ]
-    rest = re.sub(r'^```.*?^```$', '', text, flags=re.DOTALL | re.MULTILINE)
+    text, code = page.read_text(encoding='utf-8'), re.compile('^```.*?^```$', re.DOTALL | re.M)
+    rest = code.sub('', text)
     targets = [
         re.sub(r'(\.zh|_zh-CN)?\.md(#.*)?$', '.md', target.replace('#language=zh', ''))
         for target in re.findall(r'\]\(([^)#][^)]*)\)', rest)
     ]
     rest = re.sub(r'\]\([^)]*\)', ']', rest)
-    tables = [
-        (sorted(re.findall(r'`[^`]+`', line)), re.findall(r'\d+(?:\.\d+)?', line))
-        for line in rest.splitlines()
-        if line.startswith('|')
-    ]
-    prose = '\n'.join(line for line in rest.splitlines() if not line.startswith('|'))
+    tables = re.findall(r'^\|.*', rest, re.MULTILINE)
+    prose = re.sub(r'(?m)^\|.*', '', rest)
     return {
-        'code': code,
+        'code': [re.sub(r'(?m)(^|\s+)#.*$', '', block) for block in code.findall(text)],
         'links': sorted(targets),
-        'tables': tables,
+        'tables': [
+            (sorted(re.findall(r'`[^`]+`', line)), re.findall(r'\d+(?:\.\d+)?', line))
+            for line in tables
+        ],
         'names': sorted(set(re.findall(r'`[^`]+`', prose))),
         'figures': sorted(set(re.findall(r'\d+\.\d+|\d{3,}', re.sub(r'`[^`]+`', '', prose)))),
         'headings': re.findall(r'^#+(?= )', rest, re.MULTILINE),
     }
 
 
-@pytest.mark.parametrize('english, chinese', TRANSLATED, ids=lambda page: page.name)
+@pytest.mark.parametrize('english, chinese', PAIRS, ids=lambda page: page.name)
 def test_a_translation_gives_the_same_facts(english, chinese):
     expected, found = facts(english), facts(chinese)
     for kind, value in expected.items():
@@ -392,5 +352,5 @@ def test_a_fact_that_is_changed_in_one_language_is_noticed(old, new, tmp_path):
 
 
 def test_each_language_leads_to_the_other():
-    english, chinese = (page.read_text(encoding='utf-8') for page in TRANSLATED[0])
+    english, chinese = (page.read_text(encoding='utf-8') for page in PAIRS[0])
     assert '(README_zh-CN.md)' in english and '(README.md)' in chinese

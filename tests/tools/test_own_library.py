@@ -1,7 +1,6 @@
 """The tools that train, test and count take any library of MMEngine's, such as a user's own."""
 
 import json
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,19 +12,19 @@ from crossformer_mm.checkpoint import read_checkpoint
 
 from ..trainings import assert_same_training
 
-# Names that mean other things in this library than in OpenMMLab's: split, num_classes, classes,
-# topk, and a size that is not the image's.
+# Names that mean other things in this library than in OpenMMLab's: split, num_classes, classes, topk.
 LIBRARY = dict(
     __init__='',
     apis='class CornerInferencer(BaseInferencer): ...',
     registry='''
 from mmengine import registry
 
-MODELS = registry.Registry('model', parent=registry.MODELS, scope='NAME', locations=['NAME.parts'])
-DATASETS = registry.Registry(
-    'dataset', parent=registry.DATASETS, scope='NAME', locations=['NAME.parts'])
-METRICS = registry.Registry(
-    'metric', parent=registry.METRICS, scope='NAME', locations=['NAME.parts'])
+def own(name, parent):
+    return registry.Registry(name, parent=parent, scope='NAME', locations=['NAME.parts'])
+
+MODELS = own('model', registry.MODELS)
+DATASETS = own('dataset', registry.DATASETS)
+METRICS = own('metric', registry.METRICS)
 ''',
     parts='''
 import json
@@ -149,95 +148,81 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def make_library(folder: Path, name: str) -> Path:
-    for module, text in LIBRARY.items():
-        file = folder / name / f'{module}.py'
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text.replace('NAME', name))
-    return folder
-
-
-def write_config(path: Path, data: Path, name: str, added: str = '') -> Path:
+def write_config(path: Path, data: Path, name: str = 'corner_points', added: str = '') -> Path:
     path.write_text(CONFIG.replace('NAME', name).replace('DATA', str(data)) + added)
     return path
 
 
 @pytest.fixture(scope='module')
-def library(tmp_path_factory) -> str:
-    """The name of a library that can be imported."""
-    folder = str(make_library(tmp_path_factory.mktemp('library'), 'corner_points'))
-    sys.path.insert(0, folder)
-    yield 'corner_points'
-    sys.path.remove(folder)
-
-
-@pytest.fixture(scope='module')
-def trained(data, library, tmp_path_factory) -> Path:
-    """The folder of a whole training, with its config."""
-    folder = tmp_path_factory.mktemp('trained')
-    return write_config(folder / 'corners.py', data, library)
+def config(data, tmp_path_factory) -> Path:
+    """A config of a library, 'corner_points', that can be imported."""
+    folder = tmp_path_factory.mktemp('library')
+    (folder / 'corner_points').mkdir()
+    for module, text in LIBRARY.items():
+        file = folder / 'corner_points' / f'{module}.py'
+        file.write_text(text.replace('NAME', 'corner_points'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield write_config(folder / 'corners.py', data)
 
 
 def test_a_library_of_ones_own_trains_resumes_to_the_bit_and_is_tested(
-    output_of, refusal_of, trained, tmp_path
+    output_of, refusal_of, config, tmp_path
 ):
     whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-    out = output_of('train.py', trained, '--work-dir', whole)
+    out = output_of('train.py', config, '--work-dir', whole)
     assert 'corner_points' in (whole / 'corners.py').read_text()
     assert 'attention: ' in out and 'mean: ' in out  # the path, and its metric
     assert 'more than the' not in out  # of heads with other numbers of classes
-    first = read_checkpoint(str(whole / 'epoch_1.pth'))
-    assert first['meta']['epoch'] == 1
-    output_of('train.py', trained, '--work-dir', resumed, '--resume', whole / 'epoch_1.pth')
+    assert read_checkpoint(str(whole / 'epoch_1.pth'))['meta']['epoch'] == 1
+    output_of('train.py', config, '--work-dir', resumed, '--resume', whole / 'epoch_1.pth')
     assert_same_training(whole / 'epoch_2.pth', resumed / 'epoch_2.pth')
-    test = ['test.py', trained, whole / 'epoch_2.pth', '--work-dir', tmp_path / 'test']
+    test = ['test.py', config, whole / 'epoch_2.pth', '--work-dir', tmp_path / 'test']
     out = output_of(*test, '--out', tmp_path / 'kept.pkl')
     assert 'mean: ' in out and (tmp_path / 'kept.pkl').exists()
     said = refusal_of(*test, '--show-dir', tmp_path / 'drawn')
     assert 'Visualizer draws no predictions: give the visualizer of' in said
 
 
-def test_what_it_costs_is_counted(output_of, refusal_of, trained):
-    out = output_of('get_flops.py', trained, '--shape', 64, 96, '--json')
+def test_what_it_costs_is_counted(output_of, refusal_of, config):
+    out = output_of('get_flops.py', config, '--shape 64 96 --json')
     counted = json.loads(out.splitlines()[-1])
-    assert counted['params'] == sum(part['params'] for part in counted['parts'].values())
-    assert counted['flops'] == sum(part['flops'] for part in counted['parts'].values())
+    for what in ('params', 'flops'):
+        assert counted[what] == sum(part[what] for part in counted['parts'].values())
     assert counted['parts']['head'] == dict(params=258, flops=256)
     assert 'backbone.layers.3' in counted['parts']
-    said = refusal_of('get_flops.py', trained)
+    said = refusal_of('get_flops.py', config)
     assert '--shape H W is needed for a model of corner_points.' in said
 
 
-def test_a_missing_image_is_named(refusal_of, data, library, tmp_path):
+@pytest.mark.usefixtures('config')
+def test_a_missing_image_is_named(refusal_of, data, tmp_path):
     named = json.loads((data / 'train.json').read_text())
     (tmp_path / 'train.json').write_text(json.dumps({'gone.png': [0, 0], **named}))
     (tmp_path / 'val.json').write_text((data / 'val.json').read_text())
-    config = write_config(tmp_path / 'missing.py', tmp_path, library)
-    said = refusal_of('train.py', config, '--work-dir', tmp_path / 'w')
+    missing = write_config(tmp_path / 'missing.py', tmp_path)
+    said = refusal_of('train.py', missing, '--work-dir', tmp_path / 'w')
     assert f"File '{tmp_path}/gone.png' (and 5 more), which annotation file" in said
 
 
-def test_a_misspelt_option_is_named(refusal_of, trained, tmp_path):
-    said = refusal_of(
-        'train.py', trained, '--work-dir', tmp_path, '--cfg-options', 'model.head.in_chanels=3'
-    )
+def test_a_misspelt_option_is_named(refusal_of, config, tmp_path):
+    options = ('--work-dir', tmp_path, '--cfg-options', 'model.head.in_chanels=3')
+    said = refusal_of('train.py', config, *options)
     assert "did you mean 'model.head.in_channels'?" in said
 
 
 @pytest.mark.parametrize('tool', ['predict.py', 'explain.py', 'export.py'])
-def test_tools_that_know_results_name_the_librarys_inferencer(
-    refusal_of, trained, library, tmp_path, tool
-):
+def test_tools_that_know_results_name_the_librarys_inferencer(refusal_of, config, tmp_path, tool):
     file = tmp_path / 'empty.pth'
     file.touch()
     arguments = {
-        'predict.py': [trained, file, file],
-        'explain.py': [trained, file, file, '--out', tmp_path],
-        'export.py': [trained, '--what', 'backbone', '--out', tmp_path / 'a.onnx'],
+        'predict.py': [file, file],
+        'explain.py': [file, file, '--out', tmp_path],
+        'export.py': ['--what', 'backbone', '--out', tmp_path / 'a.onnx'],
     }[tool]
     if tool == 'export.py':
         pytest.importorskip('onnxscript')
-    said = refusal_of(tool, *arguments)
+    said = refusal_of(tool, config, *arguments)
     assert "has default_scope 'corner_points', allowed are 'mmdet', 'mmseg'" in said
     assert 'corner_points predicts by its own corner_points.apis: CornerInferencer.' in said
 
@@ -273,7 +258,7 @@ def test_a_library_that_cannot_be_used_is_named(
     assert f"config '{config}' {expected}" in said
 
 
-def test_models_of_mmengine_need_no_library(output_of, tmp_path):
+def test_models_of_mmengine_need_no_library(output_of, monkeypatch, tmp_path):
     """A config without default_scope, with a model that the user's module registers in MMEngine."""
     (tmp_path / 'own_model.py').write_text('''
 from mmengine.model import BaseModel
@@ -294,10 +279,7 @@ class OwnBackboneOnly(BaseModel):
 custom_imports = dict(imports=['own_model', 'crossformer_mm'])
 model = dict(type='OwnBackboneOnly', backbone=dict(type='CrossFormer', arch='t'))
 ''')
-    sys.path.insert(0, str(tmp_path))
-    try:
-        out = output_of('get_flops.py', config, '--shape', 224, 224, '--json')
-    finally:
-        sys.path.remove(str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    out = output_of('get_flops.py', config, '--shape 224 224 --json')
     params = sum(parameter.numel() for parameter in CrossFormer('t').parameters())
     assert json.loads(out.splitlines()[-1])['params'] == params

@@ -8,7 +8,7 @@ import torch
 
 from crossformer_mm.compat import EXPORT
 
-from ..helpers import needs_torch, refusals
+from ..helpers import CLASSIFIER, DEMO_DETECTOR, needs_torch, refusals
 
 REFUSED = '''
 # missing
@@ -110,13 +110,13 @@ def test_what_cannot_work_is_said_in_one_sentence(refusal_of, command, said):
 
 @needs_torch(EXPORT, 'export of sides that may be 1')
 def test_a_classifier_is_not_resized_inside_its_file(refusal_of):
-    said = refusal_of('export.py', 'configs/imagenet/cf_t_300e.py --out x.onnx --resize-inside')
+    said = refusal_of('export.py', CLASSIFIER, '--out x.onnx --resize-inside')
     assert '--resize-inside is for whole detectors and segmentors of any size.' in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='here --amp works')
 def test_amp_without_gpu_is_refused(refusal_of):
-    assert '--amp needs a GPU' in refusal_of('train.py', 'configs/demo/mask_rcnn_shapes.py --amp')
+    assert '--amp needs a GPU' in refusal_of('train.py', DEMO_DETECTOR, '--amp')
 
 
 def test_a_demo_that_cannot_write_says_so_in_one_sentence(refusal_of, tmp_path):

@@ -1,9 +1,6 @@
 """The command line tools: train, test, resume, and a one-line error for what cannot work."""
 
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,41 +15,28 @@ from ..helpers import DEMO_DETECTOR, DEMO_SEGMENTOR, ROOT, Marker, ToolProcess, 
 
 SMALL = ['train_dataloader.batch_size=2', 'default_hooks.logger.interval=1']
 ONE_EPOCH = [*SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
-FOUR_ITERATIONS = [
+TWO_ITERATIONS_TWICE = [
     *SMALL,
     'train_cfg.max_iters=4',
-    'train_cfg.val_interval=4',
+    'train_cfg.val_interval=2',
     'default_hooks.checkpoint.interval=2',
 ]
+MAKE_SHAPES = '--train 8 --val 4 --size 96'
 
 
-def run(*command, expect=0) -> str:
-    """Run a tool from the repository's root, in a process of its own; its whole output."""
-    command = [str(part) for part in command]
-    if command[0].endswith('.py'):
-        with tempfile.TemporaryDirectory() as folder:
-            process = ToolProcess(Path(folder) / 'log', *command)
-            status, said = process.wait(), process.output
-    else:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable},
-        )
-        status, said = done.returncode, done.stdout
-    assert status == expect, said[-3000:]
-    return said
+def run(tool: str, *command) -> str:
+    """Run a tool in a process of its own, without an error; its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = ToolProcess(Path(folder) / 'log', f'tools/{tool}', *command)
+        assert process.wait() == 0, process.output[-3000:]
+        return process.output
 
 
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory) -> Path:
     """A data set of 8 training and 4 held-out images."""
     folder = tmp_path_factory.mktemp('data') / 'shapes'
-    run('tools/make_shapes.py', folder, '--train', 8, '--val', 4, '--size', 96)
+    run('make_shapes.py', folder, MAKE_SHAPES)
     return folder
 
 
@@ -60,12 +44,8 @@ def shapes(tmp_path_factory) -> Path:
 def detector(shapes, tmp_path_factory) -> Path:
     """Work folder of a detector trained for one epoch."""
     work = tmp_path_factory.mktemp('detector')
-    output = run(
-        'tools/train.py',
-        f'{DEMO_DETECTOR} --work-dir {work} --data-root {shapes}/coco --tensorboard-samples 2',
-        '--cfg-options',
-        *ONE_EPOCH,
-    )
+    arguments = f'{DEMO_DETECTOR} --work-dir {work} --data-root {shapes}/coco'
+    output = run('train.py', arguments, '--tensorboard-samples 2 --cfg-options', *ONE_EPOCH)
     assert 'loss_mask' in output and 'eta' in output and 'coco/segm_mAP' in output
     assert output.index('no pretrained checkpoint is given') < output.index('Epoch(train)')
     return work
@@ -75,13 +55,9 @@ def detector(shapes, tmp_path_factory) -> Path:
 def segmentor(shapes, tmp_path_factory) -> Path:
     """Work folder of a segmentor trained for four iterations."""
     work = tmp_path_factory.mktemp('segmentor')
-    output = run(
-        'tools/train.py',
-        f'{DEMO_SEGMENTOR} --work-dir {work} --data-root {shapes}/ade --tensorboard-samples 3',
-        '--cfg-options',
-        *FOUR_ITERATIONS,
-        'train_cfg.val_interval=2',
-    )
+    arguments = f'{DEMO_SEGMENTOR} --work-dir {work} --data-root {shapes}/ade'
+    options = '--tensorboard-samples 3 --cfg-options'
+    output = run('train.py', arguments, options, *TWO_ITERATIONS_TWICE)
     assert 'decode.loss_ce' in output and 'eta' in output and 'mIoU' in output
     return work
 
@@ -105,11 +81,9 @@ class TestDetector:
 
     def test_evaluation_keeps_predictions_and_pictures(self, detector, shapes, tmp_path):
         predictions, pictures = tmp_path / 'predictions.pkl', tmp_path / 'pictures'
-        run(
-            'tools/test.py',
-            f'{DEMO_DETECTOR} {detector}/epoch_1.pth --data-root {shapes}/coco --work-dir {tmp_path}',
-            f'--out {predictions} --show-dir {pictures}',
-        )
+        files = f'{DEMO_DETECTOR} {detector}/epoch_1.pth --data-root {shapes}/coco'
+        out = f'--work-dir {tmp_path} --out {predictions} --show-dir {pictures}'
+        run('test.py', files, out)
         kept = pickle.loads(predictions.read_bytes())
         assert len(kept) == 4
         # What metrics are worth is in test_predict.py, with a model that finds something.
@@ -120,13 +94,9 @@ class TestDetector:
         assert sorted(cv2.imread(str(p)).shape for p in pictures.iterdir()) == [(96, 192, 3)] * 4
 
     def test_resume_goes_on_after_the_newest_epoch(self, detector, shapes):
-        output = run(
-            'tools/train.py',
-            f'{DEMO_DETECTOR} --work-dir {detector} --data-root {shapes}/coco --resume --cfg-options',
-            *SMALL,
-            'train_cfg.max_epochs=2',
-            'train_cfg.val_interval=2',
-        )
+        arguments = f'{DEMO_DETECTOR} --work-dir {detector} --data-root {shapes}/coco'
+        options = 'train_cfg.max_epochs=2 train_cfg.val_interval=2'
+        output = run('train.py', arguments, '--resume --cfg-options', *SMALL, options)
         assert 'Epoch(train) [2][1/4]' in output and 'Epoch(train) [1]' not in output
         assert (detector / 'epoch_2.pth').is_file()
 
@@ -137,10 +107,8 @@ class TestSegmentor:
         assert {
             name: [image.step for image in events.Images(name)] for name in events.Tags()['images']
         } == {f'val_00000000000{i}.jpg': [2, 4] for i in (1, 3, 4)}
-        image = cv2.imdecode(
-            np.frombuffer(events.Images('val_000000000001.jpg')[0].encoded_image_string, np.uint8),
-            cv2.IMREAD_COLOR,
-        )
+        encoded = events.Images('val_000000000001.jpg')[0].encoded_image_string
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
         truth, predicted = np.hsplit(image, 2)
         assert truth.shape == (96, 96, 3) and cv2.absdiff(truth, predicted).mean() > 1
 
@@ -153,11 +121,8 @@ visualizer = None
 default_hooks = dict(visualization=None)
 test_evaluator = [dict(_base_.test_evaluator)]
 ''')
-        run(
-            'tools/test.py',
-            f'{config} {segmentor}/iter_4.pth --data-root {shapes}/ade --work-dir {tmp_path} --out',
-            f'{maps} --show-dir {pictures}',
-        )
+        files = f'{config} {segmentor}/iter_4.pth --data-root {shapes}/ade'
+        run('test.py', files, f'--work-dir {tmp_path} --out {maps} --show-dir {pictures}')
         kept, truth = (
             np.stack([cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in sorted(files)])
             for files in (maps.glob('*.png'), (shapes / 'ade/annotations/validation').glob('*'))
@@ -171,12 +136,9 @@ test_evaluator = [dict(_base_.test_evaluator)]
         assert len(list(pictures.glob('*.jpg'))) == 4
 
     def test_resume_goes_on_after_the_newest_iteration(self, segmentor, shapes):
-        output = run(
-            'tools/train.py',
-            f'{DEMO_SEGMENTOR} --work-dir {segmentor} --data-root {shapes}/ade --resume --cfg-options',
-            *SMALL,
-            'train_cfg.max_iters=6 train_cfg.val_interval=6 default_hooks.checkpoint.interval=2',
-        )
+        arguments = f'{DEMO_SEGMENTOR} --work-dir {segmentor} --data-root {shapes}/ade'
+        options = 'train_cfg.max_iters=6 train_cfg.val_interval=6'
+        output = run('train.py', arguments, '--resume --cfg-options', *SMALL, options)
         assert 'Iter(train) [5/6]' in output and 'Iter(train) [4/6]' not in output
 
 
@@ -198,11 +160,8 @@ model = dict(backbone=dict(init_cfg=[dict(type='Pretrained', checkpoint='none.pt
 
 
 def test_wrong_backbone_option_is_said_before_training(refusal_of, shapes, tmp_path):
-    said = refusal_of(
-        'train.py',
-        f'{DEMO_DETECTOR} --work-dir {tmp_path} --data-root {shapes}/coco --cfg-options',
-        'model.backbone.lda=tiles',
-    )
+    arguments = f'{DEMO_DETECTOR} --work-dir {tmp_path} --data-root {shapes}/coco'
+    said = refusal_of('train.py', arguments, '--cfg-options model.backbone.lda=tiles')
     assert "lda must be one of 'interval', 'block', 'shifted', 'none', got 'tiles'" in said
 
 
@@ -211,38 +170,33 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(refusal_of, shapes, tmp_p
     marker, checkpoint = tmp_path / 'marker', tmp_path / 'bad.pth'
     torch.save(dict(state_dict={}, extra=Marker(marker)), checkpoint)
     arguments = ['--resume', checkpoint] if tool == 'train.py' else [checkpoint]
-    said = refusal_of(
-        tool, DEMO_DETECTOR, *arguments, f'--work-dir {tmp_path} --data-root {shapes}/coco'
-    )
+    paths = f'--work-dir {tmp_path} --data-root {shapes}/coco'
+    said = refusal_of(tool, DEMO_DETECTOR, *arguments, paths)
     assert str(checkpoint) in said and 'was not run' in said
     assert not marker.exists()
 
 
 class TestMakeShapes:
     def test_same_arguments_give_the_same_files(self, shapes, tmp_path):
-        run('tools/make_shapes.py', tmp_path / 'again', '--train', 8, '--val', 4, '--size', 96)
+        run('make_shapes.py', tmp_path / 'again', MAKE_SHAPES)
         files = sorted(p.relative_to(shapes) for p in shapes.rglob('*') if p.is_file())
         assert len(files) == 12 * 3 + 2 + 1
         for file in files:
             assert (shapes / file).read_bytes() == (tmp_path / 'again' / file).read_bytes()
 
     def test_a_whole_set_is_reused(self, shapes):
-        assert 'is there already' in run(
-            'tools/make_shapes.py', shapes, '--train', 8, '--val', 4, '--size', 96
-        )
+        assert 'is there already' in run('make_shapes.py', shapes, MAKE_SHAPES)
 
-    def test_other_files_are_never_removed(self, tmp_path):
+    def test_other_files_are_never_removed(self, refusal_of, tmp_path):
         (tmp_path / 'thesis.txt').write_text('x')
-        assert 'holds other files' in run('tools/make_shapes.py', tmp_path, expect=2)
+        assert 'holds other files' in refusal_of('make_shapes.py', tmp_path)
         assert (tmp_path / 'thesis.txt').exists()
 
     def test_label_maps_and_instances_agree(self, shapes):
         coco = COCO(str(shapes / 'coco' / 'annotations' / 'instances_val2017.json'))
         for image in coco.loadImgs(coco.getImgIds()):
-            labels = cv2.imread(
-                str(shapes / 'ade/annotations/validation' / image['file_name']),
-                cv2.IMREAD_UNCHANGED,
-            )
+            file = shapes / 'ade/annotations/validation' / image['file_name']
+            labels = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
             drawn = np.ones_like(labels)
             for annotation in coco.loadAnns(coco.getAnnIds(image['id'])):
                 mask = coco.annToMask(annotation).astype(bool)

@@ -9,19 +9,12 @@ import numpy as np
 import pytest
 
 from ..helpers import DEMO_SEGMENTOR, ROOT, random_model, run_tool
-from ..trainings import make_data
+from ..trainings import ONE_STAGE, make_data, write_config
 
-RETINANET = f'''
-_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
-model = dict(
-    backbone=dict(arch=dict(_delete_=True, embed_dims=16, depths=(1, 1, 1, 1),
-                            num_heads=(1, 1, 2, 2)), out_norm=True),
-    neck=dict(in_channels=[32, 64, 128], out_channels=16),
-    bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=4),
-    test_cfg=dict(score_thr=0.))
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
-    metainfo=dict(classes=('disk', 'square', 'triangle', 'star'))))
-'''
+# The published sizes of segmentors are for ADE20K: a fortieth of the work.
+SMALLER = [
+    f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate([64] + 5 * [96])
+]
 
 
 @pytest.fixture(scope='module')
@@ -49,13 +42,10 @@ def predictions(shapes: tuple, kind: str, out: str, folder: Path, *options) -> l
 
 
 def test_boxes_of_mirrored_images_are_mirrored(shapes, tmp_path):
-    config = tmp_path / 'small.py'
-    config.write_text(RETINANET)
+    config = write_config(ONE_STAGE, tmp_path / 'small.py', shapes[0])
     weights = random_model(config, tmp_path / 'small.pth', {})
-    scale = 'tta_pipeline.1.transforms.0.0.scale=(128,128)'
-    files = predictions(
-        shapes, 'coco', 'kept.pkl', tmp_path, config, weights, '--cfg-options', scale
-    )
+    scale = ['--cfg-options', 'tta_pipeline.1.transforms.0.0.scale=(128,128)']
+    files = predictions(shapes, 'coco', 'kept.pkl', tmp_path, config, weights, *scale)
     plain, mirrored = (pickle.loads(file.read_bytes()) for file in files)
     assert len(plain) == len(mirrored) == 2
     for image, other in zip(plain, mirrored):
@@ -70,13 +60,8 @@ def test_boxes_of_mirrored_images_are_mirrored(shapes, tmp_path):
 
 def test_label_maps_of_mirrored_images_are_mirrored(shapes, tmp_path):
     weights = random_model(DEMO_SEGMENTOR, tmp_path / 'small.pth', {})
-    # The published sizes are for ADE20K: a fortieth of the work.
-    scales = [
-        f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate([64] + 5 * [96])
-    ]
-    folders = predictions(
-        shapes, 'ade', 'maps', tmp_path, DEMO_SEGMENTOR, weights, '--cfg-options', *scales
-    )
+    options = (DEMO_SEGMENTOR, weights, '--cfg-options', *SMALLER)
+    folders = predictions(shapes, 'ade', 'maps', tmp_path, *options)
     for name in (file.name for file in folders[0].iterdir()):
         plain, mirrored = (
             cv2.imread(str(folder / name), cv2.IMREAD_UNCHANGED) for folder in folders
@@ -98,10 +83,7 @@ def test_classes_counted_from_zero_need_one_setting_with_and_without_augmentatio
     weights = random_model(DEMO_SEGMENTOR, tmp_path / 'small.pth', {})
     for path in (data / 'ade/annotations/validation').iterdir():
         cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) - 1)
-    scales = [
-        f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate([64] + 5 * [96])
-    ]
-    for number, more in enumerate([(), ('--tta', '--cfg-options', *scales)]):
+    for number, more in enumerate([(), ('--tta', '--cfg-options', *SMALLER)]):
         options = ('--data-root', data / 'ade', '--work-dir', tmp_path / str(number))
         out = tmp_path / f'maps{number}'
         output_of('test.py', config, weights, *options, '--out', out, *more)
