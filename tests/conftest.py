@@ -21,8 +21,8 @@ from .helpers import (  # noqa: E402
     leave_configs_unformatted,
     random_model,
     run_tool,
-    write_zoo_data,
 )
+from .trainings import write_zoo_data  # noqa: E402
 
 leave_configs_unformatted()
 

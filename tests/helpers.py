@@ -44,11 +44,9 @@ NO_VALIDATION = dict(val_cfg=None, val_dataloader=None, val_evaluator=None)
 
 # Tools
 
-LIBRARIES = [
-    f'{library}.{part}'
-    for part in ('apis', 'datasets', 'evaluation', 'visualization')
-    for library in ('mmdet', 'mmseg')
-] + ['crossformer_mm']
+PARTS = ('apis', 'datasets', 'evaluation', 'visualization')
+LIBRARIES = [f'{library}.{part}' for part in PARTS for library in ('mmdet', 'mmseg')]
+LIBRARIES.append('crossformer_mm')
 PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(LIBRARIES)
 
@@ -236,10 +234,10 @@ class Marker:
 
 
 def build_model(config) -> torch.nn.Module:
-    """Build the model of a config or of its file."""
+    """Build the model of a config, or of its file, in evaluation mode."""
     cfg = config if isinstance(config, Config) else Config.fromfile(ROOT / config)
     init_default_scope(cfg.default_scope)
-    return MODELS.build(cfg.model)
+    return MODELS.build(cfg.model).eval()
 
 
 def random_model(config, file: Path, meta: dict) -> Path:
@@ -269,7 +267,7 @@ def model_of(config: str, *options: str):
     cfg.merge_from_dict(dict(option.split('=') for option in options))
     cfg.merge_from_dict({'model.backbone.out_norm': False})
     torch.manual_seed(0)
-    model = revert_sync_batchnorm(build_model(cfg)).eval()
+    model = revert_sync_batchnorm(build_model(cfg))
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point():
@@ -339,47 +337,11 @@ model = dict(
     auxiliary_head=None)
 '''
 
-# Data sets in the layouts of COCO 2017 and ADE20K, with all their classes
-
 SIDES = (64, 96)
 
 
-def write_zoo_data(root: Path) -> Path:
-    """Write two images for each split of both."""
-    from mmdet.datasets import CocoDataset
-
-    rng = np.random.default_rng(0)
-
-    def write(path: Path, most: int, *channels: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(path), rng.integers(0, most + 1, (*SIDES, *channels), dtype=np.uint8))
-
-    classes = enumerate(CocoDataset.METAINFO['classes'], start=1)
-    content = dict(categories=[dict(id=number, name=name) for number, name in classes])
-    for split, long in (('train', 'training'), ('val', 'validation')):
-        content.update(images=[], annotations=[])
-        for i in range(2):
-            write(root / f'coco/{split}2017/{i}.png', 255, 3)
-            content['images'].append(
-                dict(id=i, file_name=f'{i}.png', height=SIDES[0], width=SIDES[1])
-            )
-            for x, y, side in ((4, 6, 40), (50, 20, 36)):
-                number = len(content['annotations'])
-                content['annotations'].append(dict(
-                    id=number + 1, image_id=i, category_id=1 + 13 * number, area=side * side,
-                    iscrowd=0, bbox=[x, y, side, side],
-                    segmentation=[[x, y, x + side, y, x + side, y + side, x, y + side]],
-                ))  # fmt: skip
-            write(root / f'ade/images/{long}/{i}.jpg', 255, 3)
-            write(root / f'ade/annotations/{long}/{i}.png', 150)
-        file = root / f'coco/annotations/instances_{split}2017.json'
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content))
-    return root
-
-
 def shrink(part) -> None:
-    """Adapt a pipeline or model to the size of these images, so that it finds something."""
+    """Adapt a pipeline or model to small images, so that it finds something."""
     for value in part.values() if isinstance(part, dict) else part:
         if isinstance(value, (dict, list, tuple)):
             shrink(value)
@@ -453,14 +415,11 @@ needs_interpreter = pytest.mark.skipif(
 # Pages
 
 README = ROOT / 'README.md'
-# Checkouts of other libraries, whose own tools docs/other_libraries.md calls.
-OTHERS = ('pytorch-image-models', 'mmrotate', 'mmpose')
 TRANSLATED = [ROOT / 'README_zh-CN.md', *sorted((ROOT / 'docs').glob('*.zh.md'))]
 PAGES = [  # of the Chinese ones test_pages.py asserts that their code is the same
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
     *sorted(set((ROOT / 'docs').glob('*.md')) - set(TRANSLATED)),
 ]
-EXAMPLES = ROOT / 'docs' / 'custom_projects.md'
 
 
 def blocks(page: Path, language: str) -> List[str]:
@@ -475,3 +434,6 @@ def commands(page: Path) -> List[str]:
     shown = [line for line in lines if shlex.split(line, comments=True)]
     assert all(line == line.lstrip('$ ') for line in shown), 'commands stand without a prompt'
     return shown
+
+
+COMMANDS = [(page.stem, command) for page in PAGES for command in commands(page)]

@@ -1,5 +1,6 @@
 """Trainings that take seconds, of detectors and of a segmentor, and that use random numbers."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
@@ -7,7 +8,7 @@ import torch
 
 from crossformer_mm.checkpoint import read_checkpoint
 
-from .helpers import ROOT, ToolProcess, load_script
+from .helpers import ROOT, ToolProcess, load_script, read_json
 
 
 class Training(NamedTuple):
@@ -125,6 +126,17 @@ def make_data(folder: Path, train: int = 10, val: int = 2, size: int = 64) -> Pa
     shapes = load_script(ROOT / 'tools' / 'make_shapes.py')
     for split, count in (('train', train), ('val', val)):
         shapes.write_split(folder, split, count, size, seed=0)
+    return folder
+
+
+def write_zoo_data(folder: Path) -> Path:
+    """Write two images for each split, in the layouts of COCO 2017 and ADE20K, with COCO's classes."""
+    from mmdet.datasets import CocoDataset
+
+    names = enumerate(CocoDataset.METAINFO['classes'], start=1)
+    categories = [dict(id=number, name=name) for number, name in names]
+    for file in make_data(folder, train=2).glob('coco/annotations/*.json'):
+        file.write_text(json.dumps(dict(read_json(file), categories=categories)))
     return folder
 
 
