@@ -6,9 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..helpers import ROOT
+from ..helpers import ROOT, words
 
-PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--no-cache-dir']
+
+def pip(*arguments, folder=None, **environment) -> str:
+    """Run pip in a folder, without an index, whatever this machine tells it; return what it prints."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
+    kept.update(PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX='1', PIP_NO_CACHE_DIR='1')
+    command = [sys.executable, '-m', 'pip', '--disable-pip-version-check', *words(arguments)]
+    done = subprocess.run(
+        command, cwd=folder, text=True, capture_output=True, env={**kept, **environment}
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    return done.stdout
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -26,14 +36,12 @@ def copy_of_the_project(folder: Path) -> Path:
 
 
 def build_wheel(folder: Path, **environment) -> Path:
-    options = '--quiet --no-deps --no-build-isolation --wheel-dir'.split()
     source = copy_of_the_project(folder / 'source')
-    environment = {**os.environ, **environment}
-    subprocess.run([*PIP, 'wheel', *options, folder, source], check=True, env=environment)
+    pip('wheel --no-deps --no-build-isolation --wheel-dir', folder, source, **environment)
     (wheel,) = folder.glob('crossformer_mm-*.whl')
     return wheel
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    subprocess.run([*PIP, 'install', '--quiet', '--no-deps', '--target', folder, wheel], check=True)
+    pip('install --no-deps --target', folder, wheel)
     return folder

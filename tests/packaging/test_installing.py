@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
 from email.message import Message
-from email.parser import Parser
-from importlib.metadata import distribution
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 from typing import Dict
 
@@ -19,16 +19,15 @@ import pytest
 
 from crossformer_mm import __version__
 
-from ..helpers import ROOT, blocks
-from .builds import PIP, build_wheel, copy_of_the_project
+from ..helpers import README, ROOT, blocks
+from .builds import build_wheel, copy_of_the_project, pip
 
-LIST = ('list', '--format', 'json')
+NO_KERNEL = dict(CROSSFORMER_MM_NO_EXTENSION='1')  # which takes long to compile
 
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory) -> Path:
-    """Without the kernel, which takes long to compile."""
-    return build_wheel(tmp_path_factory.mktemp('wheel'), CROSSFORMER_MM_NO_EXTENSION='1')
+    return build_wheel(tmp_path_factory.mktemp('wheel'), **NO_KERNEL)
 
 
 def test_wheel_without_the_kernel_is_for_every_machine(wheel):
@@ -49,32 +48,21 @@ def test_sdist_is_complete_and_has_no_links(sdist):
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() or member.isdir() for member in archive.getmembers())
         inside = {name.split('/', 1)[-1] for name in archive.getnames()}
-    for pattern in (
-        'tests/**/*.py',
-        'configs/**/*.py',
-        'tools/*',
-        'docs/*.md',
-        'requirements/*.txt',
-        'crossformer_mm/**/*.py',
-        'crossformer_mm/**/*.cpp',
-        'crossformer_mm/**/*.h',
-        '*.toml',
-        '*.md',
-        'Makefile',
-    ):
-        missing = {
+    patterns = 'tests/**/*.py configs/**/*.py tools/* docs/*.md requirements/*.txt *.toml *.md '
+    patterns += 'Makefile crossformer_mm/**/*.py crossformer_mm/**/*.cpp crossformer_mm/**/*.h'
+    for pattern in patterns.split():
+        there = {
             path.relative_to(ROOT).as_posix()
             for path in ROOT.glob(pattern)
             if path.is_file() and '.mim' not in path.parts
-        } - inside
-        assert not missing
+        }
+        assert there and there <= inside
     assert not any('.mim' in name or name.endswith('.so') for name in inside)
 
 
 def metadata_of(wheel: Path) -> Message:
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/METADATA')]
-        return Parser().parsestr(archive.read(name).decode())
+    (found,) = distributions(path=[str(wheel)])
+    return found.metadata
 
 
 def test_metadata_lets_pip_replace_nothing(wheel):
@@ -101,46 +89,33 @@ def test_metadata_lets_pip_replace_nothing(wheel):
     )
 
 
-OLD = {
-    'torch': '2.1.2',
-    'torchvision': '0.16.2',
-    'triton': '2.1.0',
-    'numpy': '1.26.4',
-    'opencv-python': '4.10.0.84',
-    'einops': '0.8.0',
-    'ftfy': '6.0',
-    'regex': '2024.1.1',
-}
+def versions(text: str) -> Dict[str, str]:
+    return dict(requirement.split('==') for requirement in text.split())
+
+
+OLD = versions(
+    'torch==2.1.2 torchvision==0.16.2 triton==2.1.0 numpy==1.26.4 opencv-python==4.10.0.84 '
+    'einops==0.8.0 ftfy==6.0 regex==2024.1.1'
+)
 FAMILIES = {
-    'openmmlab': {
-        'mmengine': '0.10.7',
-        'mmcv': '2.1.0',
-        'mmdet': '3.3.0',
-        'mmsegmentation': '1.2.2',
-    },
-    'onedl': {
-        'onedl-mmengine': '0.10.12',
-        'onedl-mmcv': '2.3.6',
-        'onedl-mmdetection': '3.5.1',
-        'onedl-mmsegmentation': '1.4.2',
-    },
+    'openmmlab': versions('mmengine==0.10.7 mmcv==2.1.0 mmdet==3.3.0 mmsegmentation==1.2.2'),
+    'onedl': versions(
+        'onedl-mmengine==0.10.12 onedl-mmcv==2.3.6 onedl-mmdetection==3.5.1 '
+        'onedl-mmsegmentation==1.4.2'
+    ),
 }
 
 
 def write_stub(folder: Path, name: str, version: str, *requires: str) -> None:
     """A wheel with a name, a version and requirements, and nothing in it."""
     stem = f"{name.replace('-', '_')}-{version}"
-    info = f'{stem}.dist-info'
+    metadata = [('Metadata-Version', '2.1'), ('Name', name), ('Version', version)]
+    metadata += [('Requires-Dist', package) for package in requires]
+    tags = [('Wheel-Version', '1.0'), ('Root-Is-Purelib', 'true'), ('Tag', 'py3-none-any')]
     with zipfile.ZipFile(folder / f'{stem}-py3-none-any.whl', 'w') as file:
-        file.writestr(
-            f'{info}/METADATA',
-            f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
-            + ''.join(f'Requires-Dist: {package}\n' for package in requires),
-        )
-        file.writestr(
-            f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
-        )
-        file.writestr(f'{info}/RECORD', '')
+        for part, entries in (('METADATA', metadata), ('WHEEL', tags), ('RECORD', [])):
+            text = ''.join(f'{key}: {value}\n' for key, value in entries)
+            file.writestr(f'{stem}.dist-info/{part}', text)
 
 
 @pytest.fixture(scope='module')
@@ -156,24 +131,17 @@ def stubs(tmp_path_factory) -> Dict[str, Path]:
 
 @pytest.fixture(scope='module')
 def users_environment(request, stubs, tmp_path_factory):
-    """Packages of a user of a family, and a pip for them: ``family, pip``."""
+    """Packages of a user of a family: ``family, pip for them, what is installed``."""
     folder = tmp_path_factory.mktemp(request.param) / 'venv'
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder], check=True)
     python = folder / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
-    # Not what pip is told here, by the machine, about indexes.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith('PIP_')}
-    environment.update(
-        PIP_CONFIG_FILE=os.devnull, PIP_NO_INDEX='1', CROSSFORMER_MM_NO_EXTENSION='1'
-    )
 
-    def pip(*arguments) -> str:
-        return subprocess.run(
-            [*PIP, '--python', python, *arguments],
-            check=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            env=environment,
-        ).stdout
+    def their_pip(*arguments) -> str:
+        return pip('--python', python, *arguments, **NO_KERNEL)
+
+    def installed() -> dict:
+        packages = json.loads(their_pip('list --format json'))
+        return {package['name']: package['version'] for package in packages}
 
     # What builds is that of this environment.
     (site,) = folder.rglob('site-packages')
@@ -182,15 +150,10 @@ def users_environment(request, stubs, tmp_path_factory):
         if there.is_dir():
             shutil.copytree(there, site / top)
     packages = {**OLD, **FAMILIES[request.param]}.items()
-    pip(
-        'install',
-        '--no-deps',
-        '--find-links',
-        stubs['old'],
-        *(f'{name}=={version}' for name, version in packages),
-    )
-    assert packages <= {(there['name'], there['version']) for there in json.loads(pip(*LIST))}
-    return request.param, pip
+    wanted = [f'{name}=={version}' for name, version in packages]
+    their_pip('install --no-deps --find-links', stubs['old'], wanted)
+    assert packages <= installed().items()
+    return request.param, their_pip, installed
 
 
 # Every kind of archive, with an extra and without; the extra of every family.
@@ -206,32 +169,23 @@ def users_environment(request, stubs, tmp_path_factory):
     indirect=['users_environment'],
 )
 def test_pip_replaces_nothing(users_environment, kind, extra, stubs, wheel, sdist, tmp_path):
-    family, pip = users_environment
+    family, their_pip, installed = users_environment
     what = {'wheel': wheel, 'sdist': sdist}.get(kind) or copy_of_the_project(tmp_path / 'source')
     what = f"{what}{extra.replace('family', family)}"
-    pip(
-        'install',
-        '--no-build-isolation',
-        '--find-links',
-        stubs['new'],
-        *(['--editable'] if kind == 'editable' else []),
-        what,
-    )
-    there = {package['name']: package['version'] for package in json.loads(pip(*LIST))}
-    assert there.pop('crossformer-mm') == __version__
-    assert {name: there[name] for name in (*OLD, *FAMILIES[family])} == {**OLD, **FAMILIES[family]}
-    pip('uninstall', '--yes', 'crossformer-mm')
+    editable = '--editable' if kind == 'editable' else ''
+    their_pip('install --no-build-isolation --find-links', stubs['new'], editable, [what])
+    assert installed()['crossformer-mm'] == __version__
+    assert {**OLD, **FAMILIES[family]}.items() <= installed().items()
+    their_pip('uninstall --yes crossformer-mm')
 
 
 # What the pages tell a reader to type for this package: in a checkout, or with the file of one.
-INSTALLED = sorted(
-    {
-        (page.name, command)
-        for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')]
-        for command in re.findall(r'pip install [^`#\n]*', page.read_text(encoding='utf-8'))
-        if re.search(r"[ '\"]\.[\['\"/\s]|\.$|crossformer", command)
-    }
-)
+INSTALLED = {
+    command.strip()
+    for page in [README, *(ROOT / 'docs').glob('*.md')]
+    for command in re.findall(r'pip install [^`#\n]*', page.read_text(encoding='utf-8'))
+    if re.search(r"[ '\"]\.[\['\"/\s]|\.$|crossformer", command)
+}
 
 
 @pytest.fixture(scope='module')
@@ -245,29 +199,21 @@ def checkout(tmp_path_factory, sdist, wheel) -> Path:
 
 
 def would_install(checkout: Path, *words) -> str:
-    """Install in a checkout without an index and return pip's output."""
-    done = subprocess.run(
-        [*PIP, 'install', '--dry-run', '--ignore-installed', '--no-index', *words],
-        cwd=checkout,
-        env={**os.environ, 'CROSSFORMER_MM_NO_EXTENSION': '1'},
-        text=True,
-        capture_output=True,
-    )
-    assert not done.returncode, done.stderr[-2000:]
-    return done.stdout + done.stderr
+    """Install in a checkout, without doing it, and return pip's output."""
+    options = '--dry-run --ignore-installed --no-build-isolation'
+    return pip('install', options, *words, folder=checkout, **NO_KERNEL)
 
 
-@pytest.mark.parametrize('command', sorted({command.strip() for _, command in INSTALLED}))
+@pytest.mark.parametrize('command', sorted(INSTALLED))
 def test_install_lines_of_the_pages_work_in_a_checkout(checkout, command):
-    words = [word for word in shlex.split(command)[2:] if word != '--no-build-isolation']
-    said = would_install(checkout, '--no-build-isolation', '--no-deps', *words)
+    said = would_install(checkout, '--no-deps', shlex.split(command)[2:])
     assert f'Would install crossformer-mm-{__version__}' in said.replace('_', '-')
 
 
 # The ways to install that the README has, each a heading and its commands.
 WAYS = [
     way.splitlines()
-    for block in blocks(ROOT / 'README.md', 'shell')
+    for block in blocks(README, 'shell')
     for way in re.split(r'\n(?=# )', block)
     if way.startswith('# 1. into an existing') or re.match(r'# [234]\. .*(new env|backbone)', way)
 ]
@@ -304,16 +250,12 @@ def test_each_way_of_the_readme_installs_the_package(way, checkout, index):
         commands.append(['pip', 'install', '--no-deps', '.'])
     for program, install, *words in commands:
         assert (program, install) == ('pip', 'install')
-        said = would_install(checkout, '--no-build-isolation', '--find-links', index, *words)
-        new |= set(
-            re.findall(r'(\S+?)-[\d.]+(?=\s)', said.split('Would install ')[1].replace('_', '-'))
-        )
+        said = would_install(checkout, '--find-links', index, words).split('Would install ')[1]
+        new |= set(re.findall(r'(\S+?)-[\d.]+(?=\s)', said.replace('_', '-')))
         requirements += [word for word in words if word.endswith('.txt')]
     assert 'crossformer-mm' in new
-    number = way[0][2]
-    assert requirements == (
-        ['requirements/torch.txt', 'requirements/run.txt'] if number in '23' else []
-    )
+    number, lists = way[0][2], ['requirements/torch.txt', 'requirements/run.txt']
+    assert requirements == (lists if number in '23' else [])
     assert ({'torch', 'torchvision', 'onedl-mmcv', 'onedl-mmdetection'} <= new) == (number in '23')
     assert (new == {'torch', 'einops', 'crossformer-mm'}) == (number == '4')
 
@@ -322,13 +264,9 @@ def test_extras_of_the_pages_are_those_of_a_wheel_and_an_sdist(wheel, sdist):
     """pip says nothing of an extra that is not there where it looks for no requirements."""
     with tarfile.open(sdist) as archive:
         name = f'{sdist.name[: -len(".tar.gz")]}/PKG-INFO'
-        info = Parser().parsestr(archive.extractfile(name).read().decode())
-    named = {
-        extra
-        for _, command in INSTALLED
-        for extras in re.findall(r'\[([\w,-]+)\]', command)
-        for extra in extras.split(',')
-    }
+        info = message_from_bytes(archive.extractfile(name).read())
+    lists = re.findall(r'\[([\w,-]+)\]', ' '.join(INSTALLED))
+    named = {extra for extras in lists for extra in extras.split(',')}
     assert {'openmmlab', 'export'} <= named
     for metadata in (metadata_of(wheel), info):
         assert named <= set(metadata.get_all('Provides-Extra'))

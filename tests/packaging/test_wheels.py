@@ -1,29 +1,32 @@
 """The wheel carries configs, tools, the kernel and metafiles, where OpenMMLab's packages look for them."""
 
-import os
 import platform
-import subprocess
-import sys
+import shutil
 import zipfile
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
-from ..helpers import ROOT, blocks
-from .builds import PIP, build_wheel, copy_of_the_project, install
+from ..helpers import ROOT, blocks, run_python
+from .builds import build_wheel, copy_of_the_project, install, pip
 
 # What a user does who has installed the wheel and is nowhere near a checkout.
-PROGRAM = '''
+BEGIN = '''
 from pathlib import Path
 import sys
 import torch
 import crossformer_mm
+
+here = Path(sys.argv[1])
+assert here in Path(crossformer_mm.__file__).parents, crossformer_mm.__file__
+'''
+PROGRAM = '''
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, init_default_scope
 
-here = Path(sys.argv[1])
-assert here in Path(crossformer_mm.__file__).parents, crossformer_mm.__file__
 cfg = get_config('crossformer_mm::mask_rcnn/cf_s_1x.py')
 assert here in Path(cfg.filename).parents, cfg.filename
 init_default_scope(cfg.default_scope)
@@ -36,12 +39,6 @@ print('whole')
 '''
 
 NO_KERNEL = '''
-from pathlib import Path
-import sys
-import torch
-import crossformer_mm
-
-assert Path(sys.argv[1]) in Path(crossformer_mm.__file__).parents, crossformer_mm.__file__
 image = torch.rand(1, 3, 64, 64)
 with torch.autocast('cpu', torch.bfloat16):
     crossformer_mm.CrossFormer('s')(image)
@@ -52,22 +49,7 @@ with torch.autocast('cpu', torch.bfloat16):
         print('whole')
 '''
 
-# And what docs/custom_projects.md shows, on the demo's models with random weights.
-INFERENCERS = '''
-import cv2
-import numpy as np
-import torch
-from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
-import crossformer_mm
-
-cv2.imwrite('photo.jpg', np.random.default_rng(0).integers(256, size=(70, 90, 3)))
-for name, file in ('mask_rcnn', 'detector.pth'), ('upernet', 'segmentor.pth'):
-    cfg = get_config(f'crossformer_mm::demo/{name}_shapes.py')
-    init_default_scope(cfg.default_scope)
-    meta = dict(dataset_meta=dict(cfg.test_dataloader.dataset.metainfo))
-    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta=meta), file)
-'''
+# After what docs/custom_projects.md shows, on the demo's models with random weights.
 CHECKS = '''
 assert len(found['labels']) == len(found['scores']) == len(found['masks']) > 0
 assert labels.shape == (70, 90) and labels.max() < 5
@@ -114,8 +96,7 @@ def test_wheel_has_the_kernel_for_every_python(wheel):
 def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
     wheel = build_wheel(tmp_path, CC='false', CXX='false')
     assert not any('_native' in name for name in zipfile.ZipFile(wheel).namelist())
-    done = run_installed(install(wheel, tmp_path / 'site'), tmp_path, NO_KERNEL)
-    assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
+    run_installed(install(wheel, tmp_path / 'site'), tmp_path, NO_KERNEL, 'whole')
 
 
 def test_editable_install_needs_no_links(tmp_path):
@@ -125,21 +106,8 @@ def test_editable_install_needs_no_links(tmp_path):
         'os.symlink = refuse\n'
     )
     source = copy_of_the_project(tmp_path / 'source')
-    subprocess.run(
-        [
-            *PIP,
-            'install',
-            '--quiet',
-            '--no-deps',
-            '--no-build-isolation',
-            '--target',
-            tmp_path / 'site',
-            '--editable',
-            source,
-        ],
-        check=True,
-        env={**os.environ, 'PYTHONPATH': str(tmp_path), 'CROSSFORMER_MM_NO_EXTENSION': '1'},
-    )
+    options = ('--no-deps --no-build-isolation --target', tmp_path / 'site', '--editable', source)
+    pip('install', *options, PYTHONPATH=str(tmp_path), CROSSFORMER_MM_NO_EXTENSION='1')
     folder = source / 'crossformer_mm' / '.mim'
     assert sorted(path.name for path in folder.iterdir()) == ['configs', 'model-index.yml', 'tools']
     assert not any(path.is_symlink() for path in folder.rglob('*'))
@@ -151,37 +119,33 @@ def installed(wheel, tmp_path_factory) -> Path:
     return install(wheel, tmp_path_factory.mktemp('site'))
 
 
-def run_installed(installed: Path, folder: Path, program: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, 'PYTHONPATH': str(installed), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(
-        [sys.executable, '-c', program, installed],
-        cwd=folder,
-        env=env,
-        text=True,
-        capture_output=True,
-    )
+def run_installed(installed: Path, folder: Path, program: str, last: str) -> None:
+    """Run a program with the package of a folder; ``last`` is what it prints at its end."""
+    done = run_python('-c', BEGIN + program, installed, folder=folder, PYTHONPATH=str(installed))
+    assert done.stdout.strip().endswith(last), done.stdout + done.stderr[-3000:]
 
 
 def test_config_of_the_installed_wheel_is_found_by_name(installed, tmp_path):
-    done = run_installed(installed, tmp_path, PROGRAM)
-    assert done.stdout.strip().endswith('whole'), done.stderr[-3000:]
+    run_installed(installed, tmp_path, PROGRAM, 'whole')
 
 
-def test_inferencers_take_configs_and_weights(installed, tmp_path):
-    shown = [
-        block
-        for block in blocks(ROOT / 'docs/custom_projects.md', 'python')
-        if 'Inferencer' in block
-    ]
+def test_inferencers_take_configs_and_weights(
+    installed, random_detector, random_segmentor, tmp_path
+):
+    shutil.copy(random_detector, tmp_path / 'detector.pth')
+    shutil.copy(random_segmentor, tmp_path / 'segmentor.pth')
+    image = np.random.default_rng(0).integers(256, size=(70, 90, 3))
+    cv2.imwrite(str(tmp_path / 'photo.jpg'), image)
+    page = ROOT / 'docs/custom_projects.md'
+    shown = [block for block in blocks(page, 'python') if 'Inferencer' in block]
     assert len(shown) == 2
-    program = '\n'.join([INFERENCERS, *shown, CHECKS])
+    program = '\n'.join([*shown, CHECKS])
     for full, small in (
         ('mask_rcnn/cf_s_1x', 'demo/mask_rcnn_shapes'),
         ('upernet/cf_s_160k', 'demo/upernet_shapes'),
     ):
         program = program.replace(full, small)
-    done = run_installed(installed, tmp_path, program)
-    assert done.stdout.strip().endswith('refused'), done.stdout + done.stderr[-3000:]
+    run_installed(installed, tmp_path, program, 'refused')
     assert not (tmp_path / 'marker').exists()
     written = {
         path.relative_to(tmp_path / 'predictions').as_posix()
