@@ -179,16 +179,16 @@ def with_buffers(state: dict, buffers) -> OrderedDict:
     )
 
 
-def imagenet_file(backbone, buffers) -> dict:
-    """A file as the authors' main.py saves it; the last channels depend on the architecture."""
+def imagenet_file(backbone, buffers, classes: int = 1000) -> dict:
+    """A file as the authors' main.py saves it, with a norm and a linear layer that matter."""
     state = with_buffers(backbone.state_dict(), buffers)
     channels = backbone.out_channels[-1]
     state.update(
         {
-            'norm.weight': torch.ones(channels),
-            'norm.bias': torch.zeros(channels),
-            'head.weight': torch.zeros(1000, channels),
-            'head.bias': torch.zeros(1000),
+            'norm.weight': 1 + 0.1 * torch.randn(channels),
+            'norm.bias': 0.1 * torch.randn(channels),
+            'head.weight': 0.2 * torch.randn(classes, channels),
+            'head.bias': torch.randn(classes),
         }
     )
     optimizer = torch.optim.AdamW(backbone.parameters())

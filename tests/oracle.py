@@ -61,6 +61,12 @@ def plain_features(
     return tuple(features)
 
 
+def plain_logits(weights: Weights, feature: Tensor) -> Tensor:
+    """Logits (B, classes) of the authors' classifier for the last feature (B, C, H, W)."""
+    tokens = rearrange(feature, 'b c h w -> b (h w) c')
+    return linear(weights, 'head', layer_norm(weights, 'norm', tokens).mean(dim=1))
+
+
 def embed(weights: Weights, name: str, x: Tensor) -> Tensor:
     """Cross-scale embedding: (B, C, H, W) to (B, H / stride, W / stride, C'), zeros at the end."""
     stride = weights[f'{name}.0.weight'].shape[-1]  # that of the first kernel

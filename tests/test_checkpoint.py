@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,75 +14,52 @@ from mmengine.logging import HistoryBuffer, MMLogger
 
 from crossformer_mm import CrossFormer
 
+from .authors import imagenet_file, later
 from .conftest import SMALL
+from .helpers import pretrained
 
 
-def plain(state):
-    return state
+def plain(donor):
+    return donor.state_dict()
 
 
-def imagenet(state):
-    """Return a checkpoint as the authors' classification code saves it."""
-    buffers = {
-        'layers.0.blocks.0.attn.biases': torch.zeros(169, 2),
-        'layers.0.blocks.0.attn.relative_position_index': torch.zeros(49, 49).long(),
-        'layers.0.blocks.0.attn_mask': torch.zeros(64, 49, 49),
-    }
-    head = {
-        'norm.weight': torch.ones(256),
-        'norm.bias': torch.zeros(256),
-        'head.weight': torch.zeros(1000, 256),
-        'head.bias': torch.zeros(1000),
-    }
-    return dict(
-        model={**state, **buffers, **head},
-        epoch=300,
-        max_accuracy=82.5,
-        optimizer=dict(state={0: dict(exp_avg=torch.zeros(3))}, param_groups=[]),
-        lr_scheduler=dict(t_in_epochs=False),
-        config=None,
-    )
+def imagenet(donor):
+    return imagenet_file(donor, later)
 
 
-def detector(state):
+def detector(donor):
     """Return a checkpoint as MMDetection and MMSegmentation before mmengine save it."""
+    state = {f'backbone.{key}': value for key, value in donor.state_dict().items()}
     head = {
         'neck.lateral_convs.0.conv.weight': torch.zeros(8, 32, 1, 1),
         'bbox_head.norm.weight': torch.ones(3),
         'decode_head.conv_seg.bias': torch.zeros(150),
     }
-    return dict(
-        state_dict={**{f'backbone.{key}': value for key, value in state.items()}, **head},
-        meta=dict(mmdet_version='2.8.0', CLASSES=('person', 'bicycle')),
-        optimizer={},
-    )
+    meta = dict(mmdet_version='2.8.0', CLASSES=('person', 'bicycle'))
+    return dict(state_dict={**state, **head}, meta=meta, optimizer={})
 
 
-def runner(state):
+def runner(donor):
     """Return a checkpoint as mmengine's Runner saves it: its training log is objects."""
-    return dict(
-        detector(state),
-        message_hub=dict(
-            log_scalars=dict(loss=HistoryBuffer([1.0, 2.0], [1, 1])),
-            accuracy=np.float64(0.5),
-            runtime_info=dict(curve=np.ones(3)),
-        ),
+    message_hub = dict(
+        log_scalars=dict(loss=HistoryBuffer([1.0, 2.0], [1, 1])),
+        accuracy=np.float64(0.5),
+        runtime_info=dict(curve=np.ones(3)),
     )
+    return dict(detector(donor), message_hub=message_hub)
 
 
-def parallel(state):
-    return dict(state_dict={f'module.{key}': value for key, value in state.items()})
+def parallel(donor):
+    return dict(state_dict={f'module.{key}': value for key, value in donor.state_dict().items()})
 
 
-def timm(state):
+def timm(donor):
     """Return a checkpoint as timm's train.py saves it: its arguments are an object."""
-    other = {f'backbone.{key}': torch.zeros_like(value) for key, value in state.items()}
-    return dict(
-        detector(state),
-        state_dict=other,
-        state_dict_ema=detector(state)['state_dict'],  # averaged weights, which timm prefers
-        args=argparse.Namespace(model='crossformer_small', opt_betas=(0.9, 0.99), lr=None),
-    )
+    content = detector(donor)
+    averaged = content.pop('state_dict')  # which timm prefers
+    state = {key: torch.zeros_like(value) for key, value in averaged.items()}
+    args = argparse.Namespace(model='crossformer_small', opt_betas=(0.9, 0.99), lr=None)
+    return dict(content, state_dict=state, state_dict_ema=averaged, args=args)
 
 
 @pytest.fixture
@@ -91,20 +69,15 @@ def donor(small):
 
 @pytest.fixture
 def save(tmp_path):
-    def to_file(content, name='weights.pth', **options) -> str:
-        path = tmp_path / name
-        torch.save(content, path, **options)
-        return str(path)
+    def to_file(content, **options) -> str:
+        torch.save(content, tmp_path / 'weights.pth', **options)
+        return str(tmp_path / 'weights.pth')
 
     return to_file
 
 
-def pretrained(path, arch=SMALL, **options):
-    """A backbone that has loaded a file, or failed to."""
-    init_cfg = dict(type='Pretrained', checkpoint=path, **options.pop('init_cfg', {}))
-    backbone = CrossFormer(arch, init_cfg=init_cfg, **options)
-    backbone.init_weights()
-    return backbone
+def loaded(path, **options) -> CrossFormer:
+    return pretrained(path, SMALL, **options)
 
 
 def assert_holds(backbone, reference, but=()):
@@ -117,13 +90,13 @@ def assert_holds(backbone, reference, but=()):
 @pytest.mark.parametrize('old_format', [False, True])
 @pytest.mark.parametrize('layout', [plain, imagenet, detector, runner, parallel, timm])
 def test_every_layout_of_file_gives_its_backbone(donor, save, layout, old_format):
-    path = save(layout(donor.state_dict()), _use_new_zipfile_serialization=not old_format)
-    assert_holds(pretrained(path), donor)
+    path = save(layout(donor), _use_new_zipfile_serialization=not old_format)
+    assert_holds(loaded(path), donor)
 
 
 @pytest.mark.parametrize('layout', [plain, imagenet, detector])
 def test_output_norms_start_fresh(donor, save, layout):
-    backbone = pretrained(save(layout(donor.state_dict())), out_norm=True)
+    backbone = loaded(save(layout(donor)), out_norm=True)
     norms = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
     assert_holds(backbone, donor, but=norms)
     fresh = [value for key, value in backbone.state_dict().items() if key.startswith(norms)]
@@ -133,13 +106,13 @@ def test_output_norms_start_fresh(donor, save, layout):
 def test_output_norms_of_a_file_are_loaded(small, save):
     donor = small(out_norm=True)
     path = save(donor.state_dict())
-    assert_holds(pretrained(path, out_norm=True), donor)
-    assert_holds(pretrained(path, out_norm=True, out_indices=(1, 2)), donor)
+    assert_holds(loaded(path, out_norm=True), donor)
+    assert_holds(loaded(path, out_norm=True, out_indices=(1, 2)), donor)
 
 
 @pytest.mark.parametrize('layout', [plain, imagenet, detector])
 def test_stages_that_are_not_built_are_left_out(donor, save, layout):
-    backbone = pretrained(save(layout(donor.state_dict())), out_indices=(0, 1))
+    backbone = loaded(save(layout(donor)), out_indices=(0, 1))
     assert len(backbone.layers) == 2
     assert_holds(backbone, donor)
 
@@ -148,18 +121,19 @@ def test_stages_that_are_not_built_are_left_out(donor, save, layout):
 def test_prefix_says_where_the_backbone_is(donor, save, prefix):
     state = {f'encoder.trunk.{key}': value for key, value in donor.state_dict().items()}
     path = save(dict(state_dict=dict(state, **{'head.fc.bias': torch.ones(2)})))
-    assert_holds(pretrained(path, init_cfg=dict(prefix=prefix)), donor)
+    assert_holds(loaded(path, prefix=prefix), donor)
 
 
 def test_frozen_stages_are_loaded_too(donor, save):
-    assert_holds(pretrained(save(donor.state_dict()), frozen_stages=2), donor)
+    assert_holds(loaded(save(donor.state_dict()), frozen_stages=2), donor)
 
 
 def test_no_checkpoint_warns_and_starts_from_random_weights(caplog):
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)  # it does not propagate to where caplog listens
+    backbone = CrossFormer(SMALL, init_cfg=dict(type='Pretrained', checkpoint=None))
     try:
-        backbone = pretrained(None)
+        backbone.init_weights()
     finally:
         logger.removeHandler(caplog.handler)
     assert not backbone.layers[0].blocks[0].mlp.fc1.bias.any()
@@ -187,7 +161,7 @@ def refused(path, sentence, kind=ValueError, **options):
 
 
 def test_weights_of_another_architecture_are_refused(small, donor, save):
-    path = save(imagenet(donor.state_dict()))
+    path = save(imagenet(donor))
     refused(path, 'of another shape', arch=dict(SMALL, embed_dims=16))
     refused(path, r'missing layers\.0\.blocks\.1', arch=dict(SMALL, depths=(2, 2, 4, 2)))
     refused(path, r'unexpected layers\.2\.blocks\.3', arch=dict(SMALL, depths=(1, 2, 3, 2)))
@@ -240,31 +214,28 @@ class Payload:
         return self.call
 
 
-def payloads(marker):
-    return {
-        'open': Payload(open, marker, 'w'),
-        'system': Payload(os.system, f'touch {marker}'),
-        'eval': Payload(eval, f'open({marker!r}, "w").close()'),
-        'mkdir': Payload(os.mkdir, marker),
-        # stand-ins are for getattr too: through it, nothing may be reached
-        'getattr': Payload(getattr, Payload(open, marker, 'w'), 'close'),
-    }
+PAYLOADS = {
+    'open': lambda marker: Payload(open, marker, 'w'),
+    'system': lambda marker: Payload(os.system, f'touch {marker}'),
+    'eval': lambda marker: Payload(eval, f'open({marker!r}, "w").close()'),
+    'mkdir': lambda marker: Payload(os.mkdir, marker),
+    # stand-ins are for getattr too: through it, nothing may be reached
+    'getattr': lambda marker: Payload(getattr, Payload(open, marker, 'w'), 'close'),
+}
 
 
-@pytest.mark.parametrize('kind', payloads(''))
+@pytest.mark.parametrize('kind', PAYLOADS)
 @pytest.mark.parametrize('way', ['zip', 'old', 'pickle'])
 def test_code_in_a_file_is_refused_and_not_run(donor, tmp_path, save, kind, way):
     marker = str(tmp_path / 'marker')
-    content = dict(imagenet(donor.state_dict()), config=payloads(marker)[kind])
+    content = dict(imagenet(donor), config=PAYLOADS[kind](marker))
     if way == 'pickle':
         path = str(tmp_path / 'weights.pth')
-        with open(path, 'wb') as file:
-            pickle.dump(content, file, protocol=2)
+        Path(path).write_bytes(pickle.dumps(content, protocol=2))
     else:
         path = save(content, _use_new_zipfile_serialization=way == 'zip')
     refused(path, r'could not be read: it holds [\w.]+, which is no plain data and was not run')
     assert not os.path.exists(marker)
-    if way == 'zip':
-        with open(path, 'rb'):  # and the payload is real: reading it carelessly sets it off
-            torch.load(path, weights_only=False)
+    if way == 'zip':  # and the payload is real: reading it carelessly sets it off
+        torch.load(path, weights_only=False)
         assert os.path.exists(marker)

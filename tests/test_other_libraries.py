@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict
@@ -20,9 +19,11 @@ import torch
 from crossformer_mm import ARCHITECTURES, CrossFormer
 from crossformer_mm.checkpoint import read_checkpoint
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / 'docs' / 'other_libraries.md').read_text(encoding='utf-8')
-RECIPES = re.findall(r'^```python\n(.*?)^```', PAGE, flags=re.DOTALL | re.MULTILINE)
+from .authors import imagenet_file, no_buffers
+from .helpers import ROOT, assert_same, blocks, pretrained, run_python
+
+FILE = ROOT / 'docs' / 'other_libraries.md'
+PAGE, RECIPES = FILE.read_text(encoding='utf-8'), blocks(FILE, 'python')
 TINY = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), drop_path_rate=0.0)
 
 
@@ -47,13 +48,10 @@ def test_each_recipe_has_20_lines_at_most():
 def weights(tmp_path, monkeypatch, small) -> Dict[str, torch.Tensor]:
     """Weights of 'crossformer-s.pth' in the working folder, and architecture s as small as they."""
     monkeypatch.setitem(ARCHITECTURES, 's', dict(TINY, cooling=False))
-    state = dict(small('s').state_dict())
-    ends = {f'{part}.{kind}': size for part, size in (('norm', (128,)), ('head', (1000, 128)))
-            for kind, size in (('weight', size), ('bias', size[:1]))}  # fmt: skip
-    content = {**state, **{key: torch.randn(size) for key, size in ends.items()}}
-    torch.save(dict(model=content), tmp_path / 'crossformer-s.pth')
+    backbone = small('s')
+    torch.save(imagenet_file(backbone, no_buffers), tmp_path / 'crossformer-s.pth')
     monkeypatch.chdir(tmp_path)
-    return state
+    return backbone.state_dict()
 
 
 def run(text: str, *changes: tuple) -> dict:
@@ -111,11 +109,10 @@ def test_train_py_of_timm(weights, tmp_path):
     smaller += ' --workers 0 --no-prefetcher --output out --experiment it'
     done = start(Path(source) / 'train.py', *words, *smaller.split())
     assert not done.returncode, done.stderr[-3000:]
-    checkpoint = read_checkpoint(str(tmp_path / 'out/it/last.pth.tar'))
+    checkpoint = read_checkpoint('out/it/last.pth.tar')
     assert checkpoint['args'].model == 'crossformer_small'
     assert {'state_dict', 'state_dict_ema'} < checkpoint.keys()
-    backbone = CrossFormer('s', init_cfg=dict(type='Pretrained', checkpoint='out/it/last.pth.tar'))
-    backbone.init_weights()
+    pretrained('out/it/last.pth.tar')
 
 
 @pytest.mark.parametrize('kind', ['Unet', 'FPN', 'UPerNet', 'Segformer'])
@@ -176,9 +173,7 @@ def test_wrapped_classifier_of_transformers(weights):
     text = recipe('TimmWrapperConfig(')
     names = run(text)
     check_trained(names)
-    state, again = (names[name].state_dict() for name in ('model', 'again'))
-    assert state.keys() == again.keys()
-    assert all(torch.equal(value, again[key]) for key, value in state.items())
+    assert_same(names['again'].state_dict(), names['model'].state_dict())
     image = torch.rand(1, 3, 65, 97)
     # Up to the last bit: the second model's weights are aligned otherwise in memory.
     logits = (names[name].eval()(image).logits for name in ('model', 'again'))
@@ -218,27 +213,22 @@ def write_image(path: Path) -> None:
 
 def start(*command) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    env = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env=env, capture_output=True, text=True
-    )
+    return run_python(*command, folder=Path.cwd(), PYTHONPATH=path)
 
 
 def train(library: str, text: str, *settings: str) -> None:
     """Train a recipe's config for an epoch by its library's own tool."""
     (name,) = re.findall(rf'^python {library}/tools/train.py (\w+\.py)$', PAGE, re.MULTILINE)
     assert f'Save as `{name}`' in PAGE
-    arch = {key: value for key, value in TINY.items()}
-    text = text.replace("arch='s'", f'arch={arch}')
+    text = text.replace("arch='s'", f'arch={TINY}')
     Path(name).write_text(text.replace('[96, 192, 384, 768]', '[16, 32, 64, 128]'))
-    loaders = [
-        f'{loader}_dataloader.{setting}'
-        for loader in ('train', 'val')
-        for setting in ('num_workers=0', 'persistent_workers=False')
-    ]
+    shorter = '--work-dir work --cfg-options train_cfg.max_epochs=1'
+    for loader in ('train', 'val'):
+        shorter += (
+            f' {loader}_dataloader.num_workers=0 {loader}_dataloader.persistent_workers=False'
+        )
     tool = Path(find_spec(library).origin).parent / '.mim/tools/train.py'
-    settings = ('train_cfg.max_epochs=1', *loaders, *settings)
-    done = start(tool, name, '--work-dir', 'work', '--cfg-options', *settings)
+    done = start(tool, name, *shorter.split(), *settings)
     assert not done.returncode, done.stderr[-3000:]
     assert "Loaded backbone weights from 'crossformer-s.pth'" in done.stdout + done.stderr
     assert Path('work/epoch_1.pth').is_file()

@@ -4,6 +4,7 @@ The models are those of the installed packages' own configs; what a user changes
 into them is what this file changes: the backbone, and the channels of whatever takes its features.
 """
 
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,44 +23,31 @@ TINY = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
 SHAPES = [(97, 131), (120, 86)]
 
 # Box heads, then instance heads.
-DETECTORS = [
-    'faster_rcnn/faster-rcnn_r50_fpn_1x_coco',
-    'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco',
-    'pafpn/faster-rcnn_r50_pafpn_1x_coco',
-    'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco',
-    'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco',
-    'atss/atss_r50_fpn_1x_coco',
-    'gfl/gfl_r50_fpn_1x_coco',
-    'vfnet/vfnet_r50_fpn_1x_coco',
-    'centernet/centernet-update_r50-caffe_fpn_ms-1x_coco',
-    'reppoints/reppoints-moment_r50_fpn_1x_coco',
-    'yolof/yolof_r50-c5_8xb8-1x_coco',
-    'yolox/yolox_tiny_8xb8-300e_coco',
-    'detr/detr_r50_8xb2-150e_coco',
-    'conditional_detr/conditional-detr_r50_8xb2-50e_coco',
-    'dab_detr/dab-detr_r50_8xb2-50e_coco',
-    'deformable_detr/deformable-detr_r50_16xb2-50e_coco',
-    'dino/dino-4scale_r50_8xb2-12e_coco',
-]
-INSTANCE_DETECTORS = [
-    'solov2/solov2-light_r50_fpn_ms-3x_coco',
-    'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance',
-    'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco',
-    'mask2former/mask2former_r50_8xb2-lsj-50e_coco',
-]
-SEGMENTORS = [
-    'fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512',
-    'pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512',
-    'deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512',
-    'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512',
-    'isanet/isanet_r50-d8_4xb4-80k_ade20k-512x512',
-    'ocrnet/ocrnet_hr18_4xb4-80k_ade20k-512x512',
-    'point_rend/pointrend_r50_4xb4-160k_ade20k-512x512',
-    'knet/knet-s3_r50-d8_deeplabv3_8xb2-adamw-80k_ade20k-512x512',
-    'segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512',
-    'maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512',
-    'mask2former/mask2former_r50_8xb2-160k_ade20k-512x512',
-]
+DETECTORS = '''
+    faster_rcnn/faster-rcnn_r50_fpn_1x_coco cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco
+    pafpn/faster-rcnn_r50_pafpn_1x_coco sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco
+    fcos/fcos_r50-caffe_fpn_gn-head_1x_coco atss/atss_r50_fpn_1x_coco gfl/gfl_r50_fpn_1x_coco
+    vfnet/vfnet_r50_fpn_1x_coco centernet/centernet-update_r50-caffe_fpn_ms-1x_coco
+    reppoints/reppoints-moment_r50_fpn_1x_coco yolof/yolof_r50-c5_8xb8-1x_coco
+    yolox/yolox_tiny_8xb8-300e_coco detr/detr_r50_8xb2-150e_coco
+    conditional_detr/conditional-detr_r50_8xb2-50e_coco dab_detr/dab-detr_r50_8xb2-50e_coco
+    deformable_detr/deformable-detr_r50_16xb2-50e_coco dino/dino-4scale_r50_8xb2-12e_coco
+'''.split()
+INSTANCE_DETECTORS = '''
+    solov2/solov2-light_r50_fpn_ms-3x_coco condinst/condinst_r50_fpn_ms-poly-90k_coco_instance
+    rtmdet/rtmdet-ins_tiny_8xb32-300e_coco mask2former/mask2former_r50_8xb2-lsj-50e_coco
+'''.split()
+SEGMENTORS = '''
+    fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512 pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512
+    deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512
+    segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512
+    isanet/isanet_r50-d8_4xb4-80k_ade20k-512x512 ocrnet/ocrnet_hr18_4xb4-80k_ade20k-512x512
+    point_rend/pointrend_r50_4xb4-160k_ade20k-512x512
+    knet/knet-s3_r50-d8_deeplabv3_8xb2-adamw-80k_ade20k-512x512
+    segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512
+    maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512
+    mask2former/mask2former_r50_8xb2-160k_ade20k-512x512
+'''.split()
 
 
 def name_of(config: str) -> str:
@@ -116,10 +104,9 @@ def put_in(model: dict, backbone: dict) -> None:
 
 def lighten(model: dict) -> None:
     """Take out what costs time or needs several processes and has nothing to do with features."""
+    mosts = dict(num_queries=20, num_proposals=20, num_points=400, max_per_img=20, nms_pre=100)
     for node in dicts_in(model):
-        for key, most in dict(
-            num_queries=20, num_proposals=20, num_points=400, max_per_img=20, nms_pre=100
-        ).items():
+        for key, most in mosts.items():
             if isinstance(node.get(key), int):
                 node[key] = min(node[key], most)
         for key in ('score_thr', 'mask_thr', 'filter_thr'):  # which untrained heads rarely reach
@@ -132,15 +119,19 @@ def lighten(model: dict) -> None:
         preprocessor.pop('size', None)
         preprocessor.update(size_divisor=32)
     else:
-        for key, value in dict(pad_size_divisor=32, pad_mask=True).items():
-            preprocessor.setdefault(key, value)  # not said where all images would have one size
+        # not said where all images would have one size
+        preprocessor.setdefault('pad_size_divisor', 32)
+        preprocessor.setdefault('pad_mask', True)
 
 
 @pytest.fixture
 def build():
-    """Builds the model of a package's config with a tiny CrossFormer for its backbone."""
+    """Builds the model of a package's config with a tiny CrossFormer for its backbone; for the rest
+    of the test modules are looked up in that package."""
+    scopes = ExitStack()
 
     def model_of(package: str, name: str) -> torch.nn.Module:
+        scopes.enter_context(DefaultScope.overwrite_default_scope(package))
         cfg = config_of(package, name).model
         put_in(cfg, dict(type='CrossFormer', arch=TINY))
         lighten(cfg)
@@ -149,14 +140,8 @@ def build():
         assert isinstance(model.backbone, CrossFormer)
         return model
 
-    return model_of
-
-
-@pytest.fixture
-def scope(request):
-    """Modules are looked up in the package under test, and where they were before afterwards."""
-    with DefaultScope.overwrite_default_scope(request.param):
-        yield
+    with scopes:
+        yield model_of
 
 
 def check_training(model: torch.nn.Module, batch: dict) -> None:
@@ -190,9 +175,8 @@ def predict(model: torch.nn.Module, batch: dict) -> list:
 def detection_batch(with_mask: bool) -> dict:
     from mmdet.testing import demo_mm_inputs
 
-    batch = demo_mm_inputs(
-        2, [(3, *shape) for shape in SHAPES], num_items=[3, 5], with_mask=with_mask
-    )
+    images = [(3, *shape) for shape in SHAPES]
+    batch = demo_mm_inputs(2, images, num_items=[3, 5], with_mask=with_mask)
     for sample in batch['data_samples']:
         sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))  # as its shapes say
     return batch
@@ -210,9 +194,8 @@ def segmentation_batch() -> dict:
     return dict(inputs=images, data_samples=samples)
 
 
-@pytest.mark.parametrize('scope', ['mmdet'], indirect=True)
 @pytest.mark.parametrize('config', DETECTORS + INSTANCE_DETECTORS, ids=name_of)
-def test_detector_trains_and_predicts(config, build, scope):
+def test_detector_trains_and_predicts(config, build):
     with_mask = config in INSTANCE_DETECTORS
     model = build('mmdet', config)
     check_training(model, detection_batch(with_mask))
@@ -228,9 +211,8 @@ def test_detector_trains_and_predicts(config, build, scope):
             assert found.masks.shape == (len(found), *sample.ori_shape)
 
 
-@pytest.mark.parametrize('scope', ['mmseg'], indirect=True)
 @pytest.mark.parametrize('config', SEGMENTORS, ids=name_of)
-def test_segmentor_trains_and_predicts(config, build, scope):
+def test_segmentor_trains_and_predicts(config, build):
     model = build('mmseg', config)
     check_training(model, segmentation_batch())
     for sample in predict(model, segmentation_batch()):

@@ -43,12 +43,9 @@ def small_run(config: str, data: Path, work: Path) -> Runner:
         loader.update(num_workers=0, persistent_workers=False)
         shrink(innermost(loader.dataset).pipeline)
     shrink(cfg.model)
-    if 'max_epochs' in cfg.train_cfg:
-        cfg.train_cfg.max_epochs = 1
-        cfg.train_dataloader.batch_size = 2  # both images: one step is an epoch
-    else:
-        cfg.train_cfg.max_iters = 1
-    cfg.train_cfg.val_interval = 10
+    cfg.train_dataloader.batch_size = 2  # both images: one step is an epoch
+    length = 'max_epochs' if 'max_epochs' in cfg.train_cfg else 'max_iters'
+    cfg.train_cfg.update({length: 1}, val_interval=10)
     cfg.default_hooks.checkpoint = None  # up to 1.5 GB each, and not what is asked here
     cfg.default_hooks.logger.interval = 1
     # The warm-up's first step changes a weight by less than its rounding.
@@ -60,26 +57,17 @@ def small_run(config: str, data: Path, work: Path) -> Runner:
 @pytest.mark.parametrize('config', ZOO)
 def test_trains_a_step_and_tests(config, zoo_data, tmp_path):
     runner = small_run(config, zoo_data, tmp_path)
-    trained = [
-        weight
-        for weight in runner.model.backbone.parameters()
-        if weight.requires_grad and weight.dim() > 1
-    ]
-    first, last = trained[0], trained[-1]
+    weights = runner.model.backbone.parameters()
+    first, *_, last = (one for one in weights if one.requires_grad and one.dim() > 1)
     before = [weight.detach().clone() for weight in (first, last)]
     runner.train()
-    losses = {
-        key: log.current() for key, log in runner.message_hub.log_scalars.items() if 'loss' in key
-    }
+    scalars = runner.message_hub.log_scalars
+    losses = {key: log.current() for key, log in scalars.items() if 'loss' in key}
     assert len(losses) > 1 and all(np.isfinite(loss) for loss in losses.values()), losses
     for old, new in zip(before, (first, last)):
         assert not torch.equal(old, new) and new.isfinite().all()
 
     metrics = runner.test()
-    expected = {
-        'retinanet': {'coco/bbox_mAP'},
-        'mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
-        'cascade_mask_rcnn': {'coco/bbox_mAP', 'coco/segm_mAP'},
-    }
-    expected = expected.get(config.split('/')[0], {'mIoU', 'aAcc'})
-    assert expected <= metrics.keys(), metrics
+    boxes, masks = {'coco/bbox_mAP'}, {'coco/bbox_mAP', 'coco/segm_mAP'}
+    expected = dict(retinanet=boxes, mask_rcnn=masks, cascade_mask_rcnn=masks)
+    assert expected.get(config.split('/')[0], {'mIoU', 'aAcc'}) <= metrics.keys(), metrics
