@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ..helpers import ROOT, load_script
+from ..helpers import ROOT, load_script, read_json
 
 FOLDER = ROOT / 'benchmarks'
 MODULE = '''
@@ -23,6 +23,11 @@ def start(case):
 def common(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     return load_script(FOLDER / 'common.py')
+
+
+@pytest.fixture
+def backbone(common):
+    return load_script(FOLDER / 'backbone.py')
 
 
 @pytest.fixture
@@ -66,9 +71,9 @@ def test_sizes_are_read_as_height_and_width(common):
             common.size_of(text)
 
 
-def test_the_parts_of_a_step_are_timed_on_the_ways_that_are_measured(common, small):
+def test_the_parts_of_a_step_are_timed_on_the_ways_that_are_measured(backbone, small):
     """Hooks of linear layers would turn their faster ways off."""
-    backbone, hooked, model = load_script(FOLDER / 'backbone.py'), [], small()
+    hooked, model = [], small()
 
     def step() -> float:
         hooked.extend(m for m in model.modules() if isinstance(m, nn.Linear) and m._forward_hooks)
@@ -77,29 +82,28 @@ def test_the_parts_of_a_step_are_timed_on_the_ways_that_are_measured(common, sma
         return time.perf_counter() - start
 
     parts = backbone.time_of_parts(model, step)
-    assert set(parts) == {
-        'embedding and merging',
-        'LayerNorm',
-        'projections (q k v, out)',
-        'position bias',
-        'attention in groups',
-        'MLP',
-        'rest',
-    }
+    attention = {'projections (q k v, out)', 'position bias', 'attention in groups'}
+    assert parts.keys() == {'embedding and merging', 'LayerNorm', *attention, 'MLP', 'rest'}
     assert min(parts.values()) > 0 and not hooked
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize('machine', ['amd-zen4', 'amd-zen4-avx2'])
-def test_kept_results_give_the_kept_tables(common, machine):
-    folder = FOLDER / 'cpu' / machine
-    backbone = load_script(FOLDER / 'backbone.py')
-    record = json.loads((folder / 'results.json').read_text())
-    assert backbone.table_of(record) == (folder / 'table.md').read_text()
+@pytest.mark.parametrize(
+    'script, folder',
+    [
+        ('backbone', 'cpu/amd-zen4'),
+        ('backbone', 'cpu/amd-zen4-avx2'),
+        ('deployment', 'deployment/amd-zen3'),
+        ('deployment', 'deployment/amd-zen4'),
+    ],
+)
+def test_kept_results_give_the_kept_tables(common, script, folder):
+    record = read_json(FOLDER / folder / 'results.json')
+    table = load_script(FOLDER / f'{script}.py').table_of(record)
+    assert table == (FOLDER / folder / 'table.md').read_text()
 
 
-def test_a_line_joins_single_images_of_several_sizes(common):
-    backbone = load_script(FOLDER / 'backbone.py')
+def test_a_line_joins_single_images_of_several_sizes(backbone):
     kind = dict(model='swin_t', mode='infer', dtype='float32')
     cases = [(10, 1), (10, 16), (20, 1)]
     results = [dict(kind, size=[side, 5], batch=batch, median=side) for side, batch in cases]
@@ -107,28 +111,18 @@ def test_a_line_joins_single_images_of_several_sizes(common):
     assert lines == [('swin_t', 'infer', 'float32', [(50, 10), (100, 20)])]
 
 
-def test_ratios_are_to_models_of_the_same_run(common):
+def test_ratios_are_to_models_of_the_same_run(backbone):
     """A run on a busy machine takes longer, its ratios do not; a run without the other has none."""
-    backbone = load_script(FOLDER / 'backbone.py')
     ours = [dict(run=run, median=time) for run, time in enumerate((1, 10, 3, 7))]
     other = [dict(run=run, median=time) for run, time in enumerate((2, 20, 2))]
     ratios = backbone.ratios(ours, other, 'median')
     assert backbone.over_runs(ratios) == '0.50 (0.50 to 1.50)'
 
 
-def test_a_run_is_added_to_those_of_the_same_machine_only(common, tmp_path, monkeypatch):
-    backbone = load_script(FOLDER / 'backbone.py')
+def test_a_run_is_added_to_those_of_the_same_machine_only(backbone, tmp_path, monkeypatch):
     earlier = json.dumps(dict(machine='another', commands=[], rates=[], results=[]))
     (tmp_path / 'results.json').write_text(earlier)
     monkeypatch.setattr('sys.argv', ['backbone.py', '--out', str(tmp_path), '--add'])
     with pytest.raises(SystemExit, match='is of another; this is'):
         backbone.main()
     assert (tmp_path / 'results.json').read_text() == earlier
-
-
-@pytest.mark.parametrize('processor', ['amd-zen3', 'amd-zen4'])
-def test_kept_results_of_deployment_give_the_kept_table(common, processor):
-    folder = FOLDER / 'deployment' / processor
-    deployment = load_script(FOLDER / 'deployment.py')
-    record = json.loads((folder / 'results.json').read_text())
-    assert deployment.table_of(record) == (folder / 'table.md').read_text()

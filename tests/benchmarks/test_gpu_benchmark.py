@@ -1,11 +1,9 @@
 """The script that measures on a GPU runs to its end, even where little is installed."""
 
-import json
 import math
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ from crossformer_mm.compat import missing_torch
 from crossformer_mm.grouping import AxisRule
 from crossformer_mm.kernels import fused, plain
 
-from ..helpers import ROOT, needs_interpreter, needs_torch
+from ..helpers import ROOT, needs_interpreter, needs_torch, read_json, run_python
 
 needs_its_triton = needs_torch('2.4', 'the Triton that has all that the kernels use')
 SCRIPT = ROOT / 'benchmarks/gpu.py'
@@ -45,24 +43,10 @@ def script(monkeypatch):
 def test_every_section_runs_on_a_bare_machine(tmp_path):
     pytest.importorskip('triton', reason='fused attention needs the package triton')
     out = tmp_path / 'gpu.json'
-    done = subprocess.run(
-        [sys.executable, '-c', WITHOUT_OPENMMLAB, SCRIPT, '--smoke', '--out', out],
-        capture_output=True,
-        text=True,
-    )
+    done = run_python('-c', WITHOUT_OPENMMLAB, SCRIPT, '--smoke', '--out', out)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads(out.read_text())
-    sections = results['sections']
-    assert list(sections) == [
-        'compile',
-        'default',
-        'sanitizer',
-        'check',
-        'layers',
-        'models',
-        'learn',
-        'tune',
-    ]
+    sections = read_json(out)['sections']
+    assert ' '.join(sections) == 'compile default sanitizer check layers models learn tune'
     for name, section in sections.items():
         assert section['rows'] and not section['error'] and not section['failed'], name
     # What a CPU cannot do is counted, not left out.
@@ -140,14 +124,9 @@ def test_swin_of_torchvision_has_no_stochastic_depth(script, monkeypatch):
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path):
     pytest.importorskip('triton', reason='without it another sentence is given')
-    environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, '--out', tmp_path / 'gpu.json'],
-        env=environment | dict(CUDA_VISIBLE_DEVICES=''),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and not (tmp_path / 'gpu.json').exists()
+    out = tmp_path / 'gpu.json'
+    done = run_python(SCRIPT, '--out', out, TRITON_INTERPRET='', CUDA_VISIBLE_DEVICES='')
+    assert done.returncode == 1 and not out.exists()
     older = missing_torch('2.4')
     assert done.stderr.strip() == (
         f'error: benchmarks/gpu.py: {older}.'

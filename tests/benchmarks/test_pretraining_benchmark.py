@@ -1,6 +1,5 @@
 """The benchmark of pretraining runs whole at a small size."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ..helpers import ROOT, load_script
+from ..helpers import ROOT, load_script, read_json
 
 pytestmark = pytest.mark.usefixtures('own_loaders')
 
@@ -26,22 +25,10 @@ def test_a_try_of_it_leaves_figures_and_a_picture(output_of, benchmark, tmp_path
         output_of(Path(tool).name, *arguments)
 
     monkeypatch.setattr(benchmark, 'run_tool', run)  # in this process, for speed
-    monkeypatch.setattr(
-        sys,
-        'argv',
-        [
-            'pretraining.py',
-            '--smoke',
-            '--seeds',
-            '3',
-            '--out',
-            str(tmp_path),
-            '--work-dir',
-            str(tmp_path / 'work'),
-        ],
-    )
+    options = f'--smoke --seeds 3 --out {tmp_path} --work-dir {tmp_path}/work'
+    monkeypatch.setattr(sys, 'argv', ['pretraining.py', *options.split()])
     benchmark.main()
-    result = json.loads((tmp_path / 'results.json').read_text())
+    result = read_json(tmp_path / 'results.json')
     assert len(result['top1']) == 1 and result['seeds'] == [3]
     for arm in benchmark.ARMS:
         assert all(np.shape(result[arm][key]) == (1, 1) for key in benchmark.METRICS)

@@ -1,30 +1,23 @@
 """Short versions of `make soak`."""
 
-import subprocess
-import sys
-
 import torch
 
-from ..helpers import ROOT, load_script
+from ..helpers import ROOT, load_script, run_python
+
+FOLDER = ROOT / 'benchmarks'
 
 
 def test_memory_stays_flat():
     # In a process of its own, whose size is known. What one pass keeps for the next would be 1 MB
     # or more of the 400 at each; 2000 passes at larger sizes are held to 2 %.
     code = 'from soak import growth, steps; print(growth(steps(100, largest=64)))'
-    done = subprocess.run(
-        [sys.executable, '-c', code],
-        cwd=ROOT / 'benchmarks',
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    assert float(done.stdout.splitlines()[-1]) < 0.04
+    done = run_python('-c', code, folder=FOLDER)
+    assert float(done.stdout.splitlines()[-1]) < 0.04, done.stderr
 
 
 def test_what_a_kill_has_left_is_counted(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
-    soak = load_script(ROOT / 'benchmarks' / 'soak.py')
+    monkeypatch.syspath_prepend(FOLDER)
+    soak = load_script(FOLDER / 'soak.py')
     assert soak.newest(tmp_path) == 0
     for number in (1, 9, 10):
         torch.save(dict(meta=dict(iter=3 * number)), tmp_path / f'epoch_{number}.pth')
