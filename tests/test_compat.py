@@ -19,7 +19,7 @@ from crossformer_mm.checkpoint import SAFE_GLOBALS, CheckpointError, read_checkp
 from crossformer_mm.compat import define_operator, missing_torch, schema_of
 from crossformer_mm.without_torch.files import is_cut_short
 
-from .helpers import Marker
+from .helpers import Marker, assert_same
 
 
 def test_schema_is_that_of_the_annotations():
@@ -36,19 +36,21 @@ def twice(x: Tensor, factor: int) -> Tensor:
     return x * factor
 
 
+def shape(x: Tensor, factor: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 @pytest.fixture(scope='module')
 def operators():
     def keep(ctx, inputs, output) -> None:
         ctx.factor = inputs[1]
 
-    plain = define_operator('test_without_gradient', twice, lambda x, factor: torch.empty_like(x))
-    return plain, define_operator(
-        'test_with_gradient',
-        twice,
-        lambda x, factor: torch.empty_like(x),
-        setup_context=keep,
-        backward=lambda ctx, gradient: (plain(gradient, ctx.factor), None),
-    )
+    def backward(ctx, gradient) -> tuple:
+        return plain(gradient, ctx.factor), None
+
+    plain = define_operator('test_without_gradient', twice, shape)
+    differentiable = dict(setup_context=keep, backward=backward)
+    return plain, define_operator('test_with_gradient', twice, shape, **differentiable)
 
 
 def test_operator_is_the_function_with_its_gradient(operators):
@@ -110,36 +112,23 @@ def release(request, monkeypatch):
 
 @pytest.mark.parametrize('zipped', [True, False])
 def test_plain_data_is_read(release, tmp_path, zipped):
-    kept = dict(
-        state_dict={'a.weight': torch.randn(3, 2).half(), 'flag': torch.tensor(True)},
-        meta=dict(
-            classes=('one', 'two'),
-            used={1, 2},
-            dtype=torch.bfloat16,
-            raw=b'\0\xff',
-            number=np.float64(0.5),
-            array=np.arange(3),
-            device=torch.device('cpu'),
-        ),
-    )
+    state = {'a.weight': torch.randn(3, 2).half(), 'flag': torch.tensor(True)}
+    meta = dict(classes=('one', 'two'), used={1, 2}, dtype=torch.bfloat16, raw=b'\0\xff')
+    meta.update(number=np.float64(0.5), array=np.arange(3), device=torch.device('cpu'))
+    kept = dict(state_dict=state, meta=meta)
     torch.save(kept, tmp_path / 'file.pth', _use_new_zipfile_serialization=zipped)
     found = read_checkpoint(str(tmp_path / 'file.pth'))
-    assert found['meta'].pop('array').tolist() == kept['meta'].pop('array').tolist()
-    assert found['meta'] == kept['meta']
-    for key, value in kept['state_dict'].items():
-        assert found['state_dict'][key].dtype == value.dtype
-        assert found['state_dict'][key].equal(value)
+    assert_same(found['state_dict'], state)
+    assert found['meta'].pop('array').tolist() == meta.pop('array').tolist()
+    assert found['meta'] == meta
 
 
 @pytest.mark.parametrize('zipped', [True, False])
 @pytest.mark.parametrize('protocol', [2, 4])
 def test_code_is_not_run(release, tmp_path, zipped, protocol):
-    torch.save(
-        dict(state_dict={}, extra=Marker(tmp_path / 'marker')),
-        tmp_path / 'file.pth',
-        _use_new_zipfile_serialization=zipped,
-        pickle_protocol=protocol,
-    )
+    options = dict(_use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+    content = dict(state_dict={}, extra=Marker(tmp_path / 'marker'))
+    torch.save(content, tmp_path / 'file.pth', **options)
     with pytest.raises(CheckpointError, match=r'was not run|no file of plain weights'):
         read_checkpoint(str(tmp_path / 'file.pth'))
     assert not (tmp_path / 'marker').exists()

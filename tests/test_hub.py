@@ -171,17 +171,12 @@ def test_what_cannot_be_a_folder_for_a_hub_is_said(refusal_of, monkeypatch, save
     assert 'with the backbone CrossFormer' in said("model = dict(backbone=dict(type='ResNet'))")
     assert 'give the file to write, or --hub' in said(text, '--safetensors')
     assert 'give the file to write, or --hub' in said(text, 'out.pth', '--hub', 'small')
+    content['meta']['hook_msgs'] = Marker(tmp_path / 'marker')
+    assert 'was not run' in said(text)
+    assert not (tmp_path / 'marker').exists()
     monkeypatch.setattr(checkpoint_module, 'is_installed', lambda name: name != 'safetensors')
     assert 'pip install safetensors' in said(text)
     monkeypatch.undo()
     (tmp_path / 'small').mkdir()
     assert said(text) == f"'{tmp_path / 'small'}' is there already; nothing was written."
     assert {one.name for one in tmp_path.iterdir()} == {RUN, 'epoch_3.pth', 'small'}
-
-
-def test_objects_in_the_checkpoint_are_not_run(refusal_of, save, tmp_path):
-    pytest.importorskip('safetensors')
-    file = save(hook_msgs=Marker(tmp_path / 'marker'))
-    said = refusal_of('publish_model.py', file, '--hub', tmp_path / 'small')
-    assert 'was not run' in said
-    assert not (tmp_path / 'marker').exists()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import pytest
 from crossformer_mm import installed
 from crossformer_mm.installed import OLDEST, check_installed, installed_family, numbers
 
-from .helpers import ROOT
+from .helpers import ROOT, run_python
 
 COMMANDS = {
     'onedl-': "pip install --no-build-isolation 'onedl-mmengine>=0.10.12' 'onedl-mmcv>=2.3.6'",
@@ -53,10 +52,8 @@ def test_all_is_there(environment):
 @pytest.mark.parametrize('family', ['onedl-', '', None])
 def test_one_sentence_says_what_to_install(environment, package, version, family):
     versions = {**dict.fromkeys(OLDEST, '9.9.9'), package: version}
-    environment(
-        {name: value for name, value in versions.items() if value},
-        () if family is None else (f'{family}mmengine',),
-    )
+    there = {name: value for name, value in versions.items() if value}
+    environment(there, () if family is None else (f'{family}mmengine',))
     with pytest.raises(ImportError) as error:
         check_installed()
     said = str(error.value)
@@ -91,14 +88,9 @@ def test_import_ends_in_the_sentence():
         "importlib.util.find_spec = lambda name: None if name == 'mmcv' else find(name)\n"
         'import crossformer_mm'
     )
-    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True)
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .startswith(
-            'ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not installed: pip install '
-        )
-    )
+    last = run_python('-c', program).stderr.strip().splitlines()[-1]
+    assert last.startswith('ImportError: crossformer_mm needs mmcv 2.0 or newer, which is not ')
+    assert 'installed: pip install ' in last
 
 
 def test_a_package_that_a_finder_blocks_is_not_installed(monkeypatch):
@@ -121,7 +113,6 @@ def test_package_and_tools_work_without_docstrings():
         '    try: runpy.run_path(f"tools/{tool}.py", run_name="__main__")\n'
         '    except SystemExit as end: print(end.code)\n'
     )
-    command = [sys.executable, '-OO', '-W', 'ignore', '-c', program]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    done = run_python('-OO', '-W', 'ignore', '-c', program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count('0') == 2

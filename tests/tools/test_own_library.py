@@ -20,7 +20,8 @@ LIBRARY = dict(
 from mmengine import registry
 
 def own(name, parent):
-    return registry.Registry(name, parent=parent, scope='NAME', locations=['NAME.parts'])
+    here = dict(scope='corner_points', locations=['corner_points.parts'])
+    return registry.Registry(name, parent=parent, **here)
 
 MODELS = own('model', registry.MODELS)
 DATASETS = own('dataset', registry.DATASETS)
@@ -108,7 +109,7 @@ class Distance(BaseMetric):
 )
 
 CONFIG = '''
-default_scope = 'NAME'
+default_scope = 'corner_points'
 custom_imports = dict(imports=['crossformer_mm'])
 model = dict(
     type='Regression',
@@ -124,11 +125,9 @@ val_dataloader = dict(
     batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(split='val', test_mode=True, **dataset))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='Distance', topk=9)
-test_evaluator = val_evaluator
+val_evaluator = test_evaluator = dict(type='Distance', topk=9)
 train_cfg = dict(by_epoch=True, max_epochs=2)
-val_cfg = dict()
-test_cfg = dict()
+val_cfg = test_cfg = dict()
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
 randomness = dict(seed=0)
 '''
@@ -148,8 +147,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def write_config(path: Path, data: Path, name: str = 'corner_points', added: str = '') -> Path:
-    path.write_text(CONFIG.replace('NAME', name).replace('DATA', str(data)) + added)
+def write_config(path: Path, data: Path, added: str = '') -> Path:
+    path.write_text(CONFIG.replace('DATA', str(data)) + added)
     return path
 
 
@@ -159,8 +158,7 @@ def config(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('library')
     (folder / 'corner_points').mkdir()
     for module, text in LIBRARY.items():
-        file = folder / 'corner_points' / f'{module}.py'
-        file.write_text(text.replace('NAME', 'corner_points'))
+        (folder / 'corner_points' / f'{module}.py').write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield write_config(folder / 'corners.py', data)
@@ -228,34 +226,25 @@ def test_tools_that_know_results_name_the_librarys_inferencer(refusal_of, config
 
 
 @pytest.mark.parametrize(
-    'files, scope, expected',
+    'scope, source, expected',
     [
-        ({}, 'not_there', 'needs the package not_there, which is not installed.'),
-        ({}, 'mmdet3d', 'needs the package mmdet3d, which is not installed.'),
-        (
-            {'broken_lib/__init__.py': 'import a_missing_one'},
-            'broken_lib',
-            "needs broken_lib, whose import ends in ModuleNotFoundError: No module named "
-            "'a_missing_one'.",
-        ),
-        (
-            {'plain_lib/__init__.py': ''},
-            'plain_lib',
-            "has default_scope 'plain_lib', and this package has no registry of MMEngine's",
-        ),
-        ({}, None, "has default_scope None, and MMEngine itself has no model 'Regression'"),
+        ('not_there', None, 'needs the package not_there, which is not installed.'),
+        ('mmdet3d', None, 'needs the package mmdet3d, which is not installed.'),
+        ('broken', 'import gone', "import ends in ModuleNotFoundError: No module named 'gone'."),
+        ('plain', '', "and this package has no registry of MMEngine's"),
+        (None, None, "has default_scope None, and MMEngine itself has no model 'Regression'"),
     ],
 )
 def test_a_library_that_cannot_be_used_is_named(
-    refusal_of, data, monkeypatch, tmp_path, files, scope, expected
+    refusal_of, data, monkeypatch, tmp_path, scope, source, expected
 ):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(text)
+    if source is not None:
+        (tmp_path / scope).mkdir()
+        (tmp_path / scope / '__init__.py').write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = write_config(tmp_path / 'c.py', data, str(scope), f'\ndefault_scope = {scope!r}\n')
+    config = write_config(tmp_path / 'c.py', data, f'default_scope = {scope!r}\n')
     said = refusal_of('get_flops.py', config)
-    assert f"config '{config}' {expected}" in said
+    assert f"config '{config}' " in said and str(scope) in said and expected in said
 
 
 def test_models_of_mmengine_need_no_library(output_of, monkeypatch, tmp_path):
