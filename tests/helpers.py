@@ -34,6 +34,7 @@ from mmengine.visualization import Visualizer
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.compat import missing_torch, multiplies_bfloat16
+from crossformer_mm.config_parts import innermost
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_DETECTOR = 'configs/demo/mask_rcnn_shapes.py'
@@ -361,6 +362,18 @@ def shrink(part) -> None:
         part['num'] = 16
     if 'nms_pre' in part:
         part['nms_pre'] = 100
+
+
+def shorten(cfg: Config, length: int) -> None:
+    """Adapt a config to small images, and to this number of epochs or iterations."""
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        shrink(innermost(loader.dataset).pipeline)
+    shrink(cfg.model)
+    shrink(cfg.get('tta_pipeline') or [])
+    unit = 'max_epochs' if 'max_epochs' in cfg.train_cfg else 'max_iters'
+    cfg.train_cfg.update({unit: length}, val_interval=2)
 
 
 # Marks for what older PyTorch cannot do, each by the name of what it lacks

@@ -13,10 +13,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from crossformer_mm.config_parts import innermost
 from crossformer_mm.engine.config import prepare_for_cpu, replace_data_root
 
-from ..helpers import ROOT, shrink
+from ..helpers import ROOT, shorten
 
 CONFIGS = ROOT / 'configs'
 PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
@@ -38,14 +37,8 @@ def small_run(config: str, data: Path, work: Path) -> Runner:
     cfg.launcher = 'none'
     prepare_for_cpu(cfg)
     replace_data_root(cfg, str(data / ('coco' if cfg.default_scope == 'mmdet' else 'ade')))
-    for split in ('train', 'val', 'test'):
-        loader = cfg[f'{split}_dataloader']
-        loader.update(num_workers=0, persistent_workers=False)
-        shrink(innermost(loader.dataset).pipeline)
-    shrink(cfg.model)
+    shorten(cfg, length=1)
     cfg.train_dataloader.batch_size = 2  # both images: one step is an epoch
-    length = 'max_epochs' if 'max_epochs' in cfg.train_cfg else 'max_iters'
-    cfg.train_cfg.update({length: 1}, val_interval=10)
     cfg.default_hooks.checkpoint = None  # up to 1.5 GB each, and not what is asked here
     cfg.default_hooks.logger.interval = 1
     # The warm-up's first step changes a weight by less than its rounding.
