@@ -1,6 +1,7 @@
 """Shared fixtures: small backbones, fixed seeds, tools that are run in the process of the test."""
 
 import logging
+import multiprocessing
 import os
 
 import pytest
@@ -18,6 +19,7 @@ from .helpers import (  # noqa: E402
     DEMO_DETECTOR,
     DEMO_SEGMENTOR,
     add_noise,
+    end_process,
     leave_configs_unformatted,
     random_model,
     run_tool,
@@ -44,6 +46,13 @@ LONG += ('soak', 'golden', 'sweep_groups', 'loaded_images', 'output')
 def pytest_collection_modifyitems(items):
     places = {f'test_{name}': place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
+def pytest_runtest_teardown():
+    """End the tools that a test which failed has left at work."""
+    for process in multiprocessing.active_children():
+        if process.name == 'tool':
+            end_process(process.pid)
 
 
 @pytest.fixture(autouse=True)

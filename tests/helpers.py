@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import List
@@ -23,6 +24,7 @@ from unittest import mock
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 from mmengine.config import Config
@@ -115,13 +117,14 @@ def run_tool(tool: str, *arguments, folder: Path = ROOT) -> int:
 
 
 class ToolProcess:
-    """A tool at work; its output goes to ``log``, its arguments are split as :func:`run_tool` does."""
+    """A tool at work: its output goes to ``log``, its arguments are split as :func:`run_tool` does. It
+    ends with the test at the latest (``pytest_runtest_teardown``)."""
 
     def __init__(self, log: Path, *command, environment=None):
         self.log = Path(log)
         self.log.write_text('')
         arguments = (str(log), environment or {}, *words(command))
-        self.process = PROCESSES.Process(target=run_in_process, args=arguments)
+        self.process = PROCESSES.Process(name='tool', target=run_in_process, args=arguments)
         self.process.start()
 
     @property
@@ -149,6 +152,14 @@ class ToolProcess:
         """End it as a power cut does: it gets no chance to tidy up."""
         self.process.kill()
         self.process.join()
+
+
+def end_process(pid: int) -> None:
+    """Kill a process and its children, if it has not ended."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            one.kill()
 
 
 def run_in_process(log: str, environment: dict, tool: str, *arguments: str) -> None:
