@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
@@ -26,9 +27,21 @@ def change(path: Path, edit) -> None:
     path.write_text(json.dumps(content))
 
 
-def build(kind, data: Path, split: str, tmp_path: Path, skip_to: str = None):
+def edit_labels(data: Path, edit, split: str = 'training') -> Path:
+    """Change all label maps of a split; the first."""
+    paths = sorted((data / 'ade/annotations' / split).iterdir())
+    for path in paths:
+        cv2.imwrite(str(path), edit(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+    return paths[0]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+
+
+def build(kind, data: Path, split: str, skip_to: str = None):
     """The data set that the tools train on or test on."""
-    cfg = Config.fromfile(write_config(kind, tmp_path / 'config.py', data))
+    cfg = Config.fromfile(write_config(kind, data / 'config.py', data))
     init_default_scope(cfg.default_scope)
     skip = functools.partial(list_skipped, skip_to) if skip_to else None
     with explained_data(), annotations_checked(skip):
@@ -38,14 +51,14 @@ def build(kind, data: Path, split: str, tmp_path: Path, skip_to: str = None):
     return dataset
 
 
-def refusal(build_or_load) -> str:
-    """The sentence of the error."""
+def count_objects(dataset) -> int:
+    return sum(len(dataset.get_data_info(i)['instances']) for i in range(len(dataset)))
+
+
+def refusal(function, *arguments, **options) -> str:
+    """The sentence of the error that a call raises."""
     with pytest.raises(DataError) as refused:
-        build_or_load()
+        function(*arguments, **options)
     said = str(refused.value)
     assert '\n' not in said and said.endswith('.')
     return said
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])

@@ -4,134 +4,119 @@ import json
 from pathlib import Path
 
 import pytest
+from mmdet.evaluation import CocoMetric
 
 from crossformer_mm.engine.coco_checks import check_coco_metric
 
+from ..helpers import CLASSES
 from ..trainings import DETECTOR, ONE_STAGE
-from .spoilt_data import TRAIN_JSON, VAL_JSON, build, change, refusal
+from .spoilt_data import TRAIN_JSON, VAL_JSON, build, change, count_objects, refusal
 
-
-def no_segmentation(annotation):
-    del annotation['segmentation']
-
-
+ABSENT, NAN = object(), float('nan')
 FAULTS = {
-    'no segmentation': no_segmentation,
-    'empty segmentation': lambda annotation: annotation.update(segmentation=[]),
-    'segmentation null': lambda annotation: annotation.update(segmentation=None),
-    'two points': lambda annotation: annotation.update(segmentation=[[1, 1, 5, 5]]),
-    'one flat list': lambda annotation: annotation.update(segmentation=[1, 1, 5, 1, 5, 5]),
-    'NaN in a polygon': lambda annotation: annotation.update(
-        segmentation=[[1, 1, 5, 1, 5, float('nan')]]
-    ),
-    'RLE of another size': lambda annotation: annotation.update(
-        segmentation=dict(size=[9, 9], counts=[0, 81])
-    ),
-    'RLE of too few pixels': lambda annotation: annotation.update(
-        segmentation=dict(size=[48, 48], counts=[0, 9])
-    ),
-    'NaN in a box': lambda annotation: annotation['bbox'].__setitem__(2, float('nan')),
-    'box of text': lambda annotation: annotation.update(bbox=['1', '1', '5', '5']),
-    'no area': lambda annotation: annotation.pop('area'),
-    'no box': lambda annotation: annotation.pop('bbox'),
+    'no segmentation': dict(segmentation=ABSENT),
+    'empty segmentation': dict(segmentation=[]),
+    'segmentation null': dict(segmentation=None),
+    'two points': dict(segmentation=[[1, 1, 5, 5]]),
+    'one flat list': dict(segmentation=[1, 1, 5, 1, 5, 5]),
+    'NaN in a polygon': dict(segmentation=[[1, 1, 5, 1, 5, NAN]]),
+    'RLE of another size': dict(segmentation=dict(size=[9, 9], counts=[0, 81])),
+    'RLE of too few pixels': dict(segmentation=dict(size=[48, 48], counts=[0, 9])),
+    'NaN in a box': dict(bbox=[1, 1, NAN, 5]),
+    'box of text': dict(bbox=['1', '1', '5', '5']),
+    'no area': dict(area=ABSENT),
+    'no box': dict(bbox=ABSENT),
 }
+FAULTS_IN_PYCOCOTOOLS = {
+    **FAULTS,
+    'no iscrowd': dict(iscrowd=ABSENT),
+    'a polygon of two points before a good one': dict(
+        segmentation=[[1, 1, 5, 5], [1, 1, 9, 1, 9, 9]]
+    ),
+}
+
+
+def change_objects(file: Path, *changes: dict) -> list:
+    """Change the first objects of an annotation file, each in its own way; return all objects."""
+
+    def edit(content):
+        for annotation, fault in zip(content['annotations'], changes):
+            for key, value in fault.items():
+                annotation[key] = value
+                if value is ABSENT:
+                    del annotation[key]
+
+    change(file, edit)
+    return json.loads(file.read_text())['annotations']
+
+
+def change_all_objects(file: Path, **changes) -> None:
+    change_objects(file, *len(json.loads(file.read_text())['annotations']) * [changes])
 
 
 @pytest.mark.parametrize('fault', FAULTS)
 @pytest.mark.parametrize('split, file', [('train', TRAIN_JSON), ('val', VAL_JSON)])
-def test_an_unusable_annotation_is_named_before_the_run(own_data, tmp_path, split, file, fault):
-    change(own_data / file, lambda content: FAULTS[fault](content['annotations'][0]))
-    annotation = json.loads((own_data / file).read_text())['annotations'][0]
-    said = refusal(lambda: build(DETECTOR, own_data, split, tmp_path))
-    assert said.startswith(f"Annotation {annotation['id']} of image '")
+def test_an_unusable_annotation_is_named_before_the_run(own_data, split, file, fault):
+    first, *_ = change_objects(own_data / file, FAULTS[fault])
+    said = refusal(build, DETECTOR, own_data, split)
+    assert said.startswith(f"Annotation {first['id']} of image '")
     assert f"in annotation file '{own_data / file}' has " in said
 
 
-def test_boxes_alone_need_no_masks(own_data, tmp_path):
-    def remove(content):
-        for annotation in content['annotations']:
-            del annotation['segmentation']
-
-    change(own_data / TRAIN_JSON, remove)
-    assert build(ONE_STAGE, own_data, 'train', tmp_path)[0] is not None
+def test_boxes_alone_need_no_masks(own_data):
+    change_all_objects(own_data / TRAIN_JSON, segmentation=ABSENT)
+    assert build(ONE_STAGE, own_data, 'train')[0] is not None
 
 
 def test_images_with_unusable_annotations_can_be_skipped(own_data, tmp_path):
-    change(own_data / TRAIN_JSON, lambda content: no_segmentation(content['annotations'][0]))
+    change_objects(own_data / TRAIN_JSON, FAULTS['no segmentation'])
     skipped = tmp_path / 'skipped.txt'
-    dataset = build(DETECTOR, own_data, 'train', tmp_path, skip_to=str(skipped))
+    dataset = build(DETECTOR, own_data, 'train', skip_to=str(skipped))
     assert len(dataset) == 5
     assert 'has no segmentation' in skipped.read_text() and skipped.read_text().count('\n') == 1
 
 
-def test_a_training_file_of_empty_objects_only(own_data, tmp_path):
+def test_a_training_file_of_empty_objects_only(own_data):
     # As converters write that do not compute areas. MMDetection drops such objects.
-    change(
-        own_data / TRAIN_JSON,
-        lambda content: [annotation.update(area=0) for annotation in content['annotations']],
-    )
-    said = refusal(lambda: build(DETECTOR, own_data, 'train', tmp_path))
+    change_all_objects(own_data / TRAIN_JSON, area=0)
+    said = refusal(build, DETECTOR, own_data, 'train')
     assert 'are left out: their area is 0' in said and str(own_data / TRAIN_JSON) in said
 
 
-def test_objects_that_mmdetection_drops_are_counted(own_data, tmp_path, warned):
-    def shrink(content):
-        content['annotations'][0].update(bbox=[5, 5, 3, 0], area=0)  # as two objects of COCO 2017
-        content['annotations'][1].update(bbox=[-9, 5, 8, 8])
-
-    objects = len(json.loads((own_data / TRAIN_JSON).read_text())['annotations'])
-    change(own_data / TRAIN_JSON, shrink)
-    dataset = build(DETECTOR, own_data, 'train', tmp_path)
-    kept = sum(len(dataset.get_data_info(i)['instances']) for i in range(6))
-    assert kept == objects - 2
-    assert f'2 of {objects} objects in annotation file' in ''.join(warned)
+def test_objects_that_mmdetection_drops_are_counted(own_data, warned):
+    empty = dict(bbox=[5, 5, 3, 0], area=0)  # as two objects of COCO 2017
+    objects = change_objects(own_data / TRAIN_JSON, empty, dict(bbox=[-9, 5, 8, 8]))
+    dataset = build(DETECTOR, own_data, 'train')
+    assert count_objects(dataset) == len(objects) - 2
+    assert f'2 of {len(objects)} objects in annotation file' in ''.join(warned)
 
 
-class Metric:
-    """A ``CocoMetric`` on the validation file, checked as before a run."""
-
-    def __init__(self, own_data: Path, *kinds: str):
-        from mmdet.evaluation import CocoMetric
-
-        self.metric = CocoMetric(ann_file=str(own_data / VAL_JSON), metric=list(kinds))
-
-    def check(self, image_ids=(1, 2, 3, 4, 5)) -> None:
-        classes = ['disk', 'square', 'triangle', 'star']
-        check_coco_metric(self.metric, 'FILE', image_ids, classes)
+def check_metric(own_data: Path, *kinds: str, image_ids=(1, 2, 3, 4, 5)) -> None:
+    """Check a ``CocoMetric`` on the validation file, as before a run."""
+    metric = CocoMetric(ann_file=str(own_data / VAL_JSON), metric=list(kinds))
+    check_coco_metric(metric, 'FILE', image_ids, list(CLASSES))
 
 
-@pytest.mark.parametrize(
-    'fault', [*FAULTS, 'no iscrowd', 'a polygon of two points before a good one']
-)
+@pytest.mark.parametrize('fault', FAULTS_IN_PYCOCOTOOLS)
 def test_what_pycocotools_cannot_use_is_named(own_data, fault):
-    faults = {
-        **FAULTS,
-        'no iscrowd': lambda annotation: annotation.pop('iscrowd'),
-        'a polygon of two points before a good one': lambda annotation: annotation.update(
-            segmentation=[[1, 1, 5, 5], [1, 1, 9, 1, 9, 9]]
-        ),
-    }
-    change(own_data / VAL_JSON, lambda content: faults[fault](content['annotations'][0]))
-    said = refusal(Metric(own_data, 'bbox', 'segm').check)
+    change_objects(own_data / VAL_JSON, FAULTS_IN_PYCOCOTOOLS[fault])
+    said = refusal(check_metric, own_data, 'bbox', 'segm')
     assert said.startswith('Annotation 1 of image') and ' in FILE has ' in said
 
 
 def test_a_metric_of_boxes_needs_no_masks(own_data):
-    change(own_data / VAL_JSON, lambda content: no_segmentation(content['annotations'][0]))
-    Metric(own_data, 'bbox').check()
+    change_objects(own_data / VAL_JSON, FAULTS['no segmentation'])
+    check_metric(own_data, 'bbox')
 
 
 def test_a_metric_with_other_images_or_classes_than_the_data_set(own_data):
-    assert 'image with id 9 ' in refusal(lambda: Metric(own_data, 'bbox').check([1, 2, 9]))
+    said = refusal(check_metric, own_data, 'bbox', image_ids=[1, 2, 9])
+    assert 'image with id 9 ' in said
     change(own_data / VAL_JSON, lambda content: content['categories'].reverse())
-    assert "give them as 'star'" in refusal(Metric(own_data, 'bbox').check)
+    assert "give them as 'star'" in refusal(check_metric, own_data, 'bbox')
 
 
 def test_annotation_ids_from_zero_are_named_for_pycocotools_miscounts_them(own_data, warned):
-    def count_from_zero(content):
-        for annotation in content['annotations']:
-            annotation['id'] -= 1
-
-    change(own_data / VAL_JSON, count_from_zero)
-    Metric(own_data, 'bbox').check()
+    change_objects(own_data / VAL_JSON, dict(id=0))
+    check_metric(own_data, 'bbox')
     assert 'An annotation has id 0 in FILE' in ''.join(warned)

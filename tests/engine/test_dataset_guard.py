@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmcv.transforms import BaseTransform
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
@@ -16,7 +17,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 
-from ..trainings import ONE_STAGE, make_data, write_config
+from ..helpers import NO_VALIDATION
+from ..trainings import ONE_STAGE, write_config
+from .spoilt_data import truncate
 
 LOADED = []  # the names of images, in the order in which RecordName saw them
 
@@ -55,19 +58,32 @@ class Elsewhere(LocalBackend):
     folder = ''
 
     def __init__(self, path_mapping=None):
-        super().__init__()
+        self.path_mapping = path_mapping or {}
+
+    def local(self, filepath) -> str:
+        for mapped, path in {**self.path_mapping, 'elsewhere://bucket': self.folder}.items():
+            filepath = str(filepath).replace(mapped, path)
+        return filepath
 
     def get(self, filepath) -> bytes:
-        return super().get(str(filepath).replace('elsewhere://bucket', self.folder))
+        return super().get(self.local(filepath))
 
     def get_text(self, filepath, encoding='utf-8') -> str:
         return self.get(filepath).decode(encoding)
 
     def get_local_path(self, filepath):
-        return super().get_local_path(str(filepath).replace('elsewhere://bucket', self.folder))
+        return super().get_local_path(self.local(filepath))
 
     def exists(self, filepath) -> bool:
-        return super().exists(str(filepath).replace('elsewhere://bucket', self.folder))
+        return super().exists(self.local(filepath))
+
+
+@DATASETS.register_module()
+class MistakenDataset(CocoDataset):
+    """A user's own data set, with a mistake."""
+
+    def load_data_list(self):
+        return [][len(self.ann_file)]
 
 
 @pytest.fixture
@@ -76,65 +92,43 @@ def config(data, tmp_path):
     by code that knows the others."""
 
     def write(code: str = '', place: Path = data) -> Path:
-        path = write_config(ONE_STAGE, tmp_path / f'{tmp_path.name}.py', place)
-        base = path.rename(tmp_path / f'base_{tmp_path.name}.py')
-        path.write_text(
-            f"_base_ = {str(base)!r}\n" + 'train_cfg = dict(max_epochs=1)\n'
-            'val_cfg = val_dataloader = val_evaluator = None\n' + code
-        )
+        path = tmp_path / 'configs' / 'guarded.py'
+        epoch = dict(max_epochs=1)
+        base = write_config(ONE_STAGE, path, place, **NO_VALIDATION, train_cfg=epoch)
+        base.rename(base.with_name('base.py'))
+        path.write_text(f"_base_ = './base.py'\n{code}")
         return path
 
     return write
 
 
-def wrapped(cfg_file: Path, wrap, **settings) -> Path:
-    """A configuration whose training data are inside wrappers."""
-    cfg = Config.fromfile(cfg_file)
-    cfg.train_dataloader.dataset = wrap(cfg.train_dataloader.dataset.to_dict())
-    cfg.train_dataloader.update(settings)
-    cfg.dump(cfg_file)
-    return cfg_file
-
-
 def test_data_sets_may_be_in_wrappers(output_of, config, tmp_path):
-    file = wrapped(
-        config(),
-        lambda dataset: dict(
-            type='RepeatDataset',
-            times=2,
-            dataset=dict(
-                type='ConcatDataset',
-                datasets=[
-                    dict(type='ClassBalancedDataset', oversample_thr=0.9, dataset=dataset),
-                    dataset,
-                ],
-            ),
-        ),
-    )
+    file = config('''
+inner = _base_.train_dataloader.dataset
+balanced = dict(type='ClassBalancedDataset', oversample_thr=0.9, dataset=inner)
+both = dict(type='ConcatDataset', datasets=[balanced, inner])
+train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', times=2, dataset=both))
+''')
     said = output_of('train.py', file, '--work-dir', tmp_path)
     assert re.search(r'Epoch\(train\) +\[1\]\[ *8/', said)  # twice two times four images
     assert (tmp_path / 'epoch_1.pth').exists()
 
 
-def test_a_corrupt_partner_in_a_mosaic_is_what_is_named(output_of, config, tmp_path):
-    data = make_data(tmp_path / 'shapes', train=4, val=1, size=48)
-    bad = data / 'coco/train2017/000000000002.png'
-    bad.write_bytes(bad.read_bytes()[:-200])
-
-    def mosaic(dataset):
-        pack = dataset['pipeline'].pop()
-        mix = dict(type='Mosaic', img_scale=(48, 48), prob=1.0)
-        return dict(type='MultiImageMixDataset', dataset=dataset, pipeline=[mix, pack])
-
+def test_a_corrupt_partner_in_a_mosaic_is_named(output_of, refusal_of, config, own_data, tmp_path):
+    bad = own_data / 'coco/train2017/000000000002.png'
+    truncate(bad)
     # Images are loaded two by two: the first batch loads almost all as partners.
-    file = wrapped(config(place=data), mosaic)
-    said = output_of('train.py', file, '--work-dir', tmp_path, expect=2)
-    last = said.strip().splitlines()[-1]
-    assert str(bad) in last and 'cut short' in last
+    mosaic = '''
+inner = {**_base_.train_dataloader.dataset, 'pipeline': _base_.train_pipeline[:-1]}
+mix = [dict(type='Mosaic', img_scale=(48, 48), prob=1.0), _base_.train_pipeline[-1]]
+train_dataloader = dict(dataset=dict(
+    _delete_=True, type='MultiImageMixDataset', dataset=inner, pipeline=mix))
+'''
+    file = config(mosaic, own_data)
+    fault = f"Image '{bad}' is cut short or no image."
+    assert refusal_of('train.py', file, '--work-dir', tmp_path) == fault
     output_of('train.py', file, '--work-dir', tmp_path, '--skip-bad-images')
-    assert (tmp_path / 'skipped_images.txt').read_text() == (
-        f"Image '{bad}' is cut short or no image.\n"
-    )
+    assert (tmp_path / 'skipped_images.txt').read_text() == f'{fault}\n'
 
 
 def drawn_by_mmengine(file: Path, epoch: int) -> list:
@@ -147,9 +141,7 @@ def drawn_by_mmengine(file: Path, epoch: int) -> list:
     return list(LOADED)
 
 
-RECORDED = '''
-steps = [dict(type='mmengine.RecordName'), *_base_.train_pipeline]
-'''
+RECORDED = 'steps = [dict(type="mmengine.RecordName"), *_base_.train_pipeline]\n'
 
 
 @pytest.mark.parametrize(
@@ -175,13 +167,8 @@ def test_hooks_switch_pipelines(output_of, config, tmp_path, hook):
 
 
 def test_a_part_of_an_epoch_has_the_images_that_mmengine_draws(output_of, config, tmp_path):
-    file = config(
-        RECORDED
-        + '''
-train_cfg = dict(max_epochs=3)
-train_dataloader = dict(num_batch_per_epoch=1, dataset=dict(pipeline=steps))
-'''
-    )
+    loader = 'dict(num_batch_per_epoch=1, dataset=dict(pipeline=steps))'
+    file = config(f'{RECORDED}train_cfg = dict(max_epochs=3)\ntrain_dataloader = {loader}\n')
     LOADED.clear()
     output_of('train.py', file, '--work-dir', tmp_path)
     loaded = list(LOADED)
@@ -201,31 +188,19 @@ def test_files_behind_a_backend_are_left_to_it(
     output_of, config, data, tmp_path, monkeypatch, root, backend
 ):
     monkeypatch.setattr(Elsewhere, 'folder', str(data))
-    if backend:
-        for name in ('get', 'get_local_path', 'exists'):
-            monkeypatch.setattr(
-                Elsewhere,
-                name,
-                lambda self, path, take=getattr(Elsewhere, name): take(
-                    self, str(path).replace('/nowhere', 'elsewhere:/')
-                ),
-            )
-    code = f'train_dataloader = dict(dataset=dict(data_root={root + "/coco"!r}'
-    if backend:
-        code += (
-            f', backend_args={backend}, pipeline=[dict(type="LoadImageFromFile", '
-            f'backend_args={backend}), *_base_.train_pipeline[1:]]'
-        )
-    output_of('train.py', config(code + '))\n'), '--work-dir', tmp_path)
+    file = config(f'''
+load = dict(type='LoadImageFromFile', backend_args={backend})
+train_dataloader = dict(dataset=dict(
+    data_root='{root}/coco', backend_args={backend}, pipeline=[load, *_base_.train_pipeline[1:]]))
+''')
+    output_of('train.py', file, '--work-dir', tmp_path)
     assert (tmp_path / 'epoch_1.pth').exists()
 
 
 # Mistakes of the user's own
 
 
-def test_a_mistake_in_a_transform_keeps_its_traceback_and_skips_no_image(
-    output_of, config, tmp_path
-):
+def test_a_mistaken_transform_keeps_its_traceback_and_skips_no_image(output_of, config, tmp_path):
     file = config('''
 train_dataloader = dict(dataset=dict(pipeline=[
     *_base_.train_pipeline[:2], dict(type='mmengine.FailsSometimes'),
@@ -248,30 +223,11 @@ def test_a_mistake_in_a_hook_keeps_its_traceback(output_of, config, tmp_path):
     assert 'LookupError: a mistake of mine' in log.read_text()
 
 
-@pytest.fixture
-def own_data_set():
-    """A user's data set with a mistake; registered for one test."""
-    from mmdet.datasets import CocoDataset
-
-    class MistakenDataset(CocoDataset):
-        def load_data_list(self):
-            return [][len(self.ann_file)]
-
-    DATASETS.register_module(module=MistakenDataset)
-    yield 'mmengine.MistakenDataset'
-    DATASETS.module_dict.pop('MistakenDataset')
-
-
-def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(
-    output_of, config, tmp_path, own_data_set
-):
-    file = config(f'train_dataloader = dict(dataset=dict(type={own_data_set!r}))\n')
+def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(output_of, config, tmp_path):
+    file = config("train_dataloader = dict(dataset=dict(type='mmengine.MistakenDataset'))\n")
     said = output_of('train.py', file, '--work-dir', tmp_path, expect=2)
-    assert (
-        said.strip()
-        .splitlines()[-1]
-        .endswith('could not be used: IndexError: list index out of range.')
-    )
+    last = said.strip().splitlines()[-1]
+    assert last.endswith('could not be used: IndexError: list index out of range.')
     (log,) = tmp_path.glob('*/*.log')
     assert 'return [][len(self.ann_file)]' in said
     assert 'return [][len(self.ann_file)]' in log.read_text()
@@ -280,17 +236,10 @@ def test_a_mistake_in_a_data_set_has_the_sentence_and_the_traceback(
 # Numbers of classes
 
 
-def test_a_detector_with_too_many_classes_is_trained_evaluated_and_predicts(
-    output_of, config, data, tmp_path
-):
+def test_a_detector_with_too_many_classes_trains_tests_and_predicts(output_of, data, tmp_path):
     # With score_thr=0, it detects classes that the annotation file does not have.
-    file = config('''
-model = dict(bbox_head=dict(num_classes=80))
-val_dataloader = _base_.val_dataloader
-val_evaluator = _base_.val_evaluator
-val_cfg = _base_.val_cfg
-train_cfg = dict(max_epochs=1, val_interval=1)
-''')
+    lines, epoch = "model['bbox_head']['num_classes'] = 80", dict(max_epochs=1, val_interval=1)
+    file = write_config(ONE_STAGE, tmp_path / 'configs' / '80.py', data, lines, train_cfg=epoch)
     said = output_of('train.py', file, '--work-dir', tmp_path)
     assert said.count('model.bbox_head.num_classes = 80: more than the 4 classes') == 1
     assert 'coco/bbox_mAP:' in said

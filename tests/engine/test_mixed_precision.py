@@ -15,24 +15,15 @@ from crossformer_mm.engine.mixed_precision import BFloat16OptimWrapper, use_mixe
 from crossformer_mm.errors import UserError
 
 from ..helpers import NO_VALIDATION, needs_bfloat16, run_tool
-from ..trainings import DETECTOR, SEGMENTOR, make_data, write_config
+from ..trainings import DETECTOR, SEGMENTOR, write_config
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=4, val=1)
-
-
-def train(folder: Path, config: Path, *options) -> list:
+def losses_of(folder: Path, config: Path, *options) -> list:
     """Train; the losses of each iteration."""
-    alone = [f'train_dataloader.{name}' for name in ('num_workers=0', 'persistent_workers=False')]
-    options = ['--work-dir', folder, *options, '--cfg-options', *alone]
-    assert run_tool('train.py', config, *options, folder=folder.parent) == 0
+    assert run_tool('train.py', config, '--work-dir', folder, *options, folder=folder.parent) == 0
     (log,) = folder.glob('*/vis_data/scalars.json')
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return [
-        {key: value for key, value in row.items() if 'loss' in key} for row in rows if 'loss' in row
-    ]
+    rows = map(json.loads, log.read_text().splitlines())
+    return [{key: row[key] for key in row if 'loss' in key} for row in rows if 'loss' in row]
 
 
 @needs_bfloat16
@@ -41,40 +32,29 @@ def train(folder: Path, config: Path, *options) -> list:
 def test_training_in_bfloat16_has_the_losses_of_float32_nearly(data, tmp_path, kind):
     changes = dict(randomness=dict(seed=0), custom_hooks=[], **NO_VALIDATION)
     if kind is DETECTOR:
-        changes.update(
-            train_cfg=dict(max_epochs=2), default_hooks=dict(checkpoint=dict(max_keep_ckpts=-1))
-        )
-        last = 'epoch_2.pth'
+        last, changes['train_cfg'] = 'epoch_2.pth', dict(max_epochs=2)
+        changes['default_hooks'] = dict(checkpoint=dict(max_keep_ckpts=-1))
     else:
-        changes.update(train_cfg=dict(max_iters=2, val_interval=2))
-        last = 'iter_2.pth'
-    config = write_config(kind, tmp_path / 'config.py', data, **changes)
-    exact = train(tmp_path / 'float32', config)
-    rounded = train(tmp_path / 'bfloat16', config, '--amp', 'bfloat16')
+        last, changes['train_cfg'] = 'iter_2.pth', dict(max_iters=2, val_interval=2)
+    in_this_process = 'train_dataloader.update(num_workers=0, persistent_workers=False)'
+    config = write_config(kind, tmp_path / 'config.py', data, in_this_process, **changes)
+    exact = losses_of(tmp_path / 'float32', config)
+    rounded = losses_of(tmp_path / 'bfloat16', config, '--amp bfloat16')
     assert len(exact) == len(rounded) == 2
     assert rounded != exact  # 8 bits in place of 24
     for key, value in exact[0].items():
         # The few regions that have a box are chosen by scores, whose order rounding changes.
         limit = 0.5 if key == 'loss_bbox' else 0.05
         assert rounded[0][key] == pytest.approx(value, rel=limit, abs=0.01), key
-    checkpoint = read_checkpoint(str(tmp_path / 'bfloat16' / last))
-    assert all(
-        weight.dtype == torch.float32
-        for weight in checkpoint['state_dict'].values()
-        if weight.is_floating_point()
-    )
+    weights = read_checkpoint(str(tmp_path / 'bfloat16' / last))['state_dict']
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {
+        torch.float32
+    }
     if kind is DETECTOR:
-        train(
-            tmp_path / 'resumed',
-            config,
-            '--amp',
-            'bfloat16',
-            '--resume',
-            tmp_path / 'bfloat16' / 'epoch_1.pth',
-        )
-        resumed = read_checkpoint(str(tmp_path / 'resumed' / last))
-        for name, weight in checkpoint['state_dict'].items():
-            assert torch.equal(weight, resumed['state_dict'][name]), name
+        options = f'--amp bfloat16 --resume {tmp_path}/bfloat16/epoch_1.pth'
+        losses_of(tmp_path / 'resumed', config, options)
+        resumed = read_checkpoint(str(tmp_path / 'resumed' / last))['state_dict']
+        torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
 
 
 @needs_bfloat16

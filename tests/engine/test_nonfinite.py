@@ -16,8 +16,8 @@ from crossformer_mm.engine import NonFiniteHook
 from crossformer_mm.engine.runner_access import bare_model
 from crossformer_mm.errors import UserError
 
-from ..helpers import run_tool
-from ..trainings import ONE_STAGE, make_data, write_config
+from ..helpers import NO_VALIDATION, run_tool
+from ..trainings import ONE_STAGE, write_config
 
 
 @HOOKS.register_module(force=True)
@@ -42,23 +42,10 @@ class Breaks(Hook):
                 group['lr'] = float('inf')
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=4, val=1, size=48)
-
-
 def write(folder: Path, data: Path, **hook) -> Path:
-    (folder / 'config').mkdir()
-    return write_config(
-        ONE_STAGE,
-        folder / 'config' / 'broken.py',
-        data,
-        val_cfg=None,
-        val_dataloader=None,
-        val_evaluator=None,
-        param_scheduler=[],
-        custom_hooks=[dict(type='mmengine.Breaks', **hook)],
-    )
+    changes = dict(param_scheduler=[], custom_hooks=[dict(type='mmengine.Breaks', **hook)])
+    path = folder / 'config' / 'broken.py'
+    return write_config(ONE_STAGE, path, data, **NO_VALIDATION, **changes)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +89,11 @@ class ScaledWrapper(OptimWrapper):
         self.loss_scaler.update()
 
 
-def losses(overflow: float):
-    """A loss whose gradient overflows at scales above one, as float16 does."""
+def model_whose_gradient_overflows(limit: float) -> nn.Module:
+    """At scales above the limit, as float16 does."""
     model = nn.Linear(1, 1, bias=False)
     model.weight.register_hook(
-        lambda gradient: gradient * float('inf') if gradient.abs() > overflow else gradient
+        lambda gradient: gradient * float('inf') if gradient.abs() > limit else gradient
     )
     return model
 
@@ -115,7 +102,7 @@ def losses(overflow: float):
 @pytest.mark.parametrize('counts', [1, 2], ids=['each iteration', 'accumulated'])
 @pytest.mark.parametrize('overflow, stops', [(2.0**6, None), (0.0, 20)], ids=['some', 'all'])
 def test_updates_that_a_scaler_skips_are_tolerated_up_to_a_number_in_a_row(counts, overflow, stops):
-    model, hook = losses(overflow), NonFiniteHook()
+    model, hook = model_whose_gradient_overflows(overflow), NonFiniteHook()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     wrapper = ScaledWrapper(optimizer, accumulative_counts=counts)
     runner = SimpleNamespace(optim_wrapper=wrapper, iter=0)

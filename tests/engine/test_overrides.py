@@ -9,34 +9,24 @@ from crossformer_mm.errors import UserError
 
 from ..helpers import DEMO_DETECTOR, DEMO_SEGMENTOR, ROOT
 
-RETINANET = 'configs/retinanet/cf_s_1x.py'
+KEYS = {
+    DEMO_DETECTOR: '''
+        model.backbone.with_cp model.backbone.arch.drop_path_rate
+        model.backbone.init_cfg.checkpoint model.train_cfg.rcnn.sampler.pos_fraction
+        optim_wrapper.clip_grad.max_norm optim_wrapper.optimizer.eps
+        optim_wrapper.paramwise_cfg.norm_decay_mult
+        train_dataloader.dataset.indices train_dataloader.prefetch_factor val_evaluator.classwise
+        custom_hooks default_hooks.checkpoint.save_best env_cfg.dist_cfg.timeout
+        find_unused_parameters load_from model_wrapper_cfg.static_graph randomness.seed''',
+    DEMO_SEGMENTOR: '''
+        model.decode_head.sampler.type model.test_cfg.stride
+        train_dataloader.dataset.pipeline.2.scale''',
+    'configs/retinanet/cf_s_1x.py': 'model.bbox_head.loss_cls.alpha',
+}
 
 
 @pytest.mark.parametrize(
-    'config, key',
-    [
-        (DEMO_DETECTOR, 'model.backbone.with_cp'),
-        (DEMO_DETECTOR, 'model.backbone.arch.drop_path_rate'),
-        (DEMO_DETECTOR, 'model.backbone.init_cfg.checkpoint'),
-        (DEMO_DETECTOR, 'randomness.seed'),
-        (DEMO_DETECTOR, 'optim_wrapper.clip_grad.max_norm'),
-        (DEMO_DETECTOR, 'optim_wrapper.optimizer.eps'),
-        (DEMO_DETECTOR, 'optim_wrapper.paramwise_cfg.norm_decay_mult'),
-        (DEMO_DETECTOR, 'custom_hooks'),
-        (DEMO_DETECTOR, 'default_hooks.checkpoint.save_best'),
-        (DEMO_DETECTOR, 'val_evaluator.classwise'),
-        (DEMO_DETECTOR, 'train_dataloader.dataset.indices'),
-        (DEMO_DETECTOR, 'load_from'),
-        (DEMO_DETECTOR, 'train_dataloader.prefetch_factor'),
-        (DEMO_DETECTOR, 'find_unused_parameters'),
-        (DEMO_DETECTOR, 'model.train_cfg.rcnn.sampler.pos_fraction'),
-        (DEMO_DETECTOR, 'env_cfg.dist_cfg.timeout'),
-        (DEMO_DETECTOR, 'model_wrapper_cfg.static_graph'),
-        (DEMO_SEGMENTOR, 'model.decode_head.sampler.type'),
-        (DEMO_SEGMENTOR, 'model.test_cfg.stride'),
-        (DEMO_SEGMENTOR, 'train_dataloader.dataset.pipeline.2.scale'),
-        (RETINANET, 'model.bbox_head.loss_cls.alpha'),
-    ],
+    'config, key', [(config, key) for config, keys in KEYS.items() for key in keys.split()]
 )
 def test_settings_that_are_read_may_be_new_to_the_config(config, key):
     check_keys(Config.fromfile(ROOT / config), {key: 1})

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine import preemption
 
 from ..helpers import run_tool
-from ..trainings import ONE_STAGE, SEGMENTOR, assert_same_training, make_data, train, write_config
+from ..trainings import ONE_STAGE, SEGMENTOR, assert_same_training, train, write_config
 
 RESUME_ME = 75
 
@@ -52,11 +54,6 @@ class SignalsItself(Hook):
             signal.raise_signal(signal.Signals[self.name])
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=8, val=2, size=48)
-
-
 BY_ITERATION = '''
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=6, val_interval=3)
 train_dataloader['sampler'] = dict(type='InfiniteSampler', shuffle=True)
@@ -67,15 +64,11 @@ custom_hooks = [EMA]
 '''
 
 
-def write(folder: Path, data: Path, lines: str, **hook) -> Path:
-    folder.mkdir(exist_ok=True)
-    config = write_config(ONE_STAGE, folder / 'preempted.py', data)
-    with open(config, 'a') as file:
-        file.write(f'{lines}\n')
-        if hook:
-            hook = dict(type='mmengine.SignalsItself', **hook)
-            file.write(f"custom_hooks = [*globals().get('custom_hooks', []), {hook!r}]\n")
-    return config
+def write(folder: Path, data: Path, lines: str, **signals) -> Path:
+    if signals:
+        hook = dict(type='mmengine.SignalsItself', **signals)
+        lines += f"custom_hooks = [*globals().get('custom_hooks', []), {hook!r}]\n"
+    return write_config(ONE_STAGE, folder / 'preempted.py', data, lines)
 
 
 def numbers(work: Path) -> list:
@@ -118,13 +111,9 @@ def test_a_signal_costs_no_iteration(data, uninterrupted, tmp_path, signals, wri
 
 
 def test_any_runner_can_have_the_hook(data, tmp_path):
-    """Run a config as MMDetection's own tool does."""
-    from mmengine.config import Config
-    from mmengine.runner import Runner
-
     hook = "custom_hooks = [EMA, dict(type='PreemptionHook', signals=['SIGUSR2'])]\n"
     config = write(tmp_path / 'config', data, BY_ITERATION + hook, at=1, name='SIGUSR2')
-    cfg = Config.fromfile(config)
+    cfg = Config.fromfile(config)  # as MMDetection's own tool does
     cfg.work_dir = str(tmp_path / 'work')
     with pytest.raises(preemption.Preempted) as ended:
         try:
@@ -159,21 +148,27 @@ def test_a_second_signal_ends_the_training_at_once(monkeypatch):
     assert sent == [(signal.SIGUSR1, signal.SIG_DFL), signal.SIGUSR1]
 
 
-@pytest.mark.parametrize('everybody', [True, False], ids=['all processes', 'the training'])
-def test_no_worker_stays_behind(data, tmp_path, everybody):
-    """Slurm and systemd send a signal to workers, too, which must not fail the iteration."""
-    config = write_config(
-        SEGMENTOR, tmp_path / 'config.py', data, train_cfg=dict(max_iters=10**6, val_interval=10**6)
+@pytest.fixture
+def endless(data, tmp_path) -> tuple:
+    """A training under way that has no end: the tool, and its worker processes."""
+    endless = dict(max_iters=10**6, val_interval=10**6)
+    process = train(
+        tmp_path, write_config(SEGMENTOR, tmp_path / 'config.py', data, train_cfg=endless)
     )
-    process = train(tmp_path, config)
     process.wait_until(lambda: re.search(r'Iter\(train\) +\[ *3/', process.output))
-    training = psutil.Process(process.process.pid)
-    workers = training.children(recursive=True)
+    workers = psutil.Process(process.process.pid).children(recursive=True)
     assert len(workers) >= 2
+    return process, workers
+
+
+@pytest.mark.parametrize('everybody', [True, False], ids=['all processes', 'the training'])
+def test_no_worker_stays_behind(endless, tmp_path, everybody):
+    """Slurm and systemd send a signal to workers, too, which must not fail the iteration."""
+    process, workers = endless
     for one in workers if everybody else ():
         with suppress(ProcessLookupError):  # a child for a moment only; without a worker it fails
             os.kill(one.pid, signal.SIGTERM)
-    os.kill(training.pid, signal.SIGTERM)
+    os.kill(process.process.pid, signal.SIGTERM)
     assert process.wait(60) == RESUME_ME, process.output[-3000:]
     done = max(map(int, re.findall(r'Iter\(train\) +\[ *(\d+)/', process.output)))
     assert (tmp_path / f'iter_{done}.pth').exists()
@@ -181,13 +176,7 @@ def test_no_worker_stays_behind(data, tmp_path, everybody):
     assert psutil.wait_procs(workers, timeout=10)[1] == []
 
 
-def test_workers_end_with_a_training_that_is_killed(data, tmp_path):
-    config = write_config(
-        SEGMENTOR, tmp_path / 'config.py', data, train_cfg=dict(max_iters=10**6, val_interval=10**6)
-    )
-    process = train(tmp_path, config)
-    process.wait_until(lambda: re.search(r'Iter\(train\) +\[ *2/', process.output))
-    workers = psutil.Process(process.process.pid).children(recursive=True)
-    assert len(workers) >= 2
+def test_workers_end_with_a_training_that_is_killed(endless):
+    process, workers = endless
     process.kill()
     assert psutil.wait_procs(workers, timeout=10)[1] == []

@@ -1,10 +1,7 @@
 """Two processes (gloo) do what one does with the doubled batch; one that dies ends the job."""
 
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,17 +18,7 @@ from crossformer_mm import cli
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.engine.runner import CarefulRunner
 
-from ..helpers import (
-    PROCESSES,
-    ROOT,
-    ToolProcess,
-    add_noise,
-    free_port,
-    metrics,
-    run_tool,
-    run_two,
-    words,
-)
+from ..helpers import PROCESSES, add_noise, free_port, metrics, run_tool, run_two, start_two
 from ..trainings import DETECTOR, SEGMENTOR, make_data, write_config
 
 # No norm that sees the batch of one process alone, nothing random but the images: and one large
@@ -51,7 +38,6 @@ custom_hooks = []
 train_cfg = dict(max_iters=2, val_interval=10)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 val_cfg = val_dataloader = val_evaluator = None
-MORE
 '''
 
 
@@ -71,8 +57,8 @@ def data(tmp_path_factory) -> Path:
 
 def comparable(path: Path, data: Path, batch: int, with_cp: bool = False, more: str = '') -> Path:
     base = write_config(SEGMENTOR, path.with_name(f'base_{path.name}'), data)
-    text = COMPARABLE.replace('BATCH', str(batch)).replace('WITH_CP', str(with_cp))
-    path.write_text(f'_base_ = {str(base)!r}\n' + text.replace('MORE', more))
+    settings = f'_base_ = {str(base)!r}\nBATCH, WITH_CP = {batch}, {with_cp}\n'
+    path.write_text(f'{settings}{COMPARABLE}{more}\n')
     return path
 
 
@@ -88,26 +74,14 @@ def started(config: Path, path: Path) -> Path:
     return path
 
 
-def script(name: str, *arguments) -> subprocess.Popen:
-    """tools/NAME.sh, as a user starts it."""
-    return subprocess.Popen(
-        [str(ROOT / 'tools' / name), *words(arguments)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PORT': free_port(), 'PYTHON': sys.executable},
-    )
-
-
 @pytest.fixture(scope='module')
 def alone(data, tmp_path_factory):
     """Weights to start from, and a work folder in which one process trained with the batch."""
     folder = tmp_path_factory.mktemp('alone')
     config = comparable(folder / 'alone.py', data, batch=4)
     start = started(config, folder / 'start.pth')
-    options = ['--work-dir', folder, '--cfg-options', f'load_from={start}']
-    assert run_tool('train.py', config, *options, folder=folder) == 0
+    options = f'--work-dir {folder} --cfg-options load_from={start}'
+    assert run_tool('train.py', config, options, folder=folder) == 0
     return start, folder
 
 
@@ -117,14 +91,12 @@ def alone(data, tmp_path_factory):
     [(False, ''), (True, 'model_wrapper_cfg = dict(static_graph=True)')],
     ids=['plain', 'static graph, recomputed'],
 )
-def test_two_processes_have_the_gradients_of_the_doubled_batch(
-    data, alone, tmp_path, with_cp, more
-):
+def test_two_processes_have_gradients_of_the_doubled_batch(data, alone, tmp_path, with_cp, more):
     start, whole = alone
     shared = comparable(tmp_path / 'shared.py', data, batch=2, with_cp=with_cp, more=more)
     folder = tmp_path / 'shared'
-    options = ['--work-dir', folder, '--cfg-options', f'load_from={start}']
-    run_two(tmp_path / 'log', 'tools/train.py', shared, *options)
+    options = f'--work-dir {folder} --cfg-options load_from={start}'
+    run_two(tmp_path / 'log', 'tools/train.py', shared, options)
 
     # DistributedDataParallel refuses the second step if the first left a parameter out.
     before = read_checkpoint(str(start))['state_dict']
@@ -153,41 +125,32 @@ def test_only_the_first_process_writes_the_results_of_a_test(monkeypatch, tmp_pa
     (hook,) = (hook for hook in runner.hooks if isinstance(hook, LoggerHook))
     hook.json_log_path = 'results.json'
     log = SimpleNamespace(get_log_after_epoch=lambda *args, **kwargs: (dict(mIoU=1.0), ''))
-    hook.after_test_epoch(
-        SimpleNamespace(
-            log_processor=log, test_dataloader=[], logger=logging.getLogger(), log_dir=str(tmp_path)
-        )
-    )
+    where = dict(logger=logging.getLogger(), log_dir=str(tmp_path))
+    hook.after_test_epoch(SimpleNamespace(log_processor=log, test_dataloader=[], **where))
     assert (tmp_path / 'results.json').exists() == (rank == 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='compares processes without a GPU')
 @pytest.mark.parametrize('kind', [DETECTOR, SEGMENTOR], ids=lambda kind: kind.name)
-def test_two_processes_measure_what_one_does(data, tmp_path, kind):
+def test_two_processes_measure_what_one_does(script, data, tmp_path, kind):
     config = write_config(kind, tmp_path / 'config.py', data)
     weights = started(config, tmp_path / 'weights.pth')
     results = {}
     for name in ('one', 'two'):
         folder = tmp_path / name
         folder.mkdir()
-        # Scores of random weights are far below the threshold of detections.
-        arguments = [config, weights, '--work-dir', folder]
+        options = f'--work-dir {folder}'
         if kind is DETECTOR:
-            arguments += [
-                '--out',
-                folder / 'out.pkl',
-                '--cfg-options',
-                'model.test_cfg.rcnn.score_thr=0.',
-            ]
+            # Scores of random weights are far below the threshold of detections.
+            options += f' --out {folder}/out.pkl --cfg-options model.test_cfg.rcnn.score_thr=0.'
         if name == 'one':
-            process = ToolProcess(folder / 'log', 'tools/test.py', *arguments)
-            assert process.wait() == 0, process.output[-3000:]
+            assert run_tool('test.py', config, weights, options) == 0
         elif kind is DETECTOR:
-            job = script('dist_test.sh', arguments[0], arguments[1], 2, *arguments[2:])
+            job = script('dist_test.sh', config, weights, 2, options)
             output, _ = job.communicate(timeout=300)
             assert job.returncode == 0, output[-3000:]
         else:
-            run_two(folder / 'log', 'tools/test.py', *arguments)
+            run_two(folder / 'log', 'tools/test.py', config, weights, options)
         results[name] = {key: value for key, value in metrics(folder).items() if 'time' not in key}
     assert results['one'] == pytest.approx(results['two'], rel=1e-6) and results['one']
     if kind is SEGMENTOR:
@@ -203,7 +166,7 @@ def test_two_processes_measure_what_one_does(data, tmp_path, kind):
             np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4, atol=1e-4)
 
 
-def test_a_process_that_dies_ends_the_job(data, tmp_path):
+def test_a_process_that_dies_ends_the_job(script, data, tmp_path):
     config = comparable(tmp_path / 'config.py', data, batch=2)
     job = script(
         'dist_train.sh',
@@ -232,24 +195,13 @@ def test_a_process_that_dies_ends_the_job(data, tmp_path):
 
 def test_a_process_that_fails_says_so_last_and_nobody_waits_for_it(data, tmp_path):
     """One process raises amid the second iteration; the other waits for its gradients."""
-    config = comparable(
-        tmp_path / 'config.py',
-        data,
-        batch=2,
-        more=(
-            "custom_hooks = [dict(type='FailsInOne')]\n"
-            "custom_imports = dict(imports=['crossformer_mm', 'tests.engine.test_ranks'])"
-        ),
-    )
-    job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
-    processes = [
-        ToolProcess(
-            tmp_path / f'log{rank}',
-            f'tools/train.py {config} --work-dir {tmp_path}/work --launcher pytorch',
-            environment=dict(job, RANK=str(rank), LOCAL_RANK=str(rank)),
-        )
-        for rank in (0, 1)
-    ]
+    more = '''
+custom_hooks = [dict(type='FailsInOne')]
+custom_imports = dict(imports=['crossformer_mm', 'tests.engine.test_ranks'])
+'''
+    config = comparable(tmp_path / 'config.py', data, batch=2, more=more)
+    options = f'--work-dir {tmp_path}/work'
+    processes = start_two(tmp_path / 'log', 'tools/train.py', config, options)
     statuses = [process.wait() for process in processes]
     assert statuses[1] == 1 and statuses[0] != 0
     assert processes[1].output.strip().splitlines()[-1] == 'LookupError: a mistake of mine'
@@ -270,15 +222,15 @@ def work_and_leave(rank: int, port: str, log: str) -> None:
         note('is done')
 
     cli.run(main)
+    assert not torch.distributed.is_initialized()
     note('leaves')
 
 
 def test_nobody_leaves_a_job_before_all_are_done(tmp_path):
     """Or a process that still talks to one that has left is aborted, its work done."""
     port, log = free_port(), tmp_path / 'log'
-    processes = [
-        PROCESSES.Process(target=work_and_leave, args=(rank, port, str(log))) for rank in (0, 1)
-    ]
+    arguments = [(rank, port, str(log)) for rank in (0, 1)]
+    processes = [PROCESSES.Process(target=work_and_leave, args=args) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -286,17 +238,3 @@ def test_nobody_leaves_a_job_before_all_are_done(tmp_path):
         assert process.exitcode == 0
     said = log.read_text().splitlines()
     assert said[:2] == ['0 is done', '1 is done'] and sorted(said[2:]) == ['0 leaves', '1 leaves']
-
-
-def test_a_job_that_is_done_leaves_its_process_group():
-    """Or another process's end may abort it, its work done."""
-    main = SimpleNamespace(done=False)
-
-    def work():
-        torch.distributed.init_process_group(
-            'gloo', init_method=f'tcp://127.0.0.1:{free_port()}', rank=0, world_size=1
-        )
-        main.done = True
-
-    cli.run(work)
-    assert main.done and not torch.distributed.is_initialized()

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crossformer_mm.checkpoint import read_checkpoint
 
-from ..helpers import ROOT, run_in_process, run_tool, run_two, start_two
+from ..helpers import run_in_process, run_tool, run_two, start_two
 from ..trainings import assert_same_training, make_data
 from .test_ranks import comparable, started
 
@@ -73,7 +72,7 @@ def start(data, tmp_path_factory) -> Path:
 
 def write(folder: Path, data: Path, batch: int = 2, hooks=()) -> Path:
     folder.mkdir(exist_ok=True)
-    more = EPOCHS.replace('HOOKS', repr(list(hooks))).replace('FOLDER', repr(str(folder)))
+    more = f'FOLDER, HOOKS = {str(folder)!r}, {list(hooks)}\n{EPOCHS}'
     return comparable(folder / 'config.py', data, batch=batch, more=more)
 
 
@@ -90,9 +89,7 @@ def undisturbed(data, start, tmp_path_factory) -> Path:
     return folder / 'work'
 
 
-def test_all_processes_end_after_the_iteration_in_which_one_gets_a_signal(
-    data, start, undisturbed, tmp_path
-):
+def test_all_processes_end_with_the_iteration_of_a_signal(data, start, undisturbed, tmp_path):
     hook = dict(type='mmengine.SignalsItself', at=3, name='SIGUSR1', rank=1)
     config, work = write(tmp_path, data, hooks=[hook]), tmp_path / 'work'
     processes = start_two(tmp_path / 'log', 'tools/train.py', config, *options(work, start))
@@ -113,9 +110,7 @@ def test_all_processes_stop_at_the_iteration_in_which_one_has_no_finite_loss(dat
     assert sorted(path.name for path in work.glob('*.pth')) == [f'iter_{n}.pth' for n in (1, 2, 3)]
 
 
-def test_another_number_of_processes_with_the_same_total_batch_goes_on(
-    data, start, undisturbed, tmp_path
-):
+def test_another_number_of_processes_with_the_same_total_batch_goes_on(data, undisturbed, tmp_path):
     """Two processes, then one, then two."""
     work = tmp_path / 'work'
     work.mkdir()
@@ -126,17 +121,12 @@ def test_another_number_of_processes_with_the_same_total_batch_goes_on(
     config = write(tmp_path / 'two', data)
     run_two(tmp_path / 'log', 'tools/train.py', config, '--work-dir', work, '--resume')
 
-    logs = [
-        read_checkpoint(str(folder / 'iter_12.pth'))['message_hub']['log_scalars']['train/loss']
-        for folder in (undisturbed, work)
-    ]
+    checkpoints = [read_checkpoint(str(folder / 'iter_12.pth')) for folder in (undisturbed, work)]
+    logs = (checkpoint['message_hub']['log_scalars']['train/loss'] for checkpoint in checkpoints)
     reference, losses = (list(log._log_history)[-12:] for log in logs)
     assert len(losses) == 12 and losses[:3] == reference[:3]
-    weights = [
-        read_checkpoint(str(folder / 'iter_12.pth'))['state_dict'] for folder in (undisturbed, work)
-    ]
-    for name, weight in weights[0].items():
-        assert torch.allclose(weight.float(), weights[1][name].float(), rtol=1e-4, atol=1e-5), name
+    expected, weights = (checkpoint['state_dict'] for checkpoint in checkpoints)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
     # Those of two processes in one iteration come in any order.
     both = batches(undisturbed.parent)
     assert len(both) == 48
@@ -144,11 +134,10 @@ def test_another_number_of_processes_with_the_same_total_batch_goes_on(
     assert batches(tmp_path / 'two') == both[32:]
 
 
-def test_a_total_batch_that_differs_is_told(capfd, data, undisturbed, tmp_path):
+def test_a_total_batch_that_differs_is_told(output_of, data, undisturbed, tmp_path):
     config = write(tmp_path, data, batch=2)  # of one process
-    work = ['--work-dir', tmp_path / 'work', '--resume', undisturbed / 'iter_6.pth']
-    assert run_tool('train.py', config, *work, '--cfg-options', 'train_cfg.max_epochs=1') == 0
-    said = ''.join(capfd.readouterr())
+    options = f'--work-dir {tmp_path}/work --resume {undisturbed}/iter_6.pth'
+    said = output_of('train.py', f'{config} {options} --cfg-options train_cfg.max_epochs=1')
     assert 'train_dataloader.batch_size=4' in said
 
 
@@ -174,17 +163,10 @@ def test_a_job_that_loses_a_process_three_times_ends_as_if_nothing_had_happened(
     (tmp_path / 'log').touch()
     # The folder has checkpoints of an earlier, longer training, which is not to be resumed.
     shutil.copy(undisturbed / 'iter_12.pth', work / 'iter_12.pth')
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id='none',
-        rdzv_backend='c10d',
-        rdzv_endpoint='127.0.0.1:0',
-        max_restarts=3,
-        monitor_interval=0.1,
-        start_method='forkserver',
-    )
+    nodes = dict(min_nodes=1, max_nodes=1, nproc_per_node=2)
+    meeting = dict(run_id='none', rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0')
+    tries = dict(max_restarts=3, monitor_interval=0.1)
+    agent = LaunchConfig(**nodes, **meeting, **tries, start_method='forkserver')
     command = ['tools/train.py', config, '--launcher', 'pytorch', *options(work, start)]
     elastic_launch(agent, work_of)(str(notes), str(tmp_path / 'log'), *map(str, command))
     assert sorted(note.name for note in notes.iterdir()) == ['0', '1', '2', '3']
@@ -196,7 +178,7 @@ def test_a_job_that_loses_a_process_three_times_ends_as_if_nothing_had_happened(
 
 @pytest.fixture
 def commands(tmp_path) -> dict:
-    """An environment in which srun and scontrol, or Python, note how they were called."""
+    """Variables with which srun and scontrol, or Python, note how they were called."""
     folder = tmp_path / 'bin'
     folder.mkdir()
     for name in ('srun', 'scontrol', 'python'):
@@ -205,7 +187,7 @@ def commands(tmp_path) -> dict:
             f'if [ {name} != scontrol ]; then exit ${{STATUS:-75}}; fi\n'
         )
         (folder / name).chmod(0o755)
-    return dict(os.environ, PATH=f"{folder}:{os.environ['PATH']}", VIRTUAL_ENV='x')
+    return dict(PATH=f"{folder}:{os.environ['PATH']}", VIRTUAL_ENV='x', PYTHON='')
 
 
 @pytest.mark.parametrize(
@@ -218,29 +200,26 @@ def commands(tmp_path) -> dict:
         ('0', '1', '', None),
     ],
 )
-def test_a_preempted_slurm_job_is_requeued(commands, tmp_path, status, requeue, count, expected):
-    job = dict(STATUS=status, REQUEUE=requeue, SLURM_JOB_ID='17', SLURM_RESTART_COUNT=count)
-    script = [ROOT / 'tools/slurm_train.sh', 'gpu', 'name', 'config.py', 'work', '--amp']
-    done = subprocess.run(script, env=dict(commands, **job), timeout=60)
-    assert done.returncode == int(status)
+def test_a_preempted_slurm_job_is_requeued(
+    script, commands, tmp_path, status, requeue, count, expected
+):
+    slurm = dict(STATUS=status, REQUEUE=requeue, SLURM_JOB_ID='17', SLURM_RESTART_COUNT=count)
+    job = script('slurm_train.sh', 'gpu name config.py work --amp', **commands, **slurm)
+    assert job.wait(60) == int(status)
     first, *rest = (tmp_path / 'called').read_text().splitlines()
     assert first.startswith('srun ') and first.endswith('--resume' if count else '--amp')
     assert rest == ([expected] if expected else [])
 
 
-def test_requeueing_needs_a_batch_job(commands):
-    environment = {name: value for name, value in commands.items() if name != 'SLURM_JOB_ID'}
-    script = [ROOT / 'tools/slurm_train.sh', 'gpu', 'name', 'config.py', 'work']
-    done = subprocess.run(
-        script, env=dict(environment, REQUEUE='1'), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and 'error: REQUEUE needs a batch job' in done.stderr
+def test_requeueing_needs_a_batch_job(script, commands):
+    slurm = dict(REQUEUE='1', SLURM_JOB_ID='')
+    job = script('slurm_train.sh', 'gpu name config.py work', **commands, **slurm)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and 'error: REQUEUE needs a batch job' in output
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
-def test_the_script_passes_a_signal_on_and_says_that_the_job_can_be_resumed(
-    commands, tmp_path, number
-):
+def test_the_script_passes_a_signal_on_and_ends_as_resumable(script, commands, tmp_path, number):
     python = tmp_path / 'bin' / 'python'
     python.write_text(
         '#!/usr/bin/env bash\n'
@@ -248,11 +227,9 @@ def test_the_script_passes_a_signal_on_and_says_that_the_job_can_be_resumed(
         f'echo started >> {tmp_path}/called\nwhile true; do sleep 0.05; done\n'
     )
     called = tmp_path / 'called'
-    script = subprocess.Popen(
-        [ROOT / 'tools/dist_train.sh', 'config.py', '2'], env=commands, stderr=subprocess.PIPE
-    )
+    job = script('dist_train.sh', 'config.py 2', **commands)
     while not called.exists():
         time.sleep(0.01)
-    script.send_signal(number)
-    assert script.wait(60) == 75
+    job.send_signal(number)
+    assert job.wait(60) == 75
     assert called.read_text().split('\n')[:2] == ['started', 'passed on']

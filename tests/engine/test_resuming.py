@@ -15,7 +15,7 @@ from torch import nn
 
 from crossformer_mm.checkpoint import read_checkpoint
 
-from ..helpers import run_tool
+from ..helpers import NO_VALIDATION, refusals, run_tool
 from ..trainings import ONE_STAGE, assert_same_training, make_data, write_config
 
 
@@ -89,12 +89,9 @@ class Mirror(BaseTransform):
         return results
 
 
-def write(folder: Path, data: Path, lines: str) -> Path:
+def write(folder: Path, data: Path, lines: str = '', **changes) -> Path:
     # Not in the work folder, in which a run keeps its config under the same name.
-    (folder / 'configs').mkdir()
-    config = write_config(ONE_STAGE, folder / 'configs' / 'resuming.py', data)
-    config.write_text(f'{config.read_text()}{lines}\n')
-    return config
+    return write_config(ONE_STAGE, folder / 'configs' / 'resuming.py', data, lines, **changes)
 
 
 SCORED = '''
@@ -127,13 +124,14 @@ default_hooks['checkpoint'] = dict(max_keep_ckpts=-1)
 train_cfg = dict(max_epochs=3)
 model['data_preprocessor'] = dict(batch_augments=[AUGMENT])
 '''
+STRATEGY = "strategy = dict(type='SingleDeviceStrategy')"
 SYNC_RESIZE = "dict(type='BatchSyncRandomResize', random_size_range=(64, 160), interval=3)"
 
 
 @pytest.mark.parametrize(
     'lines, resumed_from',
     [
-        (SCORED + PLATEAU + "strategy = dict(type='SingleDeviceStrategy')", 'epoch_2.pth'),
+        (SCORED + PLATEAU + STRATEGY, 'epoch_2.pth'),
         (SCORED + EARLY, 'epoch_2.pth'),
         (SCORED + PLATEAU + EARLY_STOPPING + BEST, 'epoch_1.pth'),
         (SCORED + BY_ITERATION, 'iter_4.pth'),
@@ -155,12 +153,10 @@ def test_what_is_counted_goes_on_where_it_was(output_of, data, tmp_path, lines, 
     assert_same_training(whole / last, resumed / last)
 
 
-def test_a_training_that_was_killed_in_the_best_validation_keeps_it_as_the_best(
-    output_of, data, tmp_path
-):
+def test_a_training_killed_in_the_best_validation_keeps_it_as_the_best(output_of, data, tmp_path):
     config = write(tmp_path, data, SCORED + 'param_scheduler = []' + BEST)
-    unvalidated = ['--cfg-options', 'train_cfg.max_epochs=1', 'train_cfg.val_begin=9']
-    output_of('train.py', config, '--work-dir', tmp_path, *unvalidated)
+    unvalidated = '--cfg-options train_cfg.max_epochs=1 train_cfg.val_begin=9'
+    output_of('train.py', config, '--work-dir', tmp_path, unvalidated)
     output_of('train.py', config, '--work-dir', tmp_path, '--resume')
     assert [path.name for path in tmp_path.glob('best*')] == ['best_score_epoch_1.pth']
 
@@ -169,7 +165,6 @@ def test_a_training_that_was_killed_in_the_best_validation_keeps_it_as_the_best(
 
 
 PIPELINE = '''
-val_cfg = val_dataloader = val_evaluator = None
 train_cfg = dict(max_epochs=1)
 train_dataloader['num_workers'] = WORKERS
 train_dataloader['dataset']['pipeline'] = train_pipeline = [
@@ -192,101 +187,70 @@ train_dataloader['dataset']['pipeline'] = train_pipeline = [
 )
 def test_transforms_that_remember_images_are_named(output_of, tmp_path, step, workers, named):
     data = make_data(tmp_path / 'shapes', train=8, val=1, size=48)
-    config = write(tmp_path, data, PIPELINE.replace('STEP', step).replace('WORKERS', str(workers)))
+    lines = f'STEP, WORKERS = {step}, {workers}\n{PIPELINE}'
+    config = write(tmp_path, data, lines, **NO_VALIDATION)
     said = output_of('train.py', config, '--work-dir', tmp_path)
     warned = re.findall(r'depends on the images that were loaded before it, by (.*?)\. Check', said)
     assert warned == ([named] if named else [])
     assert not named or said.index('loaded before it') < said.index('Epoch(train)')
 
 
-SCHEDULE = '''
-val_cfg = val_dataloader = val_evaluator = None
-param_scheduler = [dict(type='MultiStepLR', by_epoch=True, begin=0, end=2, milestones=[1])]
-'''
+STEPS = dict(type='MultiStepLR', by_epoch=True, begin=0, end=2, milestones=[1])
+SCHEDULE = dict(param_scheduler=[STEPS], **NO_VALIDATION)
 
 
 @pytest.fixture(scope='module')
 def trained(data, tmp_path_factory):
     """A work folder with checkpoints of a training that has a schedule."""
     folder = tmp_path_factory.mktemp('trained')
-    config = write(folder, data, SCHEDULE + "default_hooks['checkpoint'] = dict(max_keep_ckpts=-1)")
+    lines = "default_hooks['checkpoint'] = dict(max_keep_ckpts=-1)"
+    config = write(folder, data, lines, **SCHEDULE)
     assert run_tool('train.py', config, '--work-dir', folder, folder=folder) == 0
     return folder
 
 
-@pytest.mark.parametrize(
-    'lines, expected',
-    [
-        ('', []),
-        (
-            "optim_wrapper = dict(optimizer=dict(lr=5e-3))",
-            ['optim_wrapper.optimizer.lr: 0.0001 (config: 0.005)'],
-        ),
-        (
-            "optim_wrapper = dict(optimizer=dict(weight_decay=0.5))",
-            ['optim_wrapper.optimizer.weight_decay: 0.0001 (config: 0.5)'],
-        ),
-        (
-            "param_scheduler[0].update(milestones=[2], gamma=0.5, end=3)",
-            [
-                'param_scheduler.0.milestones: [1] (config: [2])',
-                'param_scheduler.0.gamma: 0.1 (config: 0.5)',
-                'param_scheduler.0.end: 2 (config: 3)',
-            ],
-        ),
-        (
-            "param_scheduler[0] = dict(type='CosineAnnealingLR', T_max=2)",
-            ['param_scheduler.0: one of another type (config: CosineAnnealingLR)'],
-        ),
-        ('param_scheduler = []', ['param_scheduler.0: one more (config: none, so it ends)']),
-        (
-            "param_scheduler.append(dict(type='ConstantLR', factor=0.5, by_epoch=True))",
-            ['param_scheduler.1: none (config: ConstantLR, which starts now)'],
-        ),
-    ],
-)
+REPLACED = """
+randomness = dict(seed=0) -> nothing
+optim_wrapper = dict(optimizer=dict(lr=5e-3)) -> optim_wrapper.optimizer.lr: 0.0001 (config: 0.005)
+optim_wrapper = dict(optimizer=dict(weight_decay=0.5)) -> optim_wrapper.optimizer.weight_decay: 0.0001 (config: 0.5)
+param_scheduler[0].update(milestones=[2], gamma=0.5, end=3) -> param_scheduler.0.milestones: [1] (config: [2]) | param_scheduler.0.gamma: 0.1 (config: 0.5) | param_scheduler.0.end: 2 (config: 3)
+param_scheduler[0] = dict(type='CosineAnnealingLR', T_max=2) -> param_scheduler.0: one of another type (config: CosineAnnealingLR)
+param_scheduler = [] -> param_scheduler.0: one more (config: none, so it ends)
+param_scheduler.append(dict(type='ConstantLR', factor=0.5, by_epoch=True)) -> param_scheduler.1: none (config: ConstantLR, which starts now)
+"""
+
+
+@pytest.mark.parametrize('lines, listed', refusals(REPLACED))
 def test_settings_that_a_checkpoint_replaces_are_listed(
-    output_of, data, trained, tmp_path, lines, expected
+    output_of, data, trained, tmp_path, lines, listed
 ):
-    config = write(tmp_path, data, SCHEDULE + lines)
+    config = write(tmp_path, data, lines, **SCHEDULE)
     said = output_of('train.py', f'{config} --work-dir {tmp_path} --resume {trained}/epoch_1.pth')
-    warned = re.findall(
-        'was written with other settings, and those that it holds are used: .*', said
-    )
-    assert len(warned) == bool(expected)
-    for part in expected:
-        assert part in warned[0]
+    warnings = re.findall('with other settings, and those that it holds are used: .*', said)
+    (warning,) = warnings or ['nothing']
+    for setting in listed.split(' | '):
+        assert setting in warning
 
 
-def test_a_new_training_from_weights_has_the_settings_of_the_config(
-    output_of, data, trained, tmp_path
-):
-    config = write(tmp_path, data, SCHEDULE)
-    options = [f'load_from={trained / "epoch_1.pth"}', 'optim_wrapper.optimizer.lr=0.005']
-    said = output_of('train.py', config, '--work-dir', tmp_path, '--cfg-options', *options)
+def test_a_new_training_from_weights_has_its_own_settings(output_of, data, trained, tmp_path):
+    config = write(tmp_path, data, **SCHEDULE)
+    options = f'load_from={trained}/epoch_1.pth optim_wrapper.optimizer.lr=0.005'
+    said = output_of('train.py', f'{config} --work-dir {tmp_path} --cfg-options {options}')
     assert 'other settings' not in said and 'lr: 5.0000e-03' in said
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(refusal_of, data, trained, tmp_path):
-    config = write(
-        tmp_path,
-        data,
-        SCHEDULE + "optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1))\n",
-    )
-    resumed = ['--work-dir', tmp_path, '--resume', trained / 'epoch_1.pth']
-    said = refusal_of('train.py', config, *resumed)
+    lines = "optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1))"
+    config = write(tmp_path, data, lines, **SCHEDULE)
+    said = refusal_of('train.py', f'{config} --work-dir {tmp_path} --resume {trained}/epoch_1.pth')
     assert "than the config's SGD" in said and 'load_from=' in said
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(output_of, refusal_of, data, tmp_path):
-    config = write(
-        tmp_path,
-        data,
-        'val_cfg = val_dataloader = val_evaluator = None\n'
-        "optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))\n",
-    )
-    frozen = ['--cfg-options', 'model.backbone.frozen_stages=2', 'train_cfg.max_epochs=1']
-    output_of('train.py', config, '--work-dir', tmp_path, *frozen, folder=tmp_path)
+    groups = 'optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))'
+    config = write(tmp_path, data, groups, **NO_VALIDATION)
+    frozen = '--cfg-options model.backbone.frozen_stages=2 train_cfg.max_epochs=1'
+    output_of('train.py', config, '--work-dir', tmp_path, frozen)
     said = refusal_of('train.py', config, '--work-dir', tmp_path, '--resume')
     assert 'epoch_1.pth' in said and 'cannot be resumed' in said and 'load_from=' in said
 
@@ -294,28 +258,19 @@ def test_a_checkpoint_of_other_parameters_is_refused(output_of, refusal_of, data
 # Settings of MMEngine that would do something else than they say
 
 
-@pytest.mark.parametrize('modules', ["['backbone']", "'backbone.layers.0'", "['neck']"])
-def test_activation_checkpointing_that_stops_gradients_is_refused(
-    refusal_of, data, tmp_path, modules
-):
-    config = write(
-        tmp_path,
-        data,
-        f'val_cfg = val_dataloader = val_evaluator = None\nactivation_checkpointing = {modules}\n',
-    )
+@pytest.mark.parametrize('part', ["['backbone']", "'backbone.layers.0'", "['neck']"])
+def test_activation_checkpointing_that_stops_gradients_is_refused(refusal_of, data, tmp_path, part):
+    lines = f'activation_checkpointing = {part}'
+    config = write(tmp_path, data, lines, **NO_VALIDATION)
     said = refusal_of('train.py', config, '--work-dir', tmp_path)
     assert 'gets no gradient' in said and 'Use model.backbone.with_cp=True.' in said
 
 
-@pytest.mark.parametrize('strategy', [None, dict(type='SingleDeviceStrategy')])
-def test_scaling_the_learning_rate_counts_accumulated_batches(output_of, data, tmp_path, strategy):
-    config = write(
-        tmp_path,
-        data,
-        'val_cfg = val_dataloader = val_evaluator = None\nparam_scheduler = []\n'
-        'optim_wrapper = dict(accumulative_counts=4)\ntrain_cfg = dict(max_epochs=1)\n'
-        + (f'strategy = {strategy}' if strategy else ''),
-    )
+@pytest.mark.parametrize('lines', ['', STRATEGY], ids=['runner', 'strategy'])
+def test_scaling_the_learning_rate_counts_accumulated_batches(output_of, data, tmp_path, lines):
+    changes = dict(param_scheduler=[], optim_wrapper=dict(accumulative_counts=4))
+    epoch = dict(max_epochs=1)
+    config = write(tmp_path, data, lines, train_cfg=epoch, **changes, **NO_VALIDATION)
     output_of('train.py', config, '--work-dir', tmp_path, '--auto-scale-lr')
     (group,) = read_checkpoint(str(tmp_path / 'epoch_1.pth'))['optimizer']['param_groups']
     assert group['lr'] == pytest.approx(1e-4 * 2 * 4 / 16)  # 2 images in each of 4 batches

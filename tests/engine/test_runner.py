@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,25 +14,23 @@ from mmengine.registry import MODELS, init_default_scope
 from crossformer_mm.checkpoint import read_checkpoint, use_safe_loading
 from crossformer_mm.engine.config import load_config
 
-from ..helpers import DEMO_DETECTOR, NO_VALIDATION
+from ..helpers import DEMO_DETECTOR, NO_VALIDATION, refusals
 from ..trainings import ONE_STAGE, write_config
 
 
 def test_weights_may_be_named_where_a_config_has_none(tmp_path):
-    file, key = tmp_path / 'resnet.pth', 'model.backbone.init_cfg.checkpoint'
-    backbones = []
-    for options in ({}, {key: str(file)}):
-        cfg = load_config('configs/mask_rcnn/r50_1x.py', options)
-        init_default_scope('mmdet')
-        backbones.append(MODELS.build(cfg.model.backbone))
-        if not options:  # as torchvision has it: with a classifier
-            torch.save({**backbones[0].state_dict(), 'fc.weight': torch.ones(1)}, file)
+    file = tmp_path / 'resnet.pth'
     use_safe_loading()
-    first, second = backbones
+    init_default_scope('mmdet')
+    first, second = (
+        MODELS.build(load_config('configs/mask_rcnn/r50_1x.py', options).model.backbone)
+        for options in ({}, {'model.backbone.init_cfg.checkpoint': str(file)})
+    )
+    # As torchvision has it: with a classifier.
+    torch.save({**first.state_dict(), 'fc.weight': torch.ones(1)}, file)
     assert not torch.equal(first.conv1.weight, second.conv1.weight)
     second.init_weights()
-    for key, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[key]), key
+    torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -44,32 +43,27 @@ def test_training_another_backbone_from_random_weights_is_said(output_of, option
     assert ('No pretrained checkpoint is given' in found) == said
 
 
-@pytest.mark.parametrize(
-    'option, expected',
-    [
-        ('train_dataloader.batch_size=many', "config's train_cfg or train_dataloader cannot be"),
-        ('optim_wrapper.optimizer.lr=fast', "config's optim_wrapper cannot be built"),
-        (
-            'model.roi_head.bbox_head.num_classes=3',
-            'model.roi_head.bbox_head.num_classes = 3 is too small for the 4 classes of the data',
-        ),
-        ('val_evaluator.metric=boxes', "config's val_cfg, val_dataloader or val_evaluator can"),
-        ('model.type=MaskCNN', "config's model cannot be built"),
-    ],
-)
-def test_values_that_cannot_work_name_the_part_of_the_config(
-    refusal_of, data, tmp_path, option, expected
-):
+WRONG_VALUES = """
+train_dataloader.batch_size=many -> config's train_cfg or train_dataloader cannot be
+optim_wrapper.optimizer.lr=fast -> config's optim_wrapper cannot be built
+model.roi_head.bbox_head.num_classes=3 -> model.roi_head.bbox_head.num_classes = 3 is too small for the 4 classes
+val_evaluator.metric=boxes -> config's val_cfg, val_dataloader or val_evaluator can
+model.type=MaskCNN -> config's model cannot be built
+"""
+
+
+@pytest.mark.parametrize('option, expected', refusals(WRONG_VALUES))
+def test_values_that_cannot_work_name_their_section(refusal_of, data, tmp_path, option, expected):
     paths = f'--work-dir {tmp_path} --data-root {data}/coco'
     assert expected in refusal_of('train.py', f'{DEMO_DETECTOR} {paths} --cfg-options {option}')
 
 
 def test_settings_may_be_lists_or_none(output_of, data, tmp_path):
     """No visualizer and no hook for pictures, evaluators and weights as lists, data in parts."""
-    base = write_config(ONE_STAGE, tmp_path / 'base_of_lists.py', data)
+    write_config(ONE_STAGE, tmp_path / 'base.py', data)
     config = tmp_path / 'lists.py'
-    config.write_text(f'''
-_base_ = {str(base)!r}
+    config.write_text('''
+_base_ = './base.py'
 visualizer = auto_scale_lr = custom_hooks = None
 default_hooks = dict(_delete_=True, checkpoint=dict(type='CheckpointHook', interval=1))
 val_evaluator = test_evaluator = [dict(_base_.val_evaluator)]
@@ -101,30 +95,19 @@ train_cfg = dict(max_epochs=1, val_interval=1)
     ],
 )
 def test_runners_and_strategies_are_not_ignored(refusal_of, data, tmp_path, lines, expected):
-    config = write_config(ONE_STAGE, tmp_path / 'strategy.py', data)
-    config.write_text(f'{config.read_text()}{lines}\n')
+    config = write_config(ONE_STAGE, tmp_path / 'strategy.py', data, lines)
     assert expected in refusal_of('train.py', config, '--work-dir', tmp_path)
 
 
-def test_a_strategy_trains_by_mmengines_other_runner(output_of, monkeypatch, data, tmp_path):
-    prepared = []
-    prepare = SingleDeviceStrategy.prepare
-    monkeypatch.setattr(
-        SingleDeviceStrategy,
-        'prepare',
-        lambda strategy, *args, **kwargs: (
-            prepared.append(strategy) or prepare(strategy, *args, **kwargs)
-        ),
+def test_a_strategy_trains_by_mmengines_other_runner(output_of, data, tmp_path):
+    prepared = mock.patch.object(
+        SingleDeviceStrategy, 'prepare', autospec=True, side_effect=SingleDeviceStrategy.prepare
     )
-    config = write_config(
-        ONE_STAGE,
-        tmp_path / 'single_device.py',
-        data,
-        **NO_VALIDATION,
-        train_cfg=dict(max_epochs=1),
-        strategy=dict(type='SingleDeviceStrategy'),
-    )
-    output_of('train.py', config, '--work-dir', tmp_path)
-    assert len(prepared) == 1
+    changes = dict(train_cfg=dict(max_epochs=1), strategy=dict(type='SingleDeviceStrategy'))
+    path = tmp_path / 'single_device.py'
+    config = write_config(ONE_STAGE, path, data, **NO_VALIDATION, **changes)
+    with prepared as prepare:
+        output_of('train.py', config, '--work-dir', tmp_path)
+    prepare.assert_called_once()
     kept = read_checkpoint(str(tmp_path / 'epoch_1.pth'))
     assert {'state_dict', 'optimizer'} <= kept.keys()

@@ -1,4 +1,4 @@
-"""MMEngine's other ways to train: strategies of its FlexibleRunner, in run_two processes by gloo."""
+"""MMEngine's other ways to train: strategies of its FlexibleRunner, in two processes by gloo."""
 
 import inspect
 from pathlib import Path
@@ -12,28 +12,20 @@ from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.sharding import is_crossformer_block, wrap_crossformer_blocks
 
 from ..helpers import ROOT, run_two
-from ..trainings import SEGMENTOR, make_data, write_config
+from ..trainings import SEGMENTOR, write_config
 
 FSDP = Config.fromfile(ROOT / 'configs' / '_base_' / 'fsdp.py').strategy.to_dict()
 SHARDED = ['configs/mask_rcnn/cfpp_b_1x_fsdp.py', 'configs/upernet/cf_l_160k_fsdp.py']
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp('data') / 'shapes', train=8, val=2)
-
-
-def training(path: Path, data: Path, strategy: dict, kind=SEGMENTOR) -> Path:
-    """A configuration of four iterations with run_two checkpoints, by a strategy."""
-    schedule = dict(
-        train_cfg=dict(max_iters=4, val_interval=4),
-        default_hooks=dict(checkpoint=dict(interval=2, max_keep_ckpts=-1)),
-    )
+def training(path: Path, data: Path, strategy: dict) -> Path:
+    """A configuration of four iterations with two checkpoints, by a strategy."""
     return write_config(
-        kind,
+        SEGMENTOR,
         path,
         data,
-        **schedule if kind is SEGMENTOR else {},
+        train_cfg=dict(max_iters=4, val_interval=4),
+        default_hooks=dict(checkpoint=dict(interval=2, max_keep_ckpts=-1)),
         custom_hooks=[],
         custom_imports=dict(imports=['crossformer_mm', 'crossformer_mm.engine.sharding']),
         runner_type='FlexibleRunner',
@@ -42,21 +34,11 @@ def training(path: Path, data: Path, strategy: dict, kind=SEGMENTOR) -> Path:
     )
 
 
-def state(folder: Path, name: str) -> dict:
-    """A checkpoint; MMEngine's DDPStrategy keeps the wrapper's name in the keys."""
-    checkpoint = read_checkpoint(str(folder / name))
-    checkpoint['state_dict'] = {
-        key.replace('module.', ''): weight for key, weight in checkpoint['state_dict'].items()
-    }
-    return checkpoint
-
-
-def assert_same(one: dict, other: dict) -> None:
-    """Weights and averages of the optimizer, bit by bit."""
-    assert one['state_dict'].keys() == other['state_dict'].keys()
-    for name, weight in one['state_dict'].items():
-        assert torch.equal(weight, other['state_dict'][name]), name
-    assert one['meta']['iter'] == other['meta']['iter']
+def weights_of(folder: Path, iteration: int) -> dict:
+    """Weights in a checkpoint; MMEngine's DDPStrategy keeps the wrapper's name in the keys."""
+    checkpoint = read_checkpoint(str(folder / f'iter_{iteration}.pth'))
+    assert checkpoint['meta']['iter'] == iteration
+    return {key.replace('module.', ''): weight for key, weight in checkpoint['state_dict'].items()}
 
 
 @pytest.mark.parametrize('config', SHARDED)
@@ -66,9 +48,8 @@ def test_configs_shard_and_recompute_by_block(config):
     model = CrossFormer(dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)))
     blocks = [module for module in model.modules() if is_crossformer_block(module)]
     assert len(blocks) == 5
-    assert [
-        module for module in model.modules() if wrap_crossformer_blocks(module, False)
-    ] == blocks
+    wrapped = [module for module in model.modules() if wrap_crossformer_blocks(module, False)]
+    assert wrapped == blocks
     assert all(wrap_crossformer_blocks(module, True) for module in model.modules())
 
 
@@ -81,16 +62,13 @@ def test_sharded_training_is_that_of_ddp_and_goes_on_where_it_was(data, tmp_path
     sharded = training(tmp_path / 'sharded.py', data, FSDP)
     plain = training(tmp_path / 'plain.py', data, dict(type='DDPStrategy'))
     run_two(tmp_path / 'log_sharded', f'tools/train.py {sharded} --work-dir {tmp_path}/sharded')
-    run_two(tmp_path / 'log_plain', 'tools/train.py', plain, '--work-dir', tmp_path / 'plain')
+    run_two(tmp_path / 'log_plain', f'tools/train.py {plain} --work-dir {tmp_path}/plain')
     command = f'tools/train.py {sharded} --work-dir {tmp_path}/resumed'
     run_two(tmp_path / 'log_resumed', command, f'--resume {tmp_path}/sharded/iter_2.pth')
-    last = state(tmp_path / 'sharded', 'iter_4.pth')
-    before = state(tmp_path / 'sharded', 'iter_2.pth')
-    assert not torch.equal(
-        before['state_dict']['backbone.patch_embed.projs.0.weight'],
-        last['state_dict']['backbone.patch_embed.projs.0.weight'],
-    )
-    assert_same(last, state(tmp_path / 'plain', 'iter_4.pth'))
-    assert_same(last, state(tmp_path / 'resumed', 'iter_4.pth'))
+    last = weights_of(tmp_path / 'sharded', 4)
+    for folder in ('plain', 'resumed'):
+        torch.testing.assert_close(weights_of(tmp_path / folder, 4), last, rtol=0, atol=0)
+    moved = 'backbone.patch_embed.projs.0.weight'
+    assert not torch.equal(weights_of(tmp_path / 'sharded', 2)[moved], last[moved])
     # Each process had its part of the blocks alone, and they were recomputed.
     assert 'FullyShardedDataParallel' in (tmp_path / 'log_sharded0').read_text()
