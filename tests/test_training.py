@@ -1,5 +1,7 @@
 """Training: initial weights, stochastic depth, frozen stages, activation checkpointing."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -12,11 +14,17 @@ from crossformer_mm.grouping import stage_rules
 
 from .conftest import SMALL
 
+# Tensors, or lists and dicts of tensors, are the same to the bit.
+assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
-def gradients(backbone, loss):
-    backbone.zero_grad()
+
+def gradients(backbone, loss) -> dict:
     loss.backward()
-    return {name: p.grad.clone() for name, p in backbone.named_parameters()}
+    return {name: parameter.grad for name, parameter in backbone.named_parameters()}
+
+
+def drop_path_rates(backbone) -> list:
+    return [block.drop_path.drop_prob for layer in backbone.layers for block in layer.blocks]
 
 
 # Initial weights
@@ -42,13 +50,11 @@ def test_random_weights_are_those_of_the_papers_code():
 
 def test_convolutions_keep_their_default_weights():
     backbone = CrossFormer(SMALL, cooling=True)
-    convs = {
-        name: m.weight.clone() for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)
-    }
+    convs = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    before = [module.weight.clone() for module in convs]
     backbone.init_weights()
-    assert convs and all(
-        torch.equal(backbone.get_submodule(name).weight, weight) for name, weight in convs.items()
-    )
+    assert convs
+    assert_equal([module.weight for module in convs], before)
 
 
 def test_other_initialisers_of_mmengine_are_obeyed():
@@ -62,28 +68,18 @@ def test_other_initialisers_of_mmengine_are_obeyed():
 
 
 def test_stochastic_depth_grows_linearly_over_all_blocks():
-    backbone = CrossFormer(SMALL, drop_path_rate=0.4)
-    rates = [block.drop_path.drop_prob for layer in backbone.layers for block in layer.blocks]
+    rates = drop_path_rates(CrossFormer(SMALL, drop_path_rate=0.4))
     assert rates == pytest.approx([0.05 * i for i in range(9)])
 
 
-@pytest.mark.parametrize(
-    'arch, rate',
-    [
-        ('t', 0.1),
-        ('s', 0.2),
-        ('b', 0.3),
-        ('l', 0.5),
-        ('pp-s', 0.2),
-        ('pp-b', 0.3),
-        ('pp-l', 0.5),
-        ('pp-h', 0.5),
-    ],
-)
+RATES = {'t': 0.1, 's': 0.2, 'b': 0.3, 'l': 0.5, 'pp-s': 0.2, 'pp-b': 0.3, 'pp-l': 0.5, 'pp-h': 0.5}
+
+
+@pytest.mark.parametrize('arch, rate', RATES.items())
 def test_stochastic_depth_is_the_architectures_unless_said(arch, rate):
     def last(**options):
         with torch.device('meta'):
-            return CrossFormer(arch, **options).layers[-1].blocks[-1].drop_path.drop_prob
+            return drop_path_rates(CrossFormer(arch, **options))[-1]
 
     assert last() == pytest.approx(rate)
     assert last(drop_path_rate=0.0) == 0
@@ -92,21 +88,16 @@ def test_stochastic_depth_is_the_architectures_unless_said(arch, rate):
 
 def test_stages_left_out_do_not_change_the_rates_of_the_others():
     first, every = (
-        CrossFormer(SMALL, drop_path_rate=0.4, out_indices=out_indices)
+        drop_path_rates(CrossFormer(SMALL, drop_path_rate=0.4, out_indices=out_indices))
         for out_indices in ((1,), (3,))
     )
-    for layer, reference in zip(first.layers, every.layers):
-        assert [block.drop_path.drop_prob for block in layer.blocks] == [
-            block.drop_path.drop_prob for block in reference.blocks
-        ]
+    assert first == every[: len(first)] and len(first) == 3
 
 
 @pytest.mark.parametrize('rate', ['drop_rate', 'attn_drop_rate', 'drop_path_rate'])
 def test_each_rate_acts_in_training_alone(small, rate):
     backbone, image = small(**{rate: 0.5}), torch.randn(2, 3, 64, 64)
-    reference = small()(image)
-    for feature, expected in zip(backbone(image), reference):
-        assert torch.equal(feature, expected)
+    assert_equal(backbone(image), small()(image))
     backbone.train()
     once, again = backbone(image), backbone(image)
     assert not torch.equal(once[-1], again[-1])
@@ -153,8 +144,7 @@ def test_sum_joined_with_stochastic_depth_equals_the_two(dtype, joined_sums):
         results.append((out, *grads, *again))
     assert joined_sums == [True]
     limits = {} if dtype == torch.float32 else dict(rtol=8e-3, atol=8e-3)
-    for joined, single in zip(*results, strict=True):
-        torch.testing.assert_close(joined, single, **limits)
+    torch.testing.assert_close(*results, **limits)
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
@@ -164,12 +154,11 @@ def test_training_with_joined_sums_equals_training_without(with_cp, joined_sums,
     for _ in range(2):
         torch.manual_seed(2)
         loss = sum(feature.square().mean() for feature in backbone(image))
-        grads.append(torch.autograd.grad(loss, list(backbone.parameters()), allow_unused=True))
+        parameters = list(backbone.parameters())
+        grads.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
         monkeypatch.setattr(block, 'SUMS_ON', '')
     assert joined_sums.count(True) > 4
-    for joined, single in zip(*grads, strict=True):
-        if single is not None:
-            torch.testing.assert_close(joined, single, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +190,8 @@ def test_attention_dropout_keeps_the_expected_value(small):
 
 
 def test_without_rates_training_equals_evaluation(small):
-    backbone, image = small(), torch.randn(1, 3, 64, 64)
-    for feature, reference in zip(small().train()(image), backbone(image)):
-        torch.testing.assert_close(feature, reference)
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(small().train()(image), small()(image))
 
 
 def test_image_gets_a_gradient(small, probe):
@@ -230,9 +218,8 @@ def test_recomputing_changes_no_value_and_no_gradient(small, probe, rates):
         features = backbone(image)
         results.append((features, gradients(backbone, probe(features))))
     (plain, plain_gradients), (recomputed, recomputed_gradients) = results
-    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
-    for name, gradient in plain_gradients.items():
-        torch.testing.assert_close(recomputed_gradients[name], gradient, msg=name)
+    assert_equal(recomputed, plain)
+    torch.testing.assert_close(recomputed_gradients, plain_gradients)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -266,31 +253,23 @@ def test_recomputing_saves_memory(small, probe):
 def test_recomputing_is_harmless_without_gradients(small):
     backbone, image = small(with_cp=True), torch.randn(1, 3, 61, 83)
     with torch.no_grad():
-        for feature, reference in zip(backbone(image), small()(image)):
-            assert torch.equal(feature, reference) and not feature.requires_grad
+        features = backbone(image)
+        assert_equal(features, small()(image))
+    assert not any(feature.requires_grad for feature in features)
 
 
 # Frozen stages
 
 
-def frozen_prefixes(stages):
-    if stages < 0:
-        return ()
-    return ('patch_embed.', *(f'{part}{i}.' for i in range(stages) for part in ('layers.', 'norm')))
-
-
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('stages', [-1, 0, 1, 2, 3, 4])
 def test_frozen_stages_stay_frozen_and_the_rest_trains(probe, stages, with_cp):
-    backbone = CrossFormer(
-        SMALL,
-        frozen_stages=stages,
-        with_cp=with_cp,
-        out_norm=True,
-        drop_rate=0.1,
-        drop_path_rate=0.1,
-    )
-    prefixes = frozen_prefixes(stages)
+    rates = dict(drop_rate=0.1, drop_path_rate=0.1)
+    backbone = CrossFormer(SMALL, frozen_stages=stages, with_cp=with_cp, out_norm=True, **rates)
+    prefixes = ()
+    if stages >= 0:
+        prefixes = ('patch_embed.', 'absolute_pos.', 'embed_drop.')
+        prefixes += tuple(f'{part}{i}.' for i in range(stages) for part in ('layers.', 'norm'))
     backbone.init_weights()
     backbone.eval()
     backbone.train()
@@ -305,42 +284,41 @@ def test_frozen_stages_stay_frozen_and_the_rest_trains(probe, stages, with_cp):
         assert (parameter.grad is None) == frozen, name
     for name, module in backbone.named_modules():
         if name and name != 'layers':
-            frozen = f'{name}.'.startswith(prefixes) or (
-                stages >= 0 and name in ('absolute_pos', 'embed_drop')
-            )
-            assert module.training != frozen, name
+            assert module.training != f'{name}.'.startswith(prefixes), name
 
 
 def test_frozen_stages_draw_no_random_numbers(small):
     backbone = small(frozen_stages=2, drop_rate=0.5, drop_path_rate=0.5).train()
     image = torch.randn(1, 3, 64, 64)
     once, again = backbone(image), backbone(image)
-    assert all(torch.equal(once[i], again[i]) for i in (0, 1))
+    assert_equal(once[:2], again[:2])
     assert not torch.equal(once[3], again[3])
 
 
 # Determinism
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('lda', ['interval', 'block'])
+@pytest.mark.usefixtures('deterministic')
 def test_same_seed_trains_to_the_same_weights(probe, lda, with_cp):
-    torch.use_deterministic_algorithms(True)
-    try:
-        results = []
-        for _ in range(2):
-            torch.manual_seed(3)
-            backbone = CrossFormer(
-                SMALL, lda=lda, with_cp=with_cp, cooling=True, drop_rate=0.1, drop_path_rate=0.2
-            )
-            backbone.init_weights()
-            optimizer = torch.optim.AdamW(backbone.train().parameters(), 1e-3)
-            for size in ((61, 83), (97, 130)):
-                optimizer.zero_grad()
-                probe(backbone(torch.randn(2, 3, *size))).backward()
-                optimizer.step()
-            results.append(backbone.state_dict())
-    finally:
-        torch.use_deterministic_algorithms(False)
-    once, again = results
-    assert all(torch.equal(once[key], again[key]) for key in once)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        rates = dict(drop_rate=0.1, drop_path_rate=0.2)
+        backbone = CrossFormer(SMALL, lda=lda, with_cp=with_cp, cooling=True, **rates)
+        backbone.init_weights()
+        optimizer = torch.optim.AdamW(backbone.train().parameters(), 1e-3)
+        for size in ((61, 83), (97, 130)):
+            optimizer.zero_grad()
+            probe(backbone(torch.randn(2, 3, *size))).backward()
+            optimizer.step()
+        results.append(backbone.state_dict())
+    assert_equal(*results)
