@@ -1,7 +1,9 @@
 """Annotations in COCO's format that training, validation and pycocotools cannot use."""
 
 import json
+from itertools import repeat
 from pathlib import Path
+from typing import Iterable
 
 import pytest
 from mmdet.evaluation import CocoMetric
@@ -36,7 +38,7 @@ FAULTS_IN_PYCOCOTOOLS = {
 }
 
 
-def change_objects(file: Path, *changes: dict) -> list:
+def change_objects(file: Path, changes: Iterable[dict]) -> list:
     """Change the first objects of an annotation file, each in its own way; return all objects."""
 
     def edit(content):
@@ -50,26 +52,22 @@ def change_objects(file: Path, *changes: dict) -> list:
     return json.loads(file.read_text())['annotations']
 
 
-def change_all_objects(file: Path, **changes) -> None:
-    change_objects(file, *len(json.loads(file.read_text())['annotations']) * [changes])
-
-
 @pytest.mark.parametrize('fault', FAULTS)
 @pytest.mark.parametrize('split, file', [('train', TRAIN_JSON), ('val', VAL_JSON)])
 def test_an_unusable_annotation_is_named_before_the_run(own_data, split, file, fault):
-    first, *_ = change_objects(own_data / file, FAULTS[fault])
+    first, *_ = change_objects(own_data / file, [FAULTS[fault]])
     said = refusal(build, DETECTOR, own_data, split)
     assert said.startswith(f"Annotation {first['id']} of image '")
     assert f"in annotation file '{own_data / file}' has " in said
 
 
 def test_boxes_alone_need_no_masks(own_data):
-    change_all_objects(own_data / TRAIN_JSON, segmentation=ABSENT)
+    change_objects(own_data / TRAIN_JSON, repeat(dict(segmentation=ABSENT)))
     assert build(ONE_STAGE, own_data, 'train')[0] is not None
 
 
 def test_images_with_unusable_annotations_can_be_skipped(own_data, tmp_path):
-    change_objects(own_data / TRAIN_JSON, FAULTS['no segmentation'])
+    change_objects(own_data / TRAIN_JSON, [FAULTS['no segmentation']])
     skipped = tmp_path / 'skipped.txt'
     dataset = build(DETECTOR, own_data, 'train', skip_to=str(skipped))
     assert len(dataset) == 5
@@ -78,14 +76,14 @@ def test_images_with_unusable_annotations_can_be_skipped(own_data, tmp_path):
 
 def test_a_training_file_of_empty_objects_only(own_data):
     # As converters write that do not compute areas. MMDetection drops such objects.
-    change_all_objects(own_data / TRAIN_JSON, area=0)
+    change_objects(own_data / TRAIN_JSON, repeat(dict(area=0)))
     said = refusal(build, DETECTOR, own_data, 'train')
     assert 'are left out: their area is 0' in said and str(own_data / TRAIN_JSON) in said
 
 
 def test_objects_that_mmdetection_drops_are_counted(own_data, warned):
     empty = dict(bbox=[5, 5, 3, 0], area=0)  # as two objects of COCO 2017
-    objects = change_objects(own_data / TRAIN_JSON, empty, dict(bbox=[-9, 5, 8, 8]))
+    objects = change_objects(own_data / TRAIN_JSON, [empty, dict(bbox=[-9, 5, 8, 8])])
     dataset = build(DETECTOR, own_data, 'train')
     assert count_objects(dataset) == len(objects) - 2
     assert f'2 of {len(objects)} objects in annotation file' in ''.join(warned)
@@ -99,13 +97,13 @@ def check_metric(own_data: Path, *kinds: str, image_ids=(1, 2, 3, 4, 5)) -> None
 
 @pytest.mark.parametrize('fault', FAULTS_IN_PYCOCOTOOLS)
 def test_what_pycocotools_cannot_use_is_named(own_data, fault):
-    change_objects(own_data / VAL_JSON, FAULTS_IN_PYCOCOTOOLS[fault])
+    change_objects(own_data / VAL_JSON, [FAULTS_IN_PYCOCOTOOLS[fault]])
     said = refusal(check_metric, own_data, 'bbox', 'segm')
     assert said.startswith('Annotation 1 of image') and ' in FILE has ' in said
 
 
 def test_a_metric_of_boxes_needs_no_masks(own_data):
-    change_objects(own_data / VAL_JSON, FAULTS['no segmentation'])
+    change_objects(own_data / VAL_JSON, [FAULTS['no segmentation']])
     check_metric(own_data, 'bbox')
 
 
@@ -117,6 +115,6 @@ def test_a_metric_with_other_images_or_classes_than_the_data_set(own_data):
 
 
 def test_annotation_ids_from_zero_are_named_for_pycocotools_miscounts_them(own_data, warned):
-    change_objects(own_data / VAL_JSON, dict(id=0))
+    change_objects(own_data / VAL_JSON, [dict(id=0)])
     check_metric(own_data, 'bbox')
     assert 'An annotation has id 0 in FILE' in ''.join(warned)

@@ -77,16 +77,17 @@ def test_skipping_ends_where_nothing_works(own_data, tmp_path):
 # The tools, whole
 
 
+ODD = [('RGB', (1, 1)), ('RGB', (4000, 30)), ('L', (48, 48)), ('CMYK', (48, 48))]
+
+
 def put_odd_images(own_data: Path) -> None:
-    """Make held-out and training images 1x1, 4000x30, grey and CMYK.
+    """Make the first held-out and training images odd, and the objects of the fifth crowds.
 
     The smallest label map that MMSegmentation reads is 2x2.
     """
     rng = np.random.default_rng(0)
     for split, ade_split in (('train', 'training'), ('val', 'validation')):
-        sizes = {}
-        kinds = [('RGB', (1, 1)), ('RGB', (4000, 30)), ('L', (48, 48)), ('CMYK', (48, 48))]
-        for number, (mode, size) in enumerate(kinds, start=1):
+        for number, (mode, size) in enumerate(ODD, start=1):
             name = f'{number:012d}'
             image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).convert(mode)
             label_size = tuple(max(side, 2) for side in size)
@@ -96,17 +97,16 @@ def put_odd_images(own_data: Path) -> None:
             Image.fromarray(np.ones(label_size[::-1], np.uint8)).save(
                 own_data / f'ade/annotations/{ade_split}/{name}.png'
             )
-            sizes[number] = size
 
         def resize(content):
             # The third image has no objects at all.
             kept = [one for one in content['annotations'] if one['image_id'] != 3]
             content['annotations'] = kept
-            for image in content['images'][:4]:
-                image['width'], image['height'] = sizes[image['id']]
+            for image, (_, size) in zip(content['images'], ODD):
+                image['width'], image['height'] = size
             for annotation in kept:
-                if annotation['image_id'] in sizes:
-                    w, h = sizes[annotation['image_id']]
+                if annotation['image_id'] <= len(ODD):
+                    _, (w, h) = ODD[annotation['image_id'] - 1]
                     annotation.update(
                         bbox=[0, 0, w, h], area=w * h, segmentation=[[0, 0, w, 0, w, h, 0, h]]
                     )
