@@ -1,14 +1,15 @@
 """Long-short distance attention: attention inside the groups of a map."""
 
-from typing import Optional
+from typing import Optional, Tuple
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from .grouping import AxisRule
 from .kernels import map_attention
 from .kernels.bias import position_table
 from .layers import linear
-from .position_bias import build_position_bias
+from .position_bias import bias_windows, build_position_bias
 
 
 class GroupAttention(nn.Module):
@@ -26,7 +27,7 @@ class GroupAttention(nn.Module):
         group_size (int): G, for a position bias that has a size.
     """
 
-    attend = staticmethod(map_attention)
+    attend = staticmethod(map_attention)  # classes for export override it
 
     def __init__(
         self,
@@ -71,3 +72,37 @@ class GroupAttention(nn.Module):
             self.attention_path,
         )
         return self.proj_drop(linear(self.proj, out))
+
+    # For hooks and figures: the kernels keep logits and weights out of memory.
+
+    def project(self, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of tokens (..., N, C), each (..., heads, N, d)."""
+        q, k, v = rearrange(
+            self.qkv(x), '... n (three h d) -> three ... h n d', three=3, h=self.num_heads
+        )
+        return q, k, v
+
+    def position_bias(
+        self, queries: Tensor, height: int, width: int, rows: AxisRule, columns: AxisRule
+    ) -> Tensor:
+        """Return the position bias of some queries of a group.
+
+        Args:
+            queries (Tensor): indices of members.
+            height, width (int): members of the group: if it is ragged, fewer than the rules give.
+            rows, columns (AxisRule): as of :meth:`forward`.
+
+        Returns:
+            Tensor: (heads, queries, height*width).
+        """
+        windows = bias_windows(self.pos(rows.size, columns.size), height, width)
+        return windows[:, queries // width, queries % width].flip(2, 3).flatten(2)
+
+    def logits(self, q: Tensor, k: Tensor, queries: Tensor, bias: Tensor) -> Tensor:
+        """Return the attention logits of some queries of groups, (..., heads, queries, keys).
+
+        Args:
+            q, k (Tensor): of all members, as of :meth:`project`.
+            queries, bias (Tensor): as of :meth:`position_bias`.
+        """
+        return self.scale * (k @ q.mT[..., queries]).mT + bias

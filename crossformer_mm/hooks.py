@@ -19,7 +19,6 @@ from .backbone import CrossFormer, CrossFormerStage
 from .errors import UserError
 from .grouping import AxisRule, group_map
 from .pictures import names_in, picture_in
-from .position_bias import bias_windows
 from .without_torch.files import write_labels
 
 
@@ -166,11 +165,9 @@ def sample_logits(
     images, members = chosen_groups // count, largest.flatten(1)[chosen_groups % count]
     tokens = x.flatten(1, 2)[images[:, None], members]  # (groups, members, C)
 
-    q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-    logits = attention.scale * torch.einsum('gqhd,gkhd->ghqk', q[:, chosen], k)
-    windows = bias_windows(attention.pos(rows.size, columns.size), height, width)
-    bias = windows[:, chosen // width, chosen % width].flip(2, 3).flatten(2)
-    return logits + bias
+    q, k, _ = attention.project(tokens)
+    bias = attention.position_bias(chosen, height, width, rows, columns)
+    return attention.logits(q, k, chosen, bias)
 
 
 def spread(length: int, count: int, device) -> Tensor:

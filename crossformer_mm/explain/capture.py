@@ -9,11 +9,10 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..attention import GroupAttention
 from ..grouping import AxisRule, Rules, group_map, stage_rules
-from ..position_bias import bias_windows
 
 
 class BlockCapture(NamedTuple):
@@ -144,7 +143,9 @@ class AttentionWeights(NamedTuple):
 
 
 @torch.no_grad()
-def attention_weights(attention: nn.Module, block: BlockCapture, token: int) -> AttentionWeights:
+def attention_weights(
+    attention: GroupAttention, block: BlockCapture, token: int
+) -> AttentionWeights:
     """Compute the attention weights of a query.
 
     Args:
@@ -156,20 +157,13 @@ def attention_weights(attention: nn.Module, block: BlockCapture, token: int) -> 
     for table in group_map(x.shape[1], x.shape[2], rows, columns):
         at = (table == token).nonzero()
         if len(at):
-            group, row, column = at[0].tolist()
+            members = table[at[0, 0]].flatten()
             break
-    members = table[group].flatten()
-    q, k, v = rearrange(
-        attention.qkv(x.flatten(0, 2)[members]),
-        'n (three h d) -> three h n d',
-        three=3,
-        h=attention.num_heads,
-    )
-    query = q[:, row * table.shape[2] + column, :, None]
-    offsets = bias_windows(attention.pos(rows.size, columns.size), *table.shape[1:])
-    bias = offsets[:, row, column].flip(1, 2).flatten(1)
-    weights = ((k @ query)[..., 0] * attention.scale + bias).softmax(-1)
-    return AttentionWeights(members, weights, v, bias)
+    q, k, v = attention.project(x.flatten(0, 2)[members])
+    query = (members == token).nonzero()[0]
+    bias = attention.position_bias(query, *table.shape[1:], rows, columns)
+    weights = attention.logits(q, k, query, bias).softmax(-1)
+    return AttentionWeights(members, weights[:, 0], v, bias[:, 0])
 
 
 def attention_map(

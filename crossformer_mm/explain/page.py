@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attention import GroupAttention
 from ..errors import UserError
 from ..files import write_whole
 from ..grouping import group_axis, is_small
@@ -93,13 +94,11 @@ class LogitAxes(NamedTuple):
 
 
 @torch.no_grad()
-def logit_axes(attention: nn.Module, x: Tensor) -> List[LogitAxes]:
+def logit_axes(attention: GroupAttention, x: Tensor) -> List[LogitAxes]:
     """Return the queries and keys of each head for a block's input (1, H, W, C)."""
-    q, k, _ = attention.qkv(x.flatten(0, 2)).double().chunk(3, dim=1)
+    q, k, _ = attention.project(x.flatten(0, 2))
     heads = []
-    for queries, keys in zip(
-        (q * attention.scale).chunk(attention.num_heads, 1), k.chunk(attention.num_heads, 1)
-    ):
+    for queries, keys in zip(q.double() * attention.scale, k.double()):
         q_basis, left = torch.linalg.qr(queries)
         # The mean of the keys adds the same to all logits of a query.
         k_basis, right = torch.linalg.qr(keys - keys.mean(0))
