@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -78,18 +78,24 @@ class CrossFormerStage(nn.Module):
         self.with_cp = with_cp
 
     def rules(self, x: Tensor) -> Tuple[Rules, Rules]:
-        """Return the rules of short and of long distance attention on a map (B, H, W, C)."""
+        """Return the rules of short and of long distance attention on a map (B, H, W, C).
+
+        Stages for export override it.
+        """
         height, width = x.shape[1:3]
         return stage_rules(height, width, self.group_size, self.interval, self.lda)
 
+    def schedule(self, short: Any, long: Any) -> Iterator[Tuple[CrossFormerBlock, Any]]:
+        """Pair each block with ``short`` or ``long``, by the distance at which it attends."""
+        return zip(self.blocks, (short, long) * len(self.blocks))
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape: the stage's feature, before merging."""
-        rules = self.rules(x)
-        for index, block in enumerate(self.blocks):
+        for block, groups in self.schedule(*self.rules(x)):
             if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, *rules[index % 2], use_reentrant=False)
+                x = checkpoint(block, x, *groups, use_reentrant=False)
             else:
-                x = block(x, *rules[index % 2])
+                x = block(x, *groups)
         return x
 
     def attention_paths(self) -> Iterator[str]:
@@ -99,14 +105,16 @@ class CrossFormerStage(nn.Module):
         device, dtype = weight.device, weight.dtype
         if is_autocast_enabled(device.type):
             dtype = autocast_dtype(device.type)
-        for index, block in enumerate(self.blocks):
+        large = self.group_size + 1  # a side of maps that are not one group
+        rules = stage_rules(large, large, self.group_size, self.interval, self.lda)
+        for block, (rows, _) in self.schedule(*rules):
             attention = block.attn
             call = Call(
                 device,
                 dtype,
                 attention.proj.in_features // attention.num_heads,
                 attention.attn_drop_rate,
-                has_lead=self.lda == 'shifted' and index % 2 == 1,
+                has_lead=bool(rows.lead),
             )
             yield describe_path(call, attention.attention_path)
 

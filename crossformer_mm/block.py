@@ -106,7 +106,7 @@ class CrossFormerBlock(nn.Module):
         return self.cool(x) if self.cooling else x
 
     def mix(self, x: Tensor, *groups) -> Tensor:
-        """Attention and MLP; the groups as the attention takes them."""
+        """Attention and MLP; the groups as the attention takes them. Stages for export call it."""
         x = add_branch(x, self.attn(self.norm1(x), *groups), self.drop_path)
         return add_branch(x, self.mlp(self.norm2(x)), self.drop_path)
 

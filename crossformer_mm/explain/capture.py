@@ -20,11 +20,13 @@ class BlockCapture(NamedTuple):
 
     Args:
         block (int): its index in the stage.
+        kind (str): 'short' or 'long', the distance.
         x, out (Tensor): (1, H, W, C) input and output of attention.
         rows, columns (AxisRule): the groups.
     """
 
     block: int
+    kind: str
     x: Tensor
     rows: AxisRule
     columns: AxisRule
@@ -47,14 +49,12 @@ class Capture(NamedTuple):
     @property
     def short(self) -> List[BlockCapture]:
         """The last short-distance block of each stage."""
-        return [blocks[(len(blocks) - 1) // 2 * 2] for blocks in self.blocks]
+        return [{block.kind: block for block in blocks}['short'] for blocks in self.blocks]
 
     @property
     def long(self) -> List[Optional[BlockCapture]]:
         """The last long-distance block of each stage; None where there is none."""
-        return [
-            blocks[len(blocks) // 2 * 2 - 1] if len(blocks) > 1 else None for blocks in self.blocks
-        ]
+        return [{block.kind: block for block in blocks}.get('long') for blocks in self.blocks]
 
 
 class Scene(NamedTuple):
@@ -97,11 +97,11 @@ def capture(backbone: nn.Module, image: Tensor) -> Capture:
     with ExitStack() as hooks:
         for layer, blocks in zip(backbone.layers, captured.blocks):
             add_hook(layer, lambda _, out: captured.features.append(out[0].permute(2, 0, 1)))
-            for number, block in enumerate(layer.blocks):
+            for number, (block, kind) in enumerate(layer.schedule('short', 'long')):
                 add_hook(
                     block.attn,
-                    lambda inputs, out, number=number, blocks=blocks: blocks.append(
-                        BlockCapture(number, inputs[0], inputs[1], inputs[2], out)
+                    lambda inputs, out, number=number, kind=kind, blocks=blocks: blocks.append(
+                        BlockCapture(number, kind, inputs[0], inputs[1], inputs[2], out)
                     ),
                 )
         for convs in embedding_convs(backbone):
@@ -161,7 +161,8 @@ def attention_weights(
             break
     q, k, v = attention.project(x.flatten(0, 2)[members])
     query = (members == token).nonzero()[0]
-    bias = attention.position_bias(query, *table.shape[1:], rows, columns)
+    height, width = table.shape[1:]
+    bias = attention.position_bias(query, height, width, rows, columns)
     weights = attention.logits(q, k, query, bias).softmax(-1)
     return AttentionWeights(members, weights[:, 0], v, bias[:, 0])
 

@@ -253,14 +253,14 @@ def page_data(scene: Scene, limit: int) -> Tuple[dict, Dict[str, str]]:
         texts[f'colours-{stage}'] = deflated(colours)
         texts[f'magnitude-{stage}'], magnitude = levels(feature.square().mean(0).sqrt().numpy())
         blocks = []
-        for number, block in enumerate(layer.blocks):
+        for number, (block, kind) in enumerate(layer.schedule('short', 'long')):
             axes[f'block-{stage}-{number}'] = logit_axes(
                 block.attn, captured.blocks[stage][number].x
             )
             blocks.append(
                 dict(
                     heads=block.attn.num_heads,
-                    kind='long' if number % 2 else 'short',
+                    kind=kind,
                     bias=bias_data(block.attn.pos, sorted(sizes[stage] | squares)),
                 )
             )

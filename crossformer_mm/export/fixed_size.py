@@ -38,8 +38,8 @@ class FixedSizeStage(CrossFormerStage):
                 move = orders[before].argsort()[orders[after]]
                 if not torch.equal(move, orders[MAP]):
                     self.register_buffer(f'move_{before}_{after}', move.int())
-        for index, block in enumerate(self.blocks):
-            block.attn.fix(*(axis.size for axis in rules[index % 2]))
+        for block, axes in self.schedule(*rules):
+            block.attn.fix(*(axis.size for axis in axes))
 
     def move(self, tokens: Tensor, before: int, after: int) -> Tensor:
         """Reorder tokens."""
@@ -48,9 +48,8 @@ class FixedSizeStage(CrossFormerStage):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens, order = x.flatten(0, 2), MAP
-        for index, block in enumerate(self.blocks):
-            after = LONG if index % 2 else SHORT
-            tokens = block.mix(self.move(tokens, order, after), self.segments[index % 2])
+        for block, (after, segments) in self.schedule(*zip((SHORT, LONG), self.segments)):
+            tokens = block.mix(self.move(tokens, order, after), segments)
             order = after
             if block.cooling:
                 tokens = block.cool(self.move(tokens, order, MAP).view(x.shape)).flatten(0, 2)
