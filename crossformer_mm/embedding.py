@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import is_compiling
-from .layers import cast_dtype, convolve
+from .layers import convolve
 
 
 def split_channels(channels: int, parts: int) -> List[int]:
@@ -41,8 +41,6 @@ class CrossScaleConvs(nn.ModuleList):
             missing = (0, self.stride - 1) * 2
         if any(missing):
             x = F.pad(x, missing)
-        # Once: autocast would do it for each convolution.
-        x = x.to(cast_dtype(x) or x.dtype)
         return torch.cat(convolve([*self], x), dim=1).permute(0, 2, 3, 1)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crossformer_mm import layers
+from crossformer_mm import autocast, layers
 from crossformer_mm.embedding import CrossScaleConvs
 from crossformer_mm.kernels import convolution, onednn
 from crossformer_mm.kernels import mlp as mlps
@@ -103,7 +103,7 @@ def test_a_large_hidden_layer_is_kept_less_often_for_the_backward_pass(monkeypat
     x, module, hidden = torch.randn(300, 8), Mlp(8, 32), 300 * 32
     less, more = hidden - 1, hidden
     for small, kept, times in ((more, more, 2), (less, more, 1), (less, less, 0)):
-        monkeypatch.setattr(layers, 'SMALL', small)
+        monkeypatch.setattr(mlps, 'SMALL', small)
         monkeypatch.setattr(mlps, 'KEPT', kept)
         saved = []
 
@@ -162,7 +162,7 @@ def test_the_rule_takes_it_for_few_tokens_only_without_gradient(monkeypatch):
 @pytest.mark.parametrize('small', [0, 2**30])
 def test_modules_take_any_leading_sides(shape, small, monkeypatch):
     be_processor(monkeypatch)
-    monkeypatch.setattr(layers, 'SMALL', small)
+    monkeypatch.setattr(mlps, 'SMALL', small)
     x, mlp, layer = torch.randn(shape), Mlp(8, 32), nn.Linear(8, 24)
     for function, module in ((mlp, mlp), (partial(linear, layer), layer)):
         out = function(x)
@@ -171,7 +171,7 @@ def test_modules_take_any_leading_sides(shape, small, monkeypatch):
 
 
 def test_dropout_sees_the_hidden_layer(monkeypatch):
-    monkeypatch.setattr(layers, 'SMALL', 0)
+    monkeypatch.setattr(mlps, 'SMALL', 0)
     x, mlp = torch.randn(200, 8), Mlp(8, 32, drop_rate=0.5)
     assert (mlp.train()(x) == 0).float().mean() > 0.4
     assert not (mlp.eval()(x) == 0).any()
@@ -179,7 +179,7 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
-    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
@@ -205,7 +205,7 @@ def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     needed = [x, *(p for conv in convs for p in conv.parameters() if p.requires_grad)]
     results = []
-    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: True)
+    monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: True)
     for dtype in (layers.cast_dtype, cast_by_itself):
         monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
         out = convolved(convs, x)
@@ -237,7 +237,7 @@ def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
     ids=['linear', 'convolution', 'depthwise'],
 )
 def test_layers_are_computed_in_float32_where_bfloat16_is_slow(layer, shape, monkeypatch):
-    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: False)
     x, results = torch.randn(shape, requires_grad=True), []
     with torch.autocast('cpu', torch.bfloat16):
         linear_layer = isinstance(layer, nn.Linear)
@@ -250,7 +250,7 @@ def test_layers_are_computed_in_float32_where_bfloat16_is_slow(layer, shape, mon
 
 @pytest.mark.parametrize('kind', [nn.Linear, nn.Conv2d])
 def test_a_layer_with_a_hook_stays_under_autocast_where_bfloat16_is_slow(kind, monkeypatch):
-    monkeypatch.setattr(layers, 'multiplies_bfloat16', lambda: False)
+    monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: False)
     layer, seen = nn.Linear(3, 3) if kind is nn.Linear else nn.Conv2d(3, 3, 1), []
     layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cpu_enabled()))
     with torch.autocast('cpu', torch.bfloat16):
@@ -351,7 +351,9 @@ def test_a_convolution_as_a_product_of_windows_equals_pytorchs(images, options):
 def test_few_pixels_by_a_large_weight_are_multiplied_as_windows(side, options, suits, monkeypatch):
     usual = dict(in_channels=300, out_channels=300, kernel_size=4, stride=2, padding=1)
     conv, image, calls = nn.Conv2d(**{**usual, **options}), torch.randn(1, 300, side, side), []
-    monkeypatch.setattr(layers, 'convolve_windows', lambda x, conv: calls.append(conv) or conv(x))
+    monkeypatch.setattr(
+        convolution, 'convolve_windows', lambda x, conv: calls.append(conv) or conv(x)
+    )
     layers.convolve([conv], image)
     assert (calls == [conv]) == suits
     conv.register_forward_hook(lambda *_: None)

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 from crossformer_mm import CrossFormer, exact
-from crossformer_mm import layers as linears
-from crossformer_mm.kernels import choose_path, onednn
+from crossformer_mm.kernels import choose_path, mlp, onednn
 from crossformer_mm.kernels.call import Call
 
 from .helpers import ONE_STAGE
@@ -33,7 +32,7 @@ IMAGE = torch.linspace(-2, 2, 3 * 24 * 28).sin().view(1, 3, 24, 28)
 @pytest.fixture(autouse=True)
 def all_shortcuts(monkeypatch):
     """Take every permitted shortcut, whatever the processor and the size."""
-    monkeypatch.setattr(linears, 'SMALL', 0)
+    monkeypatch.setattr(mlp, 'SMALL', 0)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     monkeypatch.setattr(onednn, 'is_intel', lambda: False)
 

@@ -10,6 +10,24 @@ from torch import Tensor, nn
 from .onednn import is_onednn_on
 
 
+def convolve_on_cpu(convs: Sequence[nn.Conv2d], x: Tensor) -> List[Tensor]:
+    """Apply unmodified convolutions to one map in float32 on the CPU."""
+    if not is_onednn_on():
+        return [conv(x) for conv in convs]
+    # Channels last, the outputs are joined as the blocks take them, without a copy. In training
+    # oneDNN has no fast code for that layout of an image and a large kernel.
+    if not torch.is_grad_enabled():
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif x.shape[1] <= 4:
+        x = x.contiguous()
+    in_blocks = [conv for conv in convs if blocks_suit(x, conv)]
+    outs = dict(zip(in_blocks, convolve_blocks(x, in_blocks)))
+    for conv in convs:
+        if conv not in outs:
+            outs[conv] = convolve_windows(x, conv) if windows_suit(x, conv) else conv(x)
+    return [outs[conv] for conv in convs]
+
+
 def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
     """Check whether :func:`convolve_blocks` takes a convolution, and is faster.
 
@@ -18,13 +36,12 @@ def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
     with one thread, it takes code without vectors, a hundred times as slow.
 
     Args:
-        x (Tensor): (B, channels, H, W), float32 on the CPU, see :func:`is_float32_on_cpu`.
+        x (Tensor): (B, channels, H, W), float32 on the CPU, for oneDNN.
         conv (nn.Conv2d): unmodified.
     """
     kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
     return (
-        is_onednn_on()
-        and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+        torch.backends.cpu.get_cpu_capability() == 'AVX2'
         and conv.in_channels <= 4
         and kernel >= 16
         and not any(side % stride for side in (kernel, *x.shape[2:]))
@@ -70,12 +87,11 @@ def windows_suit(x: Tensor, conv: nn.Conv2d) -> bool:
     and 22 ms with the gradients, where the product takes 2.4 and 7.5.
 
     Args:
-        x (Tensor): (B, channels, H, W), float32 on the CPU, see :func:`.onednn.is_float32_on_cpu`.
+        x (Tensor): (B, channels, H, W), float32 on the CPU, for oneDNN.
         conv (nn.Conv2d): unmodified.
     """
     return (
-        is_onednn_on()
-        and conv.weight.numel() > 2**20
+        conv.weight.numel() > 2**20
         and (conv.groups, conv.padding_mode) == (1, 'zeros')
         and not isinstance(conv.padding, str)
         and x.numel() // x.shape[1] <= 128 * conv.stride[0] * conv.stride[1]

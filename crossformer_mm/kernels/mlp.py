@@ -21,6 +21,11 @@ KEPT = 2**23
 SMALL = 2**21
 
 
+def mlp_suits(x: Tensor, hidden: int) -> bool:
+    """Check for a hidden layer so large that :func:`mlp` is better than PyTorch's layers."""
+    return x.numel() // x.shape[-1] * hidden > SMALL
+
+
 def mlp(
     x: Tensor, weight1: Tensor, bias1: Optional[Tensor], weight2: Tensor, bias2: Optional[Tensor]
 ) -> Tensor:
