@@ -17,16 +17,13 @@ the reason why a call is unsupported. The fused path is selected only where its 
 with the definition.
 
 Next to fused attention, the dynamic position bias is computed by :mod:`.bias`. Linear layers on the
-CPU may take :mod:`.onednn`, MLPs :mod:`.mlp`.
+CPU may take :mod:`.onednn`, convolutions :mod:`.convolution`, MLPs :mod:`.mlp`.
 """
 
-from contextlib import nullcontext
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
-from ..compat import math_attention
-from ..exact import TRANSFORMS
 from ..grouping import AxisRule
 from . import fused, native, plain, self_test
 from .call import Call
@@ -40,26 +37,28 @@ class Path(NamedTuple):
     Args:
         attend (Callable): as :func:`map_attention` without ``path``.
         why_not (Callable[[Call], str]): reason why a call is unsupported, or ''.
-        is_trusted (Callable[[Call], bool]): self-test, used in automatic selection only.
-        select (Callable[[Call], Callable], optional): returns what automatic selection calls
-            instead of ``attend``, whether the path is trusted or not.
+        device (str): type of the devices that it is for; '': of several types.
+        select (Callable[[Call], Tuple[str, Callable]], optional): self-test, used in automatic
+            selection only; returns the name of the path to take, and what to call as ``attend``.
     """
 
     attend: Callable
     why_not: Callable[[Call], str] = lambda call: ''
-    is_trusted: Callable[[Call], bool] = lambda call: True
-    select: Optional[Callable[[Call], Callable]] = None
+    device: str = ''
+    select: Optional[Callable[[Call], Tuple[str, Callable]]] = None
 
 
 PATHS = {  # the best first
-    'native': Path(native.attend, native.why_not),
-    'fused': Path(fused.attend, fused.why_not, self_test.is_trusted, self_test.select),
+    'native': Path(native.attend, native.why_not, 'cpu'),
+    'fused': Path(fused.attend, fused.why_not, select=self_test.select),
     'plain': Path(plain.attend),
 }
 
 
-def choose_path(call: Call, path: Optional[str] = None) -> str:
-    """Return the forced path, or else the best one that supports a call.
+def select(call: Call, path: Optional[str] = None) -> Tuple[str, Callable]:
+    """Return the name and the function of the path that a call takes.
+
+    It is the forced path, or else the best one that supports the call.
 
     Args:
         call (Call): the call.
@@ -69,30 +68,33 @@ def choose_path(call: Call, path: Optional[str] = None) -> str:
         ValueError: there is no such path, or it does not support the call; the message says why.
     """
     if path is None:
-        return next(
-            name
-            for name, kernel in PATHS.items()
-            if not kernel.why_not(call) and kernel.is_trusted(call)
-        )
+        best = next(name for name, kernel in PATHS.items() if not kernel.why_not(call))
+        kernel = PATHS[best]
+        return kernel.select(call) if kernel.select else (best, kernel.attend)
     reason = PATHS[path].why_not(call) if path in PATHS else 'there is no such path'
     if reason:
         raise ValueError(
             f"CrossFormer: attention_path={path!r} cannot work here: {reason}. Leave "
             "attention_path out, or choose 'plain'."
         )
-    return path
+    return path, PATHS[path].attend
+
+
+def choose_path(call: Call, path: Optional[str] = None) -> str:
+    """Return the name of the path of :func:`select`."""
+    return select(call, path)[0]
 
 
 def describe_path(call: Call, path: Optional[str] = None) -> str:
     """Describe the path of a call in a line for a log, with the reason if it is the plain one.
 
-    Arguments and errors are those of :func:`choose_path`.
+    Arguments and errors are those of :func:`select`.
     """
     chosen = choose_path(call, path)
     line = f"{chosen} on {call.device} ({str(call.dtype).partition('.')[2]})"
     if path or chosen != 'plain':
         return line
-    best = 'native' if call.device.type == 'cpu' else 'fused'
+    best = next(name for name, one in PATHS.items() if one.device in ('', call.device.type))
     return f'{line}, not {best}: {PATHS[best].why_not(call) or self_test.why_untrusted(call)}'
 
 
@@ -133,12 +135,5 @@ def map_attention(
             f'CrossFormer: the position bias is on {table.device}, the map on {qkv.device}. '
             'Move or load all parameters of the model.'
         )
-    call = Call.of(qkv, rows, columns, num_heads, dropout)
-    if path is None:
-        kernel = next(kernel for kernel in PATHS.values() if not kernel.why_not(call))
-        attend = kernel.select(call) if kernel.select else kernel.attend
-    else:
-        attend = PATHS[choose_path(call, path)].attend
-    # PyTorch's fused attention has no rule for a transform of the bias.
-    with math_attention() if call.interception in TRANSFORMS else nullcontext():
-        return attend(qkv, table, rows, columns, num_heads, scale, dropout)
+    _, attend = select(Call.of(qkv, rows, columns, num_heads, dropout), path)
+    return attend(qkv, table, rows, columns, num_heads, scale, dropout)

@@ -1,6 +1,7 @@
 """Attention inside groups in PyTorch: the definition that the other paths are compared with."""
 
 import operator
+from contextlib import nullcontext
 from typing import Iterator, List, Tuple
 
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..exact import CAPTURES, interception
+from ..compat import math_attention
+from ..exact import CAPTURES, TRANSFORMS, interception
 from ..grouping import AxisRule, group_map
 from ..position_bias import bias_of_pairs
 
@@ -115,12 +117,15 @@ def scaled_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, scale: float
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` of any number of groups."""
-    if interception() == 'export' or len(q) <= MOST_GROUPS:  # an exported graph takes any number
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
-    parts = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)))
-    return torch.cat(
-        [F.scaled_dot_product_attention(*part, bias, dropout, scale=scale) for part in parts]
-    )
+    follower = interception()
+    # PyTorch's fused attention has no rule for a transform of the bias.
+    with math_attention() if follower in TRANSFORMS else nullcontext():
+        if follower == 'export' or len(q) <= MOST_GROUPS:  # an exported graph takes any number
+            return F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+        parts = zip(*(x.split(MOST_GROUPS) for x in (q, k, v)))
+        return torch.cat(
+            [F.scaled_dot_product_attention(*part, bias, dropout, scale=scale) for part in parts]
+        )
 
 
 class Permutation(torch.autograd.Function):

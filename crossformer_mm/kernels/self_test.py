@@ -239,6 +239,7 @@ substitute: Callable[..., Tensor] = map_operator(
 )
 
 
-def select(call: Call) -> Callable[..., Tensor]:
-    """Return the attention for a call: guarded kernels, or their substitute if not trusted."""
-    return guarded if is_trusted(call) else substitute
+def select(call: Call) -> Tuple[str, Callable[..., Tensor]]:
+    """Return the path of a call and its function: guarded kernels, or their substitute if not
+    trusted."""
+    return ('fused', guarded) if is_trusted(call) else ('plain', substitute)

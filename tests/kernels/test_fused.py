@@ -101,7 +101,11 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
         monkeypatch.setattr(torch.version, 'hip', hip)
         monkeypatch.setitem(
-            kernels.PATHS, 'fused', kernels.PATHS['fused']._replace(is_trusted=lambda call: agrees)
+            kernels.PATHS,
+            'fused',
+            kernels.PATHS['fused']._replace(
+                select=lambda call: ('fused' if agrees else 'plain', None)
+            ),
         )
         if not triton:
             monkeypatch.setattr(fused, 'has_triton', lambda: False)
