@@ -67,12 +67,12 @@ try:
     import triton
 
     from crossformer_mm import CrossFormer, block, kernels
-    from crossformer_mm.compat import missing_torch
+    from crossformer_mm.compat import TRITON, missing_torch
 except ModuleNotFoundError as error:
     needs = 'benchmarks/gpu.py needs PyTorch, Triton and einops'
     sys.exit(f'error: {error.name} is not installed; {needs}')
-if missing_torch('2.4'):
-    sys.exit(f'error: benchmarks/gpu.py: {missing_torch("2.4")}.')
+if missing_torch(TRITON):
+    sys.exit(f'error: benchmarks/gpu.py: {missing_torch(TRITON)}.')
 from crossformer_mm.grouping import AxisRule, fit_rule, group_map, stage_rules
 from crossformer_mm.kernels import bias, fused, plain, self_test, triton_launch
 from crossformer_mm.position_bias import bias_of_pairs

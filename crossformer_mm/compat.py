@@ -31,6 +31,8 @@ def missing_torch(needed: str) -> str:
 
 # What export needs: sides that may be 1 (backed_size_oblivious), not in 2.6; 2.7 was not tried.
 EXPORT = '2.8'
+# What Triton kernels need: its Triton is the first to have all that they use.
+TRITON = '2.4'
 
 # 2.3: torch.compiler.is_compiling. The compilers before know this to be true inside a graph.
 is_compiling: Callable[[], bool] = (

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+from crossformer_mm.compat import TRITON
+
 from . import authors
 from .helpers import needs_interpreter, needs_torch
 
@@ -28,7 +30,7 @@ def test_larger_files_agree_too(probe):
             check(golden, golden.build(), probe)
 
 
-@needs_torch('2.4', 'the Triton that has all that the kernels use')
+@needs_torch(TRITON, 'the Triton that has all that the kernels use')
 @needs_interpreter
 def test_fused_attention_gives_them_too(probe):
     pytest.importorskip('triton', reason='fused attention needs the package triton')

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..compat import missing_torch
+from ..compat import TRITON, missing_torch
 from ..exact import is_exact, submodules
 from ..position_bias import DynamicPositionBias
 from . import fused
@@ -86,7 +86,7 @@ def find_kind(pos: nn.Module, device: torch.device) -> Optional[Kind]:
     """Return the kind of a bias that the kernels can compute instead of its modules, or None."""
     if not is_exact(submodules(pos), TYPES, device):
         return None
-    if missing_torch('2.4') or fused.why_no_triton(device):
+    if missing_torch(TRITON) or fused.why_no_triton(device):
         return None
     parameters, eps = parameters_of(pos), pos.pos1[0].eps
     heads, width = pos.pos3[2].weight.shape

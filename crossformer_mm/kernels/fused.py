@@ -22,7 +22,7 @@ from typing import Any, Callable, Tuple
 import torch
 from torch import Tensor
 
-from ..compat import missing_torch
+from ..compat import TRITON, missing_torch
 from ..grouping import AxisRule
 from .call import Call, why_not_compiled
 from .operator import map_operator
@@ -32,10 +32,9 @@ HEAD_DIM = 64  # at most: a block of larger heads does not fit in a multiprocess
 
 def why_not(call: Call) -> str:
     """Reason why a call is unsupported, or ''."""
-    # The Triton of PyTorch 2.4 is the first to have all that the kernels use.
     lead = "it does not know the shifted groups of lda='shifted'" if call.has_lead else ''
     return (
-        missing_torch('2.4')
+        missing_torch(TRITON)
         or lead
         or why_not_compiled(call, HEAD_DIM)
         or why_no_triton(call.device)

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import TRITON, missing_torch
 from crossformer_mm.grouping import AxisRule
 from crossformer_mm.kernels import fused, plain
 
 from ..helpers import ROOT, needs_interpreter, needs_torch, read_json, run_python
 
-needs_its_triton = needs_torch('2.4', 'the Triton that has all that the kernels use')
+needs_its_triton = needs_torch(TRITON, 'the Triton that has all that the kernels use')
 SCRIPT = ROOT / 'benchmarks/gpu.py'
 # As on a machine without the OpenMMLab libraries.
 WITHOUT_OPENMMLAB = """
@@ -127,7 +127,7 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path):
     out = tmp_path / 'gpu.json'
     done = run_python(SCRIPT, '--out', out, TRITON_INTERPRET='', CUDA_VISIBLE_DEVICES='')
     assert done.returncode == 1 and not out.exists()
-    older = missing_torch('2.4')
+    older = missing_torch(TRITON)
     assert done.stderr.strip() == (
         f'error: benchmarks/gpu.py: {older}.'
         if older

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import TRITON, missing_torch
 from crossformer_mm.grouping import AxisRule
 from crossformer_mm.kernels import Call, native
 
@@ -26,7 +26,7 @@ def lacks(path: str) -> str:
     if path == 'native':
         return native.why_not(Call(CPU))
     no_triton = '' if find_spec('triton') else 'the package triton is not installed'
-    return missing_torch('2.4') or no_triton or interpreter_lacks()
+    return missing_torch(TRITON) or no_triton or interpreter_lacks()
 
 
 def marked(*paths: str) -> list:

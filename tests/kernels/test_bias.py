@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.utils import prune
 
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import TRITON, missing_torch
 from crossformer_mm.grouping import AxisRule
 from crossformer_mm.position_bias import DynamicPositionBias, RelativePositionBias
 
 from ..helpers import needs_interpreter
 
-if missing_torch('2.4'):
+if missing_torch(TRITON):
     pytest.skip(
         'the Triton that has all that the kernels use came with PyTorch 2.4',
         allow_module_level=True,

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from crossformer_mm import CrossFormer, kernels
-from crossformer_mm.compat import missing_torch
+from crossformer_mm.compat import TRITON, missing_torch
 from crossformer_mm.grouping import AxisRule, count_groups, fit_rule, group_axis, stage_rules
 from crossformer_mm.kernels import Call, choose_path, describe_path, fused, self_test
 
 from ..helpers import ONE_STAGE, ROOT, needs_interpreter
 from .definition import GPU, assert_equals_definition, random_inputs, small_tiles
 
-if missing_torch('2.4'):
+if missing_torch(TRITON):
     pytest.skip(
         'the Triton that has all that the kernels use came with PyTorch 2.4',
         allow_module_level=True,

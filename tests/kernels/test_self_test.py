@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
+from crossformer_mm.compat import TRITON
 from crossformer_mm.grouping import AxisRule
 from crossformer_mm.kernels import Call, choose_path, describe_path, fused, native, plain, self_test
 from crossformer_mm.kernels.call import why_not_compiled
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(
         bool(native.why_not(Call(torch.device('cpu')))), reason='the native kernel is the stand-in'
     ),
-    needs_torch('2.4', 'the fused attention'),
+    needs_torch(TRITON, 'the fused attention'),
 ]
 CPU = torch.device('cpu')
 SMALL_RULES, LARGE_RULES = (AxisRule(3, 1), AxisRule(3, 1)), (AxisRule(9, 1), AxisRule(9, 1))
