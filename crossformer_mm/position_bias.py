@@ -11,7 +11,9 @@ absolute            a learnt map that is added to the first embedding, no bias
 none                nothing
 =================== ==============================================================
 
-Every bias is called with the sides of a group and returns the bias of each offset.
+Every bias is called with the sides of a group and returns the bias of each offset. ``any_group``
+says that it needs no resizing for groups of any size; ``undecayed`` names the parameters that timm
+trains without weight decay, besides norms and biases.
 """
 
 from typing import Any, Optional
@@ -33,6 +35,8 @@ class DynamicPositionBias(nn.Module):
         num_heads (int): heads of the attention that the bias is added to.
         residual (bool): a residual connection around each of the two middle layers.
     """
+
+    any_group = True
 
     def __init__(self, channels: int, num_heads: int, residual: bool = False):
         super().__init__()
@@ -93,6 +97,9 @@ class RelativePositionBias(nn.Module):
         group_size (int): G; the table is of groups of G x G members and resized for others.
     """
 
+    any_group = False
+    undecayed = ('relative_position_bias_table',)
+
     def __init__(self, num_heads: int, group_size: int):
         super().__init__()
         side = 2 * group_size - 1
@@ -110,6 +117,8 @@ class NoPositionBias(nn.Module):
     Args:
         num_heads (int): heads of the attention.
     """
+
+    any_group = True
 
     def __init__(self, num_heads: int):
         super().__init__()
@@ -129,6 +138,8 @@ class AbsolutePosition(nn.Module):
         channels (int): channels of the map.
         side (int): its height and width; resized for maps of other sizes.
     """
+
+    undecayed = ('absolute_pos_embed',)
 
     def __init__(self, channels: int, side: int):
         super().__init__()

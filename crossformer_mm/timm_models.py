@@ -211,8 +211,11 @@ class CrossFormerClassifier(nn.Module):
 
     def no_weight_decay(self) -> Set[str]:
         """Return the names of learnt positions; timm adds norms and biases."""
-        names = ('relative_position_bias_table', 'absolute_pos_embed')
-        return {name for name, _ in self.named_parameters() if name.endswith(names)}
+        return {
+            f'{prefix}.{name}'
+            for prefix, module in self.backbone.named_modules(prefix='backbone')
+            for name in getattr(module, 'undecayed', ())
+        }
 
     def group_matcher(self, coarse: bool = False) -> Union[Dict[str, str], Callable[[str], int]]:
         """Return what assigns parameters to layers, by stages or by blocks.

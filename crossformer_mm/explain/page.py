@@ -195,7 +195,7 @@ def largest_group(backbone: nn.Module, used: Iterable[Tuple[int, int]]) -> int:
     """Return the largest size of group to draw the bias for."""
     configured = max(layer.group_size for layer in backbone.layers)
     biases = [block.attn.pos for layer in backbone.layers for block in layer.blocks]
-    if not all(isinstance(pos, (DynamicPositionBias, NoPositionBias)) for pos in biases):
+    if not all(pos.any_group for pos in biases):
         return min(2 * configured, LARGEST_GROUP)  # tables take bytes
     return min(max(2 * configured, *map(max, used)), LARGEST_GROUP)
 
