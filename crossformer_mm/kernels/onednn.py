@@ -35,12 +35,15 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     of an Intel with AVX-512. Few tokens in training take MKL: reordering the weight for three
     products costs more than is gained. ``torch.backends.mkldnn.flags(enabled=False)`` switches
     oneDNN off, as it does for convolutions.
+
+    Args:
+        x (Tensor): (..., in), of :func:`is_float32_on_cpu`.
+        weight (Tensor): (out, in).
     """
     tokens = x.numel() // x.shape[-1]
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
     return (
-        is_float32_on_cpu(x)
-        and is_onednn_on()
+        is_onednn_on()
         and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
         and not is_intel()
         and (tokens >= few or not torch.is_grad_enabled())
