@@ -12,7 +12,7 @@ compiled for several instruction sets and takes the best that the processor has;
 ``avx512``     AVX-512; as below, bfloat16 and float16 are multiplied in float32
 ``avx2``       AVX2 with FMA
 ``generic``    the baseline of the architecture (SSE2, NEON)
-``avx2_wide``  the steps of ``amx`` and ``avx512bf16`` emulated in AVX2: for tests, slow
+``emulated``   the steps of ``amx`` and ``avx512bf16``, emulated in AVX2: for tests, slow
 ============== ==================================================================================
 
 It runs on PyTorch's own threads, ``torch.get_num_threads()`` of them; values do not depend on their

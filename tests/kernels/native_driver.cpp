@@ -2,7 +2,7 @@
 // processors. Every supported instruction set, cases of all kinds, several threads.
 //
 //     g++ -std=c++17 -O1 -ffp-contract=fast -pthread native_driver.cpp
-#include "../../crossformer_mm/kernels/csrc/avx2_wide.cpp"
+#include "../../crossformer_mm/kernels/csrc/emulated.cpp"
 #include "../../crossformer_mm/kernels/csrc/dispatch.cpp"
 
 #include <cstdio>

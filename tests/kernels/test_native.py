@@ -15,7 +15,7 @@ from crossformer_mm.kernels.onednn import is_intel
 
 from .definition import by_groups, random_inputs
 
-NAMES = ('amx', 'avx512bf16', 'avx512', 'avx2', 'generic', 'avx2_wide')
+NAMES = ('amx', 'avx512bf16', 'avx512', 'avx2', 'generic', 'emulated')
 # Of the value, of its gradients: relative errors in the norm.
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -127,7 +127,7 @@ def test_large_logits_do_not_overflow(instructions, largest):
 
 def norm_limit(instructions, dtype, norms):
     """Relative; what multiplies bfloat16 sums weights that are rounded to 2^-9 of themselves."""
-    rounds = dtype == torch.bfloat16 and instructions in ('amx', 'avx512bf16', 'avx2_wide')
+    rounds = dtype == torch.bfloat16 and instructions in ('amx', 'avx512bf16', 'emulated')
     return 1e-6 + rounds * 2**-9 / norms.abs().max().item()
 
 

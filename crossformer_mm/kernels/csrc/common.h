@@ -133,7 +133,7 @@ struct Arena {
 typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
 
 #ifdef __x86_64__
-Work work_avx2_wide;  // in avx2_wide.cpp
+Work work_emulated;  // in emulated.cpp
 #endif
 
 }  // namespace native

@@ -136,7 +136,7 @@ std::vector<InstructionSet> find_instruction_sets() {
                                       {"avx512", avx512::work, avx512},
                                       {"avx2", avx2::work, avx2},
                                       {"generic", generic::work, true},
-                                      {"avx2_wide", work_avx2_wide, avx2}};
+                                      {"emulated", work_emulated, avx2}};
   // Intel's processors are slower with pairs of bfloat16 than with the same numbers as floats.
   if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
 #ifdef WITH_AMX

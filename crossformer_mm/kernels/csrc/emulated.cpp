@@ -9,20 +9,20 @@ using namespace native;
 namespace {
 
 BEGIN_TARGET("avx2,fma")
-namespace avx2_wide {
+namespace emulated {
 REGISTERS(16)
 constexpr int ROWS = 32;
 #define HAS_PAIRS true
 #define HAS_TILES true
 #define EMULATED
 #include "group_attention.h"
-}  // namespace avx2_wide
+}  // namespace emulated
 END_TARGET
 
 }  // namespace
 
-void native::work_avx2_wide(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
-  avx2_wide::work(call, arena, next);
+void native::work_emulated(const Call &call, Arena &arena, std::atomic<int64_t> *next) {
+  emulated::work(call, arena, next);
 }
 
 #endif
