@@ -100,6 +100,7 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
         mock.patch.object(exact, 'is_observed', lambda: False),
         mock.patch.object(layers, 'onednn_suits', lambda x, weight: False),
         mock.patch.object(layers, 'joint_cast_dtype', layers.cast_dtype),
+        mock.patch.object(layers, 'convolve_on_cpu', lambda convs, x: [conv(x) for conv in convs]),
         mock.patch.object(block, 'SUMS_ON', 'cpu'),
         mock.patch.object(layers.Mlp, 'takes_shortcut', lambda mlp, x: False),
     ):
