@@ -7,7 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -61,21 +61,12 @@ def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
             all_there.wait(20)
             return [self.held]
 
-    class Compiled:
-        inputs = outputs = [
-            SimpleNamespace(any_name='image', element_type=SimpleNamespace(to_string=str))
-        ]
-        shared = Request()
-        create_infer_request = Request
-
-        def __call__(self, given):
-            return self.shared.infer(given)
-
-    core = SimpleNamespace(
-        read_model=lambda file: SimpleNamespace(get_rt_info=lambda key: SimpleNamespace(value={})),
-        compile_model=lambda *arguments: Compiled(),
-    )
-    monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=lambda: core))
+    compiled = mock.Mock(create_infer_request=Request, side_effect=Request().infer)
+    compiled.inputs = compiled.outputs = [mock.Mock(any_name='image')]
+    core = mock.Mock()
+    core.compile_model.return_value = compiled
+    core.read_model.return_value.get_rt_info.return_value.value = {}
+    monkeypatch.setitem(sys.modules, 'openvino', mock.Mock(Core=lambda: core))
     _, _, compute, _ = start_openvino('model.onnx', 1)
     with ThreadPoolExecutor(4) as threads:
         answers = threads.map(lambda number: compute(dict(image=np.array(number))), range(4))
@@ -135,10 +126,10 @@ def test_an_error_keeps_what_was_predicted_before(model, photos, tmp_path, monke
 
 
 def test_an_image_without_objects_has_no_boxes(model):
-    run, tiny = model.run, np.zeros((1, 3, 1, 1), np.uint8)
-    model.run = lambda given: run(dict(image=tiny))  # no anchor reaches into it far enough
-    found = model(np.zeros((1, 1, 3), np.uint8))
-    assert found['boxes'].shape == (0, 4) and found['masks'].shape == (0, 1, 1)
+    run = model.run
+    model.run = lambda given: [values[:0] for values in run(given)]
+    found = model(np.zeros((50, 70, 3), np.uint8))
+    assert found['boxes'].shape == (0, 4) and found['masks'].shape == (0, 50, 70)
 
 
 def test_a_copy_runs_without_the_repository_and_imports_nothing_of_pytorch(
