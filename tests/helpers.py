@@ -309,6 +309,14 @@ def outputs(model) -> list:
     return torch.utils._pytree.tree_flatten(made)[0]
 
 
+def run_onnx(file, outputs=None, **inputs: torch.Tensor) -> List[torch.Tensor]:
+    """Compute outputs, by default all, of a file, or its content, in ONNX Runtime."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    return [torch.from_numpy(out) for out in session.run(outputs, arrays)]
+
+
 def write_pictures(folder: Path, *names: str) -> list:
     """Write small pictures of one grey each; return what data sets hold of them."""
     infos = []
@@ -370,14 +378,6 @@ model = dict(
         mask_head=dict(in_channels=8, conv_out_channels=8, num_convs=1, num_classes=4)),
     test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50), rcnn=dict(max_per_img=20)))
 '''
-
-
-def run_onnx(file, outputs=None, **inputs: torch.Tensor) -> List[torch.Tensor]:
-    """Compute outputs, by default all, of a file, or its content, in ONNX Runtime."""
-    onnxruntime = pytest.importorskip('onnxruntime')
-    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    return [torch.from_numpy(out) for out in session.run(outputs, arrays)]
 
 
 SIDES = (64, 96)

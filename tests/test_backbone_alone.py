@@ -2,8 +2,6 @@
 
 import inspect
 import pickletools
-import subprocess
-import sys
 import zipfile
 
 import numpy
@@ -18,7 +16,7 @@ from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.installed import NEED_MMENGINE
 from crossformer_mm.position_bias import POSITION_BIASES, RelativePositionBias
 
-from .helpers import ROOT
+from .helpers import run_python
 
 ARCH = dict(embed_dims=32, depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 8), cooling=True)
 OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
@@ -41,8 +39,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Blocker
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 """
-    command = [sys.executable, '-W', 'ignore', '-c', alone + program, *map(str, arguments)]
-    done = subprocess.run(command, text=True, capture_output=True, cwd=ROOT)
+    done = run_python('-W', 'ignore', '-c', alone + program, *arguments)
     assert (done.returncode == 0) == succeeds, done.stderr
     return done
 

@@ -17,7 +17,7 @@ from crossformer_mm.without_torch.files import find_files
 from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
 from crossformer_mm.without_torch.predict import predict_files
 
-from ..helpers import ROOT, free_port, read_json
+from ..helpers import ROOT, free_port, read_json, run_python
 
 
 @pytest.fixture
@@ -137,9 +137,9 @@ def test_a_copy_runs_without_the_repository_and_imports_nothing_of_pytorch(
 ):
     copy_to_server(tmp_path, 'tools/run_onnx.py')
     (tmp_path / 'a.png').write_bytes((photos / 'a.png').read_bytes())
-    file = str(exported('mask_rcnn').file)
-    alone = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ''})
-    subprocess.run([sys.executable, 'run_onnx.py', file, 'a.png'], check=True, **alone)
+    file, alone = str(exported('mask_rcnn').file), dict(folder=tmp_path, PYTHONPATH='')
+    done = run_python('run_onnx.py', file, 'a.png', **alone)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / 'predictions/pictures/a.jpg').is_file()
     code = f"""
 import sys, cv2
@@ -147,7 +147,7 @@ sys.path.insert(0, {str(tmp_path)!r})
 from run_onnx import Model
 found = Model({file!r})(cv2.imread({str(photos / 'a.png')!r}))
 print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine', 'crossformer_mm') if one in sys.modules])"""
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **alone)
+    done = run_python('-c', code, **alone)
     assert done.stdout.strip() == "['boxes', 'labels', 'masks', 'scores'] []", done.stderr
 
 
@@ -163,9 +163,7 @@ def test_the_command_finds_its_modules_wherever_it_is(tmp_path, tool, folder):
     (tmp_path / tool).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / 'tools/run_onnx.py', tmp_path / tool)
     shutil.copytree(ROOT / 'crossformer_mm/without_torch', tmp_path / folder / 'without_torch')
-    command = [sys.executable, tmp_path / tool, 'none.onnx', __file__]
-    alone = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ''})
-    done = subprocess.run(command, capture_output=True, text=True, **alone)
+    done = run_python(tmp_path / tool, 'none.onnx', __file__, folder=tmp_path, PYTHONPATH='')
     assert done.returncode == 2
     assert done.stderr.strip() == "error: model: file 'none.onnx' does not exist."
 
