@@ -72,12 +72,9 @@ def draw_weights(settings: dict) -> Dict[str, Tensor]:
 
 def settings_of(meta: dict) -> dict:
     """Arguments of :class:`CrossFormer` from a case's own words."""
+    arch = {key: meta[key] for key in ('embed_dims', 'depths', 'num_heads')}
     return dict(
-        arch={key: meta[key] for key in ('embed_dims', 'depths', 'num_heads')},
-        group_size=meta['group_size'],
-        interval=meta['interval'],
-        lda=meta['lda'],
-        cooling=meta['cooling'],
+        arch=arch, **{key: meta[key] for key in ('group_size', 'interval', 'lda', 'cooling')}
     )
 
 
@@ -117,16 +114,8 @@ def read_larger(path: Path) -> Iterator[Golden]:
     with np.load(path) as file:
         arrays = dict(file)
     meta = json.loads(str(arrays['meta']))
-    numbers = meta['kw']
-    settings = settings_of(
-        dict(
-            numbers,
-            embed_dims=numbers['embed_dim'],
-            interval=numbers['crs_interval'],
-            lda=meta['lda'],
-            cooling=meta['acl'],
-        )
-    )
+    numbers = dict(meta['kw'], lda=meta['lda'], cooling=meta['acl'])
+    numbers.update(embed_dims=numbers['embed_dim'], interval=numbers['crs_interval'])
 
     def under(prefix: str) -> dict:
         start = f'{prefix}/'
@@ -137,7 +126,7 @@ def read_larger(path: Path) -> Iterator[Golden]:
         features = [under(f'y/{size}')[str(level)] for level in range(4)]
         yield Golden(
             f'{path.stem} {size}',
-            settings,
+            settings_of(numbers),
             weights,
             torch.from_numpy(image).float(),
             tuple((np.arange(f.size), f.ravel(), float(np.linalg.norm(f))) for f in features),
@@ -173,10 +162,10 @@ def no_buffers(block: str) -> dict:
 
 def with_buffers(state: dict, buffers) -> OrderedDict:
     """Weights with a set of buffers in each block. No `_metadata`: mmcv of then dropped it."""
-    blocks = {key.split('.attn.qkv')[0] for key in state if '.attn.qkv' in key}
-    return OrderedDict(
-        state, **{key: value for block in blocks for key, value in buffers(block).items()}
-    )
+    state = OrderedDict(state)
+    for block in {key.split('.attn.qkv')[0] for key in state if '.attn.qkv' in key}:
+        state.update(buffers(block))
+    return state
 
 
 def imagenet_file(backbone, buffers, classes: int = 1000) -> dict:
@@ -224,6 +213,4 @@ def openmmlab_file(model, buffers, **meta) -> dict:
 
 
 DETECTION = dict(mmdet_version='2.8.0')
-
-
 SEGMENTATION = dict(mmseg_version='0.12.0')

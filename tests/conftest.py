@@ -1,6 +1,5 @@
 """Shared fixtures: small backbones, fixed seeds, tools that are run in the process of the test."""
 
-import logging
 import multiprocessing
 import os
 
@@ -131,15 +130,6 @@ def random_segmentor(tmp_path_factory):
 @pytest.fixture(scope='session')
 def zoo_data(tmp_path_factory):
     return write_zoo_data(tmp_path_factory.mktemp('zoo_data'))
-
-
-@pytest.fixture(scope='module')
-def no_traces():
-    """Turn off the long record that PyTorch writes of compilations while pytest captures logs."""
-    log = logging.getLogger('torch.__trace')
-    handlers, log.handlers = log.handlers, []
-    yield
-    log.handlers = handlers
 
 
 @pytest.fixture

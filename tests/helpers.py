@@ -309,6 +309,14 @@ def outputs(model) -> list:
     return torch.utils._pytree.tree_flatten(made)[0]
 
 
+def run_onnx(file, outputs=None, **inputs: torch.Tensor) -> List[torch.Tensor]:
+    """Compute outputs, by default all, of a file, or its content, in ONNX Runtime."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    return [torch.from_numpy(out) for out in session.run(outputs, arrays)]
+
+
 def write_pictures(folder: Path, *names: str) -> list:
     """Write small pictures of one grey each; return what data sets hold of them."""
     infos = []
@@ -348,6 +356,29 @@ model = dict(
     decode_head=dict(in_channels=[16], in_index=[0], channels=8, num_classes=5),
     auxiliary_head=None)
 '''
+TINY_RETINANET = f'''
+_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
+model = dict(
+    {TINY_BACKBONE},
+    neck=dict(in_channels=[16], out_channels=8, num_outs=2),
+    bbox_head=dict(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=4,
+                   anchor_generator=dict(strides=[4, 8])),
+    test_cfg=dict(nms_pre=200, score_thr=0.54, max_per_img=100))
+'''
+TINY_MASK_RCNN = f'''
+_base_ = {str(ROOT / 'configs/mask_rcnn/cf_s_1x.py')!r}
+model = dict(
+    {TINY_BACKBONE},
+    neck=dict(in_channels=[16], out_channels=8, num_outs=3),
+    rpn_head=dict(in_channels=8, feat_channels=8, anchor_generator=dict(strides=[4, 8, 16])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16),
+        mask_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16),
+        bbox_head=dict(in_channels=8, fc_out_channels=8, num_classes=4),
+        mask_head=dict(in_channels=8, conv_out_channels=8, num_convs=1, num_classes=4)),
+    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50), rcnn=dict(max_per_img=20)))
+'''
+
 
 SIDES = (64, 96)
 

@@ -1,27 +1,29 @@
 """The backbone needs PyTorch and einops only, and computes the same without MMEngine."""
 
+import inspect
 import pickletools
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.model import initialize
+from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import MODELS
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.checkpoint import read_checkpoint
 from crossformer_mm.installed import NEED_MMENGINE
-from crossformer_mm.position_bias import POSITION_BIASES
+from crossformer_mm.position_bias import POSITION_BIASES, RelativePositionBias
+
+from .helpers import run_python
 
 ARCH = dict(embed_dims=32, depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 8), cooling=True)
 OPENMMLAB = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 OTHERS = ('numpy', 'cv2', 'PIL')
 
 
-def run_alone(program: str, *arguments, blocked=(*OPENMMLAB, *OTHERS)):
+def run_alone(program: str, *arguments, blocked=(*OPENMMLAB, *OTHERS), succeeds=True):
     """Run a program where packages are not installed; by default all but PyTorch and einops."""
     alone = f"""
 import sys
@@ -37,8 +39,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Blocker
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 """
-    command = [sys.executable, '-W', 'ignore', '-c', alone + program, *map(str, arguments)]
-    return subprocess.run(command, text=True, capture_output=True, cwd=Path(__file__).parent.parent)
+    done = run_python('-W', 'ignore', '-c', alone + program, *arguments)
+    assert (done.returncode == 0) == succeeds, done.stderr
+    return done
 
 
 def train_once(**options) -> dict:
@@ -55,8 +58,6 @@ def train_once(**options) -> dict:
 
 
 def test_weights_features_and_gradients_have_the_same_bits(tmp_path):
-    import inspect
-
     program = f"""
 from crossformer_mm import CrossFormer
 ARCH = {ARCH}
@@ -64,16 +65,13 @@ ARCH = {ARCH}
 torch.save([train_once(position_bias=name) for name in {POSITION_BIASES}], sys.argv[1])
 assert not {{name.partition('.')[0] for name in sys.modules}} & {{*{OPENMMLAB}}}
 """
-    done = run_alone(program, tmp_path / 'alone.pt')
-    assert done.returncode == 0, done.stderr
+    run_alone(program, tmp_path / 'alone.pt')
     alone = torch.load(tmp_path / 'alone.pt', weights_only=True)
     for name, one in zip(POSITION_BIASES, alone):
         torch.testing.assert_close(one, train_once(position_bias=name), rtol=0, atol=0)
 
 
 def test_initial_weights_are_those_of_mmengines_initialisers():
-    from mmengine.model import initialize
-
     torch.manual_seed(3)
     model = CrossFormer(ARCH)
     model.init_weights()
@@ -85,10 +83,6 @@ def test_initial_weights_are_those_of_mmengines_initialisers():
 
 
 def test_position_biases_start_from_mmengines_random_numbers():
-    from mmengine.model.weight_init import trunc_normal_
-
-    from crossformer_mm.position_bias import RelativePositionBias
-
     torch.manual_seed(0)
     table = RelativePositionBias(4, 7).relative_position_bias_table
     torch.manual_seed(0)
@@ -100,11 +94,8 @@ def test_a_config_sets_initial_weights_of_inner_modules():
     cfg = [dict(type='Constant', layer='Linear', val=0.5), dict(type='Normal', layer='Mlp')]
     model = MODELS.build(dict(type='CrossFormer', arch=ARCH, init_cfg=cfg))
     model.init_weights()
-    assert all(
-        (layer.weight == 0.5).all()
-        for layer in model.modules()
-        if isinstance(layer, torch.nn.Linear)
-    )
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert layers and all((layer.weight == 0.5).all() for layer in layers)
     assert model.is_init
 
 
@@ -125,12 +116,11 @@ for name in {[*files]}:
     model.init_weights()
     torch.save(model.state_dict(), f'{{sys.argv[1]}}/{{name}}_read.pth')
 """
-    done = run_alone(program, tmp_path, blocked=OPENMMLAB)
-    assert done.returncode == 0, done.stderr
+    run_alone(program, tmp_path, blocked=OPENMMLAB)
     for name in files:
         read = torch.load(tmp_path / f'{name}_read.pth', weights_only=True)
         torch.testing.assert_close(read, weights, rtol=0, atol=0)
-    done = run_alone(program, tmp_path)
+    done = run_alone(program, tmp_path, succeeds=False)
     assert 'it needs the package numpy, which is not installed.' in done.stderr
 
 
@@ -162,8 +152,7 @@ def test_pickled_models_go_both_ways(tmp_path):
 import crossformer_mm
 torch.save(torch.load(sys.argv[1], weights_only=False), sys.argv[2])
 """
-    done = run_alone(program, tmp_path / 'model.pt', tmp_path / 'back.pt')
-    assert done.returncode == 0, done.stderr
+    run_alone(program, tmp_path / 'model.pt', tmp_path / 'back.pt')
     back = torch.load(tmp_path / 'back.pt', weights_only=False)
     image = torch.rand(1, 3, 70, 50)
     torch.testing.assert_close(back(image), model(image), rtol=0, atol=0)
@@ -193,9 +182,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = run_alone(program, blocked=OPENMMLAB)
-    assert done.returncode == 0, done.stderr
-    (said,) = done.stdout.splitlines()
+    (said,) = run_alone(program, blocked=OPENMMLAB).stdout.splitlines()
     assert "'Xavier'" in said and 'needs mmengine, which is not installed: pip install' in said
 
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from crossformer_mm import CrossFormer
 from crossformer_mm.compat import EXPORT, missing_torch
@@ -42,14 +43,19 @@ def no_compiled_code_is_left(monkeypatch):
     torch.compiler.reset()
 
 
-def values_and_gradients(backbone, model, image):
-    backbone.zero_grad()
-    features = model(image)
-    sum(
-        (feature * torch.linspace(-1, 1, feature.numel()).view_as(feature)).sum()
-        for feature in features
-    ).backward()
-    return [*features, *(parameter.grad.clone() for parameter in backbone.parameters())]
+@pytest.fixture
+def assert_equals_eager(probe):
+    """Values, and gradients of the parameters, of a compiled backbone are those of the backbone."""
+
+    def check(backbone, compiled, image, rounding=0.0):
+        results = []
+        for model in (compiled, backbone):
+            features = model(image)
+            gradients = torch.autograd.grad(probe(features), list(backbone.parameters()))
+            results.append([*features, *gradients])
+        assert_near(*results, rounding)
+
+    return check
 
 
 def assert_near(results, references, rounding=0.0):
@@ -64,28 +70,18 @@ def assert_near(results, references, rounding=0.0):
 @COMPILED
 @needs_native
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
-def test_one_graph_serves_images_of_many_sizes(small, lda):
+def test_one_graph_serves_images_of_many_sizes(small, lda, assert_equals_eager):
     """Ragged in both stages; only maps of few positions, in one of them, are another case."""
-    backbone = small(lda=lda, **TWO_STAGES)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend=backend)
+    backbone, graphs = small(lda=lda, **TWO_STAGES), CompileCounter()
+    compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend=graphs)
     for batch, height, width in ((1, 61, 67), (2, 88, 70), (3, 101, 93)):
         image = torch.randn(batch, 3, height, width)
-        assert_near(
-            values_and_gradients(backbone, compiled, image),
-            values_and_gradients(backbone, backbone, image),
-            rounding=1e-2,
-        )
+        assert_equals_eager(backbone, compiled, image, rounding=1e-2)
     # One for single images, and one for batches, of which PyTorch 2.6 and 2.8 make two.
-    assert len(graphs) == (3 if missing_torch('2.13') else 2)
-    before = len(graphs)
+    most = 3 if missing_torch('2.13') else 2
+    assert graphs.frame_count == most
     compiled(torch.randn(2, 3, 101, 24))
-    assert len(graphs) == before + 1
+    assert graphs.frame_count == most + 1
 
 
 @COMPILED
@@ -94,7 +90,9 @@ def test_one_graph_serves_images_of_many_sizes(small, lda):
     [(1, [(1, 50, 70), (2, 30, 41), (3, 30, 41)]), (2, [(2, 50, 70)])],  # with long distance
     ids=['short', 'long'],
 )
-def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers(depth, sizes):
+def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers(
+    depth, sizes, assert_equals_eager
+):
     """The graph has to line up the groups."""
     backbone = tiny(dict(TINY, depths=(depth,)), attention_path='plain').double()
     image_shapes = []
@@ -112,10 +110,7 @@ def test_the_plain_path_is_one_graph_a_size_with_the_sides_as_numbers(depth, siz
     compiled = torch.compile(backbone, fullgraph=True, backend=backend)
     for size in sizes:
         image = torch.randn(size[0], 3, *size[1:], dtype=torch.float64)
-        assert_near(
-            values_and_gradients(backbone, compiled, image),
-            values_and_gradients(backbone, backbone, image),
-        )
+        assert_equals_eager(backbone, compiled, image)
     # Symbolic sides take minutes to compile and stop the default backend; the batch may be one.
     sides = [side for shape in image_shapes for side in shape[2:]]
     assert sides == [50, 70, 30, 41][: 2 * len({size[1:] for size in sizes})]
@@ -133,16 +128,11 @@ def test_compiled_code_gives_the_same_features():
 
 @COMPILED
 @needs_torch('2.13', 'an inductor that compiles these gradients (not yet 2.6 and 2.8)')
-def test_compiled_code_gives_the_same_gradients():
+def test_compiled_code_gives_the_same_gradients(assert_equals_eager):
     """Tensors that are kept for the backward pass have symbolic sides, too."""
     backbone = tiny(dict(TINY, depths=(1,)), patch_sizes=(4,))
     compiled = torch.compile(backbone, fullgraph=True, dynamic=True)
-    image = torch.randn(1, 3, 24, 33)
-    assert_near(
-        values_and_gradients(backbone, compiled, image),
-        values_and_gradients(backbone, backbone, image),
-        rounding=1e-2,
-    )
+    assert_equals_eager(backbone, compiled, torch.randn(1, 3, 24, 33), rounding=1e-2)
 
 
 @needs_torch(EXPORT, 'the torch.export that the backbone is exported by')
@@ -155,12 +145,12 @@ def test_exported_program_gives_the_same_features(small, lda):
 
 
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
-def test_traced_module_gives_the_same_features(small, lda, tmp_path):
+def test_module_traced_with_one_image_gives_the_same_features_of_any_batch(small, lda, tmp_path):
     backbone, image = small(lda=lda, **TWO_STAGES), torch.randn(1, 3, 101, 83)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that sizes become constants, which is meant
         traced = torch.jit.trace(backbone, image)
         torch.jit.save(traced, tmp_path / 'traced.pt')
         traced = torch.jit.load(tmp_path / 'traced.pt')
-    for given in (image, torch.randn_like(image)):
+    for given in (image, torch.randn(3, 3, 101, 83)):
         assert_near(traced(given), backbone(given))

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def check(ours, reference, *tensors):
         out = function(*leaves)
         weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
         results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
-    for mine, theirs in zip(*results):
+    for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-4 * theirs.abs().max().item())
 
 
@@ -50,8 +51,15 @@ def small_mlp(tokens: int) -> tuple:
     return tuple(torch.randn(shape) for shape in shapes)
 
 
-def reference(x, weight1, bias1, weight2, bias2):
+def mlp_of_pytorch(x, weight1, bias1, weight2, bias2):
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def compute_by(monkeypatch, library, kept, chunk):
+    """Set how MLPs are computed: the library, the sizes that are kept and computed at once."""
+    monkeypatch.setattr(mlps, 'KEPT', kept)
+    monkeypatch.setattr(mlps, 'CHUNK', chunk)
+    monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
 
 
 @pytest.mark.parametrize('tokens', [1, 5, 1000])
@@ -60,29 +68,24 @@ def reference(x, weight1, bias1, weight2, bias2):
 def test_mlp_equals_pytorchs_kept_or_in_chunks_of_any_size(
     tokens, kept, chunk, library, monkeypatch
 ):
-    monkeypatch.setattr(mlps, 'KEPT', kept)
-    monkeypatch.setattr(mlps, 'CHUNK', chunk)
-    monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
-    check(mlps.mlp, reference, *small_mlp(tokens))
+    compute_by(monkeypatch, library, kept, chunk)
+    check(mlps.mlp, mlp_of_pytorch, *small_mlp(tokens))
 
 
 @pytest.mark.parametrize('kept', [0, 2**23])
 @LIBRARIES
 def test_gradients_of_gradients_equal_pytorchs(library, kept, monkeypatch):
     """However they are asked for: of all leaves by backward(), or of single ones."""
-    monkeypatch.setattr(mlps, 'KEPT', kept)
-    monkeypatch.setattr(mlps, 'CHUNK', 32 * 20)
-    monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
+    compute_by(monkeypatch, library, kept, 32 * 20)
 
     def penalty(function, tensors):
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        (grad,) = torch.autograd.grad(
-            function(*leaves).square().sum(), leaves[:1], create_graph=True
-        )
+        total = function(*leaves).square().sum()
+        (grad,) = torch.autograd.grad(total, leaves[:1], create_graph=True)
         return grad.square().sum(), leaves
 
     tensors = small_mlp(50)
-    total, exact = penalty(reference, [t.double() for t in tensors])
+    total, exact = penalty(mlp_of_pytorch, [t.double() for t in tensors])
     total.backward()
     for index, leaf in enumerate(exact):
         total, leaves = penalty(mlps.mlp, tensors)
@@ -93,10 +96,9 @@ def test_gradients_of_gradients_equal_pytorchs(library, kept, monkeypatch):
 
 @needs_onednn
 def test_gradients_of_gradients_of_a_linear_layer_equal_pytorchs():
-    tensors = torch.randn(9, 8), torch.randn(4, 8), torch.randn(4)
-    assert torch.autograd.gradgradcheck(
-        onednn.onednn_linear, [t.double().requires_grad_() for t in tensors]
-    )
+    shapes = (9, 8), (4, 8), (4,)
+    tensors = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradgradcheck(onednn.onednn_linear, tensors)
 
 
 def test_a_large_hidden_layer_is_kept_less_often_for_the_backward_pass(monkeypatch):
@@ -105,15 +107,10 @@ def test_a_large_hidden_layer_is_kept_less_often_for_the_backward_pass(monkeypat
     for small, kept, times in ((more, more, 2), (less, more, 1), (less, less, 0)):
         monkeypatch.setattr(mlps, 'SMALL', small)
         monkeypatch.setattr(mlps, 'KEPT', kept)
-        saved = []
-
-        def keep(tensor):
-            saved.append(tensor.numel())
-            return tensor
-
+        keep = mock.Mock(side_effect=lambda tensor: tensor)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             module(x)
-        assert saved.count(hidden) == times
+        assert [call.args[0].numel() for call in keep.mock_calls].count(hidden) == times
 
 
 @pytest.mark.parametrize('rows, width', [(0, 5), (1, 1), (7, 2**21), (1000, 384), (60800, 384)])
@@ -177,18 +174,18 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
     assert not (mlp.eval()(x) == 0).any()
 
 
-@pytest.mark.parametrize('bias', [True, False])
-def test_weight_and_bias_cast_together_are_those_of_autocast(bias, monkeypatch):
+@pytest.fixture
+def cast_together(monkeypatch):
+    """As on processors where layers are cast together."""
     monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
-    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_weight_and_bias_cast_together_are_those_of_autocast(bias, cast_together):
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 5, 24)
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(layers.linear(layer, x), layer(x))
-
-
-def cast_by_itself(x):
-    return None
 
 
 def convolved(convs, x):
@@ -198,29 +195,24 @@ def convolved(convs, x):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch):
-    torch.manual_seed(0)
+def test_convolutions_cast_together_are_those_of_autocast(bias, monkeypatch, cast_together):
     convs = [nn.Conv2d(3, 4, kernel, 2, kernel // 2 - 1, bias=bias) for kernel in (2, 4)]
     convs[0].weight.requires_grad_(False)
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     needed = [x, *(p for conv in convs for p in conv.parameters() if p.requires_grad)]
-    results = []
-    monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: True)
-    for dtype in (layers.cast_dtype, cast_by_itself):
-        monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
-        out = convolved(convs, x)
-        results.append((out, *torch.autograd.grad(out, needed, create_graph=True)))
-        slope = sum(grad.square().sum() for grad in results[-1][1:])
-        results[-1] += torch.autograd.grad(slope, needed)
-    for joint, single in zip(*results, strict=True):
-        assert joint.dtype == single.dtype and torch.equal(joint, single)
-    monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
     convolved(convs, x).backward()
     assert convs[0].weight.grad is None and convs[1].weight.grad.dtype == torch.float32
+    results = []
+    for dtype in (layers.cast_dtype, lambda x: None):
+        monkeypatch.setattr(layers, 'joint_cast_dtype', dtype)
+        out = convolved(convs, x)
+        first = torch.autograd.grad(out, needed, create_graph=True)
+        slope = sum(grad.square().sum() for grad in first)
+        results.append((out, *first, *torch.autograd.grad(slope, needed)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
-    monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
+def test_a_convolution_with_a_hook_casts_by_itself(cast_together):
     convs, seen = [nn.Conv2d(3, 4, 2, 2), nn.Conv2d(3, 4, 2, 2)], []
     convs[1].register_forward_hook(lambda *args: seen.append(args))
     convolved(convs, torch.randn(1, 3, 4, 4))
@@ -238,14 +230,14 @@ def test_a_convolution_with_a_hook_casts_by_itself(monkeypatch):
 )
 def test_layers_are_computed_in_float32_where_bfloat16_is_slow(layer, shape, monkeypatch):
     monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: False)
-    x, results = torch.randn(shape, requires_grad=True), []
+    x = torch.randn(shape, requires_grad=True)
     with torch.autocast('cpu', torch.bfloat16):
-        linear_layer = isinstance(layer, nn.Linear)
-        results.append(linear(layer, x) if linear_layer else layers.convolve([layer], x)[0])
-    results.append(layer(x).bfloat16())  # the type that autocast gives
-    needed = [x, *layer.parameters()]
-    for ours, theirs in zip(*[(out, *torch.autograd.grad(out.sum(), needed)) for out in results]):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        is_linear = isinstance(layer, nn.Linear)
+        ours = linear(layer, x) if is_linear else layers.convolve([layer], x)[0]
+    results, needed = [], [x, *layer.parameters()]
+    for out in (ours, layer(x).bfloat16()):  # the type that autocast gives
+        results.append((out, *torch.autograd.grad(out.sum(), needed)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('kind', [nn.Linear, nn.Conv2d])
@@ -261,7 +253,6 @@ def test_a_layer_with_a_hook_stays_under_autocast_where_bfloat16_is_slow(kind, m
 
 @pytest.mark.parametrize('kernel, stride', [(16, 4), (32, 4), (18, 2), (27, 3)])
 def test_a_convolution_of_blocks_equals_that_of_pixels(kernel, stride):
-    torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 6 * stride, 8 * stride), torch.randn(5, 3, kernel, kernel)
     padding = (kernel - stride) // 2
     options = dict(stride=(stride,) * 2, padding=(padding,) * 2)
@@ -277,16 +268,12 @@ def test_a_convolution_of_blocks_equals_that_of_pixels(kernel, stride):
 def test_with_avx2_no_large_kernel_is_applied_to_pixels(monkeypatch):
     """oneDNN takes a hundred times as long for them, with one thread."""
     be_processor(monkeypatch, 'AVX2')
-    convs, image, kernels = CrossScaleConvs(3, 16, (4, 8, 16, 32)), torch.randn(1, 3, 30, 40), []
+    convs, image = CrossScaleConvs(3, 16, (4, 8, 16, 32)), torch.randn(1, 3, 30, 40)
     expected = deepcopy(convs).double()(image.double()).float()
-    convolution = F.conv2d
-
-    def convolve(x, weight, *args, **kwargs):
-        kernels.append(weight.shape[-1])
-        return convolution(x, weight, *args, **kwargs)
-
-    monkeypatch.setattr(F, 'conv2d', convolve)
+    conv2d = mock.Mock(wraps=F.conv2d)
+    monkeypatch.setattr(F, 'conv2d', conv2d)
     torch.testing.assert_close(convs(image), expected)
+    kernels = [call.args[1].shape[-1] for call in conv2d.mock_calls]
     assert sorted(kernels) == sorted([4, 8, 16 // 4, 32 // 4])
 
 
@@ -322,18 +309,15 @@ def test_other_convolutions_are_not_computed_in_blocks(changed, monkeypatch):
     ids=['merging', 'no bias', 'other'],
 )
 def test_a_convolution_as_a_product_of_windows_equals_pytorchs(images, options):
-    torch.manual_seed(0)
     conv, x = nn.Conv2d(6, 5, 4, **options), torch.randn(images, 6, 9, 14)
-    out, leaves = [], [x.requires_grad_(), *conv.parameters()]
+    results, leaves = [], [x.requires_grad_(), *conv.parameters()]
     for function in (partial(convolution.convolve_windows, conv=conv), conv):
-        out.append(function(x))
-        out.extend(torch.autograd.grad(out[-1].square().sum(), leaves))
-    for ours, theirs in zip(out[: len(out) // 2], out[len(out) // 2 :]):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
-    assert images == 0 or torch.autograd.gradgradcheck(
-        lambda x: convolution.convolve_windows(x, conv.double()),
-        x.detach().double().requires_grad_(),
-    )
+        out = function(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+    if images:
+        exact = partial(convolution.convolve_windows, conv=conv.double())
+        assert torch.autograd.gradgradcheck(exact, x.detach().double().requires_grad_())
 
 
 @needs_onednn
@@ -350,15 +334,14 @@ def test_a_convolution_as_a_product_of_windows_equals_pytorchs(images, options):
 )
 def test_few_pixels_by_a_large_weight_are_multiplied_as_windows(side, options, suits, monkeypatch):
     usual = dict(in_channels=300, out_channels=300, kernel_size=4, stride=2, padding=1)
-    conv, image, calls = nn.Conv2d(**{**usual, **options}), torch.randn(1, 300, side, side), []
-    monkeypatch.setattr(
-        convolution, 'convolve_windows', lambda x, conv: calls.append(conv) or conv(x)
-    )
+    conv, image = nn.Conv2d(**{**usual, **options}), torch.randn(1, 300, side, side)
+    windows = mock.Mock(side_effect=lambda x, conv: conv(x))
+    monkeypatch.setattr(convolution, 'convolve_windows', windows)
     layers.convolve([conv], image)
-    assert (calls == [conv]) == suits
+    assert windows.called == suits
     conv.register_forward_hook(lambda *_: None)
     layers.convolve([conv], image)
-    assert len(calls) == suits
+    assert windows.call_count == suits
 
 
 @needs_onednn
@@ -366,16 +349,10 @@ def test_few_pixels_by_a_large_weight_are_multiplied_as_windows(side, options, s
 @pytest.mark.parametrize('train', [True, False])
 def test_images_are_convolved_in_the_layout_that_is_fast(layout, train, monkeypatch):
     """In training with AVX-512, images channels last took twenty times as long."""
-    convs, image, layouts = CrossScaleConvs(3, 16, (4, 8)), torch.randn(2, 3, 16, 24), []
-    convolution = F.conv2d
-
-    def convolve(x, *args):
-        layouts.append(x.is_contiguous())
-        return convolution(x, *args)
-
-    expected = convs(image)
-    monkeypatch.setattr(F, 'conv2d', convolve)
+    convs, image = CrossScaleConvs(3, 16, (4, 8)), torch.randn(2, 3, 16, 24)
+    expected, conv2d = convs(image), mock.Mock(wraps=F.conv2d)
+    monkeypatch.setattr(F, 'conv2d', conv2d)
     with torch.set_grad_enabled(train):
         out = convs(image.contiguous(memory_format=layout))
     torch.testing.assert_close(out, expected)
-    assert layouts == [train, train]
+    assert [call.args[0].is_contiguous() for call in conv2d.mock_calls] == [train, train]

@@ -33,13 +33,10 @@ def pairs(height: int, width: int, group_size: int, interval: int, lda: str) -> 
     def padded(multiple: int) -> int:
         return (height + -height % multiple) * (width + -width % multiple)
 
-    short = padded(group_size) * group_size**2
-    long = (
-        padded(interval) ** 2 // interval**2
-        if lda == 'interval'
-        else padded(group_size * interval) * group_size**2
-    )
-    return max(short, long)
+    long = padded(group_size * interval) * group_size**2
+    if lda == 'interval':
+        long = padded(interval) ** 2 // interval**2
+    return max(padded(group_size) * group_size**2, long)
 
 
 @st.composite
@@ -84,9 +81,8 @@ def test_a_batch_is_its_images_one_by_one(small, probe, case):
         torch.autograd.grad(probe(given), weights) for given in (features, joined)
     )
     for gradient, reference in zip(gradients, references):
-        torch.testing.assert_close(
-            gradient, reference, rtol=1e-8, atol=1e-9 * max(1e-3, reference.abs().max().item())
-        )
+        atol = 1e-9 * max(1e-3, reference.abs().max().item())
+        torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=atol)
 
 
 @settings(same_examples, max_examples=EXAMPLES // 4)
@@ -107,8 +103,7 @@ def test_the_order_of_images_changes_nothing(small, shapes, chosen, order):
     fresh = [small(TINY, **options)(image) for image in images]
     backbone = small(TINY, **options)
     for index in order.choices(range(len(images)), k=2 * len(images)):
-        for feature, reference in zip(backbone(images[index]), fresh[index]):
-            assert torch.equal(feature, reference)
+        assert all(map(torch.equal, backbone(images[index]), fresh[index]))
 
 
 @torch.no_grad()

@@ -15,14 +15,7 @@ from typing import Any, Optional
 EXEC = (
     'import os, sys; os.dup2({read}, 3); os.dup2({write}, 4); os.execvp(sys.argv[1], sys.argv[1:])'
 )
-OPTIONS = (
-    '--headless=new',
-    '--no-sandbox',
-    '--disable-gpu',
-    '--disable-dev-shm-usage',
-    '--hide-scrollbars',
-    '--remote-debugging-pipe',
-)
+OPTIONS = '--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars'
 
 
 def find() -> Optional[str]:
@@ -46,22 +39,11 @@ class Chromium:
         theirs_read, ours_write = os.pipe()
         # Away from 3 and 4, which the program's own will be.
         inherited = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_read, theirs_write)]
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                '-S',
-                '-c',
-                EXEC.format(read=inherited[0], write=inherited[1]),
-                program,
-                *OPTIONS,
-                f'--user-data-dir={profile}',
-                'about:blank',
-            ],
-            pass_fds=inherited,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        code = EXEC.format(read=inherited[0], write=inherited[1])
+        command = [sys.executable, '-S', '-c', code, program, *OPTIONS.split()]
+        command += ['--remote-debugging-pipe', f'--user-data-dir={profile}', 'about:blank']
+        silent = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, pass_fds=inherited, **silent)
         for end in (theirs_read, theirs_write, *inherited):
             os.close(end)
         self.read, self.write = ours_read, ours_write
@@ -117,13 +99,8 @@ class Chromium:
         self.evaluate('explain.ready.then(() => null)')
 
     def size(self, width: int, height: int, mobile: bool = False) -> None:
-        self.call(
-            'Emulation.setDeviceMetricsOverride',
-            width=width,
-            height=height,
-            deviceScaleFactor=2 if mobile else 1,
-            mobile=mobile,
-        )
+        sizes = dict(width=width, height=height, deviceScaleFactor=2 if mobile else 1)
+        self.call('Emulation.setDeviceMetricsOverride', mobile=mobile, **sizes)
         self.call('Emulation.setTouchEmulationEnabled', enabled=mobile)
 
     def settle(self) -> None:
@@ -150,19 +127,10 @@ class Chromium:
         self.settle()
 
     def press(self, key: str, shift: bool = False) -> None:
-        codes = dict(
-            Home=36, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, Tab=9, Enter=13
-        )
-        code = codes.get(key, ord(key[0]))
+        codes = dict(Home=36, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40)
+        event = dict(key=key, code=key, windowsVirtualKeyCode=codes.get(key, ord(key[0])))
         for kind in ('keyDown', 'keyUp'):
-            self.call(
-                'Input.dispatchKeyEvent',
-                type=kind,
-                key=key,
-                code=key,
-                windowsVirtualKeyCode=code,
-                modifiers=8 if shift else 0,
-            )
+            self.call('Input.dispatchKeyEvent', type=kind, modifiers=8 if shift else 0, **event)
         self.settle()
 
     def close(self) -> None:

@@ -78,18 +78,13 @@ def test_colours_are_those_of_the_groups(kind, position):
     height, width, size, interval = 18, 30, 4, 3
     lda = 'interval' if kind == 'short' else kind
     rules = stage_rules(height, width, size, interval, lda)[int(kind != 'short')]
+    tile = size * interval
 
     def group(row, column):  # the definitions of the papers, position by position
-        return {
-            'short': (row // size, column // size),
-            'interval': (row % interval, column % interval),
-            'block': (
-                row // (size * interval),
-                row % interval,
-                column // (size * interval),
-                column % interval,
-            ),
-        }[kind]
+        if kind == 'short':
+            return row // size, column // size
+        apart = row % interval, column % interval
+        return apart if kind == 'interval' else (row // tile, column // tile, *apart)
 
     colours = group_colours(height, width, rules, position)
     numbers = group_numbers(height, width, rules)
@@ -156,47 +151,48 @@ CONFIG WEIGHTS IMAGE --out OUT --cfg-options model.backbone.type=mmdet.ResNet ->
 
 class TestTool:
     @pytest.fixture
-    def model(self, small, tmp_path):
-        arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
-        torch.save(small(arch).state_dict(), tmp_path / 'weights.pth')
-        config = tmp_path / 'config.py'
-        config.write_text(f'''
-_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
-model = dict(backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0, 1, 2, 3)))
-''')
-        image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / 'image.png'), image)
-        return config, tmp_path / 'weights.pth', tmp_path / 'image.png'
+    def write(self, small, tmp_path):
+        """Writes config, weights and image of a model for images of some channels."""
 
-    @pytest.mark.parametrize('channels', [1, 4])
-    def test_images_of_other_channels(self, small, output_of, tmp_path, channels):
-        """Images are loaded as the test pipeline and normalised as the preprocessor does."""
-        arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
-        weights, page = tmp_path / 'weights.pth', tmp_path / 'page.html'
-        torch.save(small(arch, in_channels=channels).state_dict(), weights)
-        kind = {1: 'grayscale', 4: 'unchanged'}[channels]
-        (tmp_path / 'config.py').write_text(f'''
+        def write(channels: int = 3, settings: str = '') -> tuple:
+            files = [tmp_path / name for name in ('config.py', 'weights.pth', 'image.png')]
+            arch = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2))
+            torch.save(small(arch, in_channels=channels).state_dict(), files[1])
+            files[0].write_text(f'''
 _base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
-model = dict(
-    data_preprocessor=dict(
-        _delete_=True, type='DetDataPreprocessor', mean=[9.], std=[5.]),
-    backbone=dict(arch=dict(_delete_=True, **{arch!r}), out_indices=(0, 1, 2, 3),
-                  in_channels={channels}))
+model = dict(backbone=dict(
+    arch=dict(_delete_=True, **{arch!r}), out_indices=(0, 1, 2, 3), in_channels={channels}))
+{settings}''')
+            image = np.random.default_rng(0).integers(0, 256, (50, 70, channels), dtype=np.uint8)
+            cv2.imwrite(str(files[2]), image)
+            return *files, image
+
+        return write
+
+    @pytest.fixture
+    def model(self, write):
+        return write()[:3]
+
+    @pytest.mark.parametrize('channels, kind', [(1, 'grayscale'), (4, 'unchanged')])
+    def test_images_of_other_channels(self, write, output_of, tmp_path, channels, kind):
+        """Images are loaded as the test pipeline and normalised as the preprocessor does."""
+        settings = f'''
+model['data_preprocessor'] = dict(
+    _delete_=True, type='DetDataPreprocessor', mean=[9.], std=[5.])
 test_dataloader = dict(dataset=dict(pipeline=[
     dict(type='LoadImageFromFile', color_type={kind!r}),
     dict(type='Resize', scale=(70, 50), keep_ratio=True)]))
-''')
-        image = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / 'image.png'), image[..., 0] if channels == 1 else image)
-        image_file = tmp_path / 'image.png'
-        output_of('explain.py', tmp_path / 'config.py', weights, image_file, '--html', page)
+'''
+        *model, image = write(channels, settings)
+        page = tmp_path / 'page.html'
+        output_of('explain.py', *model, '--html', page)
         assert page.stat().st_size > 1e4
-        cfg = Config.fromfile(tmp_path / 'config.py')
+        cfg = Config.fromfile(model[0])
         loading = cfg.test_dataloader.dataset.pipeline[0]
-        found, scale = load_image(str(tmp_path / 'image.png'), loading, None, channels)
-        assert scale == 1 and (found == image[..., :channels]).all()
+        found, scale = load_image(str(model[2]), loading, None, channels)
+        assert scale == 1 and (found == image).all()
         given = normalize(found, cfg.model.data_preprocessor)
-        wanted = torch.from_numpy(image[..., :channels].transpose(2, 0, 1).copy())
+        wanted = torch.from_numpy(image.transpose(2, 0, 1).copy())
         assert torch.allclose(given[0], (wanted.float() - 9) / 5)
 
     def test_an_image_of_fewer_channels_than_the_model_takes(self, model):

@@ -22,7 +22,11 @@ from . import chromium
 HEIGHT, WIDTH = 90, 133  # maps of 23 x 34, 12 x 17, 6 x 9, 3 x 5 positions: ragged groups
 ARCH = dict(embed_dims=32, depths=(2, 2, 1, 1), num_heads=(2, 4, 4, 4))
 GROUPS = dict(group_size=(3, 3, 3, 7), interval=(4, 2, 2, 1))
+KINDS = 'short', 'interval', 'block'
 EXACT = 0.003  # of a weight; logits are rounded by 0.001 on average
+
+
+NAME = '</script><b>photo</b>.png'
 
 
 class Opened(NamedTuple):
@@ -43,9 +47,7 @@ def make(tmp_path_factory):
         captured = capture(backbone, torch.from_numpy(picture).float().permute(2, 0, 1)[None] * 4)
         scene = Scene(backbone, picture, captured, (60, 40), None)
         path = tmp_path_factory.mktemp('page') / 'page.html'
-        names = dict(
-            model='small', image='</script><b>photo</b>.png', caption=['<i>toy</i>', '玩具']
-        )
+        names = dict(model='small', image=NAME, caption=['<i>toy</i>', '玩具'])
         written = write_page(path, scene, names, limit)
         return backbone, captured, path, written
 
@@ -63,7 +65,7 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def page(make, browser):
+def opened(make, browser):
     backbone, captured, path, _ = make()
     browser.size(1280, 900)
     browser.open(path)
@@ -71,14 +73,18 @@ def page(make, browser):
     assert not browser.problems
 
 
-@pytest.fixture(autouse=True)
-def as_opened(request):
+@pytest.fixture
+def page(opened):
     """Tests share the page and begin alike."""
-    if 'page' in request.fixturenames:
-        opened = request.getfixturevalue('page')
-        opened.browser.mouse('Moved', 1, 1)
-        select(opened, stage=1, block=1, row=3, column=4, head=None, view='attention', held=False)
-        opened.browser.evaluate("document.getElementById('image').focus()")
+    opened.browser.mouse('Moved', 1, 1)
+    select(opened, stage=1, block=1, row=3, column=4, head=None, view='attention', held=False)
+    ask(opened, 'image', 'focus()')
+    return opened
+
+
+def ask(page, element, expression):
+    """The value of a property or a call of an element."""
+    return page.browser.evaluate(f"document.getElementById('{element}').{expression}")
 
 
 def select(page, **change):
@@ -90,8 +96,13 @@ def state(page):
     return page.browser.evaluate('explain.state()')
 
 
+def position(page):
+    now = state(page)
+    return now['row'], now['column']
+
+
 def text(page, element):
-    return page.browser.evaluate(f"document.getElementById('{element}').textContent")
+    return ask(page, element, 'textContent')
 
 
 def place_of(page, row, column):
@@ -122,26 +133,37 @@ def shown(page, shape):
     """(H, W) weights as the page has them."""
     got = page.browser.evaluate('explain.attention()')
     weights = np.full(shape, np.nan)
-    weights[np.ix_(got['rows'], got['columns'])] = np.reshape(
-        got['weights'], (len(got['rows']), len(got['columns']))
-    )
+    shares = np.reshape(got['weights'], (len(got['rows']), len(got['columns'])))
+    weights[np.ix_(got['rows'], got['columns'])] = shares
     return weights
 
 
 def check_shown(page):
     """Compare what is shown now, in numbers and in the text above the image, with Python."""
     now = state(page)
-    position = (now['row'], now['column'])
-    weights = expected(page, now['stage'], now['block'], now['kind'], position, now['head'])
+    shown_at = position(page)
+    weights = expected(page, now['stage'], now['block'], now['kind'], shown_at, now['head'])
     np.testing.assert_allclose(shown(page, weights.shape), weights, rtol=0, atol=EXACT)
     said = text(page, 'readout')
     assert f"{np.isfinite(weights).sum()} positions" in said
     assert ('mean of all heads' if now['head'] is None else f"head {now['head']}") in said
     there, best = positions_in(said)
-    assert there == position
+    assert there == shown_at
     assert weights[best] == pytest.approx(np.nanmax(weights), abs=EXACT)
     assert shares_in(said)[0] == pytest.approx(weights[best], abs=EXACT)
     return weights
+
+
+def check_bias(page, size):
+    """Compare the bias that is shown of groups of some size; return it."""
+    now = state(page)
+    pos = page.backbone.layers[now['stage']].blocks[now['block']].attn.pos
+    with torch.no_grad():
+        table = pos(size, size).numpy()
+    table = table.mean(0) if now['head'] is None else table[now['head']]
+    got = np.reshape(page.browser.evaluate('explain.bias()'), table.shape)
+    np.testing.assert_allclose(got, table, rtol=0, atol=1e-4)
+    return table
 
 
 def positions_in(said: str) -> list:
@@ -155,7 +177,7 @@ def shares_in(said: str) -> list:
 
 
 @pytest.mark.parametrize(
-    'stage, block, kind, head, position',
+    'stage, block, kind, head, there',
     [
         (0, 0, 'short', None, (0, 0)),
         (0, 1, 'interval', 0, (22, 33)),  # the last row and column, in smaller groups
@@ -167,22 +189,16 @@ def shares_in(said: str) -> list:
         (3, 0, 'block', 1, (2, 4)),  # a map of 3 x 5 is not larger than a group of 7
     ],
 )
-def test_pointing_shows_the_attention_that_python_computes(
-    page, stage, block, kind, head, position
-):
+def test_pointing_shows_the_attention_that_python_computes(page, stage, block, kind, head, there):
     select(page, stage=stage, block=block, kind=kind, head=head)
-    page.browser.mouse('Moved', *place_of(page, *position))
-    now = state(page)
-    assert (now['row'], now['column']) == position
+    page.browser.mouse('Moved', *place_of(page, *there))
+    assert position(page) == there
     check_shown(page)
 
 
 def test_kinds_of_groups_differ_here(page):
-    maps = [
-        np.isfinite(expected(page, 0, 1, kind, (13, 20), 0))
-        for kind in ('short', 'interval', 'block')
-    ]
-    assert len({found.tobytes() for found in maps}) == 3
+    maps = [expected(page, 0, 1, kind, (13, 20), 0) for kind in KINDS]
+    assert len({np.isfinite(found).tobytes() for found in maps}) == 3
 
 
 def test_keys_move_the_position_and_choose_the_stage(page):
@@ -195,12 +211,12 @@ def test_keys_move_the_position_and_choose_the_stage(page):
         ('ArrowUp', False, (0, 3)),  # the map ends
         ('Home', False, (6, 8)),
     ]
-    for key, shift, position in steps:
+    for key, shift, there in steps:
         page.browser.press(key, shift)
-        assert (state(page)['row'], state(page)['column']) == position, key
+        assert position(page) == there, key
         check_shown(page)
     page.browser.press('1')
-    assert (state(page)['stage'], state(page)['row'], state(page)['column']) == (0, 13, 17)
+    assert (state(page)['stage'], position(page)) == (0, (13, 17))
     check_shown(page)
 
 
@@ -216,9 +232,9 @@ def test_a_held_position_lets_others_be_read(page):
     page.browser.mouse('Moved', *place_of(page, 6, 6))
     said = text(page, 'probe')
     assert positions_in(said) == [(6, 6)] and 'no weight' in said and not shares_in(said)
-    assert (state(page)['row'], state(page)['column']) == (5, 6)
+    assert position(page) == (5, 6)
     page.browser.click(*place_of(page, 6, 6))
-    assert not state(page)['held'] and (state(page)['row'], state(page)['column']) == (6, 6)
+    assert not state(page)['held'] and position(page) == (6, 6)
 
 
 def test_controls_choose_what_is_shown(page):
@@ -260,7 +276,7 @@ def middles(page):
     return np.array(pixels).reshape(height, width, 3)[:-1, :-1]
 
 
-@pytest.mark.parametrize('kind', ['short', 'interval', 'block'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_groups_are_drawn_where_they_lie(page, kind):
     select(page, stage=0, block=1, kind=kind, view='groups', row=13, column=20)
     red, green, blue = np.moveaxis(middles(page), -1, 0)
@@ -306,16 +322,12 @@ def test_positions_outside_the_group_are_grey_and_never_black(page):
 @pytest.mark.parametrize('stage, block, head', [(0, 1, 0), (1, 0, None), (1, 1, 3)])
 def test_bias_is_that_of_the_network_for_any_group(page, stage, block, head):
     select(page, stage=stage, block=block, head=head, size=3)
-    page.browser.evaluate("document.getElementById('size').focus()")
+    ask(page, 'size', 'focus()')
     for size in (4, 5):
         page.browser.press('ArrowRight')
         assert text(page, 'size-shown') == f'{size} × {size}'
-        with torch.no_grad():
-            table = page.backbone.layers[stage].blocks[block].attn.pos(size, size).numpy()
-        table = table.mean(0) if head is None else table[head]
-        got = np.reshape(page.browser.evaluate('explain.bias()'), table.shape)
-        np.testing.assert_allclose(got, table, rtol=0, atol=1e-4)
-    page.browser.evaluate("document.getElementById('surface').focus()")
+        table = check_bias(page, size)
+    ask(page, 'surface', 'focus()')
     select(page, offset=[0, 0])
     for key in ('ArrowDown', 'ArrowRight', 'ArrowRight'):
         page.browser.press(key, shift=True)
@@ -325,10 +337,10 @@ def test_bias_is_that_of_the_network_for_any_group(page, stage, block, head):
 
 
 def test_the_surface_turns(page):
-    before = page.browser.evaluate("document.getElementById('surface').toDataURL()")
-    page.browser.evaluate("document.getElementById('surface').focus()")
+    before = ask(page, 'surface', 'toDataURL()')
+    ask(page, 'surface', 'focus()')
     page.browser.press('ArrowLeft')
-    after = page.browser.evaluate("document.getElementById('surface').toDataURL()")
+    after = ask(page, 'surface', 'toDataURL()')
     assert state(page)['yaw'] == pytest.approx(-0.48) and before != after
 
 
@@ -347,9 +359,9 @@ def test_the_page_is_whole_in_itself(page):
     content = page.path.read_text(encoding='utf-8')
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|fetch\(', content)
     assert content.count('<b>photo') == 0  # names are text, whatever is in them
-    assert '</script><b>photo</b>.png' in text(page, 'about')
+    assert NAME in text(page, 'about')
     assert text(page, 'caption') == '<i>toy</i>'
-    assert page.browser.evaluate('document.title').endswith('</script><b>photo</b>.png')
+    assert page.browser.evaluate('document.title').endswith(NAME)
 
 
 def test_the_page_is_in_english_and_in_chinese(page):
@@ -358,7 +370,7 @@ def test_the_page_is_in_english_and_in_chinese(page):
 
     select(page, view='attention')
     assert not re.search('[\u4e00-\u9fff]', visible().replace('中文', ''))
-    page.browser.evaluate("document.getElementById('language').click()")
+    ask(page, 'language', 'click()')
     page.browser.settle()
     try:
         assert text(page, 'caption') == '玩具'
@@ -379,10 +391,10 @@ def test_a_phone_has_room_for_it_and_a_finger_chooses(page):
     try:
         assert page.browser.evaluate('document.documentElement.scrollWidth') <= 360
         page.browser.touch(place_of(page, 8, 11))
-        assert (state(page)['row'], state(page)['column']) == (8, 11)
+        assert position(page) == (8, 11)
         check_shown(page)
         page.browser.touch(*(place_of(page, 4, column) for column in (2, 5, 9)))
-        assert (state(page)['row'], state(page)['column']) == (4, 9)
+        assert position(page) == (4, 9)
         check_shown(page)
         small = page.browser.evaluate(
             "Array.from(document.querySelectorAll('#look .choice label')).map((label) => "
@@ -415,11 +427,7 @@ def test_other_backbones(make, browser, options):
         select(opened, row=5, column=8, head=1)
         check_shown(opened)
     select(opened, size=5)
-    now = state(opened)
-    with torch.no_grad():
-        table = backbone.layers[now['stage']].blocks[now['block']].attn.pos(5, 5)[1].numpy()
-    got = np.reshape(browser.evaluate('explain.bias()'), table.shape)
-    np.testing.assert_allclose(got, table, rtol=0, atol=1e-4)
+    check_bias(opened, 5)
     assert not browser.problems
 
 

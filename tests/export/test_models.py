@@ -20,7 +20,7 @@ from crossformer_mm.export.onnx_file import to_onnx  # noqa: E402
 from crossformer_mm.export.operators.resize_image import resize_image  # noqa: E402
 from crossformer_mm.without_torch.model import paste  # noqa: E402
 
-from ..helpers import ONE_STAGE  # noqa: E402
+from ..helpers import ONE_STAGE, run_onnx  # noqa: E402
 
 STRIDES = [4, 8]
 ANCHORS = dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1)
@@ -37,26 +37,22 @@ HEADS = dict(
     ),
     GFL=dict(type='GFLHead', anchor_generator=ANCHORS, reg_max=6, **COMMON),
 )
-TEST = dict(
-    nms_pre=80,
-    min_bbox_size=0,
-    score_thr=0.2,
-    nms=dict(type='nms', iou_threshold=0.5),
-    max_per_img=30,
-)
-BACKBONE = dict(ONE_STAGE, type='CrossFormer')
+TEST = dict(nms_pre=80, min_bbox_size=0, score_thr=0.2, max_per_img=30)
+TEST['nms'] = dict(type='nms', iou_threshold=0.5)
 
 
 def random_model(cfg: dict) -> torch.nn.Module:
     init_default_scope('mmdet')
     torch.manual_seed(0)
-    preprocessor = dict(
-        type='DetDataPreprocessor', mean=[120.0] * 3, std=[60.0] * 3, pad_size_divisor=32
+    cfg = dict(
+        data_preprocessor=dict(
+            type='DetDataPreprocessor', mean=[120.0] * 3, std=[60.0] * 3, pad_size_divisor=32
+        ),
+        backbone=dict(ONE_STAGE, type='CrossFormer'),
+        neck=dict(type='FPN', in_channels=[16], out_channels=8, num_outs=2),
+        **cfg,
     )
-    neck = dict(type='FPN', in_channels=[16], out_channels=8, num_outs=2)
-    model = MODELS.build(
-        ConfigDict(data_preprocessor=preprocessor, backbone=BACKBONE, neck=neck, **cfg)
-    )
+    model = MODELS.build(ConfigDict(cfg))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not name.startswith('backbone.'):
             torch.nn.init.normal_(parameter, std=1.2 / parameter[0].numel() ** 0.5)
@@ -78,21 +74,16 @@ def in_onnx_runtime(module: WholeDetector, image: torch.Tensor) -> dict:
 
     Around the backbone, a file of any size is the same; test_run_onnx.py has tests of those.
     """
-    onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     names = list(module(image))
     program = export_fixed_size(exportable_for(module, [image]), [image])
     file = to_onnx(program, dict(image={}), names, {}).SerializeToString()
-    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
-    outputs = session.run(names, dict(image=image.numpy()))
-    return {name: torch.from_numpy(output) for name, output in zip(names, outputs)}
+    return dict(zip(names, run_onnx(file, names, image=image)))
 
 
 def assert_same(model: torch.nn.Module) -> None:
-    image = torch.nn.functional.interpolate(
-        torch.randint(256, (1, 3, 9, 12)).float(), (61, 83), mode='bilinear'
-    )
-    image = image.to(torch.uint8)
+    coarse = torch.randint(256, (1, 3, 9, 12)).float()
+    image = torch.nn.functional.interpolate(coarse, (61, 83), mode='bilinear').to(torch.uint8)
     module, wanted = WholeDetector(model), of_mmdet(model, image)
     assert len(wanted) > 5
     for found in (module(image), in_onnx_runtime(module, image)):
@@ -114,21 +105,11 @@ def test_one_stage_detectors(name):
 
 @pytest.mark.parametrize('name', ['FasterRCNN', 'CascadeRCNN'])
 def test_two_stage_detectors(name):
-    head = dict(
-        type='Shared2FCBBoxHead',
-        in_channels=8,
-        fc_out_channels=8,
-        roi_feat_size=7,
-        num_classes=3,
-        reg_class_agnostic=name == 'CascadeRCNN',
-    )
-    extractor = dict(
-        type='SingleRoIExtractor',
-        roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
-        out_channels=8,
-        featmap_strides=STRIDES,
-        finest_scale=16,
-    )
+    head = dict(type='Shared2FCBBoxHead', in_channels=8, fc_out_channels=8, num_classes=3)
+    head['reg_class_agnostic'] = name == 'CascadeRCNN'
+    extractor = dict(type='SingleRoIExtractor', featmap_strides=STRIDES, finest_scale=16)
+    extractor['roi_layer'] = dict(type='RoIAlign', output_size=7, sampling_ratio=0)
+    extractor['out_channels'] = 8
     rpn = dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=ANCHORS)
     rpn_cfg = dict(TEST, nms=dict(type='nms', iou_threshold=0.7), max_per_img=40)
     roi_head = dict(type='StandardRoIHead', bbox_head=head, bbox_roi_extractor=extractor)
@@ -151,7 +132,6 @@ def test_two_stage_detectors(name):
 )
 def test_images_are_resized_in_a_file_as_opencv_does(kind, rule):
     """To the bit, in PyTorch and in ONNX Runtime, of any batch; sizes are those of MMCV."""
-    onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     *size, keep_ratio = rule
 
@@ -162,9 +142,7 @@ def test_images_are_resized_in_a_file_as_opencv_does(kind, rule):
     example = torch.zeros(2, 3, 170, 203, dtype=kind)
     open_sides = dict(image={0: 'batch', 2: 'height', 3: 'width'})
     proto = to_onnx(export_any_size(Module(), inputs=[example]), open_sides, ['out'], {})
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), providers=['CPUExecutionProvider']
-    )
+    file = proto.SerializeToString()
     random = np.random.default_rng(0)
     # Made larger and smaller, by 2, not at all; sides that are rounded; long and tiny ones.
     shapes = [(60, 80), (75, 51), (427, 640), (48, 80), (192, 320), (96, 160), (64, 96)]
@@ -174,9 +152,8 @@ def test_images_are_resized_in_a_file_as_opencv_does(kind, rule):
         resize = mmcv.imrescale if keep_ratio else mmcv.imresize
         wanted = np.stack([resize(image, tuple(size[::-1])) for image in images])
         given = torch.from_numpy(images).permute(0, 3, 1, 2).to(kind)
-        (in_file,) = session.run(None, dict(image=given.numpy()))
-        for out in (Module()(given).numpy(), in_file):
-            np.testing.assert_array_equal(out.transpose(0, 2, 3, 1), wanted)
+        for out in (Module()(given), *run_onnx(file, image=given)):
+            np.testing.assert_array_equal(out.permute(0, 2, 3, 1), wanted)
 
 
 def test_what_the_file_cannot_do_is_said():

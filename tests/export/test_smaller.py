@@ -18,10 +18,10 @@ def test_a_file_of_one_size_in_int8(output_of, refusal_of, tmp_path):
     make_data(tmp_path / 'shapes', train=1, val=2, size=64)
     config, file = tmp_path / 'config.py', tmp_path / 'model.onnx'
     config.write_text(RETINANET)
-    arguments = ('--fixed-shape', 64, 96, '--int8', '--data-root', tmp_path / 'shapes/coco')
-    options = "test_dataloader.dataset.metainfo.classes=('disk','square','triangle','star')"
-    arguments += ('--cfg-options', options)
-    printed = output_of('export.py', config, '--out', file, '--threads', 1, *arguments)
+    classes = "test_dataloader.dataset.metainfo.classes=('disk','square','triangle','star')"
+    data = '--data-root', tmp_path / 'shapes/coco', '--cfg-options', classes
+    options = '--threads 1 --fixed-shape 64 96 --int8'
+    printed = output_of('export.py', config, '--out', file, options, *data)
     assert re.search(r'int8: AP \d\.\d{3} before, \d\.\d{3} after \([+-]\d\.\d{3}\), on 2', printed)
     assert '1 x 64 x 96: relative difference' in printed
     model = Model(file)

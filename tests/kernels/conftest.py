@@ -1,6 +1,8 @@
-"""The path of kernels that a test is of."""
+"""The path of kernels that a test is of, and kernels of which nothing is known yet."""
 
 import pytest
+
+from crossformer_mm.kernels import self_test
 
 from .definition import small_tiles
 from .paths import SEVERAL
@@ -16,3 +18,10 @@ def path(request, monkeypatch) -> str:
     for tiles in ('TILES', 'WIDE_TILES'):
         monkeypatch.setattr(triton_launch, tiles, small)
     return 'fused'
+
+
+@pytest.fixture
+def untested(monkeypatch) -> None:
+    for memory in ('PASSED', 'BROKEN', 'FAILURES'):
+        monkeypatch.setattr(self_test, memory, type(getattr(self_test, memory))())
+    self_test.say.cache_clear()

@@ -7,25 +7,22 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from crossformer_mm import CrossFormer, kernels
-from crossformer_mm.compat import TRITON, missing_torch
 from crossformer_mm.grouping import AxisRule, count_groups, fit_rule, group_axis, stage_rules
 from crossformer_mm.kernels import Call, choose_path, describe_path, fused, self_test
 
-from ..helpers import ONE_STAGE, ROOT, needs_interpreter
+from ..helpers import ONE_STAGE, ROOT
 from .definition import GPU, assert_equals_definition, random_inputs, small_tiles
+from .paths import lacks
 
-if missing_torch(TRITON):
-    pytest.skip(
-        'the Triton that has all that the kernels use came with PyTorch 2.4',
-        allow_module_level=True,
-    )
-pytest.importorskip('triton', reason='fused attention needs the package triton')
-pytestmark = needs_interpreter
+if lacks('fused'):
+    pytest.skip(lacks('fused'), allow_module_level=True)
 from crossformer_mm.kernels import fused_triton, triton_backward, triton_launch  # noqa: E402
 
 
@@ -49,16 +46,10 @@ def test_pairs_of_a_group_are_summed_some_rows_at_a_time(monkeypatch):
     """And over shares of the groups; memory stays below the limit."""
     monkeypatch.setattr(triton_launch, 'TILES', small_tiles(triton_launch))
     monkeypatch.setattr(triton_launch, 'PAIR_BYTES', 4 * 20 * 100)
-    held = []
-    sum_pairs = triton_backward.sum_pairs
-
-    def watch(pairs, *arguments):
-        held.append(tuple(pairs.shape))
-        return sum_pairs(pairs, *arguments)
-
-    monkeypatch.setattr(triton_backward, 'sum_pairs', watch)
+    sum_pairs = mock.Mock(wraps=triton_backward.sum_pairs)
+    monkeypatch.setattr(triton_backward, 'sum_pairs', sum_pairs)
     assert_equals((1, 9, 18), 9, 9, heads=1, dim=16)
-    assert held == [(2, 1, 16, 96)] * 6
+    assert [call.args[0].shape for call in sum_pairs.mock_calls] == [(2, 1, 16, 96)] * 6
 
 
 @pytest.mark.parametrize('length', [1, 2, 7, 16, 29])
@@ -73,13 +64,7 @@ def test_arithmetic_of_groups_is_that_of_index_tables(length, rule):
     for group in range(count_groups(length, fitted)):
         tile, residue = divmod(group, fitted.interval)
         start = tile * fitted.size * fitted.interval + residue
-        by_arithmetic.append(
-            [
-                position
-                for member in range(fitted.size)
-                if (position := start + member * fitted.interval) < length
-            ]
-        )
+        by_arithmetic.append([*range(start, length, fitted.interval)][: fitted.size])
     assert sorted(by_arithmetic) == groups
 
 
@@ -95,7 +80,7 @@ def test_no_token_is_moved(monkeypatch):
 def gpu(monkeypatch):
     """A machine that says it has a GPU."""
 
-    def build(capability, hip=None, triton=True, agrees=True):
+    def build(capability=(9, 0), hip=None, triton=True, agrees=True):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Some GPU')
@@ -115,28 +100,48 @@ def gpu(monkeypatch):
 
 
 def test_rule_takes_fused_on_gpus_that_triton_runs_on(gpu):
-    device = gpu((9, 0))
+    device = gpu()
     assert choose_path(Call(device)) == 'fused'
     assert choose_path(Call(device, interception='compile')) == 'fused'
-    assert choose_path(Call(device, dropout=0.1)) == 'plain'
-    assert choose_path(Call(device, torch.float64)) == 'plain'
-    assert choose_path(Call(device, has_lead=True)) == 'plain'
-    assert choose_path(Call(device, interception='export')) == 'plain'
-    assert choose_path(Call(device, head_dim=fused.HEAD_DIM + 1)) == 'plain'
     assert choose_path(Call(device), 'plain') == 'plain'
+    assert describe_path(Call(device, torch.bfloat16)) == 'fused on cuda:0 (bfloat16)'
+    assert describe_path(Call(device), 'plain') == 'plain on cuda:0 (float32)'
+    assert choose_path(Call(gpu(agrees=False))) == 'plain'
+
+
+def assert_takes_plain(call, reason):
+    assert choose_path(call) == 'plain'
+    with pytest.raises(ValueError, match=f"attention_path='fused'.*{reason}.*'plain'"):
+        choose_path(call, 'fused')
 
 
 @pytest.mark.parametrize(
-    'machine',
+    'options, reason',
     [
-        dict(capability=(7, 5)),
-        dict(capability=(9, 4), hip='6.0'),
-        dict(capability=(9, 0), triton=False),
-        dict(capability=(9, 0), agrees=False),
+        (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
+        (dict(head_dim=65), 'at most 64 channels, but they have 65'),
+        (dict(dtype=torch.float64), 'got torch.float64'),
+        (dict(has_lead=True), "lda='shifted'"),
+        (dict(interception='export'), 'an exporter'),
     ],
 )
-def test_rule_takes_plain_on_other_gpus(gpu, machine):
-    assert choose_path(Call(gpu(**machine))) == 'plain'
+def test_calls_that_fused_does_not_support_take_plain(gpu, options, reason):
+    assert_takes_plain(Call(gpu(), **options), reason)
+
+
+@pytest.mark.parametrize(
+    'machine, reason',
+    [
+        (dict(capability=(7, 5)), 'compute capability 8.0 or more, but cuda:0 is Some GPU'),
+        (dict(capability=(9, 4), hip='6.0'), 'it needs an NVIDIA GPU'),
+        (dict(triton=False), 'it needs the package triton'),
+    ],
+)
+def test_other_gpus_take_plain_and_the_log_says_why(gpu, machine, reason):
+    call = Call(gpu(**machine), torch.float16)
+    assert_takes_plain(call, reason)
+    line = describe_path(call)
+    assert line.startswith('plain on cuda:0 (float16), not fused: ') and reason in line
 
 
 @pytest.mark.parametrize('small', [True, False])
@@ -147,45 +152,11 @@ def test_kernels_pass_their_self_test_and_leave_random_numbers_alone(dtype, smal
     assert torch.equal(torch.get_rng_state(), state)  # a user's seed means what it meant
 
 
-@pytest.mark.parametrize(
-    'machine, reason',
-    [
-        (dict(capability=(7, 5)), 'compute capability 8.0 or more, but cuda:0 is Some GPU'),
-        (dict(capability=(9, 4), hip='6.0'), 'it needs an NVIDIA GPU'),
-        (dict(capability=(9, 0), triton=False), 'it needs the package triton'),
-    ],
-)
-def test_line_for_the_log_says_why_plain_is_taken(gpu, machine, reason):
-    line = describe_path(Call(gpu(**machine), torch.float16))
-    assert line.startswith('plain on cuda:0 (float16), not fused: ') and reason in line
-
-
 # 'privateuseone' is what an NPU is called until its package renames it.
 @pytest.mark.parametrize('device', ['mps', 'xpu', 'privateuseone', 'hpu', 'meta'])
 def test_line_for_the_log_names_other_devices(device):
     line = describe_path(Call(torch.device(device)))
     assert line.startswith(f'plain on {device} (float32), not fused: it works on CUDA devices')
-
-
-def test_line_for_the_log_names_the_path(gpu):
-    device = gpu((9, 0))
-    assert describe_path(Call(device, torch.bfloat16)) == 'fused on cuda:0 (bfloat16)'
-    assert describe_path(Call(device), 'plain') == 'plain on cuda:0 (float32)'
-
-
-@pytest.mark.parametrize(
-    'machine, options, reason',
-    [
-        (dict(capability=(9, 0), triton=False), {}, 'triton, which is not installed'),
-        (dict(capability=(7, 5)), {}, '8.0 or more, but cuda:0 is Some GPU'),
-        (dict(capability=(9, 0)), dict(dropout=0.5), 'attn_drop_rate is 0.5'),
-        (dict(capability=(9, 0)), dict(head_dim=96), 'at most 64 channels, but they have 96'),
-        (dict(capability=(9, 0)), dict(dtype=torch.float64), 'got torch.float64'),
-    ],
-)
-def test_fused_is_refused_where_it_cannot_work(gpu, machine, options, reason):
-    with pytest.raises(ValueError, match=f"attention_path='fused'.*{reason}.*'plain'"):
-        choose_path(Call(gpu(**machine), **options), 'fused')
 
 
 def test_fused_is_refused_on_the_cpu_without_the_interpreter(monkeypatch):
@@ -204,12 +175,9 @@ def run_without_interpreter(tmp_path, *command: str) -> str:
     """Run a Python command for which Triton compiles, into a cache of its own; return its output."""
     environment = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
     path = os.pathsep.join([str(ROOT), str(ROOT / 'benchmarks')])
+    environment.update(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
     done = subprocess.run(
-        [sys.executable, *command],
-        env=environment | dict(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -273,8 +241,7 @@ def test_kernels_are_compiled_for_types_not_for_sizes(tmp_path):
 def test_older_releases_of_triton_pipeline_nothing(monkeypatch):
     """They print an error for a loop with a branch."""
     monkeypatch.setattr(triton_launch, 'PIPELINES_BRANCHES', False)
-    for members in (49, 950):
-        kernel = 'forward_groups' if members == 49 else 'forward'
+    for kernel, members in (('forward_groups', 49), ('forward', 950)):
         assert triton_launch.choose_tile(kernel, members, torch.bfloat16, 32).stages == 1
 
 
@@ -360,12 +327,6 @@ assert launches[0][4:] == launches[1][4:] != launches[2][4:]
     run_without_interpreter(tmp_path, '-c', script)
 
 
-def test_package_does_not_import_triton():
-    code = "import sys, crossformer_mm; sys.exit('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_rules_of_both_definitions_reach_the_kernels():
     """Groups at detection size are within the limits."""
     for lda in ('interval', 'block'):
@@ -379,17 +340,12 @@ def test_rules_of_both_definitions_reach_the_kernels():
 def test_compiler_makes_one_graph_for_images_of_many_sizes():
     """Sides stay symbolic where no token moves; only a map too small for G is another case."""
     backbone = CrossFormer(**ONE_STAGE, attention_path='fused').eval().to(GPU)
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(backbone, backend=count, fullgraph=True, dynamic=True)
+    graphs = CompileCounter()
+    compiled = torch.compile(backbone, backend=graphs, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for sides in ((41, 44), (60, 53), (36, 66), (55, 28)):
             image = torch.randn(1, 3, *sides).to(GPU)
             torch.testing.assert_close(compiled(image), backbone(image), rtol=1e-4, atol=1e-4)
-        assert len(graphs) == 1
+        assert graphs.frame_count == 1
         compiled(torch.randn(1, 3, 12, 40).to(GPU))
-    assert len(graphs) == 2
+    assert graphs.frame_count == 2

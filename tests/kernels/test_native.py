@@ -1,5 +1,6 @@
 """The compiled kernel equals sums in float64, in value and gradient, on every instruction set."""
 
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossformer_mm.grouping import AxisRule
+from crossformer_mm.grouping import AxisRule, group_map
 from crossformer_mm.kernels import native
 from crossformer_mm.kernels.onednn import is_intel
+from crossformer_mm.position_bias import bias_of_pairs
 
-from .definition import by_groups, random_inputs
+from .definition import random_inputs
 
 NAMES = ('amx', 'avx512bf16', 'avx512', 'avx2', 'generic', 'emulated')
 # Of the value, of its gradients: relative errors in the norm.
@@ -30,8 +32,33 @@ def instructions(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def error(ours, exact):
     return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-12)).item()
+
+
+def by_groups(qkv, table, rows, columns, heads, scale) -> tuple:
+    """Output and log-sum-exp of (B, H, W, 3*heads*d), group by group."""
+    batch, height, width, _ = qkv.shape
+    outs, norms, order = [], [], []
+    for groups in group_map(height, width, rows, columns):
+        bias = bias_of_pairs(table, *groups.shape[1:])
+        for index in groups.flatten(1):
+            members = qkv.flatten(1, 2)[:, index].unflatten(2, (3, heads, -1))
+            q, k, v = members.permute(2, 0, 3, 1, 4)
+            logits = scale * q @ k.transpose(2, 3) + bias
+            outs.append((logits.softmax(3) @ v).transpose(1, 2).flatten(2))
+            norms.append(logits.logsumexp(3).transpose(1, 2))
+            order.append(index)
+    inverse = torch.cat(order).argsort()
+    assert len(inverse) == height * width
+    return tuple(torch.cat(x, 1)[:, inverse].unflatten(1, (height, width)) for x in (outs, norms))
 
 
 def random_case(batch, height, width, rows, columns, heads, dim, dtype, spare=0):
@@ -94,41 +121,37 @@ def test_equals_float64_whatever_the_sizes(data):
             return AxisRule(size, 1, data.draw(st.integers(1, size - 1)))
         return AxisRule(size, data.draw(st.integers(1, 9)))
 
-    height, width = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
-    rows, columns = rule(height), rule(width)
-    heads, dim = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
-    case = random_case(
-        data.draw(st.integers(1, 2)),
-        height,
-        width,
-        rows,
-        columns,
-        heads,
-        dim,
-        data.draw(st.sampled_from(native.DTYPES)),
-        data.draw(st.integers(0, 3)),
-    )
+    sizes = (1, 2), (1, 24), (1, 24), (1, 3), (1, 40), (0, 3)
+    batch, height, width, heads, dim, spare = (data.draw(st.integers(*ends)) for ends in sizes)
+    rules, dtype = (rule(height), rule(width)), data.draw(st.sampled_from(native.DTYPES))
+    case = random_case(batch, height, width, *rules, heads, dim, dtype, spare)
     name = data.draw(st.sampled_from(native._native.supported()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(native.VARIABLE, name)
-        check(*case, (rows, columns, heads, 0.3))
+        check(*case, (*rules, heads, 0.3))
+
+
+def check_values(case, rules, limit, norm_limit):
+    """Compare values alone: far from 0 the gradients, which are finite, are all rounding."""
+    qkv, table, grad = case
+    out, norms, *gradients = run(qkv, table, grad, rules)
+    exact, exact_norms = by_groups(qkv.double(), table.double(), *rules)
+    assert error(out, exact) < limit and error(norms, exact_norms) < norm_limit(exact_norms)
+    assert all(x.isfinite().all() for x in gradients)
 
 
 @pytest.mark.parametrize('largest', [80.0, 3000.0, 1e30])
 def test_large_logits_do_not_overflow(instructions, largest):
     rules = (AxisRule(5, 1), AxisRule(6, 1), 2, 1.0)
     qkv, table, grad = random_case(3, 5, 6, *rules[:2], 2, 32, torch.float32)
-    qkv, table = qkv * 0.01, table * largest / table.abs().max()
-    out, norms = native.forward(qkv, table, *rules)
-    exact, exact_norms = by_groups(qkv.double(), table.double(), *rules)
-    assert error(out, exact) < 1e-4 and error(norms, exact_norms) < 1e-6
-    assert all(x.isfinite().all() for x in native.backward(grad, qkv, table, out, norms, *rules))
+    case = qkv * 0.01, table * largest / table.abs().max(), grad
+    check_values(case, rules, 1e-4, lambda norms: 1e-6)
 
 
-def norm_limit(instructions, dtype, norms):
+def norm_limit(instructions, dtype):
     """Relative; what multiplies bfloat16 sums weights that are rounded to 2^-9 of themselves."""
     rounds = dtype == torch.bfloat16 and instructions in ('amx', 'avx512bf16', 'emulated')
-    return 1e-6 + rounds * 2**-9 / norms.abs().max().item()
+    return lambda norms: 1e-6 + rounds * 2**-9 / norms.abs().max().item()
 
 
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
@@ -142,12 +165,8 @@ def test_logits_may_rise_from_key_to_key(instructions, dtype, rise):
     q[..., 0] = 1
     k[..., 0] = (rise * 32**0.5) * torch.linspace(0, 1, 500)[:, None]
     k[:, :, 490:, 1, 0] = -rise  # one head is attracted by those before the last few
-    out, norms, *gradients = run(qkv, table, grad, rules)
-    exact, exact_norms = by_groups(qkv.double(), table.double(), *rules)
     limit = LIMITS[dtype] + 3e-7 * rise  # what the logits are rounded to
-    assert error(out, exact) < limit
-    assert error(norms, exact_norms) < norm_limit(instructions, dtype, exact_norms)
-    assert all(x.isfinite().all() for x in gradients)
+    check_values((qkv, table, grad), rules, limit, norm_limit(instructions, dtype))
 
 
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
@@ -160,11 +179,8 @@ def test_all_logits_of_a_query_may_be_large_or_small(instructions, dtype, size):
     q, k, _ = qkv.unflatten(3, (3, 2, 32)).unbind(3)
     q[..., 0, 0] = torch.linspace(0, 1, 63).view(7, 9)
     k[..., 0] = size * 32**0.5
-    out, norms, *gradients = run(qkv, table, grad, rules)
-    exact, exact_norms = by_groups(qkv.double(), table.double(), *rules)
-    assert error(out, exact) < LIMITS[dtype] + 3e-7 * abs(size)
-    assert error(norms, exact_norms) < norm_limit(instructions, dtype, exact_norms)
-    assert all(x.isfinite().all() for x in gradients)
+    limit = LIMITS[dtype] + 3e-7 * abs(size)
+    check_values((qkv, table, grad), rules, limit, norm_limit(instructions, dtype))
 
 
 def test_numbers_too_small_to_be_normal_stay_what_they_are_elsewhere(instructions):
@@ -177,43 +193,34 @@ def test_numbers_too_small_to_be_normal_stay_what_they_are_elsewhere(instruction
 def test_what_is_not_finite_shows(instructions, dtype):
     rules = (AxisRule(3, 1), AxisRule(4, 1), 1, 1.0)
     qkv, table, _ = random_case(2, 3, 4, *rules[:2], 1, 32, dtype)
-    qkv[0, 1, 2, 40] = float('nan')  # of a key of the first group
+    qkv[0, 1, 2, 40] = math.nan  # of a key of the first group
     out = native.forward(qkv, table, *rules)[0]
     assert out[0].isnan().all() and out[1].isfinite().all()
 
 
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
-def test_bits_do_not_depend_on_threads(instructions, dtype):
+def test_bits_do_not_depend_on_threads(instructions, dtype, set_threads):
     rules = (AxisRule(3, 5), AxisRule(7, 2), 3, 0.3)
     case = random_case(2, 19, 23, *rules[:2], 3, 32, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(run(*case, rules))
-    finally:
-        torch.set_num_threads(before)
-    for others in results[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(results[0], others))
+    results = []
+    for threads in (1, 2, 3, 2):
+        set_threads(threads)
+        results.append(run(*case, rules))
+        assert all(map(torch.equal, results[0], results[-1]))
 
 
 @pytest.mark.parametrize('pool', [True, False])
-def test_several_python_threads_at_once(monkeypatch, pool):
+def test_several_python_threads_at_once(monkeypatch, pool, set_threads):
     if not pool:  # then each call starts threads of its own
         monkeypatch.setattr(native, 'POOL', 0)
     rules = (AxisRule(5, 4), AxisRule(5, 4), 2, 0.3)
     cases = [random_case(1, 20, n, *rules[:2], 2, 32, torch.float32) for n in (17, 20, 23, 31)]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        expected = [run(*case, rules) for case in cases]
-        with ThreadPoolExecutor(4) as executor:
-            for _ in range(5):
-                results = list(executor.map(lambda case: run(*case, rules), cases))
-                for ours, theirs in zip(expected, results):
-                    assert all(torch.equal(one, other) for one, other in zip(ours, theirs))
-    finally:
-        torch.set_num_threads(before)
+    set_threads(2)
+    expected = [run(*case, rules) for case in cases]
+    with ThreadPoolExecutor(4) as executor:
+        results = executor.map(lambda case: run(*case, rules), cases * 5)
+        for ours, theirs in zip(expected * 5, results, strict=True):
+            assert all(map(torch.equal, ours, theirs))
 
 
 def test_pytorchs_own_threads_are_used():
@@ -239,19 +246,17 @@ for threads in (1, 2):
         os._exit(0 if bytes(run().untyped_storage()) == bytes(expected.untyped_storage()) else 3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, threads
 '''
-    done = subprocess.run(
-        [sys.executable, '-c', program], text=True, capture_output=True, timeout=300
-    )
+    command = [sys.executable, '-c', program]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize('name', ['avx3', 'AVX2'])
 def test_instructions_that_there_are_not_are_refused_in_one_sentence(monkeypatch, name):
     monkeypatch.setenv(native.VARIABLE, name)
+    qkv, table, rule = torch.ones(1, 2, 2, 3), torch.ones(1, 3, 3), AxisRule(2, 1)
     with pytest.raises(ValueError, match=f"{native.VARIABLE} is '{name}', but .*'generic'"):
-        native.forward(
-            torch.ones(1, 2, 2, 3), torch.ones(1, 3, 3), AxisRule(2, 1), AxisRule(2, 1), 1, 1.0
-        )
+        native.forward(qkv, table, rule, rule, 1, 1.0)
 
 
 def test_the_best_instructions_are_taken(monkeypatch):

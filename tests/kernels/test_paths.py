@@ -44,6 +44,13 @@ def test_equals_the_definition_in_float64(path, case):
     assert_equals_definition(path, inputs, *rules, heads, 0.3, tolerance=5e-6)
 
 
+MAPS = {  # sides and rules, by the members of the largest groups
+    16: ((6, 5), AxisRule(4, 1), AxisRule(4, 1)),
+    25: ((6, 9), AxisRule(5, 1), AxisRule(5, 1)),
+    72: ((9, 8), AxisRule(9, 1), AxisRule(8, 1)),
+}
+
+
 @every_path
 @pytest.mark.parametrize('members', [25, 72])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
@@ -52,10 +59,8 @@ def test_half_precision_stays_near_float64(path, dtype, tolerance, members):
         if dtype == torch.float16:
             pytest.skip('on the CPU PyTorch sums in float16')
         tolerance = 3e-2  # PyTorch 2.1 rounds in more places
-    side, *rules = (6, 9), AxisRule(5, 1), AxisRule(5, 1)
-    if members == 72:
-        side, *rules = (9, 8), AxisRule(9, 1), AxisRule(8, 1)
-    inputs = random_inputs((1, *side), *rules, 1, 16, dtype, 1, device_of(path))
+    sides, *rules = MAPS[members]
+    inputs = random_inputs((1, *sides), *rules, 1, 16, dtype, 1, device_of(path))
     assert_equals_definition(path, inputs, *rules, 1, 0.3, tolerance=tolerance)
 
 
@@ -92,10 +97,8 @@ def test_equals_the_definition_whatever_the_sizes(path, dtype, tolerance, data):
 @pytest.mark.parametrize('members', [16, 72])
 def test_logits_far_from_zero_overflow_nothing(path, members):
     """Not even next to the logits of what a block holds beyond the group, which are near 0."""
-    side, *rules = (6, 5), AxisRule(4, 1), AxisRule(4, 1)
-    if members == 72:
-        side, *rules = (9, 8), AxisRule(9, 1), AxisRule(8, 1)
-    qkv, table = random_inputs((1, *side), *rules, 1, 16, spare=1, device=device_of(path))
+    sides, *rules = MAPS[members]
+    qkv, table = random_inputs((1, *sides), *rules, 1, 16, spare=1, device=device_of(path))
     qkv[..., :16] = 5 + 0.1 * qkv[..., :16]
     qkv[..., 16:32] = -5 + 0.1 * qkv[..., 16:32]
     assert_equals_definition(path, (qkv, table), *rules, 1, 1.0, tolerance=1e-3)
@@ -176,12 +179,15 @@ def test_second_derivative_is_refused(path):
 def test_gradient_of_one_input_alone(path):
     inputs = random_inputs((1, 5, 6), *RULE, 2, 16, device=device_of(path))
     _, *both = values_and_gradients(path, *inputs, *RULE, 2, 0.3)
-    for needs in (True, False), (False, True):
-        leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs)]
+    for index in (0, 1):
+        leaves = [x.clone().requires_grad_(i == index) for i, x in enumerate(inputs)]
         out = map_attention(*leaves, *RULE, 2, 0.3, path=path)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out))
-        for leaf, expected, need in zip(leaves, both, needs):
-            assert torch.equal(leaf.grad, expected) if need else leaf.grad is None
+        assert torch.equal(leaves[index].grad, both[index]) and leaves[1 - index].grad is None
+
+
+def gradients(attention, out):
+    return torch.autograd.grad(out.float().square().sum(), list(attention.parameters()))
 
 
 @every_kernel
@@ -190,13 +196,9 @@ def test_compiler_takes_it_into_one_graph(path):
     """The choice of the path included."""
     attention = GroupAttention(16, 1, attention_path=path).to(device_of(path))
     compiled = torch.compile(attention, backend='aot_eager', fullgraph=True)
-    x, grads = torch.randn(1, 5, 6, 16).to(device_of(path)), []
-    for model in (attention, compiled):
-        attention.zero_grad()
-        model(x, AxisRule(3, 2), AxisRule(3, 2)).square().sum().backward()
-        grads.append([parameter.grad.clone() for parameter in attention.parameters()])
-    for one, other in zip(*grads):
-        torch.testing.assert_close(one, other)
+    inputs = torch.randn(1, 5, 6, 16).to(device_of(path)), AxisRule(3, 2), AxisRule(3, 2)
+    expected = gradients(attention, attention(*inputs))
+    torch.testing.assert_close(gradients(attention, compiled(*inputs)), expected)
 
 
 @every_kernel
@@ -209,29 +211,25 @@ def test_other_position_biases_are_the_same_as_on_plain(path, position_bias):
         options = dict(attention_path=name, position_bias=position_bias, group_size=3)
         attention = GroupAttention(32, 2, **options).to(device_of(path))
         out = attention(x, AxisRule(4, 2), AxisRule(5, 2))
-        out.square().sum().backward()
-        found.append([out, *(parameter.grad for parameter in attention.parameters())])
+        found.append([out, *gradients(attention, out)])
     for ours, reference in zip(*found, strict=True):
         assert (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 @every_kernel
 def test_autocast_trains_in_bfloat16_near_float32(path):
-    torch.manual_seed(0)
     device = device_of(path)
-    attention, rules = GroupAttention(32, 2, attention_path=path), (AxisRule(3, 2), AxisRule(3, 2))
-    attention, x, grads = attention.to(device), torch.randn(1, 6, 5, 32).to(device), []
-    for enabled in (False, True):
-        attention.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            out = attention(x, *rules)
-            assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
-            out.float().square().sum().backward()
-        grads.append([p.grad.clone() for p in attention.parameters()])
-    assert all(grad.dtype == torch.float32 for grad in grads[1])
-    scale = max(grad.abs().max() for grad in grads[0])
-    for exact, half in zip(*grads):
-        assert (exact - half).abs().max() < 3e-2 * scale
+    attention = GroupAttention(32, 2, attention_path=path).to(device)
+    inputs = torch.randn(1, 6, 5, 32).to(device), AxisRule(3, 2), AxisRule(3, 2)
+    exact = gradients(attention, attention(*inputs))
+    with torch.autocast(device.type, torch.bfloat16):
+        out = attention(*inputs)
+        assert out.dtype == torch.bfloat16
+        ours = gradients(attention, out)
+    scale = max(grad.abs().max() for grad in exact)
+    for half, reference in zip(ours, exact):
+        assert half.dtype == torch.float32
+        assert (half - reference).abs().max() < 3e-2 * scale
 
 
 def features_and_gradients(path, lda, image, with_cp=False):
@@ -284,41 +282,45 @@ def test_backbone_is_the_same_as_on_plain(path, lda, size, with_cp):
 # The choice
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """As where there is a compiler, and no Triton, whose interpreter tests turn on."""
+    monkeypatch.setattr(fused, 'has_triton', lambda: False)
+    monkeypatch.setattr(native, 'MISSING', '')
+
+
 @pytest.mark.parametrize(
-    'call, path',
+    'options',
     [
-        (Call(CPU), 'native'),
-        (Call(CPU, has_lead=True), 'native'),
-        (Call(CPU, interception='compile'), 'native'),
-        (Call(CPU, torch.bfloat16, 40), 'native'),
-        (Call(CPU, dropout=0.1), 'plain'),
-        (Call(CPU, torch.float64), 'plain'),
-        (Call(CPU, head_dim=129), 'plain'),
-        (Call(CPU, interception='export'), 'plain'),
-        (Call(torch.device('meta')), 'plain'),
+        dict(),
+        dict(has_lead=True),
+        dict(interception='compile'),
+        dict(dtype=torch.bfloat16, head_dim=40),
     ],
+    ids=str,
 )
-def test_the_best_path_that_serves_is_chosen(monkeypatch, call, path):
-    monkeypatch.setattr(fused, 'has_triton', lambda: False)  # whose interpreter tests turn on
-    monkeypatch.setattr(native, 'MISSING', '')  # as where there is a compiler
-    assert choose_path(call) == path
+def test_the_kernel_is_chosen_on_the_cpu_where_it_was_compiled(compiled, monkeypatch, options):
+    assert choose_path(Call(CPU, **options)) == 'native'
     monkeypatch.setattr(native, 'MISSING', 'it was not compiled')
-    assert choose_path(call) == 'plain'
+    assert choose_path(Call(CPU, **options)) == 'plain'
 
 
 @pytest.mark.parametrize(
     'option, reason',
     [
-        (dict(dropout=0.5), 'attn_drop_rate is 0.5'),
+        (dict(dropout=0.1), 'attn_drop_rate is 0.1'),
         (dict(dtype=torch.float64), 'got torch.float64'),
         (dict(head_dim=129), 'at most 128 channels, but they have 129'),
         (dict(interception='export'), 'an exporter'),
         (dict(device=torch.device('meta')), 'got .* meta'),
     ],
+    ids=str,
 )
-def test_a_path_that_cannot_serve_is_refused_not_replaced(option, reason):
+def test_a_kernel_that_does_not_support_a_call_is_not_chosen_and_refused(compiled, option, reason):
+    call = Call(**{'device': CPU, **option})
+    assert choose_path(call) == 'plain'
     with pytest.raises(ValueError, match=f"attention_path='native'.*{reason}.*'plain'"):
-        choose_path(Call(**{'device': CPU, **option}), 'native')
+        choose_path(call, 'native')
 
 
 def test_wrong_path_is_refused_by_name():

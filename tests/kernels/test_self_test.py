@@ -3,7 +3,6 @@
 No GPU: the native kernel's two passes stand in for Triton's, and the native path is forbidden.
 """
 
-import contextlib
 import copy
 import math
 import sys
@@ -16,21 +15,29 @@ from torch.utils.checkpoint import checkpoint
 from crossformer_mm import CrossFormer, kernels
 from crossformer_mm.attention import GroupAttention
 from crossformer_mm.compat import TRITON
-from crossformer_mm.grouping import AxisRule
+from crossformer_mm.grouping import AxisRule, stage_rules
 from crossformer_mm.kernels import Call, choose_path, describe_path, fused, native, plain, self_test
 from crossformer_mm.kernels.call import why_not_compiled
 
-from ..helpers import needs_torch
+from ..helpers import ONE_STAGE, needs_torch
+from .definition import default_of_float64
 
 pytestmark = [
     pytest.mark.skipif(
         bool(native.why_not(Call(torch.device('cpu')))), reason='the native kernel is the stand-in'
     ),
     needs_torch(TRITON, 'the fused attention'),
+    pytest.mark.filterwarnings('error:CrossFormer'),
 ]
 CPU = torch.device('cpu')
 SMALL_RULES, LARGE_RULES = (AxisRule(3, 1), AxisRule(3, 1)), (AxisRule(9, 1), AxisRule(9, 1))
-ONE_STAGE = dict(embed_dims=16, depths=(2,), num_heads=(1,))
+TWO_STAGES = dict(
+    arch=dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2)),
+    merge_sizes=((2, 4),),
+    group_size=(3, 3),
+    interval=(2, 1),
+    out_indices=(0, 1),
+)
 
 
 class StandIn(types.ModuleType):
@@ -51,7 +58,7 @@ class StandIn(types.ModuleType):
 
 
 @pytest.fixture
-def triton(monkeypatch):
+def triton(monkeypatch, untested):
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, 'crossformer_mm.kernels.fused_triton', stand_in)
     for name, why_not in (
@@ -59,24 +66,12 @@ def triton(monkeypatch):
         ('fused', lambda call: why_not_compiled(call, fused.HEAD_DIM)),
     ):
         monkeypatch.setitem(kernels.PATHS, name, kernels.PATHS[name]._replace(why_not=why_not))
-    for memory in ('PASSED', 'BROKEN', 'FAILURES'):
-        monkeypatch.setattr(self_test, memory, type(getattr(self_test, memory))())
-    self_test.say.cache_clear()
     return stand_in
 
 
 def build(**options) -> CrossFormer:
     torch.manual_seed(0)
-    arch = options.pop('arch', dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2)))
-    stages = len(arch['depths'])
-    return CrossFormer(
-        arch,
-        merge_sizes=((2, 4),) * (stages - 1),
-        group_size=(3,) * stages,
-        interval=(2, 1)[:stages],
-        out_indices=range(stages),
-        **options,
-    )
+    return CrossFormer(**{**TWO_STAGES, **options})
 
 
 def train(model, run=None, steps=2):
@@ -121,15 +116,6 @@ def compiled(model):
     return torch.compile(model, backend='aot_eager')
 
 
-@contextlib.contextmanager
-def default_of_float64():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def saved_elsewhere():
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(), torch.from_numpy)
 
@@ -145,8 +131,8 @@ CASES = {
     'with_cp': (dict(with_cp=True), lambda model: model),
     'reentrant checkpoints': ({}, reentrant),
     "FSDP's checkpoint_wrapper": ({}, wrapped),
-    'torch.compile': (dict(arch=ONE_STAGE), compiled),
-    'with_cp, compiled': (dict(arch=ONE_STAGE, with_cp=True), compiled),
+    'torch.compile': (ONE_STAGE, compiled),
+    'with_cp, compiled': (dict(ONE_STAGE, with_cp=True), compiled),
     'evaluated first': ({}, evaluated_first),
 }
 CONTEXTS = {
@@ -168,7 +154,6 @@ def assert_same_training(ours, plain, limit=1e-5):
 
 
 @pytest.mark.parametrize('case', CASES)
-@pytest.mark.filterwarnings('error:CrossFormer')
 def test_two_steps_from_the_first_call_on_equal_plain(triton, case):
     options, wrap = CASES[case]
     reference = train(build(**{**options, 'attention_path': 'plain', 'with_cp': False}))
@@ -180,7 +165,6 @@ def test_two_steps_from_the_first_call_on_equal_plain(triton, case):
 
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('context', CONTEXTS)
-@pytest.mark.filterwarnings('error:CrossFormer')
 def test_two_steps_inside_equal_plain(triton, context, with_cp):
     plain_model, model = build(attention_path='plain'), build(with_cp=with_cp)
     with CONTEXTS[context]():
@@ -192,7 +176,6 @@ def test_two_steps_inside_equal_plain(triton, context, with_cp):
 @pytest.mark.parametrize(
     'mode', [torch.no_grad, torch.inference_mode, lambda: torch.device('meta')]
 )
-@pytest.mark.filterwarnings('error:CrossFormer')
 def test_self_test_passes_inside(triton, mode):
     attention, x = GroupAttention(32, 2), torch.rand(1, 12, 12, 32)
     with mode():
@@ -200,7 +183,6 @@ def test_self_test_passes_inside(triton, mode):
     assert self_test.PASSED and not self_test.BROKEN
 
 
-@pytest.mark.filterwarnings('error:CrossFormer')
 def test_self_test_passes_in_fake_mode_and_under_transforms(triton):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -214,7 +196,6 @@ def test_self_test_passes_in_fake_mode_and_under_transforms(triton):
     assert seen == ['fused', 'fused']
 
 
-@pytest.mark.filterwarnings('error:CrossFormer')
 def test_transforms_first_then_two_steps_equal_plain(triton):
     """Under a transform the plain path computes; it leaves the kernels as they are."""
     model, reference = build(), build(attention_path='plain')
@@ -241,19 +222,18 @@ def test_self_test_runs_in_a_backward_pass_without_autograd(triton, monkeypatch)
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, 2.0])
-@pytest.mark.parametrize('output', ['out', 'grad_qkv', 'grad_table'])
+@pytest.mark.parametrize('output', [('forward', 0), ('backward', 0), ('backward', 1)], ids=str)
 def test_a_kernel_that_is_wrong_anywhere_is_not_used(triton, output, value):
-    place = dict(out=('forward', 0), grad_qkv=('backward', 0), grad_table=('backward', 1))[output]
+    wrong, index = output
 
     def spoil(name, *outputs):
-        if name == place[0]:
-            outputs[place[1]].view(-1)[-1] = value
+        if name == wrong:
+            outputs[index].view(-1)[-1] = value
         return outputs
 
     triton.spoil = spoil
-    with pytest.warns(
-        UserWarning, match='at most 64 .* not work on cpu in torch.float32.*wrong by'
-    ):
+    said = 'at most 64 .* not work on cpu in torch.float32.*wrong by'
+    with pytest.warns(UserWarning, match=said):
         assert choose_path(Call(CPU, members=9)) == 'plain'
     assert 'not native: forbidden' in describe_path(Call(CPU, members=9))
 
@@ -271,13 +251,22 @@ def test_each_kind_is_tested_with_its_own_kernels_when_first_needed(triton, dtyp
     assert {kind for kind, _ in self_test.PASSED} == {(CPU, dtype, 32, members == 9)}
 
 
+def double(name, *outputs):
+    return outputs[0] * 2, outputs[1]
+
+
 def test_one_wrong_kind_leaves_the_others(triton):
-    triton.spoil = lambda name, *outputs: (
-        (outputs[0] * 2, outputs[1]) if outputs[0].dtype == torch.bfloat16 else outputs
-    )
+    def spoil(name, *outputs):
+        return double(name, *outputs) if outputs[0].dtype == torch.bfloat16 else outputs
+
+    triton.spoil = spoil
     with pytest.warns(UserWarning, match='bfloat16'):
         assert choose_path(Call(CPU, torch.bfloat16, members=9)) == 'plain'
     assert choose_path(Call(CPU, torch.float32, members=9)) == 'fused'
+
+
+def out_of_resources(*args):
+    raise RuntimeError('Triton Error [CUDA]: out of resources')
 
 
 @pytest.mark.parametrize('when', ['forward', 'backward'])
@@ -295,7 +284,7 @@ def test_a_launch_that_fails_later_warns_once_and_the_step_goes_on(triton, when,
     def spoil(name, *outputs):
         if name == when and outputs[0].shape[1] > 9:  # of one map, not of the other
             calls.append(name)
-            raise RuntimeError('Triton Error [CUDA]: out of resources')
+            out_of_resources()
         return outputs
 
     triton.spoil = spoil
@@ -383,16 +372,16 @@ def test_verdict_is_in_the_log(triton, caplog):
 
     logger = MMLogger.get_instance('verdict')
     logger.addHandler(caplog.handler)
-    triton.spoil = lambda name, *outputs: (outputs[0] * 2, outputs[1])
+    triton.spoil = double
     with pytest.warns(UserWarning):
         choose_path(Call(CPU, members=9))
     assert 'does not work on cpu in torch.float32' in caplog.text
 
 
 def test_a_path_that_is_named_is_neither_tested_nor_replaced(triton):
-    triton.spoil = lambda name, *outputs: (_ for _ in ()).throw(RuntimeError('a launch'))
+    triton.spoil = out_of_resources
     attention = GroupAttention(32, 2, attention_path='fused')
-    with pytest.raises(RuntimeError, match='a launch'):
+    with pytest.raises(RuntimeError, match='out of resources'):
         attention(torch.rand(1, 6, 6, 32), *SMALL_RULES)
     assert not self_test.BROKEN
 
@@ -409,14 +398,10 @@ def test_a_batch_of_no_images_launches_nothing_backward(triton):
 @pytest.mark.parametrize('lda', ['interval', 'block', 'shifted'])
 @pytest.mark.parametrize('batch', [1, 3])
 def test_gradients_of_plain_without_autograd_are_those_of_autograd(monkeypatch, lda, batch):
-    from crossformer_mm.grouping import stage_rules
-
     monkeypatch.setattr(plain, 'MOST_PAIRS', 2000)
     rules = stage_rules(11, 17, 4, 3, lda)[1]
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(batch, 11, 17, 30, generator=generator, dtype=torch.float64)
-    table = torch.randn(2, 15, 15, generator=generator, dtype=torch.float64)
-    grad = torch.randn(batch, 11, 17, 10, generator=generator, dtype=torch.float64)
+    shapes = (batch, 11, 17, 30), (2, 15, 15), (batch, 11, 17, 10)
+    qkv, table, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     inputs = qkv.requires_grad_(), table.requires_grad_()
     exact = torch.autograd.grad(plain.attend(*inputs, *rules, 2, 0.3), inputs, grad)
     ours = plain.gradients(grad, qkv.detach(), table.detach(), *rules, 2, 0.3)

@@ -1,8 +1,6 @@
 """The import finder gives an mmcv without compiled operators those of ``mmcv_ops``."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from crossformer_mm import mmcv_ops
 
-from ..helpers import ROOT
+from ..helpers import ROOT, run_python
 
 pytest.importorskip('torchvision')
 COMPILED = find_spec('mmcv._ext').origin != mmcv_ops.OPERATORS
@@ -24,12 +22,7 @@ def python(*program, folder=None):
     )
     path = [str(folder or ''), os.environ.get('PYTHONPATH', ''), str(ROOT)]
     path = os.pathsep.join(filter(None, path))
-    done = subprocess.run(
-        [sys.executable, '-c', '\n'.join([head, *program])],
-        env={**os.environ, 'PYTHONPATH': path},
-        text=True,
-        capture_output=True,
-    )
+    done = run_python('-c', '\n'.join([head, *program]), PYTHONPATH=path)
     return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
 
 

@@ -1,6 +1,7 @@
 """Pictures, videos and ids that predictions are written to: crossformer_mm/prediction/output.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -11,10 +12,7 @@ from crossformer_mm.prediction import sources_of
 from crossformer_mm.prediction.output import Video, mp4_fps
 from crossformer_mm.without_torch.files import find_files
 
-from ..helpers import CLASSES, DEMO_DETECTOR, DEMO_SEGMENTOR, needs_bfloat16, read_json
-
-# For speed: a hundred labels take a second to draw.
-UNDRAWN = ('--score-thr', 1)
+from ..helpers import CLASSES, needs_bfloat16
 
 
 def write_video(path: Path, fps: float, frames: list) -> Path:
@@ -29,55 +27,42 @@ def write_video(path: Path, fps: float, frames: list) -> Path:
 @pytest.mark.parametrize(
     'options', [(), pytest.param(('--bf16', '--batch-size', 2), marks=needs_bfloat16)]
 )
-def test_a_video_gives_a_video(output_of, shapes, random_segmentor, tmp_path, options):
+def test_a_video_gives_a_video(predict, shapes, segmentor, photos, options):
     frames = [cv2.imread(str(shapes / f'ade/images/validation/{i:012d}.jpg')) for i in (1, 2, 3)]
-    write_video(tmp_path / 'clip.avi', 5, frames)
-    output_of(
-        'predict.py',
-        f'{DEMO_SEGMENTOR} {random_segmentor} {tmp_path}/clip.avi --out {tmp_path}',
-        *options,
-    )
-    index = read_json(tmp_path / 'images.json')
-    assert [i['file_name'] for i in index['images']] == [f'clip.avi#{i}' for i in (1, 2, 3)]
+    clip = write_video(photos / 'clip.avi', 5, frames)
+    found = predict(segmentor, clip, *options, threshold=None)
+    assert found.names() == [f'clip.avi#{i}' for i in (1, 2, 3)]
     maps = [
-        cv2.imread(str(tmp_path / i['label_map']), cv2.IMREAD_UNCHANGED) for i in index['images']
+        cv2.imread(str(found.out / one['label_map']), cv2.IMREAD_UNCHANGED)
+        for one in found.index['images']
     ]
     assert maps[0].shape == (96, 96) and not (maps[0] == maps[1]).all()
-    drawn = cv2.VideoCapture(str(tmp_path / 'pictures' / 'clip.mp4'))
+    drawn = cv2.VideoCapture(str(found.out / 'pictures/clip.mp4'))
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
     frames = [drawn.read() for _ in range(4)]
     assert [whole for whole, _ in frames] == [True, True, True, False]
     assert frames[0][1].shape == (96, 96, 3)
-    assert not list(tmp_path.rglob('.*'))
+    assert not list(found.out.rglob('.*'))
 
 
 @pytest.mark.parametrize('channels', [1, 4])
-def test_images_of_other_channels_are_drawn_as_they_are(
-    output_of, shapes, quick, tmp_path, channels
-):
+def test_images_of_other_channels_are_drawn_as_they_are(predict, image, quick, photos, channels):
     """And those that have not as many as the model takes are skipped, others are kept."""
-    colour = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
+    colour = image.copy()
     colour[:, : colour.shape[1] // 2] //= 2  # unlike its mirror image
     image = {1: colour[..., 1], 4: np.dstack([colour, colour[..., 0]])}[channels]
-    photos, out = tmp_path / 'photos', tmp_path / 'out'
-    photos.mkdir()
     cv2.imwrite(str(photos / 'b.png'), image)
     wrong = ['a.png', 'c.avi'] if channels == 4 else []
     if wrong:
         cv2.imwrite(str(photos / 'a.png'), colour)
     write_video(photos / 'c.avi', 5, [colour] * 2)
-    expect = int(bool(wrong))
-    output_of('predict.py', *quick(channels), photos, '--out', out, *UNDRAWN, expect=expect)
-    index = read_json(out / 'images.json')
-    assert [one['file_name'] for one in index['skipped']] == wrong
-    assert all(f'the model takes {channels}' in one['reason'] for one in index['skipped'])
-    names = [one['file_name'] for one in index['images']]
-    assert names == ['b.png'] + ['c.avi#1', 'c.avi#2'] * (not wrong)
-    assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == {
-        one['id'] for one in index['images']
-    }
+    found = predict(quick(channels), photos, expect=int(bool(wrong)))
+    assert found.names('skipped') == wrong
+    assert all(f'the model takes {channels}' in one['reason'] for one in found.index['skipped'])
+    assert found.names() == ['b.png'] + ['c.avi#1', 'c.avi#2'] * (not wrong)
+    assert found.ids == {one['id'] for one in found.index['images']}
     shown = colour if channels == 4 else np.stack([image] * 3, axis=-1)
-    drawn = cv2.imread(str(out / 'pictures/b.jpg'))
+    drawn = cv2.imread(str(found.out / 'pictures/b.jpg'))
     # JPEG of noise: OpenCV's releases differ in how they sample colours.
     error, mirrored = (
         np.abs(drawn.astype(int) - other).mean() for other in (shown, shown[:, ::-1])
@@ -85,28 +70,21 @@ def test_images_of_other_channels_are_drawn_as_they_are(
     assert error < 13 and mirrored > 2 * error
 
 
-def test_videos_of_any_rate_and_size_cost_no_results(output_of, shapes, quick, tmp_path):
+def test_videos_of_any_rate_and_size_cost_no_results(predict, image, quick, photos):
     """A rate that MP4 takes rounded, too many pixels a side for MPEG-4, and an image."""
-    photos, out = tmp_path / 'photos', tmp_path / 'out'
-    photos.mkdir()
-    image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
     cv2.imwrite(str(photos / 'a.png'), image)
     cv2.imwrite(str(photos / 'd.png'), image)
     write_video(photos / 'b_slow.avi', 211.222, [image] * 3)
     write_video(photos / 'c_wide.avi', 5, [cv2.resize(image, (9000, 16))] * 2)
-    said = output_of('predict.py', *quick(), photos, '--out', out, *UNDRAWN, expect=1)
-    index = read_json(out / 'images.json')
-    assert [one['file_name'] for one in index['images']] == [
-        'a.png', 'b_slow.avi#1', 'b_slow.avi#2', 'b_slow.avi#3', 'c_wide.avi#1', 'c_wide.avi#2',
-        'd.png',
-    ]  # fmt: skip
-    assert {one['image_id'] for one in read_json(out / 'results.bbox.json')} == set(range(1, 8))
-    (skipped,) = index['skipped']
-    assert 'no MP4 of 9000 x 16 pixels' in skipped['reason'] and skipped['reason'] in said
-    assert sorted(path.name for path in (out / 'pictures').iterdir()) == [
-        'a.jpg', 'b_slow.mp4', 'd.jpg',
-    ]  # fmt: skip
-    drawn = cv2.VideoCapture(str(out / 'pictures/b_slow.mp4'))
+    found = predict(quick(), photos, expect=1)
+    slow, wide = ([f'{name}.avi#{i}' for i in (1, 2, 3)] for name in ('b_slow', 'c_wide'))
+    assert found.names() == ['a.png', *slow, *wide[:2], 'd.png']
+    assert found.ids == set(range(1, 8))
+    (skipped,) = found.index['skipped']
+    assert 'no MP4 of 9000 x 16 pixels' in skipped['reason'] and skipped['reason'] in found.said
+    pictures = {path.name for path in (found.out / 'pictures').iterdir()}
+    assert pictures == {'a.jpg', 'b_slow.mp4', 'd.jpg'}
+    drawn = cv2.VideoCapture(str(found.out / 'pictures/b_slow.mp4'))
     assert drawn.get(cv2.CAP_PROP_FPS) == 211.22 and drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
 
 
@@ -126,57 +104,55 @@ def test_rates_are_those_that_mp4_can_hold(tmp_path, fps):
         assert rate == pytest.approx(fps, rel=2e-4)
 
 
-def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(output_of, shapes, quick, tmp_path):
+def test_what_cannot_be_written_is_skipped_and_the_rest_is_kept(
+    predict, image, quick, photos, tmp_path
+):
     """A picture where a folder is, and one of more pixels a side than JPEG has."""
-    photos, out = tmp_path / 'photos', tmp_path / 'out'
-    photos.mkdir()
-    image = cv2.imread(str(shapes / 'coco/val2017/000000000001.png'))
     for name in 'ab':
         cv2.imwrite(str(photos / f'{name}.png'), image)
     cv2.imwrite(str(photos / 'c.png'), cv2.resize(image, (66000, 1)))
-    (out / 'pictures/a.jpg').mkdir(parents=True)
-    output_of('predict.py', *quick(), photos, '--out', out, *UNDRAWN, expect=1)
-    index = read_json(out / 'images.json')
-    assert [one['file_name'] for one in index['images']] == ['a.png', 'b.png', 'c.png']
-    assert [one['file_name'] for one in index['skipped']] == ['a.png', 'c.png']
-    assert 2 in {one['image_id'] for one in read_json(out / 'results.bbox.json')}
-    assert (out / 'pictures/b.jpg').is_file()
+    (tmp_path / 'out/pictures/a.jpg').mkdir(parents=True)
+    found = predict(quick(), photos, expect=1)
+    assert found.names() == ['a.png', 'b.png', 'c.png']
+    assert found.names('skipped') == ['a.png', 'c.png']
+    assert 2 in found.ids
+    assert (found.out / 'pictures/b.jpg').is_file()
 
 
-def test_images_of_one_name_in_several_folders_keep_their_own(output_of, shapes, quick, tmp_path):
+def test_images_of_one_name_in_several_folders_keep_their_own(
+    predict, shapes, quick, photos, tmp_path
+):
     """Also with the ids of annotations, and beside a video whose frames would have the same names."""
-    known = []
+    known, annotations = [], tmp_path / 'known.json'
     for number in (1, 2):
-        image = cv2.imread(str(shapes / f'coco/val2017/00000000000{number}.png'))
-        (tmp_path / f'photos/cam{number}').mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / f'photos/cam{number}/frame.png'), image)
+        (photos / f'cam{number}').mkdir()
+        image = shapes / f'coco/val2017/00000000000{number}.png'
+        shutil.copy(image, photos / f'cam{number}/frame.png')
         known.append(dict(id=70 + number, file_name=f'cam{number}/frame.png'))
-    categories = [dict(id=number, name=name) for number, name in enumerate(CLASSES, start=1)]
-    annotations = tmp_path / 'known.json'
-    annotations.write_text(json.dumps(dict(images=known, categories=categories)))
-    out = tmp_path / 'out'
-    options = ['--out', out, *UNDRAWN, '--ann-file', annotations]
-    output_of('predict.py', *quick(), tmp_path / 'photos', *options)
-    assert [one['id'] for one in read_json(out / 'images.json')['images']] == [71, 72]
-    pictures = sorted(path.relative_to(out) for path in (out / 'pictures').rglob('*.jpg'))
-    assert pictures == [Path(f'pictures/cam{number}/frame.jpg') for number in (1, 2)]
-    known[0]['file_name'] = 'frame.png'
-    annotations.write_text(json.dumps(dict(images=known[:1], categories=categories)))
-    said = output_of('predict.py', *quick(), tmp_path / 'photos', *options, expect=2)
+
+    def write_annotations(images):
+        categories = [dict(id=number, name=name) for number, name in enumerate(CLASSES, start=1)]
+        annotations.write_text(json.dumps(dict(images=images, categories=categories)))
+
+    write_annotations(known)
+    found = predict(quick(), photos, '--ann-file', annotations)
+    assert [one['id'] for one in found.index['images']] == [71, 72]
+    pictures = {str(path.relative_to(found.out)) for path in found.out.rglob('*.jpg')}
+    assert pictures == {f'pictures/cam{number}/frame.jpg' for number in (1, 2)}
+    write_annotations([dict(id=71, file_name='frame.png')])
+    said = predict(quick(), photos, '--ann-file', annotations, expect=2).said
     assert "'cam1/frame.png' and 'cam2/frame.png' are one image in it" in said
 
-    (tmp_path / 'photos/clip').mkdir()
-    (tmp_path / 'photos/clip/000001.png').write_bytes(b'')
-    write_video(tmp_path / 'photos/clip.avi', 5, [image])
-    files = find_files([str(tmp_path / 'photos')], out, videos=True)
-    stems = {source.name: source.stem for source in sources_of(files, out)}
+    (photos / 'clip').mkdir()
+    (photos / 'clip/000001.png').touch()
+    (photos / 'clip.avi').touch()
+    files = find_files([str(photos)], found.out, videos=True)
+    stems = {source.name: source.stem for source in sources_of(files, found.out)}
     assert stems['clip.avi'] == 'clip.avi' and stems['clip/000001.png'] == 'clip/000001'
 
 
-def test_no_input_is_overwritten(refusal_of, shapes, random_detector, tmp_path):
+def test_no_input_is_overwritten(refusal_of, detector, tmp_path):
     (tmp_path / 'pictures').mkdir()
     photo = tmp_path / 'pictures' / 'photo.jpg'
     cv2.imwrite(str(photo), np.zeros((9, 9, 3), np.uint8))
-    assert 'would replace it' in refusal_of(
-        'predict.py', f'{DEMO_DETECTOR} {random_detector} {photo} --out {tmp_path}'
-    )
+    assert 'would replace it' in refusal_of('predict.py', *detector, photo, '--out', tmp_path)

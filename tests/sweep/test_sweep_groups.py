@@ -61,15 +61,10 @@ def test_every_setting_has_the_metrics_of_tools_test(here, one_apart, tmp_path, 
     own, other = read(out)
     assert own['own'] and (own['group_size'], own['lda']) == ([7, 7, 7, 7], 'interval')
     assert not other['own'] and other['group_size'] == [3, 3, 2, 2]
-    for setting, options in (
-        (own, ''),
-        (other, '--cfg-options model.backbone.group_size=(3,3,2,2)'),
-    ):
+    asked = '--cfg-options model.backbone.group_size=(3,3,2,2)'
+    for setting, options in ((own, ''), (other, asked)):
         output_of('test.py', here, '--work-dir', work, options)
-        expected = metrics(work)
-        assert {'mIoU', 'aAcc'} <= setting['metrics'].keys()
-        for name, value in setting['metrics'].items():
-            assert value == pytest.approx(expected[name], abs=1e-9), name
+        assert_those_of(setting['metrics'], work, 'mIoU', 'aAcc')
         assert 0 < setting['backbone_seconds'] < setting['seconds']
         assert setting['peak_memory'] > 2**25
     assert own['metrics'] != other['metrics']
@@ -78,6 +73,13 @@ def test_every_setting_has_the_metrics_of_tools_test(here, one_apart, tmp_path, 
     assert ' 2   G 3·3·2·2, I 8·4·2·1, interval ' in printed
     assert '3/3' in printed  # how far each is
     assert min(cv2.imread(str(out / 'sweep.png')).shape[:2]) > 300
+
+
+def assert_those_of(found: dict, work: Path, *names: str) -> None:
+    """Assert the metrics that tools/test.py wrote, some of them by name."""
+    expected = metrics(work)
+    assert {*names} <= found.keys()
+    assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-9)
 
 
 def cut(shapes: Path, folder: Path, images: int) -> Path:
@@ -110,10 +112,7 @@ def test_some_images_of_a_detector_are_all_that_counts(
     result = read_json(tmp_path / 'task' / 'result.json')
     fewer = cut(shapes, tmp_path / 'cut', 2)
     output_of('test.py', here, fewer, '--work-dir', tmp_path / 'test')
-    expected = metrics(tmp_path / 'test')
-    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= result['metrics'].keys()
-    for name, value in result['metrics'].items():
-        assert value == pytest.approx(expected[name], abs=1e-9), name
+    assert_those_of(result['metrics'], tmp_path / 'test', 'coco/bbox_mAP', 'coco/segm_mAP')
     # Images are padded to multiples of 32.
     counted = count(Config.fromfile(ROOT / DEMO_DETECTOR), (128, 128))['parts']
     assert result['shape'] == [128, 128] and result['backbone_flops'] == sum(
@@ -148,71 +147,56 @@ def test_an_error_of_a_process_keeps_its_traceback_and_reaches_the_table(
 def test_a_position_bias_that_has_a_size_is_resized(output_of, shapes, tmp_path):
     """Its parameters fit the config's own groups alone."""
     bias = "position_bias='relative'"
-    config = tmp_path / 'relative.py'
-    config.write_text(
-        f'_base_ = {str(ROOT / DEMO_SEGMENTOR)!r}\nmodel = dict(backbone=dict({bias}))'
-    )
+    config, folder = tmp_path / 'relative.py', tmp_path / 'task'
+    base = str(ROOT / DEMO_SEGMENTOR)
+    config.write_text(f'_base_ = {base!r}\nmodel = dict(backbone=dict({bias}))')
     checkpoint = random_model(config, tmp_path / 'relative.pth', {})
-    folder = tmp_path / 'task'
     asked = task(folder, 1, group_size=(3, 3, 3, 3))
     output_of('sweep_groups.py', config, checkpoint, '--data-root', shapes / 'ade', asked)
     assert 0 <= read_json(folder / 'result.json')['metrics']['mIoU'] <= 100
 
 
-class Processes:
-    """Stands for ``subprocess.run``.
-
-    Args:
-        answers: for each process in turn the result that it leaves, or its exit status without
-            one, or an exception that is raised while it runs.
-    """
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-
-    def __call__(self, command, stderr):
-        answer = self.answers.pop(0)
-        if isinstance(answer, BaseException):
-            raise answer
-        if isinstance(answer, int):
-            return subprocess.CompletedProcess(command, answer)
-        folder = json.loads(command[command.index('--task') + 1])['folder']
-        Path(folder, 'result.json').write_text(json.dumps(answer))
-        return subprocess.CompletedProcess(command, 1 if 'error' in answer else 0)
-
-
 @pytest.fixture
 def sweep(monkeypatch, here, tmp_path):
-    """Runs the tool on settings whose processes give these answers; its exit status."""
+    """Runs the tool; its exit status.
+
+    Each of its processes in turn gives one of the answers: the result that it leaves, or its exit
+    status without one, or an exception that is raised while it runs.
+    """
 
     def call(*answers, arguments='') -> int:
-        processes = Processes(*answers)
-        monkeypatch.setattr(subprocess, 'run', processes)
+        left = list(answers)
+
+        def run(command, stderr):
+            answer = left.pop(0)
+            if isinstance(answer, BaseException):
+                raise answer
+            if isinstance(answer, dict):
+                folder = json.loads(command[command.index('--task') + 1])['folder']
+                Path(folder, 'result.json').write_text(json.dumps(answer))
+                answer = 1 if 'error' in answer else 0
+            return subprocess.CompletedProcess(command, answer)
+
+        monkeypatch.setattr(subprocess, 'run', run)
         status = run_tool('sweep_groups.py', here, '--out', tmp_path / 'sweep', arguments)
-        assert not processes.answers
+        assert not left
         return status
 
     return call
 
 
-def answer(miou: float, seconds: float, memory=2**30) -> dict:
-    return dict(
-        metrics=dict(aAcc=50.0, mIoU=miou),
-        seconds=seconds,
-        backbone_seconds=seconds / 2,
-        peak_memory=memory,
-        backbone_flops=10**9,
-        shape=[64, 64],
-    )
+def answer(miou: float, seconds: float) -> dict:
+    costs = dict(seconds=seconds, backbone_seconds=seconds / 2, peak_memory=2**30)
+    metrics = dict(aAcc=50.0, mIoU=miou)
+    return dict(metrics=metrics, backbone_flops=10**9, shape=[64, 64], **costs)
 
 
-def failure(refused: bool) -> dict:
-    return dict(error='error: the disk is on fire.', refused=refused)
+FAILURE = dict(error='error: the disk is on fire.', refused=True)
 
 
 def test_a_setting_that_fails_is_reported_and_the_others_go_on(sweep, tmp_path, capsys):
     arguments = '--group-size 7,7,7,7 14,14,7,7 --lda interval block'
-    answers = answer(40, 1), -9, failure(refused=True), answer(39, 0.5)
+    answers = answer(40, 1), -9, FAILURE, answer(39, 0.5)
     assert sweep(*answers, arguments=arguments) == 1
     printed = capsys.readouterr().out
     assert 'signal 9' in printed
@@ -233,7 +217,7 @@ def test_an_interrupted_sweep_keeps_what_it_has(sweep, tmp_path, capsys):
 
 
 def test_a_model_that_is_refused_ends_the_sweep(sweep, tmp_path, capsys):
-    assert sweep(failure(refused=True), arguments=OTHER) == 2
+    assert sweep(FAILURE, arguments=OTHER) == 2
     assert capsys.readouterr().err.endswith('error: error: the disk is on fire.\n')
     assert not (tmp_path / 'sweep' / 'sweep.json').exists()
 
@@ -250,15 +234,9 @@ def test_the_grid_around_the_config():
     backbone = Config.fromfile(ROOT / DEMO_SEGMENTOR).model.backbone
     settings = settings_of(backbone)
     assert settings[0] == dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
-    assert Counter(setting['group_size'] for setting in settings) == {
-        (7, 7, 7, 7): 3,
-        (14, 14, 7, 7): 3,
-    }
-    assert Counter(setting['interval'] for setting in settings) == {
-        (8, 4, 2, 1): 2,
-        (16, 8, 2, 1): 2,
-        (4, 2, 2, 1): 2,
-    }
+    sizes, intervals = (Counter(one[key] for one in settings) for key in ('group_size', 'interval'))
+    assert sizes == dict.fromkeys([(7, 7, 7, 7), (14, 14, 7, 7)], 3)
+    assert intervals == dict.fromkeys([(8, 4, 2, 1), (16, 8, 2, 1), (4, 2, 2, 1)], 2)
     # Something is asked for: no more than that.
     only = settings_of(backbone, definitions=['block'])
     assert [setting['lda'] for setting in only] == ['interval', 'block']

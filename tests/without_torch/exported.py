@@ -1,20 +1,25 @@
 """Small models as checkpoints and as exported files, and comparisons of what both predict."""
 
 import functools
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from pycocotools import mask as rle
 
 from crossformer_mm.compat import EXPORT, missing_torch
 
-from ..helpers import ROOT, TINY_BACKBONE, TINY_SEGMENTOR, run_tool
+from ..helpers import (
+    ROOT,
+    TINY_BACKBONE,
+    TINY_MASK_RCNN,
+    TINY_RETINANET,
+    TINY_SEGMENTOR,
+    build_model,
+    read_json,
+    run_tool,
+)
 
 # What imports this is skipped.
 if missing_torch(EXPORT):
@@ -30,34 +35,8 @@ test_dataloader = dict(dataset=dict(pipeline=[
          meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
 """
 DETECTION = PIPELINE.format(scale=(160, 96), kind='Det')
-RETINANET = (
-    f'''
-_base_ = {str(ROOT / 'configs/retinanet/cf_s_1x.py')!r}
-model = dict(
-    {TINY_BACKBONE},
-    neck=dict(in_channels=[16], out_channels=8, num_outs=2),
-    bbox_head=dict(in_channels=8, feat_channels=8, stacked_convs=1, num_classes=4,
-                   anchor_generator=dict(strides=[4, 8])),
-    test_cfg=dict(nms_pre=200, score_thr=0.54, max_per_img=100))
-'''
-    + DETECTION
-)
-MASK_RCNN = (
-    f'''
-_base_ = {str(ROOT / 'configs/mask_rcnn/cf_s_1x.py')!r}
-model = dict(
-    {TINY_BACKBONE},
-    neck=dict(in_channels=[16], out_channels=8, num_outs=3),
-    rpn_head=dict(in_channels=8, feat_channels=8, anchor_generator=dict(strides=[4, 8, 16])),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16),
-        mask_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=16),
-        bbox_head=dict(in_channels=8, fc_out_channels=8, num_classes=4),
-        mask_head=dict(in_channels=8, conv_out_channels=8, num_convs=1, num_classes=4)),
-    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50), rcnn=dict(max_per_img=20)))
-'''
-    + DETECTION
-)
+RETINANET = TINY_RETINANET + DETECTION
+MASK_RCNN = TINY_MASK_RCNN + DETECTION
 SEGMENTOR = TINY_SEGMENTOR + PIPELINE.format(scale=(96, 64), kind='Seg')
 CLASSIFIER = f'''
 _base_ = {str(ROOT / 'configs/imagenet/cf_s_300e.py')!r}
@@ -105,9 +84,7 @@ class Exported:
     def __init__(self, kind: str, folder: Path, photos: Path):
         self.config, weights = folder / f'{kind}.py', folder / f'{kind}.pth'
         self.config.write_text(CONFIGS[kind])
-        cfg = Config.fromfile(self.config)
-        init_default_scope(cfg.default_scope)
-        model = MODELS.build(cfg.model)
+        model = build_model(self.config)
         spread(model)
         meta = dict(dataset_meta=dict(classes=tuple(CLASSES[kind])))
         torch.save(dict(state_dict=model.state_dict(), meta=meta), weights)
@@ -133,10 +110,14 @@ class Exported:
         return out
 
     def both(self, name: str):
-        return [json.loads((folder / name).read_text()) for folder in (self.torch, self.onnx)]
+        return [read_json(folder / name) for folder in (self.torch, self.onnx)]
 
 
-def assert_one_to_one(theirs, ours, alike):
+def boxes_are_alike(one, other) -> bool:
+    return np.abs(np.subtract(one['bbox'], other['bbox'])).max() < 0.05
+
+
+def assert_one_to_one(theirs, ours, alike=boxes_are_alike):
     """One to one, in any order of almost equal scores. In an image of one colour, boxes at many
     places have the same score, and which of them are kept is open."""
     assert len(theirs) == len(ours)
@@ -155,29 +136,8 @@ def assert_one_to_one(theirs, ours, alike):
         left.remove(near[0])
 
 
-def assert_same_boxes(theirs, ours):
-    assert_one_to_one(
-        theirs,
-        ours,
-        lambda one, other: np.abs(np.subtract(one['bbox'], other['bbox'])).max() < 0.05,
-    )
-
-
 def masks_are_alike(one, other) -> bool:
     one, other = one['segmentation'], other['segmentation']
     if one['size'] != other['size']:
         return False
     return rle.iou([one], [other], [False]) >= 0.999 or not rle.area(one) + rle.area(other)
-
-
-def copy_to_server(folder: Path, *files: str) -> None:
-    """Copy what the page on deployment says."""
-    shutil.copytree(ROOT / 'crossformer_mm/without_torch', folder / 'without_torch')
-    for file in files:
-        shutil.copy(ROOT / file, folder)
-
-
-def answers_differ(one: dict, other: dict) -> bool:
-    return len(one['scores']) != len(other['scores']) or not np.allclose(
-        one['scores'], other['scores'], atol=1e-3
-    )

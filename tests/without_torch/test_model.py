@@ -1,14 +1,13 @@
 """A model of an exported file: what it takes and returns, in threads, in copies, behind HTTP."""
 
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -18,8 +17,24 @@ from crossformer_mm.without_torch.files import find_files
 from crossformer_mm.without_torch.model import Model, ModelError, start_openvino
 from crossformer_mm.without_torch.predict import predict_files
 
-from ..helpers import ROOT
-from .exported import answers_differ, copy_to_server
+from ..helpers import ROOT, free_port, read_json, run_python
+
+
+@pytest.fixture
+def model(exported) -> Model:
+    return Model(exported('mask_rcnn').file)
+
+
+def copy_to_server(folder: Path, *files: str) -> None:
+    """Copy what the page on deployment says."""
+    shutil.copytree(ROOT / 'crossformer_mm/without_torch', folder / 'without_torch')
+    for file in files:
+        shutil.copy(ROOT / file, folder)
+
+
+def answers_differ(one: dict, other: dict) -> bool:
+    scores = one['scores'], other['scores']
+    return len(scores[0]) != len(scores[1]) or not np.allclose(*scores, atol=1e-3)
 
 
 @pytest.mark.parametrize('provider', ['cpu', 'openvino'])
@@ -46,21 +61,12 @@ def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
             all_there.wait(20)
             return [self.held]
 
-    class Compiled:
-        inputs = outputs = [
-            SimpleNamespace(any_name='image', element_type=SimpleNamespace(to_string=str))
-        ]
-        shared = Request()
-        create_infer_request = Request
-
-        def __call__(self, given):
-            return self.shared.infer(given)
-
-    core = SimpleNamespace(
-        read_model=lambda file: SimpleNamespace(get_rt_info=lambda key: SimpleNamespace(value={})),
-        compile_model=lambda *arguments: Compiled(),
-    )
-    monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=lambda: core))
+    compiled = mock.Mock(create_infer_request=Request, side_effect=Request().infer)
+    compiled.inputs = compiled.outputs = [mock.Mock(any_name='image')]
+    core = mock.Mock()
+    core.compile_model.return_value = compiled
+    core.read_model.return_value.get_rt_info.return_value.value = {}
+    monkeypatch.setitem(sys.modules, 'openvino', mock.Mock(Core=lambda: core))
     _, _, compute, _ = start_openvino('model.onnx', 1)
     with ThreadPoolExecutor(4) as threads:
         answers = threads.map(lambda number: compute(dict(image=np.array(number))), range(4))
@@ -85,8 +91,7 @@ def test_no_two_calls_share_a_request_of_openvino(monkeypatch, tmp_path):
     ],
     ids=str,
 )
-def test_a_model_takes_colour_images_of_8_bits_only(exported, image, found):
-    model = Model(exported('mask_rcnn').file)
+def test_a_model_takes_colour_images_of_8_bits_only(model, image, found):
     with pytest.raises(ModelError) as raised:
         model(image)
     said = str(raised.value)
@@ -94,8 +99,7 @@ def test_a_model_takes_colour_images_of_8_bits_only(exported, image, found):
     assert said.endswith(f'{found}.') and '\n' not in said
 
 
-def test_a_model_takes_views_and_arrays_that_are_read_only(exported, photos):
-    model = Model(exported('mask_rcnn').file)
+def test_a_model_takes_views_and_arrays_that_are_read_only(model, photos):
     image = cv2.imread(str(photos / 'a.png'))
     wanted = model(image)
     view = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
@@ -104,7 +108,7 @@ def test_a_model_takes_views_and_arrays_that_are_read_only(exported, photos):
         assert not answers_differ(wanted, model(given))
 
 
-def test_an_error_keeps_what_was_predicted_before(exported, photos, tmp_path, monkeypatch):
+def test_an_error_keeps_what_was_predicted_before(model, photos, tmp_path, monkeypatch):
     predict, calls = Model.__call__, []
 
     def fail_at_third(model, image):
@@ -113,26 +117,19 @@ def test_an_error_keeps_what_was_predicted_before(exported, photos, tmp_path, mo
             raise RuntimeError('a fault of the runtime')
         return predict(model, image)
 
-    model = Model(exported('mask_rcnn').file)
     monkeypatch.setattr(Model, '__call__', fail_at_third)
     with pytest.raises(RuntimeError, match='a fault of the runtime'):
         predict_files(model, find_files([str(photos)], tmp_path), tmp_path, None, 0.3)
-    listed = json.loads((tmp_path / 'images.json').read_text())
-    assert [one['file_name'] for one in listed['images']] == ['a.png', 'b.png']
-    assert json.loads((tmp_path / 'results.bbox.json').read_text())
+    listed = read_json(tmp_path / 'images.json')['images']
+    assert [one['file_name'] for one in listed] == ['a.png', 'b.png']
+    assert read_json(tmp_path / 'results.bbox.json')
 
 
-def test_an_image_without_objects_has_no_boxes(exported):
-    model = Model(exported('mask_rcnn').file)
-    run_before = model.run
-
-    def of_no_size(given):  # no anchor reaches into an image of one pixel far enough
-        return run_before(dict(image=np.zeros((1, 3, 1, 1), np.uint8)))
-
-    model.run = of_no_size
-    found = model(np.zeros((1, 1, 3), np.uint8))
-    assert {name: len(values) for name, values in found.items()}.keys() >= {'boxes', 'masks'}
-    assert found['masks'].shape[1:] == (1, 1)
+def test_an_image_without_objects_has_no_boxes(model):
+    run = model.run
+    model.run = lambda given: [values[:0] for values in run(given)]
+    found = model(np.zeros((50, 70, 3), np.uint8))
+    assert found['boxes'].shape == (0, 4) and found['masks'].shape == (0, 50, 70)
 
 
 def test_a_copy_runs_without_the_repository_and_imports_nothing_of_pytorch(
@@ -140,40 +137,33 @@ def test_a_copy_runs_without_the_repository_and_imports_nothing_of_pytorch(
 ):
     copy_to_server(tmp_path, 'tools/run_onnx.py')
     (tmp_path / 'a.png').write_bytes((photos / 'a.png').read_bytes())
-    command = ['run_onnx.py', str(exported('mask_rcnn').file), 'a.png']
-    alone = dict(cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ''})
-    subprocess.run([sys.executable, *command], check=True, **alone)
+    file, alone = str(exported('mask_rcnn').file), dict(folder=tmp_path, PYTHONPATH='')
+    done = run_python('run_onnx.py', file, 'a.png', **alone)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / 'predictions/pictures/a.jpg').is_file()
     code = f"""
 import sys, cv2
 sys.path.insert(0, {str(tmp_path)!r})
 from run_onnx import Model
-found = Model({str(exported('mask_rcnn').file)!r})(cv2.imread({str(photos / 'a.png')!r}))
+found = Model({file!r})(cv2.imread({str(photos / 'a.png')!r}))
 print(sorted(found), [one for one in ('torch', 'mmcv', 'mmengine', 'crossformer_mm') if one in sys.modules])"""
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, **alone)
+    done = run_python('-c', code, **alone)
     assert done.stdout.strip() == "['boxes', 'labels', 'masks', 'scores'] []", done.stderr
 
 
 @pytest.mark.parametrize(
     'tool, folder',
     [
-        ('run_onnx.py', '.'),
         ('tools/run_onnx.py', 'crossformer_mm'),
         ('site-packages/crossformer_mm/.mim/tools/run_onnx.py', 'site-packages/crossformer_mm'),
     ],
-    ids=['copied', 'in the repository', 'installed'],
+    ids=['in the repository', 'installed'],
 )
 def test_the_command_finds_its_modules_wherever_it_is(tmp_path, tool, folder):
     (tmp_path / tool).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / 'tools/run_onnx.py', tmp_path / tool)
     shutil.copytree(ROOT / 'crossformer_mm/without_torch', tmp_path / folder / 'without_torch')
-    done = subprocess.run(
-        [sys.executable, tmp_path / tool, 'none.onnx', __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': ''},
-        cwd=tmp_path,
-    )
+    done = run_python(tmp_path / tool, 'none.onnx', __file__, folder=tmp_path, PYTHONPATH='')
     assert done.returncode == 2
     assert done.stderr.strip() == "error: model: file 'none.onnx' does not exist."
 
@@ -184,21 +174,17 @@ def test_the_service_answers_over_http(exported, photos, tmp_path):
         pytest.importorskip(package)
     import httpx
 
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port, file = free_port(), exported('mask_rcnn').file
     copy_to_server(tmp_path, 'examples/service.py')
     server = subprocess.Popen(
-        [sys.executable, '-m', 'uvicorn', 'service:app', '--port', str(port)],
+        [sys.executable, '-m', 'uvicorn', 'service:app', '--port', port],
         cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': '', 'MODEL': str(exported('mask_rcnn').file)},
+        env={**os.environ, 'PYTHONPATH': '', 'MODEL': str(file)},
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        for line in server.stderr:
-            if 'running on' in line:
-                break
+        next(line for line in server.stderr if 'running on' in line)
         with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=60) as client:
             image = (photos / 'a.png').read_bytes()
             found = client.post('/predict', files=dict(image=image)).json()['objects']
@@ -208,7 +194,6 @@ def test_the_service_answers_over_http(exported, photos, tmp_path):
     finally:
         server.kill()
         server.communicate()
-    wanted = Model(exported('mask_rcnn').file)(cv2.imread(str(photos / 'a.png')))['scores']
-    assert len(found) == len(wanted) > 0
-    assert np.abs(np.subtract([one['score'] for one in found], wanted)).max() < 1e-5
+    wanted = Model(file)(cv2.imread(str(photos / 'a.png')))['scores']
+    assert [one['score'] for one in found] == pytest.approx(wanted, abs=1e-5) and found
     assert set(found[0]) == {'label', 'score', 'box', 'area'}
