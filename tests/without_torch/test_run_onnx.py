@@ -20,6 +20,7 @@ from ..helpers import refusals
 from .exported import (
     CLASSIFIER,
     CONFIGS,
+    LISTED,
     assert_one_to_one,
     assert_same_boxes,
     masks_are_alike,
@@ -160,6 +161,7 @@ def test_the_file_says_all_that_a_user_needs(exported):
         assert {one.domain for one in proto.opset_import} == {''}  # standard operators alone
         assert not proto.functions
         found[kind] = {one.key: json.loads(one.value) for one in proto.metadata_props}
+        assert found[kind].keys() <= LISTED
     about = found['mask_rcnn']
     assert about['task'] == 'instances' and about['classes'] == ['a', 'b', 'c', 'd']
     rule = dict(width=160, height=96, keep_ratio=True, interpolation='bilinear', backend='cv2')
