@@ -11,7 +11,8 @@ from . import installed, mmcv_ops
 
 installed.check_installed(installed.OLDEST if installed.HAS_MMENGINE else installed.BACKBONE)
 
-from .backbone import ARCHITECTURES, CrossFormer  # noqa: E402
+from .architectures import ARCHITECTURES  # noqa: E402
+from .backbone import CrossFormer  # noqa: E402
 from .classification import NormedGlobalAveragePooling  # noqa: E402
 from .version import __version__  # noqa: E402
 

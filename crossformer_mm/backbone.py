@@ -1,4 +1,4 @@
-"""The CrossFormer backbone: architectures, stages, outputs."""
+"""The CrossFormer backbone: stages and outputs."""
 
 import math
 import re
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .architectures import resolve_arch
 from .block import CrossFormerBlock
 from .checkpoint import load_backbone, whole_model_follows
 from .compat import autocast_dtype, compiled_since_2_4, is_autocast_enabled
@@ -25,28 +26,6 @@ from .options import (
     suggest_options,
 )
 from .position_bias import AbsolutePosition
-
-# CrossFormer (arXiv 2108.00154, table 1) and, as pp-*, CrossFormer++ (arXiv 2303.06908, table 1).
-# Depths, heads and channels are those of the released weights.
-ARCHITECTURES = {
-    name: dict(
-        embed_dims=dims,
-        depths=depths,
-        num_heads=tuple(dims // 32 * 2**stage for stage in range(4)),
-        drop_path_rate=drop_path_rate,
-        cooling=name.startswith('pp-'),
-    )
-    for name, dims, depths, drop_path_rate in [
-        ('t', 64, (1, 1, 8, 6), 0.1),
-        ('s', 96, (2, 2, 6, 2), 0.2),
-        ('b', 96, (2, 2, 18, 2), 0.3),
-        ('l', 128, (2, 2, 18, 2), 0.5),
-        ('pp-s', 64, (2, 2, 18, 2), 0.2),
-        ('pp-b', 96, (2, 2, 18, 2), 0.3),
-        ('pp-l', 128, (2, 2, 18, 2), 0.5),
-        ('pp-h', 128, (6, 6, 18, 2), 0.5),
-    ]
-}
 
 
 class CrossFormerStage(nn.Module):
@@ -394,20 +373,3 @@ class CrossFormer(BaseModule):
             return int(norm[1]) not in self.out_indices
         layer = re.match(r'layers\.(\d+)\.(downsample\.)?', key)  # which is of the next stage
         return layer is not None and int(layer[1]) + bool(layer[2]) >= len(self.layers)
-
-
-def resolve_arch(arch: Union[str, dict]) -> dict:
-    """Return the numbers of an architecture, given by its name or by a dict.
-
-    Raises:
-        ValueError: no such name, or keys are missing or unknown.
-    """
-    numbers = ARCHITECTURES.get(arch) if isinstance(arch, str) else arch
-    needed, optional = {'embed_dims', 'depths', 'num_heads'}, {'drop_path_rate', 'cooling'}
-    if not isinstance(numbers, dict) or not needed <= numbers.keys() <= needed | optional:
-        raise ValueError(
-            f"CrossFormer: arch must be one of {', '.join(ARCHITECTURES)} or a dict with "
-            "'embed_dims', 'depths' and 'num_heads' (and optionally 'drop_path_rate', "
-            f"'cooling'), got {arch!r}."
-        )
-    return dict(drop_path_rate=0.0, cooling=False) | numbers

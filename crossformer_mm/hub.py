@@ -5,6 +5,7 @@ The card has the YAML header of Hugging Face's. ``config.json`` has the keys tha
 
 import ast
 import hashlib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,21 +14,15 @@ from typing import Any, Dict, List
 import yaml
 from mmengine.config import Config
 
+from .architectures import GROUPS, TIMM_NAMES
+from .backbone import CrossFormer
 from .config_parts import data_sets_of, kind_of
 from .errors import UserError
 from .version import __version__
 
-# Names of the architectures in timm's way.
-NAMES = {
-    **dict(t='crossformer_tiny', s='crossformer_small', b='crossformer_base'),
-    **{'l': 'crossformer_large', 'pp-s': 'crossformer_pp_small', 'pp-b': 'crossformer_pp_base'},
-    **{'pp-l': 'crossformer_pp_large', 'pp-h': 'crossformer_pp_huge'},
-}
 # Arguments that timm passes in its own way, and arguments that only training needs.
 NOT_OF_TIMM = {'arch', 'in_channels', 'drop_rate', 'out_indices'}
 TRAINING = {'type', 'init_cfg', 'frozen_stages', 'with_cp', 'attention_path'}
-# Always written: the defaults of a CrossFormer++ in timm differ from these.
-GROUPS = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1), lda='interval')
 TASKS = dict(
     mmdet='object-detection', mmseg='image-segmentation', mmpretrain='image-classification'
 )
@@ -98,7 +93,7 @@ def read_config(text: str, name: str) -> Config:
 
 def json_config(cfg: Config) -> dict:
     """Return the backbone's arguments, and what timm reads of a model; without ``architecture`` if
-    that is none of ``NAMES``."""
+    that is none of ``TIMM_NAMES``."""
     backbone = {key: one for key, one in cfg.model.backbone.items() if key not in TRAINING}
     arch = backbone.get('arch', 's')
     config = dict(crossformer_mm=__version__, backbone=backbone)
@@ -118,10 +113,13 @@ def json_config(cfg: Config) -> dict:
         pretrained['interpolation'] = steps['ResizeEdge'].get('interpolation', 'bilinear')
     pretrained['input_size'] = [backbone.get('in_channels', 3), size, size]
     arguments = {key: one for key, one in backbone.items() if key not in NOT_OF_TIMM}
+    # Always written: the groups of a CrossFormer++ in timm are others than the backbone's defaults.
+    defaults = inspect.signature(CrossFormer).parameters
+    groups = {key: defaults[key].default for key in GROUPS}
     return dict(
-        architecture=NAMES[arch],
+        architecture=TIMM_NAMES[arch],
         num_classes=classes,
-        model_args={**GROUPS, **arguments},
+        model_args={**groups, **arguments},
         pretrained_cfg=pretrained,
         **config,
     )

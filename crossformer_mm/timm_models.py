@@ -26,21 +26,14 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .architectures import ARCHITECTURES, PP_GROUPS, TIMM_NAMES
 from .backbone import CrossFormer
 from .checkpoint import fit_backbone, fit_checkpoint, model_weights, read_checkpoint
 from .classification import NormedGlobalAveragePooling
 
-# Groups of the CrossFormer++ classifiers; the published detectors and segmentors have others.
-PP_GROUPS = dict(lda='block', group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1))
 MODELS: Dict[str, dict] = {
-    'crossformer_tiny': dict(arch='t'),
-    'crossformer_small': dict(arch='s'),
-    'crossformer_base': dict(arch='b'),
-    'crossformer_large': dict(arch='l'),
-    'crossformer_pp_small': dict(arch='pp-s', **PP_GROUPS),
-    'crossformer_pp_base': dict(arch='pp-b', **PP_GROUPS),
-    'crossformer_pp_large': dict(arch='pp-l', **PP_GROUPS),
-    'crossformer_pp_huge': dict(arch='pp-h', **PP_GROUPS),
+    name: dict(arch=arch, **(PP_GROUPS if ARCHITECTURES[arch]['cooling'] else {}))
+    for arch, name in TIMM_NAMES.items()
 }
 FIRST_CONVS = tuple(f'backbone.patch_embed.projs.{i}' for i in range(4))
 LINEAR = ('head.fc.weight', 'head.fc.bias')

@@ -1,4 +1,4 @@
-"""Write the model zoo from the configs, what their models cost, and docs/published.json.
+"""Write the model zoo from the configs, what their models cost, and docs/model_zoo.json.
 
     python docs/write_model_zoo.py
 
@@ -19,7 +19,7 @@ from crossformer_mm.flops import SHAPES, count
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
-PUBLISHED = ROOT / 'docs' / 'published.json'
+PUBLISHED = ROOT / 'docs' / 'model_zoo.json'
 GENERATED = 'Written by docs/write_model_zoo.py'
 # Folder, family and schedule of the models that the READMEs list.
 IN_README = (
@@ -40,7 +40,7 @@ class Words(NamedTuple):
     """Texts of the written files in one language.
 
     Args:
-        suffix (str): of the names of pages in this language.
+        suffix (str): of the names of pages in this language, and of notes in model_zoo.json.
         phrases (dict): translations of phrases inside a table's cells.
         title, introduction, baselines (str): of the model zoo.
         columns, baseline_columns (str): heads of the tables, up to the metrics.
@@ -48,7 +48,6 @@ class Words(NamedTuple):
         weights (str): head of the last column.
         none (str): where the authors offer no weights.
         note (str): of the model zoo, on the links to weights.
-        notes (dict): the notes of ``docs/published.json``, where they are translated.
     """
 
     suffix: str
@@ -62,7 +61,6 @@ class Words(NamedTuple):
     note: str
     baselines: str
     baseline_columns: str
-    notes: Dict[str, str]
 
     def __call__(self, cell: str) -> str:
         for english, own in self.phrases.items():
@@ -107,7 +105,6 @@ leave out its frozen layers (0.2 M), and published FLOPs of PVT and Swin on COCO
 products of attention (90.1 G and 3.1 G).''',
     baseline_columns='config | backbone | parameters | published | FLOPs | published | '
     'published result',
-    notes={},
 )
 CHINESE = Words(
     suffix='.zh',
@@ -152,18 +149,6 @@ CHINESE = Words(
         '报告的 PVT 和 Swin 在 COCO 上的 FLOPs 不含注意力矩阵乘法（90.1 G 和 3.1 G）。'
     ),
     baseline_columns='配置文件 | 主干网络 | 参数量 | 报告值 | FLOPs | 报告值 | 报告的结果',
-    notes={
-        "The paper's table repeats the parameters and FLOPs of CrossFormer-S in this row.": (
-            '论文的表格在这一行重复了 CrossFormer-S 的参数量和 FLOPs。'
-        ),
-        "The authors' config names groups of 7 everywhere, which would cost 204.3 G; the "
-        'published FLOPs are those of the groups here.': (
-            '原作者的配置文件各阶段的组大小均为 7，对应 204.3 G；报告的 FLOPs 与这里的分组一致。'
-        ),
-        'The paper lists 4.9 G, which no setting known here gives.': (
-            '论文列出的是 4.9 G，目前没有已知的设置能得到这一数值。'
-        ),
-    },
 )
 LANGUAGES = (ENGLISH, CHINESE)
 
@@ -173,7 +158,7 @@ class Model:
 
     Args:
         name (str): the config below ``configs/``, without ``.py``.
-        published (dict): all of ``docs/published.json``.
+        published (dict): all of ``docs/model_zoo.json``.
         counted (dict): what :func:`crossformer_mm.flops.count` returns for it.
     """
 
@@ -242,7 +227,7 @@ class Model:
 
 
 def read_models(counted: Dict[str, dict]) -> List[Model]:
-    """Read the models of the zoo, in the order of ``docs/published.json``."""
+    """Read the models of the zoo, in the order of ``docs/model_zoo.json``."""
     published = json.loads(PUBLISHED.read_text(encoding='utf-8'))
     return [Model(name, published, counted[name]) for name in published['models']]
 
@@ -294,8 +279,7 @@ def model_zoo(models: List[Model], counted: Dict[str, dict], words: Words) -> st
         for model in members:
             results, mark = model.published['results'], ''
             if 'note' in model.published:
-                note = model.published['note']
-                notes.append(words.notes[note] if words.notes else note)
+                notes.append(model.published[f'note{words.suffix}'])
                 mark = f' [{len(notes)}]'
             cells = [
                 f'[{model.stem}](../configs/{model.name}.py){mark}',

@@ -12,8 +12,9 @@ from mmengine.registry import MODELS
 
 from crossformer_mm import ARCHITECTURES
 from crossformer_mm import checkpoint as checkpoint_module
+from crossformer_mm.architectures import TIMM_NAMES
 from crossformer_mm.checkpoint import fit_checkpoint, read_checkpoint
-from crossformer_mm.hub import NAMES, json_config
+from crossformer_mm.hub import json_config
 
 from .helpers import (
     CLASSES,
@@ -130,7 +131,7 @@ def test_checksums_are_those_of_the_files(publish):
 
 def test_timm_finds_its_keys_of_a_published_architecture():
     """``timm.create_model('local-dir:...')`` needs architecture and pretrained_cfg."""
-    assert NAMES.keys() == ARCHITECTURES.keys()
+    assert TIMM_NAMES.keys() == ARCHITECTURES.keys()
     config = json_config(Config.fromfile(ROOT / 'configs/imagenet/cfpp_s_300e.py'))
     assert config['architecture'] == 'crossformer_pp_small' and config['num_classes'] == 1000
     groups = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), lda='block')

@@ -72,6 +72,9 @@ def test_what_to_install_are_the_extras():
     for command in COMMANDS.values():
         for requirement in re.findall("'(.+?)'", command):
             assert f'"{requirement}"' in project
+    assert f'dependencies = ["einops>={OLDEST["einops"]}"]' in project
+    for name, least in re.findall(r'"(?:onedl-)?(mmengine|mmcv)>=([\d.]+)', project):
+        assert numbers(least) >= numbers(OLDEST[name])
 
 
 def test_family_of_this_environment():

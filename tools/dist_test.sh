@@ -21,7 +21,7 @@ fi
 "$python" -m torch.distributed.run --nnodes="${NNODES:-1}" --node-rank="${NODE_RANK:-0}" \
     --master-addr="${MASTER_ADDR:-127.0.0.1}" --master-port="${PORT:-29500}" \
     --nproc-per-node="$3" \
-    "$(dirname "$0")/test.py" "$1" "$2" --launcher pytorch "${@:4}" || {
+    -- "$(dirname "$0")/test.py" "$1" "$2" --launcher pytorch "${@:4}" || {
     status=$?
     echo "error: a process of the job failed, see above." >&2
     exit $status

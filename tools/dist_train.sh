@@ -3,7 +3,7 @@
 #   tools/dist_train.sh CONFIG GPUS [OPTIONS of tools/train.py]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT on each, see docs/distributed.md.
 # MAX_RESTARTS: how often the job is started again, from its newest checkpoint, when a process dies.
-# SIGTERM and SIGUSR1 end it with a checkpoint and status 75.
+# SIGTERM, SIGUSR1 and those of --signals end it with a checkpoint and status 75.
 # PYTHON: another one than that of the environment in use or of .venv.
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -14,6 +14,8 @@ if ! [[ $2 =~ ^[1-9][0-9]*$ ]]; then
     echo "error: GPUS must be a whole number of at least 1, got '$2'." >&2
     exit 2
 fi
+# shellcheck source=tools/signals.sh
+source "$(dirname "$0")/signals.sh" "${@:3}"
 python=${PYTHON:-}
 if [ -z "$python" ]; then
     # Without links in its path, by which Python would look for its packages.
@@ -28,13 +30,14 @@ if [ "${MAX_RESTARTS:-0}" != 0 ]; then
 else
     meeting=(--node-rank="${NODE_RANK:-0}" --master-addr="$address" --master-port="$port")
 fi
+# Without -- older versions of Python take --signals for an abbreviation of an option of torchrun.
 "$python" -m torch.distributed.run --nnodes="${NNODES:-1}" "${meeting[@]}" --nproc-per-node="$2" \
-    "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}" &
+    -- "$(dirname "$0")/train.py" "$1" --launcher pytorch "${@:3}" &
 job=$!
 preempted=
-# torchrun knows SIGTERM only; it passes it on, and kills what is left after 30 seconds.
-trap 'preempted=1; kill -TERM "$job"' TERM USR1
 trap : INT # which torchrun gets, too
+# torchrun knows SIGTERM only; it passes it on, and kills what is left after 30 seconds.
+trap 'preempted=1; kill -TERM "$job"' "${signals[@]}" || true # train.py refuses other names
 status=0
 wait "$job" || status=$?
 while kill -0 "$job" 2>/dev/null; do # a signal has ended the wait

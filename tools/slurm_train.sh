@@ -3,7 +3,8 @@
 # Set GPUS, GPUS_PER_NODE, CPUS_PER_TASK, SRUN_ARGS for another job than 8 GPUs of one node with 5
 # CPUs each, PYTHON for another Python than the first on the path.
 # REQUEUE=1, in a batch job (sbatch --signal=USR1@120 --wrap 'REQUEUE=1 tools/slurm_train.sh ...'): a
-# job that SIGTERM or SIGUSR1 has ended is requeued, and goes on from its newest checkpoint.
+# job that SIGTERM, SIGUSR1 or one of --signals has ended is requeued, and goes on from its newest
+# checkpoint.
 set -euo pipefail
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [OPTIONS of tools/train.py]" >&2
@@ -16,7 +17,9 @@ if [ -n "${REQUEUE:-}" ]; then
         exit 2
     fi
     if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then resume=--resume; fi
-    trap : TERM USR1 # srun's processes get them, too, and end with status 75
+    # shellcheck source=tools/signals.sh
+    source "$(dirname "$0")/signals.sh" "${@:5}"
+    trap : "${signals[@]}" # srun's processes get them, too, and end with status 75
 fi
 status=0
 # shellcheck disable=SC2086  # several arguments in one variable, as Slurm's users know it

@@ -19,6 +19,7 @@ from crossformer_mm.engine.weight_checks import CheckWeightsHook
 from crossformer_mm.errors import UserError
 from crossformer_mm.files import check_writable
 from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook
+from crossformer_mm.without_torch.options import SCORE_THR
 
 
 def parse_args():
@@ -57,7 +58,7 @@ def drawing_options(cfg) -> dict:
     """Remove the library's drawing hook from a config; return its options of a visualizer."""
     ensure_visualizer(cfg)
     hook = (cfg.get('default_hooks') or {}).pop('visualization', None) or {}
-    return dict(pred_score_thr=hook.get('score_thr', 0.3))
+    return dict(pred_score_thr=hook.get('score_thr', SCORE_THR))
 
 
 def main():

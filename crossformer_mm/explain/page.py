@@ -29,7 +29,7 @@ from ..grouping import group_axis, is_small
 from ..position_bias import DynamicPositionBias, NoPositionBias
 from .capture import BlockCapture, Scene, attention_weights, group_rules, principal_colours
 
-SCRIPTS = ('model.js', 'view.js', 'surface.js', 'page.js')  # page.js last: it starts
+SCRIPTS = ('attention.js', 'view.js', 'surface.js', 'page.js')  # page.js last: it starts
 # Root mean square errors of a logit, which are relative errors of a weight, from 0.001 to 1. Finer
 # ones are not worth the bytes; coarser ones show nothing.
 ERRORS = [0.001 * 2 ** (n / 4) for n in range(40)]
@@ -228,7 +228,7 @@ def levels(values: np.ndarray) -> Tuple[str, List[float]]:
 
 
 def page_data(scene: Scene, limit: int) -> Tuple[dict, Dict[str, str]]:
-    """Return the data of model.js: facts for JSON, and texts by name.
+    """Return the data of attention.js: facts for JSON, and texts by name.
 
     Args:
         scene (Scene): the image and the backbone.

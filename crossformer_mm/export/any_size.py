@@ -20,9 +20,9 @@ from ..attention import GroupAttention
 from ..backbone import CrossFormerStage
 from ..grouping import half_lead
 from ..position_bias import DynamicPositionBias
-from .operators.map_attention import map_attention, padded_attention
+from .operators.any_size_attention import any_size_attention, padded_attention
 from .operators.offsets import offsets
-from .operators.padded_axis import PaddedAxis, fit_rule, padded_axis
+from .padded_axis import PaddedAxis, fit_rule, padded_axis
 
 PaddedRules = Tuple[PaddedAxis, PaddedAxis]  # of rows and columns
 
@@ -98,7 +98,7 @@ class OperatorAttention(GroupAttention):
                 for side, rule in zip(x.shape[1:3], (rows, columns))
             )
             table = self.pos(*sizes, x.device).flatten(1).t()
-        out = map_attention(qkv, table, rows, columns, self.num_heads, float(self.scale))
+        out = any_size_attention(qkv, table, rows, columns, self.num_heads, float(self.scale))
         return self.proj(out)
 
 

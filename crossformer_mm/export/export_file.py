@@ -111,19 +111,7 @@ def describe(
     """Return the metadata of the file."""
     if options.what != 'model':
         return metadata.of_network(cfg, str(options.what))
-    described = metadata.of_whole_model(
-        cfg, options.config, options.checkpoint, content, outputs, options.resize_inside
-    )
-    fixed = options.fixed_shape
-    if fixed:
-        crop = json.loads(described.get('crop', 'null'))
-        if crop not in (None, list(fixed)):
-            raise UserError(
-                f'--fixed-shape must be {crop[0]} {crop[1]}, to which the test pipeline crops.'
-            )
-        described['fixed_shape'] = json.dumps(fixed)
-        described['fill'] = json.dumps(module.preprocess.fill)
-    return described
+    return metadata.of_whole_model(cfg, options, content, outputs, module.preprocess.fill)
 
 
 def trace(module: nn.Module, inputs: Callable, options: Options) -> ExportedProgram:

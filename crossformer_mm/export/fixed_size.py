@@ -15,7 +15,7 @@ from ..attention import GroupAttention
 from ..backbone import CrossFormerStage
 from ..grouping import group_map
 from .any_size import exchange_classes
-from .operators.fixed_attention import fixed_attention
+from .operators.fixed_size_attention import fixed_size_attention
 
 MAP, SHORT, LONG = range(3)  # orders of the tokens: row by row, or group by group
 
@@ -58,7 +58,7 @@ class FixedSizeStage(CrossFormerStage):
 
 
 class FixedSizeAttention(GroupAttention):
-    """Attention by :func:`.operators.fixed_attention.fixed_attention`.
+    """Attention by :func:`.operators.fixed_size_attention.fixed_size_attention`.
 
     Queries, keys and values have a linear layer each: slicing one matrix would copy it.
     """
@@ -79,7 +79,7 @@ class FixedSizeAttention(GroupAttention):
     ) -> Tensor:
         q, k, v = (linear(tokens) for linear in self.qkv)
         return self.proj(
-            fixed_attention(q, k, v, self.table, segments, self.num_heads, float(self.scale))
+            fixed_size_attention(q, k, v, self.table, segments, self.num_heads, float(self.scale))
         )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import mmcv
 import numpy as np
@@ -15,6 +15,8 @@ from ..class_names import names_and_colours
 from ..config_parts import innermost, kind_of
 from ..errors import UserError
 from ..version import __version__
+from ..without_torch.model import LOAD
+from .options import Options
 
 # Outputs of whole models, by library; {} is their size.
 OUTPUTS = dict(
@@ -54,35 +56,36 @@ def of_network(cfg: Config, what: str) -> Dict[str, str]:
 
 
 def of_whole_model(
-    cfg: Config,
-    config: str,
-    checkpoint: Optional[str],
-    content: Mapping,
-    outputs: List[str],
-    resize_inside: bool,
+    cfg: Config, options: Options, content: Mapping, outputs: List[str], fill: Sequence[int]
 ) -> Dict[str, str]:
     """Describe a file that takes images as they are.
 
     Args:
         cfg (Config): of the model and its data.
-        config: its file.
-        checkpoint: file of the weights, if there is one.
+        options: of the export.
         content: the checkpoint.
         outputs: names of the file's outputs.
-        resize_inside: the file resizes images.
+        fill: colour of padding.
 
     Returns:
         dict: JSON texts.
+
+    Raises:
+        UserError: the data set, or what its pipeline does, cannot be described.
     """
-    scope = cfg.default_scope
-    detection = scope == 'mmdet'
+    scope, fixed, resize_inside = cfg.default_scope, options.fixed_shape, options.resize_inside
+    detection, checkpoint = scope == 'mmdet', options.checkpoint
     dataset = test_dataset(cfg)
     try:
         built = DATASETS.build({**dataset, 'lazy_init': True}) if dataset else None
     except ValueError as error:
         raise UserError(str(error)) from None
     prepared = preparation(dataset.get('pipeline') or ())
-    rule = prepared.pop('resize')
+    rule, crop = prepared.pop('resize'), prepared.get('crop')
+    if fixed and crop not in (None, list(fixed)):
+        raise UserError(
+            f'--fixed-shape must be {crop[0]} {crop[1]}, to which the test pipeline crops.'
+        )
     steps = ' and '.join(['resize', *(name for name in prepared if name != 'load')])
     before = '' if resize_inside else f', after {steps}'
     size = 'of the image' if resize_inside else 'that was asked for'
@@ -95,7 +98,7 @@ def of_whole_model(
         outputs={name: OUTPUTS[scope][name].format(size) for name in outputs},
         **names_and_colours(getattr(built, 'metainfo', {}), content),
         model=kind_of(cfg.model),
-        config=str(config),
+        config=str(options.config),
         checkpoint=Path(checkpoint).name if checkpoint else None,
         checkpoint_sha256=(
             hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
@@ -118,6 +121,8 @@ def of_whole_model(
             described['mask_threshold'] = last.mask_thr_binary
     else:
         described['first_value'] = int(bool(getattr(built, 'reduce_zero_label', False)))
+    if fixed:
+        described.update(fixed_shape=fixed, fill=fill)
     return {key: json.dumps(value) for key, value in described.items()}
 
 
@@ -141,7 +146,7 @@ def preparation(pipeline: Sequence[dict]) -> Dict[str, Any]:
     Raises:
         UserError: the test pipeline does something else.
     """
-    load = loading(pipeline[0]) if pipeline else dict(color_type='color', to_float32=False)
+    load = loading(pipeline[0]) if pipeline else LOAD
     found: Dict[str, Any] = dict(load=load, resize=None)
     for step in pipeline[1:]:
         kind = kind_of(step)

@@ -14,6 +14,7 @@ from ..class_names import drop_unnamed
 from ..compat import OutOfMemoryError
 from ..errors import UserError
 from ..flops import input_channels
+from ..without_torch.options import SCORE_THR
 from ..without_torch.results import Ids, Results, in_coco_format
 from .output import Pictures, write_label_map
 from .predictor import Predictor, build_predictor, use_bfloat16
@@ -29,7 +30,7 @@ def predict_files(
     ann_file: Optional[str],
     batch_size: int,
     bf16: bool = False,
-    score_thr: float = 0.3,
+    score_thr: float = SCORE_THR,
 ) -> Results:
     """Predict on images and videos, and write pictures, results, label maps and images.json.
 

@@ -1,4 +1,4 @@
-"""Files of predictions: pictures, videos, label maps, and results in COCO's format."""
+"""Files of predictions that show them: pictures, videos and label maps."""
 
 import math
 import os
@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import said
 from ..without_torch.files import write_image, write_labels
-from .sources import Image, Source, label_path, picture_path
+from ..without_torch.results import label_path, picture_path
+from .sources import Image, Source
 
 
 def mp4_fps(fps: float) -> float:
@@ -70,7 +71,7 @@ class Pictures:
         except Exception as error:
             return f'its picture could not be drawn: {said(error)}'
         drawn = np.ascontiguousarray(rgb[..., ::-1])
-        path = picture_path(self.out, image.source)
+        path = picture_path(self.out, image.source.stem, image.source.fps is not None)
         if image.source.fps is None:
             return write_image(path, drawn)
         try:

@@ -13,6 +13,7 @@ from mmengine.utils import ProgressBar
 from ..errors import UserError
 from ..pictures import as_picture
 from ..without_torch.files import VIDEOS, is_cut_short, unique_names
+from ..without_torch.results import label_path, picture_path
 
 
 class Source(NamedTuple):
@@ -48,20 +49,12 @@ def sources_of(files: Sequence[Path], out: Path) -> List[Source]:
             if stem in folders:  # label maps of a video get a folder of this name
                 stem = name
         sources.append(Source(file, name, stem, frames, fps))
-        for written in (picture_path(out, sources[-1]), label_path(out, stem)):
+        for written in (picture_path(out, stem, fps is not None), label_path(out, stem)):
             if written.absolute() == file.absolute():
                 raise UserError(
                     f"--out: what is predicted of '{file}' would replace it; name another folder."
                 )
     return sources
-
-
-def picture_path(out: Path, source: Source) -> Path:
-    return out / 'pictures' / f'{source.stem}.{"jpg" if source.fps is None else "mp4"}'
-
-
-def label_path(out: Path, stem: str) -> Path:
-    return out / 'labels' / f'{stem}.png'
 
 
 class Pipeline:

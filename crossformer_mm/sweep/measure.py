@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import ProgressBar
 
+from ..architectures import GROUPS
 from ..checkpoint import use_safe_loading
 from ..config_parts import innermost
 from ..engine.coco_checks import annotations_checked
@@ -25,7 +26,7 @@ from ..engine.dataset_checks import check_files, explained_data
 from ..engine.runner import build_runner
 from ..errors import UserError, said
 from ..flops import count
-from .settings import KEYS, name_of
+from .settings import name_of
 
 RESULT = 'result.json'
 
@@ -50,7 +51,9 @@ class CostHook(Hook):
     def before_test(self, runner) -> None:
         loop, self.model = runner.test_loop, runner.model
         # Not in the config: position biases other than the dynamic one have parameters of a size.
-        for stage, *values in zip(self.model.backbone.layers, *(self.setting[k] for k in KEYS[:2])):
+        for stage, *values in zip(
+            self.model.backbone.layers, *(self.setting[k] for k in GROUPS[:2])
+        ):
             stage.group_size, stage.interval = values
             stage.lda = self.setting['lda']
         for metric in loop.evaluator.metrics:

@@ -5,7 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,6 +17,30 @@ from .settings import name_of
 
 # Shown if no metric is asked for, as far as the evaluator has them.
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
+
+
+class Column(NamedTuple):
+    """Cost of a result by its key: a column of the table, and an axis of the picture if it has a
+    label."""
+
+    key: str
+    heading: str
+    width: int
+    form: str
+    factor: float
+    label: str = ''
+
+    def cell(self, result: dict) -> str:
+        value = result[self.key]  # no memory is known of a CPU
+        return f"{self.form.format(value * self.factor) if value else '–':>{self.width}}"
+
+
+COLUMNS = (
+    Column('seconds', 'time', 11, '{:.1f} ms', 1e3, 'milliseconds per image'),
+    Column('backbone_seconds', 'of backbone', 13, '{:.1f} ms', 1e3),
+    Column('peak_memory', 'memory', 11, '{:.0f} MiB', 2**-20, 'peak memory in MiB, {device}'),
+    Column('backbone_flops', 'FLOPs of backbone', 19, '{:.2f} G', 1e-9),
+)
 
 
 def identity(cfg: Config, config: str, checkpoint: str, images: int) -> dict:
@@ -85,20 +109,17 @@ def table(results: Sequence[dict], metrics: Sequence[str]) -> str:
     lines = [
         f"{'':6}{'setting':{width}}"
         + ''.join(f'{name:>15}' for name in metrics)
-        + f"{'time':>11}{'of backbone':>13}{'memory':>11}{'FLOPs of backbone':>19}"
+        + ''.join(f'{column.heading:>{column.width}}' for column in COLUMNS)
     ]
     for number, result in enumerate(results, start=1):
         line = f"{number:3} {'*' if result['own'] else ' '} {name_of(result):{width}}"
         if 'error' in result:
             lines.append(f"{line}  failed: {result['error']}")
             continue
-        memory = result['peak_memory']
         lines.append(
             line
             + ''.join(f"{result['metrics'].get(name, float('nan')):15.4g}" for name in metrics)
-            + f"{1000 * result['seconds']:8.1f} ms{1000 * result['backbone_seconds']:10.1f} ms"
-            + (f'{memory / 2**20:7.0f} MiB' if memory else f"{'–':>11}")
-            + f"{result['backbone_flops'] / 1e9:17.2f} G"
+            + ''.join(column.cell(result) for column in COLUMNS)
         )
     return '\n'.join([*lines, '* as in the config'])
 
@@ -121,10 +142,7 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
 
-    costs = [
-        ('seconds', 1000, 'milliseconds per image'),
-        ('peak_memory', 2**-20, f"peak memory in MiB, {of['device']}"),
-    ]
+    drawn = [column for column in COLUMNS if column.label]
     figure, axes = plt.subplots(
         len(metrics), 2, figsize=(11, 4.2 * len(metrics) + 0.5), squeeze=False, layout='constrained'
     )
@@ -134,12 +152,15 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
     ]
     handles: dict = {}  # of the legend
     for metric, row in zip(metrics, axes):
-        for (cost, unit, label), axis in zip(costs, row):
+        for column, axis in zip(drawn, row):
             # Three digits: smaller differences are noise.
             points = {
-                number: (float(f'{result[cost] * unit:.3g}'), result['metrics'][metric])
+                number: (
+                    float(f'{result[column.key] * column.factor:.3g}'),
+                    result['metrics'][metric],
+                )
                 for number, result in enumerate(results, start=1)
-                if result.get(cost) is not None and metric in result['metrics']
+                if result.get(column.key) is not None and metric in result['metrics']
             }
             front = pareto(list(points.values()))
             if len(front) > 1:
@@ -148,7 +169,7 @@ def draw(results: Sequence[dict], metrics: Sequence[str], of: dict, path: Path) 
                 )
             for number, point in points.items():
                 handles[names[number - 1]] = draw_point(axis, number, point, results)
-            axis.set(xlabel=label, ylabel=metric)
+            axis.set(xlabel=column.label.format(**of), ylabel=metric)
             axis.margins(0.15)
             axis.grid(alpha=0.3)
     order = [name for name in (*names, 'Pareto front') if name in handles]

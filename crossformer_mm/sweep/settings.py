@@ -6,10 +6,9 @@ from typing import Callable, List, Optional, Sequence
 
 import torch
 
+from ..architectures import GROUPS
 from ..backbone import CrossFormer
 from ..errors import UserError
-
-KEYS = ('group_size', 'interval', 'lda')
 
 
 def settings_of(
@@ -34,7 +33,7 @@ def settings_of(
     try:
         with torch.device('meta'):
             CrossFormer(**options)
-            own = {key: options.get(key, defaults[key].default) for key in KEYS}
+            own = {key: options.get(key, defaults[key].default) for key in GROUPS}
             own.update(group_size=tuple(own['group_size']), interval=tuple(own['interval']))
             if not (sizes or intervals or definitions):
                 # The first stages have the largest maps and cost most.
@@ -50,7 +49,7 @@ def settings_of(
                 intervals or [own['interval']],
                 definitions or [own['lda']],
             ):
-                setting = dict(zip(KEYS, values))
+                setting = dict(zip(GROUPS, values))
                 if setting not in found:
                     CrossFormer(**{**options, **setting})
                     found.append(setting)
@@ -67,7 +66,7 @@ def first_half(numbers: tuple, change: Callable[[int], int]) -> tuple:
 
 def name_of(setting: dict) -> str:
     """Format a setting as 'G 7·7·7·7, I 8·4·2·1, interval'."""
-    sizes, intervals = ('·'.join(map(str, setting[key])) for key in KEYS[:2])
+    sizes, intervals = ('·'.join(map(str, setting[key])) for key in GROUPS[:2])
     return f"G {sizes}, I {intervals}, {setting['lda']}"
 
 

@@ -19,6 +19,7 @@ INTERPOLATIONS = dict(
     area='INTER_AREA',
     lanczos='INTER_LANCZOS4',
 )
+LOAD = dict(color_type='color', to_float32=False)  # LoadImageFromFile's defaults
 PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openvino=None)
 
 
@@ -50,7 +51,7 @@ class Model:
         try:
             self.about = {key: json.loads(texts[key]) for key in ('task', 'resize', 'classes')}
             # Files written before these options were kept: pipelines used to have the defaults.
-            self.about['load'] = dict(color_type='color', to_float32=False)
+            self.about['load'] = dict(LOAD)
             for key, text in texts.items():
                 self.about[key] = json.loads(text)
         except (KeyError, ValueError):

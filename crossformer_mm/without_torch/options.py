@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .errors import UserError
 
+SCORE_THR = 0.3  # lowest score of objects in pictures, unless it is given
+
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
     """Add the options ``--out``, ``--score-thr`` and ``--ann-file``."""
@@ -15,7 +17,8 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
         '--score-thr',
         type=float,
         metavar='SCORE',
-        help='lowest score of objects in pictures (default: 0.3); the .json files have all objects',
+        help=f'lowest score of objects in pictures (default: {SCORE_THR}); the .json files have '
+        'all objects',
     )
     parser.add_argument(
         '--ann-file',
@@ -34,6 +37,6 @@ def check_result_options(args: argparse.Namespace) -> None:
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"--out: '{args.out}' is a file.")
     if args.score_thr is None:
-        args.score_thr = 0.3
+        args.score_thr = SCORE_THR
     if not 0 <= args.score_thr <= 1:
         raise UserError(f'--score-thr must be from 0 to 1, got {args.score_thr}.')

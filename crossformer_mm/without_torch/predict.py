@@ -1,6 +1,7 @@
 """Prediction on image files with an exported model, and pictures of the results."""
 
 import time
+from itertools import compress
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -10,7 +11,15 @@ import numpy as np
 from .errors import UserError
 from .files import read_image, unique_names, write_image, write_labels
 from .model import Model, best_classes
-from .results import Ids, Results, in_coco_format
+from .results import (
+    KINDS,
+    Ids,
+    Results,
+    classes_in_coco_format,
+    in_coco_format,
+    label_path,
+    picture_path,
+)
 
 
 def predict_files(
@@ -47,7 +56,7 @@ def predict_files(
     numbers = ids.annotated(files, list(map(str, files))) or range(1, len(files) + 1)
     seconds = 0.0
     results = Results(out, ids)
-    for kind in kinds_of(model):
+    for kind in compress(KINDS, (detection, 'masks' in model.outputs, task == 'classes')):
         results.add(kind, [])
 
     def predict(file: Path, name: str, stem: str, number: int) -> str:
@@ -61,7 +70,7 @@ def predict_files(
         seconds += time.perf_counter() - start
         entry = dict(id=number, file_name=name, height=image.shape[0], width=image.shape[1])
         if task == 'label map':
-            path = out / 'labels' / f'{stem}.png'
+            path = label_path(out, stem)
             reason = write_labels(path, found['labels'] + about['first_value'])
             if reason:
                 return reason
@@ -69,7 +78,7 @@ def predict_files(
         for kind, new in entries_of(found, number, ids, task).items():
             results.add(kind, new)
         results.images.append(entry)
-        return write_image(out / 'pictures' / f'{stem}.jpg', draw(image, found, about, score_thr))
+        return write_image(picture_path(out, stem), draw(image, found, about, score_thr))
 
     with results:
         for file, (name, stem), number in zip(files, names, numbers):
@@ -77,25 +86,12 @@ def predict_files(
     return results, seconds
 
 
-def kinds_of(model: Model) -> List[str]:
-    """List the files of results that a model gives."""
-    kinds = {'label map': [], 'classes': ['classes']}.get(model.about['task'], ['bbox'])
-    return kinds + ['segm'] * ('masks' in model.outputs)
-
-
 def entries_of(found: dict, image: int, ids: Ids, task: str) -> Dict[str, List[dict]]:
     """Convert what a model returns for an image to the entries of files of results."""
     if task == 'label map':
         return {}
     if task == 'classes':
-        best = best_classes(found['scores'])
-        scores = found['scores'][best].tolist()
-        return dict(
-            classes=[
-                dict(image_id=image, category_id=label, score=score)
-                for label, score in zip(best, scores)
-            ]
-        )
+        return dict(classes=classes_in_coco_format(found['scores'], image))
     lists = {key: found[key].tolist() for key in ('labels', 'scores')}
     lists['bboxes'] = found['boxes'].tolist()
     if 'masks' in found:

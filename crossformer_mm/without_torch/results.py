@@ -5,8 +5,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+import numpy as np
+
 from .errors import UserError
 from .files import write_whole
+from .model import best_classes
+
+KINDS = ('bbox', 'segm', 'classes')  # of results, each in a file results.KIND.json
+
+
+def picture_path(out: Path, stem: str, video: bool = False) -> Path:
+    return out / 'pictures' / f'{stem}.{"mp4" if video else "jpg"}'
+
+
+def label_path(out: Path, stem: str) -> Path:
+    return out / 'labels' / f'{stem}.png'
 
 
 class Ids:
@@ -90,11 +103,11 @@ class Results:
         self.kinds: Dict[str, List[dict]] = {}
         self.images: List[dict] = []
         self.skipped: List[dict] = []
-        for name in ('images', 'results.bbox', 'results.segm', 'results.classes'):
+        for name in ('images', *(f'results.{kind}' for kind in KINDS)):
             (out / f'{name}.json').unlink(missing_ok=True)
 
     def add(self, kind: str, found: List[dict]) -> None:
-        """Add results of a kind, such as bbox, in COCO's format."""
+        """Add results of one of KINDS, in COCO's format."""
         self.kinds.setdefault(kind, []).extend(found)
 
     def skip(self, name: str, reason: str) -> None:
@@ -140,3 +153,11 @@ def in_coco_format(found: dict, image: int, categories: Sequence[int]) -> Dict[s
         ]
         for kind, (key, scores, values) in parts.items()
     }
+
+
+def classes_in_coco_format(scores: np.ndarray, image: int) -> List[dict]:
+    """Convert a classifier's scores (classes,) for an image to one result for each best class."""
+    return [
+        dict(image_id=image, category_id=label, score=float(scores[label]))
+        for label in best_classes(scores)
+    ]

@@ -2,7 +2,7 @@
 
     python docs/pictures/overview.py
 
-Left: Mask R-CNN, 1x schedule. AP of CrossFormer and PVT is that of docs/published.json (the paper),
+Left: Mask R-CNN, 1x schedule. AP of CrossFormer and PVT is that of docs/model_zoo.json (the paper),
 of Swin and ResNet that of the metafiles which MMDetection installs; FLOPs are those of
 docs/model_zoo.md, counted alike for all. Right: the photo of a cat that scikit-image installs, CC0
 by its photographer, Stefan van der Walt; groups are those of crossformer_mm.grouping.
@@ -29,7 +29,7 @@ GROUP_SIZE, INTERVAL = 7, 4  # the default of that stage
 QUERY = (31, 45)  # row, column: in the left eye, and in the middle of its neighbours
 SHORT, LONG, FRAME = '#ffb000', '#39b8ff', '#ffffff'
 # Colour, marker and place of the names; of each config of the model zoo the name, and where
-# MMDetection has its result (None: docs/published.json has it).
+# MMDetection has its result (None: docs/model_zoo.json has it).
 FAMILIES = {
     'CrossFormer': ('#c1002b', 'o', -16, {'cf_s_1x': ('S', None), 'cf_b_1x': ('B', None)}),
     'CrossFormer++': ('#7a3fa0', 'o', 9, {'cfpp_s_1x': ('S', None), 'cfpp_b_1x': ('B', None)}),
@@ -59,8 +59,8 @@ def of_mmdetection(name: str) -> float:
 
 
 def published(config: str) -> float:
-    """Return the box AP in docs/published.json."""
-    record = json.loads((HERE.parent / 'published.json').read_text(encoding='utf-8'))
+    """Return the box AP in docs/model_zoo.json."""
+    record = json.loads((HERE.parent / 'model_zoo.json').read_text(encoding='utf-8'))
     return {**record['models'], **record['baselines']}[f'mask_rcnn/{config}']['results']['box AP']
 
 

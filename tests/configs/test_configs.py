@@ -15,7 +15,7 @@ from crossformer_mm import CrossFormer
 from ..helpers import ONE_STAGE, ROOT
 
 CONFIGS = ROOT / 'configs'
-PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'published.json').read_text())
+PUBLISHED = json.loads((CONFIGS.parent / 'docs' / 'model_zoo.json').read_text())
 
 
 MODEL_PATHS, BASELINES = (

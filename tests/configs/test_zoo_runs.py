@@ -18,7 +18,7 @@ from crossformer_mm.engine.config import prepare_for_cpu, replace_data_root
 from ..helpers import ROOT, shorten
 
 CONFIGS = ROOT / 'configs'
-PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
+PUBLISHED = json.loads((ROOT / 'docs' / 'model_zoo.json').read_text())
 # Of a folder, the smallest CrossFormer and CrossFormer++ of each schedule, and baselines of another
 # backbone or method. What the larger ones cost is counted in test_model_zoo.py, which builds and runs them.
 LARGER = re.compile(r'/(cf_[bl]|cfpp_b|swin_s|r101)_|retinanet/(pvt|swin)')

@@ -8,7 +8,7 @@ import yaml
 
 from ..helpers import ROOT, load_script
 
-PUBLISHED = json.loads((ROOT / 'docs' / 'published.json').read_text())
+PUBLISHED = json.loads((ROOT / 'docs' / 'model_zoo.json').read_text())
 MODELS, BASELINES = PUBLISHED['models'], PUBLISHED['baselines']
 # Of attention at 800 x 1280, in 1e9: 2 * keys * layers * queries * channels, summed over the stages.
 # All of PVT's positions attend to a map of 25 x 40, Swin pads to windows of 7 x 7.

@@ -19,7 +19,7 @@ from ..helpers import README, ROOT, TRANSLATED, blocks, build_model, load_script
 
 DOCS = ROOT / 'docs'
 PROCESSORS = ('amd-zen4', 'amd-zen4-avx2')
-PUBLISHED = json.loads((DOCS / 'published.json').read_text())
+PUBLISHED = json.loads((DOCS / 'model_zoo.json').read_text())
 # Of each page that has a Chinese version: both.
 PAIRS = [
     (page.with_name(re.sub(r'(\.zh|_zh-CN)\.md$', '.md', page.name)), page) for page in TRANSLATED

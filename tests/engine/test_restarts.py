@@ -12,9 +12,11 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crossformer_mm.checkpoint import read_checkpoint
+from crossformer_mm.engine.preemption import SIGNALS
 
 from ..helpers import run_in_process, run_tool, run_two, start_two
 from ..trainings import assert_same_training, make_data
@@ -190,6 +192,16 @@ def commands(tmp_path) -> dict:
     return dict(PATH=f"{folder}:{os.environ['PATH']}", VIRTUAL_ENV='x', PYTHON='')
 
 
+@pytest.mark.parametrize('name', ['SIGUSR1', 'SIGUSR2'])
+def test_a_signal_to_a_slurm_job_leaves_the_script_to_requeue_it(script, commands, tmp_path, name):
+    (tmp_path / 'bin' / 'srun').write_text(f'#!/bin/sh\nkill -{name[3:]} $PPID\nexit 75\n')
+    slurm = dict(REQUEUE='1', SLURM_JOB_ID='17')
+    arguments = 'gpu name config.py work --amp --signals=SIGUSR2'
+    job = script('slurm_train.sh', arguments, **commands, **slurm)
+    assert job.wait(60) == 75
+    assert (tmp_path / 'called').read_text() == 'scontrol requeue 17\n'
+
+
 @pytest.mark.parametrize(
     'status, requeue, count, expected',
     [
@@ -218,18 +230,23 @@ def test_requeueing_needs_a_batch_job(script, commands):
     assert job.returncode == 2 and 'error: REQUEUE needs a batch job' in output
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
-def test_the_script_passes_a_signal_on_and_ends_as_resumable(script, commands, tmp_path, number):
+@pytest.mark.parametrize('name', [*SIGNALS, 'SIGUSR2', 'SIGINT'])
+def test_the_script_passes_a_signal_on_and_ends_as_resumable(script, commands, tmp_path, name):
     python = tmp_path / 'bin' / 'python'
     python.write_text(
         '#!/usr/bin/env bash\n'
+        f'echo "$@" > {tmp_path}/arguments\n'
         f"trap 'echo passed on >> {tmp_path}/called; exit 1' TERM\n"
         f'echo started >> {tmp_path}/called\nwhile true; do sleep 0.05; done\n'
     )
     called = tmp_path / 'called'
-    job = script('dist_train.sh', 'config.py 2', **commands)
+    further = [] if name in SIGNALS else ['--signals', 'SIGHUP', name, '--amp']
+    job = script('dist_train.sh', ' '.join(['config.py 2', *further]), **commands)
     while not called.exists():
         time.sleep(0.01)
-    job.send_signal(number)
+    job.send_signal(signal.Signals[name])
     assert job.wait(60) == 75
     assert called.read_text().split('\n')[:2] == ['started', 'passed on']
+    # Torchrun's own parser takes the rest as options of train.py.
+    _, _, *given = (tmp_path / 'arguments').read_text().split()
+    assert torchrun.parse_args(given).training_script_args[3:] == further

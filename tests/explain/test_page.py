@@ -13,7 +13,7 @@ from torch import nn
 from crossformer_mm import CrossFormer
 from crossformer_mm.errors import UserError
 from crossformer_mm.explain.capture import Capture, Scene, attention_map, capture
-from crossformer_mm.explain.page import write_page
+from crossformer_mm.explain.page import SCRIPTS, write_page
 from crossformer_mm.grouping import stage_rules
 
 from ..helpers import ROOT, add_noise
@@ -447,6 +447,20 @@ def test_the_demo_among_the_docs_works_and_is_small(browser):
     answer = browser.evaluate("document.getElementById('readout').getBoundingClientRect().bottom")
     assert answer < bottom < 900
     assert not browser.problems
+
+
+def test_the_demo_among_the_docs_has_the_code_of_today():
+    """Comments may differ; otherwise, docs/how_it_works.md has the command that writes the demo."""
+
+    def bare(code: str) -> str:
+        return re.sub(r'/\*.*?\*/|(?<!\S)//[^\n]*|\s', '', code, flags=re.DOTALL)
+
+    demo = bare((ROOT / 'docs/explain_demo.html').read_text(encoding='utf-8'))
+    folder = ROOT / 'crossformer_mm/explain'
+    for name in ('page.html', 'page.css', *SCRIPTS):
+        code = (folder / name).read_text(encoding='utf-8')
+        for part in re.split(r'<!-- \w+ -->|/\* (?:style|script) \*/', code):
+            assert bare(part) in demo, name
 
 
 def test_a_smaller_page_is_less_exact_and_says_so(make):

@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from crossformer_mm.without_torch.model import Model
 
 from ..trainings import make_data
-from ..without_torch.exported import RETINANET
+from ..without_torch.exported import LISTED, RETINANET
 
 
 def test_a_file_of_one_size_in_int8(output_of, refusal_of, tmp_path):
@@ -28,6 +28,7 @@ def test_a_file_of_one_size_in_int8(output_of, refusal_of, tmp_path):
     image = np.random.default_rng(0).integers(256, size=(30, 400, 3), dtype=np.uint8)
     found = model(image)  # made smaller and filled up
     assert model.about['fixed_shape'] == [64, 96] and set(found) == {'boxes', 'scores', 'labels'}
+    assert 'fill' in model.about and model.about.keys() <= LISTED
     assert (found['boxes'] >= 0).all() and (found['boxes'] <= [400, 30, 400, 30]).all()
     for arguments, said in {
         '--fixed-shape 0 9': 'must be two numbers',

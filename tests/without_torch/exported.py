@@ -1,6 +1,7 @@
 """Small models as checkpoints and as exported files, and comparisons of what both predict."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,9 @@ test_dataloader = dict(dataset=dict(
 CONFIGS = dict(retinanet=RETINANET, mask_rcnn=MASK_RCNN, segmentor=SEGMENTOR)
 OPTIONS = dict(mask_rcnn=['--resize-inside'])
 OF_ONE_COLOUR = (3, 4)  # ids of c.png and d_dark.png
+# Metadata that the page lists.
+PAGE = (ROOT / 'docs/deployment.md').read_text('utf-8')
+LISTED = set(re.findall(r'`(\w+)`', re.search(r'The metadata of .*?\n\n', PAGE, re.DOTALL)[0]))
 CLASSES = dict(retinanet='abcd', mask_rcnn='abcd', segmentor='abcde')
 
 

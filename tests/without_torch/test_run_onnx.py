@@ -17,7 +17,7 @@ from crossformer_mm.without_torch.model import Model
 from crossformer_mm.without_torch.results import Ids
 
 from ..helpers import build_model, read_json, refusals, run_onnx
-from .exported import CLASSIFIER, CONFIGS, assert_one_to_one, masks_are_alike, spread
+from .exported import CLASSIFIER, CONFIGS, LISTED, assert_one_to_one, masks_are_alike, spread
 
 NAMES = 'torch', 'onnx'  # of the folders of what predict.py and run_onnx.py write
 
@@ -142,6 +142,7 @@ def test_the_file_says_all_that_a_user_needs(exported):
         assert {one.domain for one in proto.opset_import} == {''}  # standard operators alone
         assert not proto.functions
         found[kind] = {one.key: json.loads(one.value) for one in proto.metadata_props}
+        assert found[kind].keys() <= LISTED
     about = found['mask_rcnn']
     assert about['task'] == 'instances' and about['classes'] == ['a', 'b', 'c', 'd']
     rule = dict(width=160, height=96, keep_ratio=True, interpolation='bilinear', backend='cv2')

@@ -9,9 +9,25 @@ from typing import Any, Callable, Dict
 
 import torch
 
-from . import fixed_attention, map_attention, nms, offsets, resize, resize_image, roi_features
+from . import (
+    any_size_attention,
+    fixed_size_attention,
+    nms,
+    offsets,
+    resize,
+    resize_image,
+    roi_features,
+)
 
-OPERATORS = (offsets, map_attention, fixed_attention, nms, roi_features, resize, resize_image)
+OPERATORS = (
+    offsets,
+    any_size_attention,
+    fixed_size_attention,
+    nms,
+    roi_features,
+    resize,
+    resize_image,
+)
 TRANSLATIONS: Dict[Any, Callable] = {
     getattr(torch.ops.crossformer_mm, module.__name__.rpartition('.')[2]).default: module.to_onnx
     for module in OPERATORS

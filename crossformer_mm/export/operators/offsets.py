@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .padded_axis import fit_rule, fit_rule_to_onnx
+from ..padded_axis import fit_rule, fit_rule_to_onnx
 
 
 @torch.library.custom_op('crossformer_mm::offsets', mutates_args=())

@@ -8,8 +8,8 @@ from torch import Tensor
 from ...position_bias import bias_of_pairs
 
 
-@torch.library.custom_op('crossformer_mm::fixed_attention', mutates_args=())
-def fixed_attention(
+@torch.library.custom_op('crossformer_mm::fixed_size_attention', mutates_args=())
+def fixed_size_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,7 +43,7 @@ def fixed_attention(
     return torch.cat(outs)
 
 
-@fixed_attention.register_fake
+@fixed_size_attention.register_fake
 def _(q, k, v, table, segments, num_heads, scale):
     return torch.empty_like(q)
 

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .padded_axis import PaddedAxis, padded_axis, padded_axis_to_onnx
+from ..padded_axis import PaddedAxis, padded_axis, padded_axis_to_onnx
 
 
 def padded_attention(
@@ -52,8 +52,8 @@ def select(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.index_select(1, rows).index_select(2, columns)
 
 
-@torch.library.custom_op('crossformer_mm::map_attention', mutates_args=())
-def map_attention(
+@torch.library.custom_op('crossformer_mm::any_size_attention', mutates_args=())
+def any_size_attention(
     qkv: Tensor, table: Tensor, rows: Tensor, columns: Tensor, num_heads: int, scale: float
 ) -> Tensor:
     """Compute :func:`padded_attention` from the rules of the axes.
@@ -74,7 +74,7 @@ def map_attention(
     return padded_attention(qkv, table, rows, columns, num_heads, scale).contiguous()
 
 
-@map_attention.register_fake
+@any_size_attention.register_fake
 def _(qkv, table, rows, columns, num_heads, scale):
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
