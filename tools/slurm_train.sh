@@ -19,7 +19,8 @@ if [ -n "${REQUEUE:-}" ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then resume=--resume; fi
     # shellcheck source=tools/signals.sh
     source "$(dirname "$0")/signals.sh" "${@:5}"
-    trap : "${signals[@]}" # srun's processes get them, too, and end with status 75
+    # srun's processes get them, too, and end with status 75; train.py refuses other names
+    trap : "${signals[@]}" || true
 fi
 status=0
 # shellcheck disable=SC2086  # several arguments in one variable, as Slurm's users know it
