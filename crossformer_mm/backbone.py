@@ -1,5 +1,6 @@
 """The CrossFormer backbone: stages and outputs."""
 
+import inspect
 import math
 import re
 from typing import Any, Iterator, Optional, Sequence, Tuple, Union
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .architectures import resolve_arch
+from .architectures import GROUPS, resolve_arch
 from .block import CrossFormerBlock
 from .checkpoint import load_backbone, whole_model_follows
 from .compat import autocast_dtype, compiled_since_2_4, is_autocast_enabled
@@ -373,3 +374,9 @@ class CrossFormer(BaseModule):
             return int(norm[1]) not in self.out_indices
         layer = re.match(r'layers\.(\d+)\.(downsample\.)?', key)  # which is of the next stage
         return layer is not None and int(layer[1]) + bool(layer[2]) >= len(self.layers)
+
+
+def groups_of(options: dict) -> dict:
+    """Return how a CrossFormer of some options groups positions, with the defaults of the rest."""
+    defaults = inspect.signature(CrossFormer).parameters
+    return {key: options.get(key, defaults[key].default) for key in GROUPS}

@@ -5,7 +5,6 @@ The card has the YAML header of Hugging Face's. ``config.json`` has the keys tha
 
 import ast
 import hashlib
-import inspect
 import json
 import re
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any, Dict, List
 import yaml
 from mmengine.config import Config
 
-from .architectures import GROUPS, TIMM_NAMES
-from .backbone import CrossFormer
+from .architectures import TIMM_NAMES
+from .backbone import groups_of
 from .config_parts import data_sets_of, kind_of
 from .errors import UserError
 from .version import __version__
@@ -114,8 +113,7 @@ def json_config(cfg: Config) -> dict:
     pretrained['input_size'] = [backbone.get('in_channels', 3), size, size]
     arguments = {key: one for key, one in backbone.items() if key not in NOT_OF_TIMM}
     # Always written: the groups of a CrossFormer++ in timm are others than the backbone's defaults.
-    defaults = inspect.signature(CrossFormer).parameters
-    groups = {key: defaults[key].default for key in GROUPS}
+    groups = groups_of(backbone)
     return dict(
         architecture=TIMM_NAMES[arch],
         num_classes=classes,

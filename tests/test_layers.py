@@ -176,7 +176,7 @@ def test_dropout_sees_the_hidden_layer(monkeypatch):
 
 @pytest.fixture
 def cast_together(monkeypatch):
-    """As on processors where layers are cast together."""
+    """Cast layers together on this processor, too."""
     monkeypatch.setattr(autocast, 'multiplies_bfloat16', lambda: True)
     monkeypatch.setattr(layers, 'joint_cast_dtype', layers.cast_dtype)
 

@@ -49,7 +49,7 @@ WRONG = [  # option, values, what is said of each
 
 
 def sentence_of(**options) -> str:
-    """What is said of options that are refused."""
+    """Return the message for options that are refused."""
     with pytest.raises(ValueError) as error:
         CrossFormer(**{'arch': SMALL, **options})
     message = str(error.value)

@@ -253,14 +253,12 @@ def page_data(scene: Scene, limit: int) -> Tuple[dict, Dict[str, str]]:
         texts[f'colours-{stage}'] = deflated(colours)
         texts[f'magnitude-{stage}'], magnitude = levels(feature.square().mean(0).sqrt().numpy())
         blocks = []
-        for number, (block, kind) in enumerate(layer.schedule('short', 'long')):
-            axes[f'block-{stage}-{number}'] = logit_axes(
-                block.attn, captured.blocks[stage][number].x
-            )
+        for number, (block, seen) in enumerate(zip(layer.blocks, captured.blocks[stage])):
+            axes[f'block-{stage}-{number}'] = logit_axes(block.attn, seen.x)
             blocks.append(
                 dict(
                     heads=block.attn.num_heads,
-                    kind=kind,
+                    kind=seen.kind,
                     bias=bias_data(block.attn.pos, sorted(sizes[stage] | squares)),
                 )
             )

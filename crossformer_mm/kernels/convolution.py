@@ -68,15 +68,13 @@ def convolve_blocks(x: Tensor, convs: Sequence[nn.Conv2d]) -> List[Tensor]:
         unshuffled = F.pixel_unshuffle(F.pad(x, (beside,) * 4), stride)
         return unshuffled.contiguous(memory_format=torch.channels_last)
 
-    return [
-        F.conv2d(
-            blocks(stride, padding % stride),
-            F.pixel_unshuffle(conv.weight, stride),
-            conv.bias,
-            padding=padding // stride,
-        )
-        for conv, stride, padding in ((conv, conv.stride[0], conv.padding[0]) for conv in convs)
-    ]
+    outs = []
+    for conv in convs:
+        stride, padding = conv.stride[0], conv.padding[0]
+        weight = F.pixel_unshuffle(conv.weight, stride)
+        x_blocks = blocks(stride, padding % stride)
+        outs.append(F.conv2d(x_blocks, weight, conv.bias, padding=padding // stride))
+    return outs
 
 
 def windows_suit(x: Tensor, conv: nn.Conv2d) -> bool:

@@ -1,13 +1,12 @@
 """Settings of long and short distance attention that one checkpoint is evaluated at."""
 
-import inspect
 import itertools
 from typing import Callable, List, Optional, Sequence
 
 import torch
 
 from ..architectures import GROUPS
-from ..backbone import CrossFormer
+from ..backbone import CrossFormer, groups_of
 from ..errors import UserError
 
 
@@ -28,12 +27,11 @@ def settings_of(
     Raises:
         UserError: a CrossFormer cannot be built with a setting.
     """
-    defaults = inspect.signature(CrossFormer).parameters
     options = {key: value for key, value in backbone.items() if key != 'type'}
     try:
         with torch.device('meta'):
             CrossFormer(**options)
-            own = {key: options.get(key, defaults[key].default) for key in GROUPS}
+            own = groups_of(options)
             own.update(group_size=tuple(own['group_size']), interval=tuple(own['interval']))
             if not (sizes or intervals or definitions):
                 # The first stages have the largest maps and cost most.

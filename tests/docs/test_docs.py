@@ -42,8 +42,8 @@ PROJECT = (ROOT / 'pyproject.toml').read_text()
 
 
 def pip_takes(word: str) -> bool:
-    """Whether a word is an option, a file of requirements, this checkout with an extra that is there,
-    or what an index has, which this package is not."""
+    """Check for an option, a file of requirements, this checkout with an extra that is there, or
+    what an index has, which this package is not."""
     extras = '|'.join(re.findall(r'^(\w+) = \[', PROJECT, re.MULTILINE))
     options = '-r|--no-build-isolation|--no-deps|--no-cache-dir'
     known = rf'{options}|\.(\[({extras})\])?|(?!crossformer)[a-z]\w*(-\w+)*([<>=].*)?'

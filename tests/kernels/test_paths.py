@@ -284,7 +284,7 @@ def test_backbone_is_the_same_as_on_plain(path, lda, size, with_cp):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """As where there is a compiler, and no Triton, whose interpreter tests turn on."""
+    """Act as if the kernel were compiled and Triton, whose interpreter tests turn on, were missing."""
     monkeypatch.setattr(fused, 'has_triton', lambda: False)
     monkeypatch.setattr(native, 'MISSING', '')
 
