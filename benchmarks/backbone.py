@@ -135,13 +135,12 @@ def time_of_parts(model, step) -> dict:
     """Return the seconds of one step of a CrossFormer by kind of layer."""
     import torch
 
-    from crossformer_mm import attention, embedding, layers, position_bias
+    from crossformer_mm import attention, embedding, layers
 
     kinds = {
         embedding.CrossScaleConvs: 'embedding and merging',
         attention.GroupAttention: 'attention in groups',
         layers.Mlp: 'MLP',
-        position_bias.DynamicPositionBias: 'position bias',
         torch.nn.LayerNorm: 'LayerNorm',
     }
     seconds, running = defaultdict(float), []
@@ -156,18 +155,24 @@ def time_of_parts(model, step) -> dict:
         if running:
             running[-1][1] += took
 
-    def project(layer, x):
-        begin()
-        out = layers.linear(layer, x)
-        end('projections (q k v, out)')
-        return out
+    def timed(function, kind):
+        def run(*args):
+            begin()
+            out = function(*args)
+            end(kind)
+            return out
 
+        return run
+
+    # Hooks of these would turn their faster ways off.
+    functions = dict(linear='projections (q k v, out)', position_table='position bias')
     with ExitStack() as stack:
-        # Hooks of linear layers would turn their faster ways off.
-        stack.enter_context(mock.patch.object(attention, 'linear', project))
+        for name, kind in functions.items():
+            function = timed(getattr(attention, name), kind)
+            stack.enter_context(mock.patch.object(attention, name, function))
         for name, module in model.named_modules():
             kind = kinds.get(type(module))
-            if kind and '.mlp.' not in name and '.pos.' not in name:
+            if kind and '.pos.' not in name:
                 stack.callback(module.register_forward_pre_hook(begin).remove)
                 hook = module.register_forward_hook(lambda *_, kind=kind: end(kind))
                 stack.callback(hook.remove)

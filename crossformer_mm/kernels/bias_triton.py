@@ -85,9 +85,9 @@ def normalise(x, EPS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def activate(normal, gamma, beta, P: tl.constexpr, BLOCK_P: tl.constexpr):
-    """LayerNorm's parameters, then ReLU."""
-    out = normal * load_vector(gamma, P, BLOCK_P)[None, :]
-    return tl.maximum(out + load_vector(beta, P, BLOCK_P)[None, :], 0.0)
+    """LayerNorm's parameters, then ReLU, after which NaN is still NaN."""
+    out = normal * load_vector(gamma, P, BLOCK_P)[None, :] + load_vector(beta, P, BLOCK_P)[None, :]
+    return tl.where(out < 0, 0.0, out)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def differentiate(
     matrix = load_matrix(weight, OUT, P, BLOCK_OUT, BLOCK_P)
     grad_weight = tl.dot(tl.trans(grad), hidden, input_precision='ieee')
     grad_hidden = tl.dot(grad, matrix, input_precision='ieee')
-    grad_hidden = tl.where(hidden > 0, grad_hidden, 0.0)
+    grad_hidden = tl.where(hidden <= 0, 0.0, grad_hidden)
     grad_normal = grad_hidden * load_vector(gamma, P, BLOCK_P)[None, :]
     mean = tl.sum(grad_normal, 1) / P
     along = tl.sum(grad_normal * normal, 1) / P

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .onednn import onednn_linear, onednn_suits, onednn_weight_gradients
+from .operator import is_intercepted
 
 # Numbers in a chunk of the hidden layer: 8 MB, by trials.
 CHUNK = 2**21
@@ -60,11 +61,15 @@ class ChunkedMlp(torch.autograd.Function):
             return ctx.linear(F.gelu(hidden), weight2, bias2)
         ctx.chunks = chunks(len(x), len(weight1), CHUNK)
         ctx.save_for_backward(x, weight1, bias1, weight2)
-        hidden = (ctx.linear(x[rows], weight1, bias1) for rows in ctx.chunks)
-        # In place, so that more of it stays in the cache.
-        return torch.cat(
-            [ctx.linear(torch.ops.aten.gelu_(part), weight2, bias2) for part in hidden]
-        )
+        out = x.new_empty(len(x), len(weight2))
+        for rows in ctx.chunks:
+            # In place, so that more of it stays in the cache.
+            hidden = torch.ops.aten.gelu_(ctx.linear(x[rows], weight1, bias1))
+            if onednn or bias2 is None:
+                out[rows] = ctx.linear(hidden, weight2, bias2)
+            else:
+                torch.addmm(bias2, hidden, weight2.t(), out=out[rows])
+        return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):
@@ -73,16 +78,21 @@ class ChunkedMlp(torch.autograd.Function):
         # that was kept has not, so that PyTorch can differentiate the gradient again.
         if torch.is_grad_enabled():  # create_graph=True
             kept = []
+        in_place = not torch.is_grad_enabled() and not is_intercepted(grad_out)
         grad_out, grads_x, sums = grad_out.contiguous(), [], ()
         for rows in ctx.chunks:
             hidden = kept[0] if kept else ctx.linear(x[rows], weight1, bias1)
             second = ctx.weight_gradients(grad_out[rows], F.gelu(hidden), weight2)
             grad = ctx.linear(grad_out[rows], weight2.t())
-            grad = torch.ops.aten.gelu_backward(grad, hidden)
+            if in_place:
+                torch.ops.aten.gelu_backward(grad, hidden, grad_input=grad)
+            else:
+                grad = torch.ops.aten.gelu_backward(grad, hidden)
             parts = (*ctx.weight_gradients(grad, x[rows], weight1), *second)
             sums = [total + part for total, part in zip(sums, parts)] if sums else parts
             grads_x.append(ctx.linear(grad, weight1.t()))
-        grads = torch.cat(grads_x), *sums, None
+        grad_x = grads_x[0] if len(grads_x) == 1 else torch.cat(grads_x)
+        grads = grad_x, *sums, None
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 

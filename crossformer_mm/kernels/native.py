@@ -184,8 +184,17 @@ def call_kernel(
         scale=scale,
         **{name: array.data_ptr() for name, array in arrays.items()},
     )
+    run(_native.attend, arguments)
+
+
+def run(kernel: Callable, arguments: ctypes.Structure) -> None:
+    """Run a function of ``_native`` on PyTorch's threads.
+
+    Raises:
+        ValueError: the environment specifies instructions that this processor does not have.
+    """
     pool = POOL if os.getpid() == PROCESS else 0
-    _native.attend(instructions(), pool, torch.get_num_threads(), bytes(arguments))
+    kernel(instructions(), pool, torch.get_num_threads(), bytes(arguments))
 
 
 attend: Callable[..., Tensor] = map_operator('native_attention', forward, backward)

@@ -67,12 +67,12 @@ int run(const Case &c, DType dtype, const InstructionSet &set) {
   std::vector<float> norms(tokens * c.heads), grad_table(table.size()), other_table(table.size());
   call.qkv = qkv_memory.data(), call.table = table.data();
   call.out = out.data(), call.norms = norms.data();
-  if (!attend(call, set.work, nullptr, 2)) return 1;
+  if (!attend(call, set, nullptr, 2)) return 1;
   call.grad_out = grad_memory.data();
   for (int threads : {1, 3}) {
     call.grad_qkv = threads == 1 ? other.data() : grad_qkv.data();
     call.grad_table = threads == 1 ? other_table.data() : grad_table.data();
-    if (!attend(call, set.work, nullptr, threads)) return 1;
+    if (!attend(call, set, nullptr, threads)) return 1;
   }
   if (other != grad_qkv ||
       std::memcmp(other_table.data(), grad_table.data(), table.size() * sizeof(float))) {
@@ -142,6 +142,34 @@ int run(const Case &c, DType dtype, const InstructionSet &set) {
   return 0;
 }
 
+// Only that threads change no bit, and what sanitizers see: values are compared in test_bias.py.
+int run_bias(int64_t rows, int64_t columns, int64_t width, int64_t heads, bool residual,
+             const InstructionSet &set) {
+  BiasCall call{};
+  call.rows = rows, call.columns = columns, call.width = width, call.heads = heads;
+  call.residual = residual, call.eps = 1e-5f;
+  std::vector<std::vector<float>> parameters;
+  for (int i = 0; i < 14; i++) {
+    const int64_t out = i > 11 ? heads : width, in = i == 0 ? 2 : i == 4 || i == 8 || i == 12 ? width : 1;
+    parameters.emplace_back(out * in);
+    for (float &x : parameters.back()) x = random_number();
+    call.parameters[i] = parameters.back().data();
+  }
+  std::vector<float> grad(heads * rows * columns), tables[2], grads[2];
+  for (float &x : grad) x = random_number();
+  for (int i : {0, 1}) {
+    tables[i].resize(grad.size()), grads[i].resize(call.numbers());
+    call.table = tables[i].data(), call.grads = grads[i].data();
+    call.grad_table = nullptr;
+    if (!compute_bias(call, set, nullptr, 1 + 2 * i)) return 1;
+    call.grad_table = grad.data();
+    if (!compute_bias(call, set, nullptr, 1 + 2 * i)) return 1;
+  }
+  if (tables[0] == tables[1] && grads[0] == grads[1]) return 0;
+  std::printf("%s: position bias: not the same for one thread and three\n", set.name);
+  return 1;
+}
+
 }  // namespace
 
 int main() {
@@ -151,6 +179,11 @@ int main() {
     std::printf("%s\n", set.name);
     for (const Case &c : CASES)
       for (DType dtype : {FLOAT32, BFLOAT16, FLOAT16}) failures += run(c, dtype, set), count++;
+    for (bool residual : {false, true}) {
+      failures += run_bias(1, 1, 1, 1, residual, set), count++;
+      failures += run_bias(17, 61, 12, 6, residual, set), count++;
+      failures += run_bias(13, 25, 64, 5, residual, set), count++;
+    }
   }
   std::printf("%d of %d failed\n", failures, count);
   return failures ? 1 : 0;

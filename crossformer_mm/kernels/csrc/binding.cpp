@@ -1,4 +1,4 @@
-// The Python module _native. Its interface is that of kernels/native.py.
+// The Python module _native. What calls it: kernels/native.py and kernels/bias_native.py.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -8,27 +8,37 @@ using namespace native;
 
 namespace {
 
-PyObject *py_attend(PyObject *, PyObject *positional) {
+// Parses (instructions, pool, threads, arguments) and runs a call.
+template <class Arguments, class Calls>
+PyObject *run(PyObject *positional, bool (*kernel)(Calls &, const InstructionSet &, Pool *, int)) {
   const char *name, *bytes;
   Py_ssize_t size;
   unsigned long long pool;
   int threads;
   if (!PyArg_ParseTuple(positional, "sKiy#", &name, &pool, &threads, &bytes, &size)) return nullptr;
-  Call call{};
+  Calls call{};
   if (size != sizeof(Arguments))
     return PyErr_Format(PyExc_ValueError, "the call has %zd bytes, expected %zd", size,
                         sizeof(Arguments));
   std::memcpy(static_cast<Arguments *>(&call), bytes, sizeof(Arguments));
-  Work *work = nullptr;
+  const InstructionSet *found = nullptr;
   for (const InstructionSet &set : instruction_sets())
-    if (set.supported && !std::strcmp(set.name, name)) work = set.work;
-  if (!work) return PyErr_Format(PyExc_ValueError, "instruction set %s is not supported", name);
+    if (set.supported && !std::strcmp(set.name, name)) found = &set;
+  if (!found) return PyErr_Format(PyExc_ValueError, "instruction set %s is not supported", name);
   bool done;
   Py_BEGIN_ALLOW_THREADS;
-  done = attend(call, work, reinterpret_cast<Pool *>(pool), threads);
+  done = kernel(call, *found, reinterpret_cast<Pool *>(pool), threads);
   Py_END_ALLOW_THREADS;
   if (!done) return PyErr_NoMemory();
   Py_RETURN_NONE;
+}
+
+PyObject *py_attend(PyObject *, PyObject *positional) {
+  return run<Arguments>(positional, attend);
+}
+
+PyObject *py_compute_bias(PyObject *, PyObject *positional) {
+  return run<BiasArguments>(positional, compute_bias);
 }
 
 PyObject *py_supported(PyObject *, PyObject *) {
@@ -45,6 +55,7 @@ PyMethodDef methods[] = {
     {"attend", py_attend, METH_VARARGS,
      "attend(instructions, pool, threads, arguments): run the kernel on `Arguments` of common.h,\n"
      "given as bytes; with gradients: backward pass."},
+    {"compute_bias", py_compute_bias, METH_VARARGS, "The same on `BiasArguments`."},
     {"supported", py_supported, METH_NOARGS,
      "Names of the instruction sets that this processor has, best first."},
     {nullptr, nullptr, 0, nullptr}};

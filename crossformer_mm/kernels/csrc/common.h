@@ -130,10 +130,30 @@ struct Arena {
   }
 };
 
-typedef void Work(const Call &, Arena &, std::atomic<int64_t> *);
+// The dynamic position bias: what bias_native.py passes, in the same order.
+struct BiasArguments {
+  int64_t rows, columns, width, heads, residual;
+  const float *parameters[14];  // in their order
+  float *table;
+  const float *grad_table;  // none: forward
+  float *grads;             // of all parameters, one after another
+  float eps;
+};
+
+struct BiasCall : BiasArguments {
+  static constexpr int64_t CHUNK = 256;  // offsets of a task
+  float *sums;                           // (tasks, numbers): the gradients from each
+
+  int64_t offsets() const { return rows * columns; }
+  int64_t tasks() const { return (offsets() + CHUNK - 1) / CHUNK; }
+  int64_t numbers() const { return width * (2 * width + heads + 11) + heads; }  // of the parameters
+};
+
+// Takes tasks from the counter, which threads share; without one, only counts the memory.
+template <class Calls> using Work = void(const Calls &, Arena &, std::atomic<int64_t> *);
 
 #ifdef __x86_64__
-Work work_emulated;  // in emulated.cpp
+Work<Call> work_emulated;  // in emulated.cpp
 #endif
 
 }  // namespace native

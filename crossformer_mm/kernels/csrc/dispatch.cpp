@@ -1,13 +1,13 @@
-// One call of the kernel: memory, threads, and the sum of the table's gradient over tasks.
+// One call of a kernel: memory, threads, and the sums of gradients over tasks.
 #include "dispatch.h"
 
 #include "instruction_sets.h"
 
 namespace {
 
-struct Team {
-  const Call &call;
-  Work *work;
+template <class Calls> struct Team {
+  const Calls &call;
+  Work<Calls> *work;
   float *memory;
   int64_t floats;  // of each
   std::atomic<int64_t> next{0}, members{0};
@@ -22,23 +22,11 @@ struct FlushedToZero {
 #endif
 };
 
-extern "C" void join(void *data) {
-  Team &team = *static_cast<Team *>(data);
+template <class Calls> void join(void *data) {
+  auto &team = *static_cast<Team<Calls> *>(data);
   Arena arena{team.memory + team.members++ * team.floats};
   const FlushedToZero flushed;
   team.work(team.call, arena, &team.next);
-}
-
-void run_on(Pool *pool, int threads, Team &team) {
-  if (threads == 1) return join(&team);
-  if (pool) return pool(join, &team, threads, 0);
-  std::vector<std::thread> others;
-  try {
-    while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(join, &team);
-  } catch (const std::system_error &) {  // no more threads than these
-  }
-  join(&team);
-  for (std::thread &other : others) other.join();
 }
 
 // Sums the parts of the table's gradient in a fixed order, each offset in its place.
@@ -65,6 +53,28 @@ struct Memory {  // aligned to lines of the cache
   ~Memory() { std::free(floats); }
 };
 
+// Runs all tasks. False: no memory.
+template <class Calls>
+bool run_on(Pool *pool, int threads, const Calls &call, Work<Calls> *work) {
+  Arena size{nullptr};
+  work(call, size, nullptr);
+  const Memory memory(size.taken * threads);
+  if (!memory.floats) return false;
+  Team<Calls> team{call, work, memory.floats, size.taken};
+  if (threads > 1 && pool) {
+    pool(join<Calls>, &team, threads, 0);
+    return true;
+  }
+  std::vector<std::thread> others;
+  try {
+    while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(join<Calls>, &team);
+  } catch (const std::system_error &) {  // no more threads than these
+  }
+  join<Calls>(&team);
+  for (std::thread &other : others) other.join();
+  return true;
+}
+
 }  // namespace
 
 const std::vector<InstructionSet> &native::instruction_sets() {
@@ -72,7 +82,7 @@ const std::vector<InstructionSet> &native::instruction_sets() {
   return sets;
 }
 
-bool native::attend(Call &call, Work *work, Pool *pool, int threads) {
+bool native::attend(Call &call, const InstructionSet &set, Pool *pool, int threads) {
   call.rows = runs_of(call.height, call.row_rule);
   call.columns = runs_of(call.width, call.column_rule);
   call.largest_rows = longest(call.rows);
@@ -88,14 +98,24 @@ bool native::attend(Call &call, Work *work, Pool *pool, int threads) {
   constexpr int64_t TURNS = 32;
   call.in_turn = std::clamp<int64_t>(call.tasks() / (TURNS * threads), 1, call.heads);
 
-  Arena size{nullptr};
-  work(call, size, nullptr);
-  const Memory memory(size.taken * threads);
   const Memory parts(call.grad_out ? call.tasks() * call.part : 0);
-  if (!memory.floats || !parts.floats) return false;
+  if (!parts.floats) return false;
   call.grad_parts = parts.floats;
-  Team team{call, work, memory.floats, size.taken};
-  run_on(pool, threads, team);
+  if (!run_on(pool, threads, call, set.work)) return false;
   if (call.grad_out) add_parts(call);
+  return true;
+}
+
+bool native::compute_bias(BiasCall &call, const InstructionSet &set, Pool *pool, int threads) {
+  threads = static_cast<int>(std::min<int64_t>(threads, call.tasks()));
+  const Memory sums(call.grad_table ? call.tasks() * call.numbers() : 0);
+  if (!sums.floats) return false;
+  call.sums = sums.floats;
+  if (!run_on(pool, threads, call, set.compute_bias)) return false;
+  if (!call.grad_table) return true;
+  std::memset(call.grads, 0, call.numbers() * 4);
+  for (int64_t task = 0; task < call.tasks(); task++)
+    for (int64_t i = 0; i < call.numbers(); i++)
+      call.grads[i] += call.sums[task * call.numbers() + i];
   return true;
 }

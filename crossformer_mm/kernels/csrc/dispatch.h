@@ -7,7 +7,8 @@ namespace native {
 
 struct InstructionSet {
   const char *name;
-  Work *work;
+  Work<Call> *work;
+  Work<BiasCall> *compute_bias;
   bool supported;
 };
 
@@ -16,7 +17,8 @@ const std::vector<InstructionSet> &instruction_sets();
 
 typedef void Pool(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
 
-// Completes `call` and runs it on threads of `pool` or, without one, its own. False: no memory.
-bool attend(Call &call, Work *work, Pool *pool, int threads);
+// Both complete `call` and run it on threads of `pool` or, without one, their own. False: no memory.
+bool attend(Call &call, const InstructionSet &set, Pool *pool, int threads);
+bool compute_bias(BiasCall &call, const InstructionSet &set, Pool *pool, int threads);
 
 }  // namespace native

@@ -9,7 +9,7 @@ using namespace native;
 namespace {
 
 // The macros of an instruction set are defined before group_attention.h is included, which undefines
-// them.
+// them. The position bias is in float32: sets that add only bfloat16 have no version of their own.
 
 #ifdef __x86_64__
 
@@ -53,6 +53,7 @@ AVX512_FLOATS
 #define HAS_LARGER
 #define HAS_POWERS true
 #include "group_attention.h"
+#include "position_bias.h"
 }  // namespace avx512
 END_TARGET
 
@@ -100,6 +101,7 @@ INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y
 INLINE vec smaller(vec x, vec y) { return (vec)_mm256_min_ps((__m256)x, (__m256)y); }
 #define HAS_LARGER
 #include "group_attention.h"
+#include "position_bias.h"
 }  // namespace avx2
 END_TARGET
 
@@ -109,6 +111,7 @@ namespace generic {
 REGISTERS(4)
 constexpr int ROWS = 6;
 #include "group_attention.h"
+#include "position_bias.h"
 }  // namespace generic
 
 #ifdef WITH_AMX
@@ -132,19 +135,20 @@ std::vector<InstructionSet> find_instruction_sets() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  std::vector<InstructionSet> sets = {{"avx512bf16", avx512bf16::work, bf16},
-                                      {"avx512", avx512::work, avx512},
-                                      {"avx2", avx2::work, avx2},
-                                      {"generic", generic::work, true},
-                                      {"emulated", work_emulated, avx2}};
+  std::vector<InstructionSet> sets = {
+      {"avx512bf16", avx512bf16::work, avx512::compute_bias, bf16},
+      {"avx512", avx512::work, avx512::compute_bias, avx512},
+      {"avx2", avx2::work, avx2::compute_bias, avx2},
+      {"generic", generic::work, generic::compute_bias, true},
+      {"emulated", work_emulated, avx2::compute_bias, avx2}};
   // Intel's processors are slower with pairs of bfloat16 than with the same numbers as floats.
   if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
 #ifdef WITH_AMX
-  sets.insert(sets.begin(), {"amx", amx::work, bf16 && may_use_amx()});
+  sets.insert(sets.begin(), {"amx", amx::work, avx512::compute_bias, bf16 && may_use_amx()});
 #endif
   return sets;
 #else
-  return {{"generic", generic::work, true}};
+  return {{"generic", generic::work, generic::compute_bias, true}};
 #endif
 }
 
