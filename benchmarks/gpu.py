@@ -149,7 +149,10 @@ def run_compile(log) -> None:
     """Compile blocks of 64 and biases by self-tests, smaller blocks by the cases of ``check``."""
     types = list(itertools.product(DTYPES, (HEAD_DIM, 64, 16)))
     kinds = [self_test.Kind(DEVICE, *t, small) for t in types for small in (True, False)]
-    kinds += [bias.Kind(DEVICE, width, width // 2, False, 1e-5) for width in (6, 12, 24, 48)]
+    kinds += [
+        bias.Kind('bias_triton', DEVICE, width, width // 2, False, 1e-5)
+        for width in (6, 12, 24, 48)
+    ]
     tasks = {str(kind): (fill, (kind,)) for kind in kinds}
     for (dtype, dim), side in itertools.product(types, (4, 5)):
         case = (1, side, side), AxisRule(side, 1), AxisRule(side, 1), 2, dim, dtype

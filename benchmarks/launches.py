@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import CrossFormer, block, exact, layers
 from crossformer_mm.attention import GroupAttention
-from crossformer_mm.kernels import bias_triton, fused
+from crossformer_mm.kernels import bias, bias_triton, fused
 
 SIZE = 800, 1216
 CASES = {'float32': (False, False), 'AMP': (True, False), 'AMP, training': (True, True)}
@@ -96,6 +96,7 @@ def as_on_cuda(launches: Launches) -> Iterator[None]:
     with (
         mock.patch.object(GroupAttention, 'attend', staticmethod(attend)),
         mock.patch.object(bias_triton, 'launch', launch),
+        mock.patch.object(bias, 'is_intercepted', lambda *tensors: False),
         mock.patch.object(fused, 'why_no_triton', lambda device: ''),
         mock.patch.object(exact, 'is_observed', lambda: False),
         mock.patch.object(layers, 'onednn_suits', lambda x, weight: False),
