@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..compat import TRITON, missing_torch
-from ..exact import is_exact, submodules
+from ..exact import interception, is_exact, submodules
 from ..position_bias import DynamicPositionBias
 from . import bias_native, fused, native
 from .operator import is_intercepted
@@ -109,8 +109,10 @@ def find_kind(
         module, missing = 'bias_native', native.MISSING
     else:
         return None, []
+    if missing or interception():  # before what the compiler of PyTorch 2.1 cannot follow
+        return None, []
     modules: List[Any] = submodules(pos)
-    if missing or not is_exact(modules, TYPES, device):
+    if not is_exact(modules, TYPES, device):
         return None, []
     # ``pos.parameters()``, in a fraction of the time.
     parameters = [

@@ -34,7 +34,7 @@ def build(channels=64, heads=2, residual=False, device=GPU):
     generator = torch.Generator().manual_seed(0)
     pos = DynamicPositionBias(channels, heads, residual)
     for parameter in pos.parameters():
-        nn.init.normal_(parameter, std=0.5, generator=generator)
+        parameter.data.normal_(std=0.5, generator=generator)
     return pos.to(device)
 
 
