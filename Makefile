@@ -40,7 +40,7 @@ COMPILED_CORE := tests/mmcv_ops tests/test_installed.py
 CORE := tests/test_backbone.py tests/test_options.py tests/test_golden.py tests/test_checkpoint.py \
     tests/configs/test_configs.py tests/test_released_files.py tests/tools/test_publish_model.py
 TORCH21_CORE := tests/test_golden.py tests/test_checkpoint.py tests/test_compat.py \
-    tests/test_installed.py tests/kernels/test_paths.py tests/test_grouping.py \
+    tests/test_installed.py tests/kernels/test_paths.py tests/kernels/test_bias.py tests/test_grouping.py \
     tests/engine/test_killed.py tests/tools/test_publish_model.py tests/mmcv_ops
 
 # Debugging information makes mmcv's extension forty times larger and slower to compile; its operators
