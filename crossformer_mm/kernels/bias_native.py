@@ -22,7 +22,7 @@ class BiasArguments(ctypes.Structure):
 def forward(
     height: int, width: int, parameters: Sequence[Tensor], residual: bool, eps: float
 ) -> Tensor:
-    """As :func:`.bias_triton.forward`."""
+    """Compute what :func:`.bias_triton.forward` does, from the same arguments."""
     table = parameters[-1].new_empty(len(parameters[-1]), 2 * height - 1, 2 * width - 1)
     call_kernel(table.shape, parameters, residual, eps, table=table.data_ptr())
     return table
@@ -31,7 +31,7 @@ def forward(
 def backward(
     grad_table: Tensor, parameters: Sequence[Tensor], residual: bool, eps: float
 ) -> Tuple[Tensor, ...]:
-    """As :func:`.bias_triton.backward`."""
+    """Compute what :func:`.bias_triton.backward` does, from the same arguments."""
     sizes = [parameter.numel() for parameter in parameters]
     grads, grad_table = grad_table.new_empty(sum(sizes)), grad_table.contiguous()
     arrays = dict(grad_table=grad_table.data_ptr(), grads=grads.data_ptr())

@@ -1,11 +1,12 @@
-"""The path of kernels that a test is of, and kernels of which nothing is known yet."""
+"""What a test of kernels is run with: a path, instructions, threads; nothing known of a kernel yet."""
 
 import pytest
+import torch
 
-from crossformer_mm.kernels import self_test
+from crossformer_mm.kernels import native, self_test
 
 from .definition import small_tiles
-from .paths import SEVERAL
+from .paths import INSTRUCTIONS, SEVERAL
 
 
 @pytest.fixture
@@ -25,3 +26,18 @@ def untested(monkeypatch) -> None:
     for memory in ('PASSED', 'BROKEN', 'FAILURES'):
         monkeypatch.setattr(self_test, memory, type(getattr(self_test, memory))())
     self_test.say.cache_clear()
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request, monkeypatch):
+    if request.param not in native._native.supported():
+        pytest.skip(f'this processor has no {request.param}')
+    monkeypatch.setenv(native.VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

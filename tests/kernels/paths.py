@@ -15,8 +15,11 @@ from .definition import GPU
 CPU = torch.device('cpu')
 RULE = AxisRule(3, 1), AxisRule(3, 1)
 
-
 SEVERAL = 'fused, in several blocks'
+
+
+# The best first.
+INSTRUCTIONS = ('amx', 'avx512bf16', 'avx512', 'avx2', 'generic', 'emulated')
 
 
 def lacks(path: str) -> str:

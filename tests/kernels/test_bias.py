@@ -20,7 +20,6 @@ from crossformer_mm.position_bias import DynamicPositionBias, RelativePositionBi
 
 from .definition import GPU, default_of_float64
 from .paths import CPU, device_of, every_kernel, lacks
-from .test_native import NAMES
 
 MODULES = dict(fused='bias_triton', native='bias_native')
 if not lacks('fused'):
@@ -84,20 +83,13 @@ def test_values_and_gradients_are_those_of_the_modules(
 
 
 @needs_native
-@pytest.mark.parametrize('instructions', NAMES)
 def test_every_instruction_set_has_the_same_values_for_any_number_of_threads(
-    instructions, monkeypatch
+    instructions, set_threads
 ):
-    if instructions not in native._native.supported():
-        pytest.skip(f'this processor has no {instructions}')
-    monkeypatch.setenv(native.VARIABLE, instructions)
-    pos, before, results = build(192, 6, device=CPU), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(assert_equals_modules(pos, 9, 31, 'native'))
-    finally:
-        torch.set_num_threads(before)
+    pos, results = build(192, 6, device=CPU), []
+    for threads in (1, 3):
+        set_threads(threads)
+        results.append(assert_equals_modules(pos, 9, 31, 'native'))
     assert all(map(torch.equal, *results))
 
 

@@ -16,27 +16,12 @@ from crossformer_mm.kernels.onednn import is_intel
 from crossformer_mm.position_bias import bias_of_pairs
 
 from .definition import random_inputs
+from .paths import INSTRUCTIONS
 
-NAMES = ('amx', 'avx512bf16', 'avx512', 'avx2', 'generic', 'emulated')
 # Of the value, of its gradients: relative errors in the norm.
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 pytestmark = pytest.mark.skipif(bool(native.MISSING), reason=native.MISSING or 'compiled')
-
-
-@pytest.fixture(params=NAMES)
-def instructions(request, monkeypatch):
-    if request.param not in native._native.supported():
-        pytest.skip(f'this processor has no {request.param}')
-    monkeypatch.setenv(native.VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def error(ours, exact):
@@ -262,7 +247,7 @@ def test_instructions_that_there_are_not_are_refused_in_one_sentence(monkeypatch
 def test_the_best_instructions_are_taken(monkeypatch):
     monkeypatch.delenv(native.VARIABLE, raising=False)
     supported = native._native.supported()
-    order = list(NAMES)
+    order = list(INSTRUCTIONS)
     if is_intel():  # pairs of bfloat16 take longer than floats there
         order[1:3] = 'avx512', 'avx512bf16'
     assert supported == sorted(supported, key=order.index)
