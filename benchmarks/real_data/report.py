@@ -173,6 +173,6 @@ def draw(name: str, rows: List[dict], file: Path) -> None:
             band, label = (scores.min(0), scores.max(0)), f'{model}, seeds: {len(mine)}'
             lines.append(dict(x=curves[0, :, 0], y=scores.mean(0), band=band, label=label))
     step = 'iteration' if name == 'camvid' else 'epoch'
-    labels = dict(title=name, xlabel=step, ylabel=f'{this.metric} in %')
-    panel = dict(lines=lines, xticks=lines[0]['x'], **labels)
+    ticks = lines[0]['x']
+    panel = dict(title=name, xlabel=step, ylabel=f'{this.metric} in %', xticks=ticks, lines=lines)
     draw_curves(file, [panel], 1)

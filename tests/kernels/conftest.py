@@ -1,4 +1,4 @@
-"""What a test of kernels is run with: a path, instructions, threads; nothing known of a kernel yet."""
+"""Fixtures of kernels: paths, instruction sets, numbers of threads, self-tests not run yet."""
 
 import pytest
 import torch
