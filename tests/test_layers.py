@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import autocast, layers
 from crossformer_mm.embedding import CrossScaleConvs
@@ -59,6 +60,7 @@ def compute_by(monkeypatch, library, kept, chunk):
     """Set how MLPs are computed: the library, the sizes that are kept and computed at once."""
     monkeypatch.setattr(mlps, 'KEPT', kept)
     monkeypatch.setattr(mlps, 'CHUNK', chunk)
+    monkeypatch.setattr(mlps, 'NARROW_CHUNK', chunk)
     monkeypatch.setattr(mlps, 'onednn_suits', lambda x, weight: library == 'oneDNN')
 
 
@@ -113,6 +115,32 @@ def test_a_large_hidden_layer_is_kept_less_often_for_the_backward_pass(monkeypat
         assert [call.args[0].numel() for call in keep.mock_calls].count(hidden) == times
 
 
+class Activations(TorchDispatchMode):
+    """Name the operators of activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'gelu' in func.__name__:
+            self.names.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def test_without_gradients_the_hidden_layer_is_activated_in_place_in_chunks(monkeypatch):
+    monkeypatch.setattr(mlps, 'NARROW_CHUNK', 32 * 20)
+    x, *layers = small_mlp(50)
+    layers = [nn.Parameter(layer) for layer in layers]
+    for narrow, kept, times in ((9, 2**23, 3), (8, 2**23, 1), (8, 32 * 25, 2)):
+        monkeypatch.setattr(mlps, 'NARROW', narrow)
+        monkeypatch.setattr(mlps, 'KEPT', kept)
+        with torch.no_grad(), Activations() as activations:
+            out = mlps.mlp(x, *layers)
+        assert activations.names == ['gelu_.default'] * times
+        torch.testing.assert_close(out, mlp_of_pytorch(x, *layers), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize('rows, width', [(0, 5), (1, 1), (7, 2**21), (1000, 384), (60800, 384)])
 def test_chunks_cover_every_row_once(rows, width):
     parts = mlps.chunks(rows, width, 2**20)
@@ -125,7 +153,7 @@ def be_processor(monkeypatch, capability='AVX512', intel=False):
 
 
 @needs_onednn
-def test_the_rule_takes_onednn_for_float32_on_others_cpus_with_avx512_alone(monkeypatch):
+def test_the_rule_takes_onednn_for_float32_on_cpus_that_are_not_intels_alone(monkeypatch):
     x, weight = torch.randn(200, 8), torch.randn(16, 8)
     for capability, intel, suits in (
         ('AVX512', False, True),
@@ -135,6 +163,10 @@ def test_the_rule_takes_onednn_for_float32_on_others_cpus_with_avx512_alone(monk
     ):
         be_processor(monkeypatch, capability, intel)
         assert onednn_suits(x, weight) == suits
+    for intel, tokens, suits in ((False, 512, True), (False, 511, False), (True, 512, False)):
+        be_processor(monkeypatch, 'AVX2', intel)
+        with torch.no_grad():
+            assert onednn_suits(torch.empty(tokens, 8), weight) == suits
     be_processor(monkeypatch)
     for other in (x.double(), x.bfloat16(), x.to('meta')):
         assert not onednn.is_float32_on_cpu(other)

@@ -14,9 +14,11 @@ from torch import Tensor
 from .onednn import onednn_linear, onednn_suits, onednn_weight_gradients
 from .operator import is_intercepted
 
-# Numbers in a chunk of the hidden layer: 8 MB, by trials.
+# Numbers in a chunk of the hidden layer, by trials: backward, and forward for maps of few channels,
+# whose products are limited by memory.
 CHUNK = 2**21
-# Numbers of the largest hidden layer that is computed at once and kept.
+NARROW, NARROW_CHUNK = 192, 2**20
+# Numbers of the largest hidden layer that is computed at once, or kept.
 KEPT = 2**23
 # Numbers of the largest hidden layer that is left to PyTorch's layers, which are as fast there.
 SMALL = 2**21
@@ -43,18 +45,20 @@ def mlp(
     Returns:
         Tensor: (tokens, out).
     """
-    return ChunkedMlp.apply(x, weight1, bias1, weight2, bias2, onednn_suits(x, weight1))
+    layers = weight1, bias1, weight2, bias2
+    return ChunkedMlp.apply(x, *layers, onednn_suits(x, weight1), torch.is_grad_enabled())
 
 
 class ChunkedMlp(torch.autograd.Function):
     """Implement :func:`mlp`."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool) -> Tensor:
+    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool, is_grad_enabled: bool):
         ctx.linear, ctx.weight_gradients = (
             (onednn_linear, onednn_weight_gradients) if onednn else (F.linear, weight_gradients)
         )
-        if any(ctx.needs_input_grad) and len(x) * len(weight1) <= KEPT:
+        # Gradients are off in here, and needs_input_grad is not about that.
+        if is_grad_enabled and any(ctx.needs_input_grad) and len(x) * len(weight1) <= KEPT:
             ctx.chunks = [slice(None)]
             hidden = ctx.linear(x, weight1, bias1)
             ctx.save_for_backward(x, weight1, bias1, weight2, hidden)
@@ -62,7 +66,8 @@ class ChunkedMlp(torch.autograd.Function):
         ctx.chunks = chunks(len(x), len(weight1), CHUNK)
         ctx.save_for_backward(x, weight1, bias1, weight2)
         out = x.new_empty(len(x), len(weight2))
-        for rows in ctx.chunks:
+        numbers = NARROW_CHUNK if x.shape[1] < NARROW else KEPT
+        for rows in chunks(len(x), len(weight1), numbers):
             # In place, so that more of it stays in the cache.
             hidden = torch.ops.aten.gelu_(ctx.linear(x[rows], weight1, bias1))
             if onednn or bias2 is None:
@@ -92,7 +97,7 @@ class ChunkedMlp(torch.autograd.Function):
             sums = [total + part for total, part in zip(sums, parts)] if sums else parts
             grads_x.append(ctx.linear(grad, weight1.t()))
         grad_x = grads_x[0] if len(grads_x) == 1 else torch.cat(grads_x)
-        grads = grad_x, *sums, None
+        grads = grad_x, *sums, None, None
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
 
 

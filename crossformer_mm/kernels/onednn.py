@@ -28,26 +28,26 @@ def is_onednn_on() -> bool:
 
 
 def onednn_suits(x: Tensor, weight: Tensor) -> bool:
-    """Check whether oneDNN is faster: on AVX-512 processors of other makers than Intel.
+    """Check whether oneDNN is faster: on processors of other makers than Intel.
 
-    Two of AMD's multiplied matrices at 215 and 400 GFLOP/s in oneDNN, 134 and 180 in MKL. One with
-    AVX2 only did at 184 and 178, and its training step took 1.2 of the time in oneDNN; so did that
-    of an Intel with AVX-512. Few tokens in training take MKL: reordering the weight for three
-    products costs more than is gained. ``torch.backends.mkldnn.flags(enabled=False)`` switches
-    oneDNN off, as it does for convolutions.
+    Two of AMD's with AVX-512 multiplied matrices at 215 and 400 GFLOP/s in oneDNN, 134 and 180 in
+    MKL. With AVX2 only it was 184 and 178; a forward pass of many tokens took 0.97 of the time in
+    oneDNN, but a training step 1.2, as it did on an Intel with AVX-512. Few tokens take MKL, with
+    AVX-512 in training alone: reordering the weight costs more than is gained.
+    ``torch.backends.mkldnn.flags(enabled=False)`` switches oneDNN off, as it does for convolutions.
 
     Args:
         x (Tensor): (..., in), of :func:`is_float32_on_cpu`.
         weight (Tensor): (out, in).
     """
+    if not is_onednn_on() or is_intel():
+        return False
+    capability, train = torch.backends.cpu.get_cpu_capability(), torch.is_grad_enabled()
     tokens = x.numel() // x.shape[-1]
+    if capability == 'AVX2':
+        return not train and tokens >= 512
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
-    return (
-        is_onednn_on()
-        and torch.backends.cpu.get_cpu_capability().startswith('AVX512')
-        and not is_intel()
-        and (tokens >= few or not torch.is_grad_enabled())
-    )
+    return capability.startswith('AVX512') and (tokens >= few or not train)
 
 
 @functools.cache

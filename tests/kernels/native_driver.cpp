@@ -170,6 +170,29 @@ int run_bias(int64_t rows, int64_t columns, int64_t width, int64_t heads, bool r
   return 1;
 }
 
+// The same of the gradient of a convolution's weight: values are compared in test_convolution.py.
+int run_weight_gradient(int64_t channels, int64_t outs, int64_t kernel, int64_t stride, int64_t padding,
+                        const InstructionSet &set) {
+  WeightCall call{};
+  call.batch = 2, call.height = 9, call.width = 14, call.channels = channels, call.out_channels = outs;
+  call.out_height = (call.height + 2 * padding - kernel) / stride + 1;
+  call.out_width = (call.width + 2 * padding - kernel) / stride + 1;
+  for (int i : {0, 1}) call.kernel[i] = kernel, call.stride[i] = stride, call.padding[i] = padding;
+  std::vector<float> x(call.batch * call.height * call.width * channels);
+  std::vector<float> grad_out(call.batch * call.out_height * call.out_width * outs), grads[2];
+  for (auto *numbers : {&x, &grad_out})
+    for (float &number : *numbers) number = random_number();
+  call.x = x.data(), call.grad_out = grad_out.data();
+  for (int i : {0, 1}) {
+    grads[i].resize(call.numbers());
+    call.grad_weight = grads[i].data();
+    if (!compute_weight_gradient(call, set, nullptr, 1 + 2 * i)) return 1;
+  }
+  if (grads[0] == grads[1]) return 0;
+  std::printf("%s: gradient of a weight: not the same for one thread and three\n", set.name);
+  return 1;
+}
+
 }  // namespace
 
 int main() {
@@ -184,6 +207,12 @@ int main() {
       failures += run_bias(17, 61, 12, 6, residual, set), count++;
       failures += run_bias(13, 25, 64, 5, residual, set), count++;
     }
+  }
+  for (const InstructionSet &set : instruction_sets()) {
+    if (!set.supported) continue;
+    failures += run_weight_gradient(16, 13, 4, 2, 1, set), count++;
+    failures += run_weight_gradient(48, 12, 8, 1, 2, set), count++;
+    failures += run_weight_gradient(32, 100, 2, 2, 0, set), count++;
   }
   std::printf("%d of %d failed\n", failures, count);
   return failures ? 1 : 0;

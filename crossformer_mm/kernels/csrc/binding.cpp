@@ -1,4 +1,4 @@
-// The Python module _native. What calls it: kernels/native.py and kernels/bias_native.py.
+// The Python module _native. What calls it: kernels/*native.py.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -41,6 +41,10 @@ PyObject *py_compute_bias(PyObject *, PyObject *positional) {
   return run<BiasArguments>(positional, compute_bias);
 }
 
+PyObject *py_compute_weight_gradient(PyObject *, PyObject *positional) {
+  return run<WeightArguments>(positional, compute_weight_gradient);
+}
+
 PyObject *py_supported(PyObject *, PyObject *) {
   PyObject *names = PyList_New(0);
   for (const InstructionSet &set : instruction_sets()) {
@@ -56,6 +60,8 @@ PyMethodDef methods[] = {
      "attend(instructions, pool, threads, arguments): run the kernel on `Arguments` of common.h,\n"
      "given as bytes; with gradients: backward pass."},
     {"compute_bias", py_compute_bias, METH_VARARGS, "The same on `BiasArguments`."},
+    {"compute_weight_gradient", py_compute_weight_gradient, METH_VARARGS,
+     "The same on `WeightArguments`."},
     {"supported", py_supported, METH_NOARGS,
      "Names of the instruction sets that this processor has, best first."},
     {nullptr, nullptr, 0, nullptr}};

@@ -149,6 +149,29 @@ struct BiasCall : BiasArguments {
   int64_t numbers() const { return width * (2 * width + heads + 11) + heads; }  // of the parameters
 };
 
+// The gradient of a convolution's weight: what convolution_native.py passes, in the same order. Pairs
+// are along rows and columns; arrays have channels last.
+struct WeightArguments {
+  int64_t batch, height, width, channels, out_height, out_width, out_channels;
+  int64_t kernel[2], stride[2], padding[2];
+  const float *x, *grad_out;
+  float *grad_weight;  // (out_channels, kernel, channels)
+};
+
+struct WeightCall : WeightArguments {
+  static constexpr int64_t OUTS = 48;   // channels out of a task
+  static constexpr int64_t TASKS = 16;  // at least, for few threads to share evenly
+  float *sums;                          // (parts of the rows, numbers): the gradients from each
+
+  int64_t blocks() const { return (out_channels + OUTS - 1) / OUTS; }
+  int64_t parts() const {
+    const int64_t tasks = blocks() * kernel[0];
+    return (TASKS + tasks - 1) / tasks;
+  }
+  int64_t tasks() const { return parts() * blocks() * kernel[0]; }
+  int64_t numbers() const { return out_channels * kernel[0] * kernel[1] * channels; }
+};
+
 // Takes tasks from the counter, which threads share; without one, only counts the memory.
 template <class Calls> using Work = void(const Calls &, Arena &, std::atomic<int64_t> *);
 

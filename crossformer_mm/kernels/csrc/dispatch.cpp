@@ -46,6 +46,13 @@ void add_parts(const Call &call) {
     }
 }
 
+// Adds `count` arrays of `numbers` in a fixed order.
+void add_up(const float *arrays, int64_t count, int64_t numbers, float *to) {
+  std::memcpy(to, arrays, numbers * 4);
+  for (int64_t array = 1; array < count; array++)
+    for (int64_t i = 0; i < numbers; i++) to[i] += arrays[array * numbers + i];
+}
+
 struct Memory {  // aligned to lines of the cache
   float *floats;
   explicit Memory(int64_t count)
@@ -112,10 +119,18 @@ bool native::compute_bias(BiasCall &call, const InstructionSet &set, Pool *pool,
   if (!sums.floats) return false;
   call.sums = sums.floats;
   if (!run_on(pool, threads, call, set.compute_bias)) return false;
-  if (!call.grad_table) return true;
-  std::memset(call.grads, 0, call.numbers() * 4);
-  for (int64_t task = 0; task < call.tasks(); task++)
-    for (int64_t i = 0; i < call.numbers(); i++)
-      call.grads[i] += call.sums[task * call.numbers() + i];
+  if (call.grad_table) add_up(call.sums, call.tasks(), call.numbers(), call.grads);
+  return true;
+}
+
+bool native::compute_weight_gradient(WeightCall &call, const InstructionSet &set, Pool *pool,
+                                     int threads) {
+  threads = static_cast<int>(std::min<int64_t>(threads, call.tasks()));
+  const bool is_one = call.parts() == 1;
+  const Memory sums(is_one ? 0 : call.parts() * call.numbers());
+  if (!sums.floats) return false;
+  call.sums = is_one ? call.grad_weight : sums.floats;
+  if (!run_on(pool, threads, call, set.compute_weight_gradient)) return false;
+  if (!is_one) add_up(call.sums, call.parts(), call.numbers(), call.grad_weight);
   return true;
 }

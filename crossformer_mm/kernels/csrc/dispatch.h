@@ -9,6 +9,7 @@ struct InstructionSet {
   const char *name;
   Work<Call> *work;
   Work<BiasCall> *compute_bias;
+  Work<WeightCall> *compute_weight_gradient;
   bool supported;
 };
 
@@ -17,8 +18,9 @@ const std::vector<InstructionSet> &instruction_sets();
 
 typedef void Pool(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel
 
-// Both complete `call` and run it on threads of `pool` or, without one, their own. False: no memory.
+// All complete `call` and run it on threads of `pool` or, without one, their own. False: no memory.
 bool attend(Call &call, const InstructionSet &set, Pool *pool, int threads);
 bool compute_bias(BiasCall &call, const InstructionSet &set, Pool *pool, int threads);
+bool compute_weight_gradient(WeightCall &call, const InstructionSet &set, Pool *pool, int threads);
 
 }  // namespace native

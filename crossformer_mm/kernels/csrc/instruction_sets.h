@@ -9,7 +9,7 @@ using namespace native;
 namespace {
 
 // The macros of an instruction set are defined before group_attention.h is included, which undefines
-// them. The position bias is in float32: sets that add only bfloat16 have no version of their own.
+// them. The other kernels are in float32: sets that add only bfloat16 have no version of their own.
 
 #ifdef __x86_64__
 
@@ -54,6 +54,7 @@ AVX512_FLOATS
 #define HAS_POWERS true
 #include "group_attention.h"
 #include "position_bias.h"
+#include "weight_gradient.h"
 }  // namespace avx512
 END_TARGET
 
@@ -102,6 +103,7 @@ INLINE vec smaller(vec x, vec y) { return (vec)_mm256_min_ps((__m256)x, (__m256)
 #define HAS_LARGER
 #include "group_attention.h"
 #include "position_bias.h"
+#include "weight_gradient.h"
 }  // namespace avx2
 END_TARGET
 
@@ -112,6 +114,7 @@ REGISTERS(4)
 constexpr int ROWS = 6;
 #include "group_attention.h"
 #include "position_bias.h"
+#include "weight_gradient.h"
 }  // namespace generic
 
 #ifdef WITH_AMX
@@ -126,6 +129,8 @@ bool may_use_amx() {
 }
 #endif
 
+#define IN_FLOATS(set) set::compute_bias, set::compute_weight_gradient
+
 // Best first. The last emulates AMX and AVX512_BF16, for tests.
 std::vector<InstructionSet> find_instruction_sets() {
 #ifdef __x86_64__
@@ -136,19 +141,19 @@ std::vector<InstructionSet> find_instruction_sets() {
                       __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   std::vector<InstructionSet> sets = {
-      {"avx512bf16", avx512bf16::work, avx512::compute_bias, bf16},
-      {"avx512", avx512::work, avx512::compute_bias, avx512},
-      {"avx2", avx2::work, avx2::compute_bias, avx2},
-      {"generic", generic::work, generic::compute_bias, true},
-      {"emulated", work_emulated, avx2::compute_bias, avx2}};
+      {"avx512bf16", avx512bf16::work, IN_FLOATS(avx512), bf16},
+      {"avx512", avx512::work, IN_FLOATS(avx512), avx512},
+      {"avx2", avx2::work, IN_FLOATS(avx2), avx2},
+      {"generic", generic::work, IN_FLOATS(generic), true},
+      {"emulated", work_emulated, IN_FLOATS(avx2), avx2}};
   // Intel's processors are slower with pairs of bfloat16 than with the same numbers as floats.
   if (__builtin_cpu_is("intel")) std::swap(sets[0], sets[1]);
 #ifdef WITH_AMX
-  sets.insert(sets.begin(), {"amx", amx::work, avx512::compute_bias, bf16 && may_use_amx()});
+  sets.insert(sets.begin(), {"amx", amx::work, IN_FLOATS(avx512), bf16 && may_use_amx()});
 #endif
   return sets;
 #else
-  return {{"generic", generic::work, generic::compute_bias, true}};
+  return {{"generic", generic::work, IN_FLOATS(generic), true}};
 #endif
 }
 
