@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from crossformer_mm import AttentionPathHook, CrossFormer, MagnitudeHook, ValidationSamplesHook
+from crossformer_mm.engine import mixed_precision
 from crossformer_mm.engine.runner import ADDED_HOOKS
 from crossformer_mm.grouping import stage_rules
 from crossformer_mm.hooks import KeepLabelMapsHook, ShowPredictionsHook, sample_logits
@@ -60,7 +61,10 @@ def logits_by_definition(attention, x, rows, columns):
         ('OptimWrapper', dict(attention_path='plain'), r'attention: plain on cpu \(float32\)$'),
     ],
 )
-def test_one_line_at_the_start_says_which_path_computes_attention(wrapper, options, line, caplog):
+def test_one_line_at_the_start_says_which_path_computes_attention(
+    wrapper, options, line, caplog, monkeypatch
+):
+    monkeypatch.setattr(mixed_precision, 'multiplies_bfloat16', lambda: True)
     model = CrossFormer(TINY, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wrapper = OPTIM_WRAPPERS.build(dict(type=wrapper, optimizer=optimizer))

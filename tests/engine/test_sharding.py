@@ -68,8 +68,10 @@ def test_sharded_training_is_that_of_ddp_and_goes_on_where_it_was(data, tmp_path
     command = f'tools/train.py {sharded} --work-dir {tmp_path}/resumed'
     run_two(tmp_path / 'log_resumed', command, f'--resume {tmp_path}/sharded/iter_2.pth')
     last = weights_of(tmp_path / 'sharded', 4)
-    for folder in ('plain', 'resumed'):
-        torch.testing.assert_close(weights_of(tmp_path / folder, 4), last, rtol=0, atol=0)
+    # With AVX2, convolutions whose weights are not sharded have ways of their own.
+    rounding = 1e-5 if torch.backends.cpu.get_cpu_capability() == 'AVX2' else 0
+    for folder, limit in (('plain', rounding), ('resumed', 0)):
+        torch.testing.assert_close(weights_of(tmp_path / folder, 4), last, rtol=0, atol=limit)
     moved = 'backbone.patch_embed.projs.0.weight'
     assert not torch.equal(weights_of(tmp_path / 'sharded', 2)[moved], last[moved])
     # Each process had its part of the blocks alone, and they were recomputed.
