@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossformer_mm import autocast, layers
 from crossformer_mm.embedding import CrossScaleConvs
@@ -17,6 +16,8 @@ from crossformer_mm.kernels import convolution, onednn
 from crossformer_mm.kernels import mlp as mlps
 from crossformer_mm.kernels.onednn import onednn_suits
 from crossformer_mm.layers import Mlp, linear
+
+from .kernels.definition import Operations
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason='this PyTorch was built without oneDNN'
@@ -115,19 +116,6 @@ def test_a_large_hidden_layer_is_kept_less_often_for_the_backward_pass(monkeypat
         assert [call.args[0].numel() for call in keep.mock_calls].count(hidden) == times
 
 
-class Activations(TorchDispatchMode):
-    """Name the operators of activations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if 'gelu' in func.__name__:
-            self.names.append(func.__name__)
-        return func(*args, **kwargs or {})
-
-
 def test_without_gradients_the_hidden_layer_is_activated_in_place_in_chunks(monkeypatch):
     monkeypatch.setattr(mlps, 'NARROW_CHUNK', 32 * 20)
     x, *layers = small_mlp(50)
@@ -135,9 +123,10 @@ def test_without_gradients_the_hidden_layer_is_activated_in_place_in_chunks(monk
     for narrow, kept, times in ((9, 2**23, 3), (8, 2**23, 1), (8, 32 * 25, 2)):
         monkeypatch.setattr(mlps, 'NARROW', narrow)
         monkeypatch.setattr(mlps, 'KEPT', kept)
-        with torch.no_grad(), Activations() as activations:
+        with torch.no_grad(), Operations() as operations:
             out = mlps.mlp(x, *layers)
-        assert activations.names == ['gelu_.default'] * times
+        activations = [name for name in operations.names if 'gelu' in name]
+        assert activations == ['aten.gelu_.default'] * times
         torch.testing.assert_close(out, mlp_of_pytorch(x, *layers), rtol=1e-5, atol=1e-4)
 
 

@@ -33,7 +33,7 @@ def convolve_on_cpu(convs: Sequence[nn.Conv2d], x: Tensor) -> List[Tensor]:
             continue
         if windows_suit(x, conv):
             outs[conv] = convolve_windows(x, conv)
-        elif is_plain(conv):
+        elif is_plain(conv) and conv.dilation == (1, 1):
             outs[conv] = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
         else:
             outs[conv] = conv(x)
@@ -59,15 +59,15 @@ def blocks_suit(x: Tensor, conv: nn.Conv2d) -> bool:
         and not any(side % stride for side in (kernel, *x.shape[2:]))
         and (conv.kernel_size, conv.stride, conv.padding, 2 * padding)
         == ((kernel, kernel), (stride, stride), (padding, padding), kernel - stride)
+        and conv.dilation == (1, 1)
         and is_plain(conv)
     )
 
 
 def is_plain(conv: nn.Conv2d) -> bool:
-    """Check for a convolution without groups, dilation and padding other than with zeros."""
-    return (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, 'zeros') and not (
-        isinstance(conv.padding, str)
-    )
+    """Check for a convolution of one group, padded with a number of zeros."""
+    is_number = not isinstance(conv.padding, str)
+    return is_number and (conv.groups, conv.padding_mode) == (1, 'zeros')
 
 
 def convolve_blocks(x: Tensor, convs: Sequence[nn.Conv2d]) -> List[Tensor]:
@@ -109,8 +109,7 @@ def windows_suit(x: Tensor, conv: nn.Conv2d) -> bool:
     """
     return (
         conv.weight.numel() > 2**20
-        and (conv.groups, conv.padding_mode) == (1, 'zeros')
-        and not isinstance(conv.padding, str)
+        and is_plain(conv)
         and x.numel() // x.shape[1] <= 128 * conv.stride[0] * conv.stride[1]
     )
 
@@ -139,6 +138,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor], stride, padding)
         x (Tensor): (B, channels, H, W), float32 on the CPU.
         weight, bias (Tensor): (out, channels, *kernel) and (out,) or None.
         stride, padding (tuple[int, int]): along rows and columns.
+
+    Returns:
+        Tensor: (B, out, H out, W out).
     """
     if torch.is_grad_enabled() and weight.requires_grad and weight_gradient_suits(x, weight):
         return Convolution.apply(x, weight, bias, stride, padding)

@@ -53,12 +53,12 @@ class ChunkedMlp(torch.autograd.Function):
     """Implement :func:`mlp`."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool, is_grad_enabled: bool):
+    def forward(ctx, x, weight1, bias1, weight2, bias2, onednn: bool, train: bool) -> Tensor:
         ctx.linear, ctx.weight_gradients = (
             (onednn_linear, onednn_weight_gradients) if onednn else (F.linear, weight_gradients)
         )
-        # Gradients are off in here, and needs_input_grad is not about that.
-        if is_grad_enabled and any(ctx.needs_input_grad) and len(x) * len(weight1) <= KEPT:
+        # Under no_grad, parameters need gradients, too; in here, is_grad_enabled() is always False.
+        if train and any(ctx.needs_input_grad) and len(x) * len(weight1) <= KEPT:
             ctx.chunks = [slice(None)]
             hidden = ctx.linear(x, weight1, bias1)
             ctx.save_for_backward(x, weight1, bias1, weight2, hidden)

@@ -45,7 +45,7 @@ def onednn_suits(x: Tensor, weight: Tensor) -> bool:
     capability, train = torch.backends.cpu.get_cpu_capability(), torch.is_grad_enabled()
     tokens = x.numel() // x.shape[-1]
     if capability == 'AVX2':
-        return not train and tokens >= 512
+        return not train and tokens >= 512  # by trials, as below
     few = 400 if weight.numel() > 2**20 else 128  # by trials at the shapes of CrossFormer-S
     return capability.startswith('AVX512') and (tokens >= few or not train)
 

@@ -208,7 +208,7 @@ int main() {
       failures += run_bias(13, 25, 64, 5, residual, set), count++;
     }
   }
-  for (const InstructionSet &set : instruction_sets()) {
+  for (const InstructionSet &set : instruction_sets()) {  // last: the limits above are for their draws
     if (!set.supported) continue;
     failures += run_weight_gradient(16, 13, 4, 2, 1, set), count++;
     failures += run_weight_gradient(48, 12, 8, 1, 2, set), count++;

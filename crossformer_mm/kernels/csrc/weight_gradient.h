@@ -26,7 +26,7 @@ struct WeightGradient {
     }
   }
 
-  // Adds the products of a row of grad_out and row `y` of the map.
+  // Adds the products of the row of grad_out in `panels` and a row of the map.
   INLINE void add_row(const float *row, int64_t outs) const {
     const int64_t stride = call.stride[1];
     for (int64_t k = 0; k < across; k++) {
